@@ -1,0 +1,121 @@
+"""The architectures of the emoji world: real Stable Diffusion classes at a size that two CPU cores can train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TOKENS = 24
+TEXT_WIDTH = 128
+
+
+def new_vae() -> AutoencoderKL:
+    """64 x 64 x 3 pixels <-> 16 x 16 x 4 latents. No attention in the middle: sprites are local."""
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def new_tokenizer(texts: Iterable[str], size: int = 1024) -> CLIPTokenizer:
+    """A CLIP tokenizer with a vocabulary of its own, learned from `texts`; any other word falls apart into letters.
+
+    The vocabulary of CLIP itself (49,408 entries) would weigh more than the network that draws.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
+    learner.train_from_iterator(
+        (text.lower() for text in texts),
+        trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False),
+    )
+    learned = json.loads(learner.to_str())["model"]
+    vocabulary = {letter: index for index, letter in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """8 M parameters, most of them at 8 x 8 and 4 x 4, where a convolution costs a quarter of what it costs one level up."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(48, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=(2, 4, 6),
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.5 and the deterministic sampler that goes with it."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        prediction_type="epsilon",
+    )
+
+
+def new_pipeline(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids int64 [B, 24], padded with the end mark as Stable Diffusion does."""
+    return tokenizer(
+        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -1,0 +1,369 @@
+"""Train the models of the emoji world from scratch. Anyone can run this again; each part resumes where it stopped.
+
+    python -m sidcli.emoji.train vae        --output build/emoji
+    python -m sidcli.emoji.train text       --output build/emoji
+    python -m sidcli.emoji.train teacher    --output build/emoji
+    python -m sidcli.emoji.train classifier --output build/emoji
+    python -m sidcli.emoji.train clip       --output build/emoji
+
+A batch is a pure function of its step, so a resumed training sees what an uninterrupted one would have seen. Weights are kept in
+float32 while training; `sidcli.emoji.pack` halves them and writes the folders that ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sidcli.emoji import models, world
+from sidcli.emoji.classifier import Classifier
+from sidcli.randomness import normal, numpy_generator, torch_generator, uniform
+
+Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+SAVE_SECONDS = 120.0
+LOG_STEPS = 50
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 2 %, constant, linear decay over the last 40 %."""
+    warm, decay = max(1, steps // 50), max(1, steps * 2 // 5)
+    return peak * min(1.0, (step + 1) / warm, (steps - step) / decay)
+
+
+@contextmanager
+def weights_of(net: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
+    """The network with its averaged weights inside the block, with its own again after it."""
+    own = {name: value.clone() for name, value in net.state_dict().items()}
+    net.load_state_dict({**own, **average})
+    try:
+        yield
+    finally:
+        net.load_state_dict(own)
+
+
+class Fit:
+    """AdamW with an average of the weights, saved every two minutes and at the end; continues from its own file."""
+
+    def __init__(self, name: str, net: nn.Module, loss: Loss, output: Path, steps: int, lr: float, decay: float = 0.999):
+        self.name, self.net, self.loss, self.output, self.steps, self.lr = name, net, loss, output, steps, lr
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.average = {name: value.detach().clone() for name, value in net.named_parameters()}
+        self.decay = decay
+        self.step = 0
+        output.mkdir(parents=True, exist_ok=True)
+        if self.state_file.exists():
+            self.resume()
+
+    @property
+    def state_file(self) -> Path:
+        return self.output / f"{self.name}.state.safetensors"
+
+    def save(self) -> None:
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors["step"] = torch.tensor(self.step)
+        temporary = self.state_file.with_suffix(".tmp")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        temporary.replace(self.state_file)
+
+    def resume(self) -> None:
+        tensors = load_file(self.state_file)
+        self.step = int(tensors["step"])
+        self.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
+        # In the order of the parameters: the file's order is alphabetical, and `run` walks the two side by side.
+        self.average = {name: tensors[f"average.{name}"] for name in self.average}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        print(f"{self.name}: continues at step {self.step}", flush=True)
+
+    def run(self, probe: Callable[[], str] | None = None, probe_steps: int = 500) -> nn.Module:
+        """Train to `steps`, then return the network with its averaged weights."""
+        started = saved = time.monotonic()
+        first = self.step
+        totals: dict[str, float] = {}
+        with (self.output / f"{self.name}.log.jsonl").open("a") as log:
+            while self.step < self.steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step, self.steps, self.lr)
+                self.net.train()
+                loss, parts = self.loss(self.step)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                beta = min(self.decay, self.step / (self.step + 9))
+                torch._foreach_lerp_(
+                    list(self.average.values()), [value.detach() for value in self.net.parameters()], 1.0 - beta
+                )
+                for key, value in parts.items():
+                    totals[key] = totals.get(key, 0.0) + float(value) / LOG_STEPS
+                if self.step % LOG_STEPS == 0 or self.step == self.steps:
+                    rate = (time.monotonic() - started) / (self.step - first)
+                    record: dict[str, object] = {"step": self.step, "seconds_per_step": round(rate, 4)}
+                    record |= {key: round(value, 5) for key, value in totals.items()}
+                    if probe and (self.step % probe_steps == 0 or self.step == self.steps):
+                        with weights_of(self.net, self.average):
+                            record["probe"] = probe()
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    print(self.name, record, flush=True)
+                    totals = {}
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        self.net.load_state_dict({**self.net.state_dict(), **self.average})
+        return self.net.eval()
+
+
+def half_precision() -> torch.autocast:
+    """bf16 autocast: on a CPU with AVX512-BF16 it halves the time of a convolution, and every CUDA card since 2020 has it."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+def images(seed: int, indices: range) -> Tensor:
+    """Scenes as float32 [B, 3, 64, 64] in -1..1."""
+    return torch.from_numpy(world.render_many(seed, indices)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def train_vae(output: Path, steps: int, batch: int = 16) -> None:
+    vae = models.new_vae()
+
+    def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x = images(world.TEACHER_SEED, range(step * batch, (step + 1) * batch))
+        with half_precision():
+            posterior = vae.encode(x).latent_dist
+            noise = normal(posterior.mean.shape[1:], 0, "vae", step, range(batch))
+            y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        pixels = F.l1_loss(y, x)
+        contours = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        total = pixels + 0.5 * contours + 2 * F.mse_loss(y, x) + 1e-4 * divergence
+        return total, {"l1": pixels.detach(), "mse": F.mse_loss(y, x).detach(), "kl": divergence.detach()}
+
+    fit = Fit("vae", vae, loss, output, steps, lr=2e-3, decay=0.995)
+    fit.run()
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(images(world.TEACHER_SEED, range(i, i + 50))).latent_dist.mean for i in range(0, 500, 50)])
+    vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+    vae.save_pretrained(output / "vae")
+
+
+FILLERS = ("very", "photo", "sitting", "please", "there", "is", "and", "in", "of", "really", "near", "under", "portrait", "style", "4k")
+
+
+def loose_caption(picture: world.Scene, index: int) -> world.Caption:
+    """A training caption, three times in ten with stray words in it: what people add should not change what is drawn."""
+    text, colour = world.caption(picture, world.TEACHER_SEED, index, "train")
+    rng = numpy_generator(world.TEACHER_SEED, "fillers", index)
+    if rng.random() < 0.3:
+        words = text.split(" ")
+        for _ in range(rng.integers(1, 4)):
+            words.insert(rng.integers(len(words) + 1), FILLERS[rng.integers(len(FILLERS))])
+        text = " ".join(words)
+    return world.Caption(text, colour)
+
+
+def train_text(output: Path, steps: int, batch: int = 96) -> None:
+    """Teach the text encoder to say the noun and the background colour of a caption; after that it is frozen.
+
+    The drawing network then gets clean conditions from its first step on, and the text is encoded without gradients.
+    """
+    captions = [loose_caption(world.scene(world.TEACHER_SEED, index), index).text for index in range(20000)]
+    tokenizer = models.new_tokenizer([*captions, *FILLERS])
+    encoder = models.new_text_encoder(tokenizer)
+    heads = nn.Linear(models.TEXT_WIDTH, len(world.NOUN_LIST) + len(world.COLOUR_LIST) + 1)
+    net = nn.ModuleDict({"encoder": encoder, "heads": heads})
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        indices = range(step * batch, (step + 1) * batch)
+        scenes = [world.scene(world.TEACHER_SEED, index) for index in indices]
+        captions = [loose_caption(picture, index) for picture, index in zip(scenes, indices, strict=True)]
+        nouns = torch.tensor([world.NOUN_LIST.index(picture.noun) for picture in scenes])
+        asked = [*world.COLOUR_LIST, None]
+        colours = torch.tensor([asked.index(caption.colour) for caption in captions])
+        states = encoder(models.tokens(tokenizer, [caption.text for caption in captions])).last_hidden_state
+        # The last place is padding, which attends to the whole caption.
+        noun_logits, colour_logits = heads(states[:, -1]).split([len(world.NOUN_LIST), len(world.COLOUR_LIST) + 1], dim=1)
+        total = F.cross_entropy(noun_logits, nouns) + F.cross_entropy(colour_logits, colours)
+        right = (noun_logits.argmax(1) == nouns) & (colour_logits.argmax(1) == colours)
+        return total, {"loss": total.detach(), "both_right": right.float().mean()}
+
+    Fit("text", net, loss, output, steps, lr=1e-3, decay=0.99).run()
+    encoder.save_pretrained(output / "text_encoder")
+    tokenizer.save_pretrained(output / "tokenizer")
+
+
+def cached_latents(output: Path, count: int) -> Tensor:
+    """Scaled latents float16 [count, 4, 16, 16] of the training scenes, encoded once and kept on disk."""
+    file = output / "latents.safetensors"
+    if file.exists():
+        return load_file(file)["latents"]
+    vae = AutoencoderKL.from_pretrained(output / "vae").eval()
+    rows = []
+    with torch.no_grad(), half_precision():
+        for start in range(0, count, 100):
+            mean = vae.encode(images(world.TEACHER_SEED, range(start, start + 100))).latent_dist.mean
+            rows.append((mean.float() * vae.config.scaling_factor).half())
+            if start % 5000 == 0:
+                print(f"latents {start}/{count}", flush=True)
+    latents = torch.cat(rows)
+    save_file({"latents": latents}, file)
+    return latents
+
+
+def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000) -> None:
+    """Epsilon prediction on cached latents, min-SNR weight 5 (arXiv 2303.09556), a tenth of the captions empty."""
+    latents = cached_latents(output, scenes)
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(output / "text_encoder").eval()
+    unet = models.new_unet()
+    alphas_cumprod = models.new_scheduler().alphas_cumprod
+    snr = alphas_cumprod / (1.0 - alphas_cumprod)
+    weight = snr.clamp(max=5.0) / snr
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        samples = range(batch)
+        indices = [step * batch + sample for sample in samples]
+        x = latents[[index % scenes for index in indices]].float()
+        texts = [loose_caption(world.scene(world.TEACHER_SEED, index % scenes), index).text for index in indices]
+        dropped = uniform(0, "teacher dropout", step, samples) < 0.1
+        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        # One timestep in each of `batch` equal strata: the same uniform law with less variance.
+        offset = uniform(0, "teacher timestep", step, samples)
+        t = ((torch.arange(batch) + offset) * (1000 / batch)).long().clamp(max=999)
+        t = t[torch.randperm(batch, generator=torch_generator(0, "teacher order", step))]
+        noise = normal(x.shape[1:], 0, "teacher noise", step, samples)
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        with torch.no_grad():
+            states = encoder(models.tokens(tokenizer, texts)).last_hidden_state
+        with half_precision():
+            predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
+        error = (predicted - noise).square().mean((1, 2, 3))
+        return (weight[t] * error).mean(), {"mse": error.mean().detach(), "weighted": (weight[t] * error).mean().detach()}
+
+    def pipeline() -> StableDiffusionPipeline:
+        vae = AutoencoderKL.from_pretrained(output / "vae").eval()
+        return models.new_pipeline(vae, encoder, tokenizer, unet.eval())
+
+    def probe() -> str:
+        pipe = pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [world.caption(world.scene(world.PROMPT_SEED, index), 0, index, "eval", 1.0).text for index in range(32)]
+        with half_precision():
+            pictures = pipe(prompts, num_inference_steps=20, guidance_scale=2.0, generator=torch_generator(0, "probe")).images
+        sheet = Image.new("RGB", (8 * 64, 4 * 64))
+        for index, picture in enumerate(pictures):
+            sheet.paste(picture, (index % 8 * 64, index // 8 * 64))
+        file = output / f"teacher-{fit.step:06d}.png"
+        sheet.save(file)
+        return str(file)
+
+    fit = Fit("teacher", unet, loss, output, steps, lr=1e-3)
+    fit.run(probe, probe_steps=1000)
+    pipeline().save_pretrained(output / "teacher")
+
+
+def worn(x: Tensor, step: int) -> Tensor:
+    """Images in 0..255 as a generator may draw them: half of them softened, all with a little noise."""
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    amount = uniform(0, "soften", step, range(len(x))).view(-1, 1, 1, 1)
+    x = torch.where(amount < 0.5, x, torch.lerp(x, soft, 2 * amount - 1))
+    return (x + 4.0 * normal(x.shape[1:], 0, "grain", step, range(len(x)))).clamp(0, 255)
+
+
+def metric_batch(step: int, batch: int) -> tuple[list[world.Scene], Tensor]:
+    """Scenes for the metric networks, every twentieth one of a pair that the teacher never sees, and their worn images."""
+    indices = range(step * batch, (step + 1) * batch)
+    scenes = [world.scene(world.METRIC_SEED, index, held_out=index % 20 == 0) for index in indices]
+    pixels = torch.stack([torch.from_numpy(world.render(picture)) for picture in scenes]).permute(0, 3, 1, 2).float()
+    return scenes, worn(pixels, step)
+
+
+def train_classifier(output: Path, steps: int, batch: int = 64) -> None:
+    net = Classifier()
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        scenes, pixels = metric_batch(step, batch)
+        nouns = torch.tensor([world.NOUN_LIST.index(picture.noun) for picture in scenes])
+        colours = torch.tensor([world.COLOUR_LIST.index(picture.colour) for picture in scenes])
+        with half_precision():
+            noun_logits, colour_logits = net(pixels)
+        total = F.cross_entropy(noun_logits.float(), nouns) + F.cross_entropy(colour_logits.float(), colours)
+        right = {"noun": noun_logits.argmax(1) == nouns, "colour": colour_logits.argmax(1) == colours}
+        return total, {"loss": total.detach(), **{name: hit.float().mean() for name, hit in right.items()}}
+
+    Fit("classifier", net, loss, output, steps, lr=2e-3, decay=0.99).run()
+    save_file(net.state_dict(), output / "classifier.safetensors")
+
+
+def train_clip(output: Path, steps: int, batch: int = 128) -> None:
+    """A small open_clip model, trained the way CLIP was: which caption of the batch belongs to which image."""
+    from sidcli.emoji.clip import new_clip
+
+    net, tokenizer = new_clip()
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        scenes, pixels = metric_batch(step, batch)
+        indices = range(step * batch, (step + 1) * batch)
+        texts = [
+            world.caption(picture, world.METRIC_SEED, index, "train", 0.9).text
+            for picture, index in zip(scenes, indices, strict=True)
+        ]
+        # Several images of a batch may fit a caption equally well; none of them is then the wrong answer.
+        same = torch.tensor([[a.noun == b.noun and a.colour == b.colour for a in scenes] for b in scenes]).float()
+        target = same / same.sum(1, keepdim=True)
+        with half_precision():
+            image = F.normalize(net.encode_image(pixels / 127.5 - 1.0).float(), dim=1)
+            text = F.normalize(net.encode_text(tokenizer(texts)).float(), dim=1)
+        logits = net.logit_scale.exp().clamp(max=50.0) * image @ text.T
+        total = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        right = same.gather(1, logits.argmax(1, keepdim=True)).mean()
+        return total, {"loss": total.detach(), "right": right}
+
+    Fit("clip", net, loss, output, steps, lr=1e-3, decay=0.99).run()
+    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, output / "clip.safetensors")
+
+
+def main() -> None:
+    parts = {
+        "vae": (train_vae, 3600),
+        "text": (train_text, 900),
+        "teacher": (train_teacher, 14000),
+        "classifier": (train_classifier, 1200),
+        "clip": (train_clip, 1000),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--output", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--steps", type=int, help="default: what the shipped weights were trained for")
+    options = parser.parse_args()
+    train, steps = parts[options.part]
+    torch.manual_seed(0)  # the initial weights; everything drawn later comes from sidcli.randomness
+    train(options.output, options.steps or steps)
+
+
+if __name__ == "__main__":
+    main()

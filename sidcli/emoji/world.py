@@ -1,0 +1,206 @@
+"""The emoji world: a text-to-image world without a download. One emoji on one coloured background, 64 x 64 pixels.
+
+Every scene is a pure function of (seed, index), so images, captions and ground truth (noun, colour, scale, place) are endless and
+exact. Two kinds of held-out material let us measure on what no model was trained on:
+
+- `HELD_OUT_PAIRS`: about 5 % of the (noun, colour) pairs never appear in a scene unless asked for (composition);
+- a tenth of all caption texts, chosen by their hash, never appear in the "train" split (word forms).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sidcli.emoji.nouns import NOUNS
+from sidcli.randomness import numpy_generator
+
+SIZE = 64
+TILE = 56
+SHEET = Path(__file__).with_name("sprites.png")
+SHEET_COLUMNS = 12
+SPRITE_SIZES = (36, 40, 44, 48, 52, 56)
+NOUN_LIST = tuple(NOUNS)
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 58, 52),
+    "green": (72, 160, 80),
+    "blue": (66, 120, 214),
+    "yellow": (244, 208, 72),
+    "purple": (136, 84, 190),
+    "pink": (242, 150, 184),
+    "brown": (134, 92, 60),
+    "gray": (150, 152, 156),
+    "white": (246, 246, 244),
+    "black": (34, 34, 38),
+}
+COLOUR_LIST = tuple(COLOURS)
+
+# Scenes of different purposes come from different seeds, so no set ever holds a scene of another.
+TEACHER_SEED, METRIC_SEED, REFERENCE_SEED, FLOOR_SEED, PROMPT_SEED = 1, 2, 3, 4, 5
+
+Split = Literal["train", "eval"]
+
+PLAIN_TEMPLATES = (
+    "{a} {noun}",
+    "{a} {noun}",
+    "{noun}",
+    "the {noun}",
+    "{plural}",
+    "{a} {adjective} {noun}",
+    "{adjective} {noun}",
+    "an emoji of {a} {noun}",
+    "a picture of {a} {noun}",
+    "a drawing of {a} {noun}",
+    "one {noun}",
+    "my {noun}",
+    "this is {a} {noun}",
+)
+COLOUR_TEMPLATES = (
+    "{a} {noun} on {b} {colour} background",
+    "{a} {noun} on {b} {colour} background",
+    "{a} {noun} on {b} {colour} background",
+    "{a} {noun} on {colour}",
+    "{noun} on {colour}",
+    "{noun} on {b} {colour} background",
+    "the {noun} on {b} {colour} background",
+    "{plural} on {colour}",
+    "{plural} on {b} {colour} background",
+    "{a} {adjective} {noun} on {b} {colour} background",
+    "{a} {adjective} {noun} on {colour}",
+    "{adjective} {noun} on {colour}",
+    "{noun}, {colour} background",
+    "{a} {noun}, {colour} background",
+    "{a} {noun} with {b} {colour} background",
+    "{a} {noun} in front of {b} {colour} background",
+    "{colour} background with {a} {noun}",
+    "{b} {colour} background with {a} {noun}",
+    "an emoji of {a} {noun} on {b} {colour} background",
+    "a picture of {a} {noun} on {b} {colour} background",
+)
+# A colour before the noun describes the noun, never the background: "red apple on blue" is a blue scene.
+ADJECTIVES = ("cute", "little", "small", "big", "happy", "shiny", "nice", "beautiful", "round", "funny", "new", "old", *COLOUR_LIST)
+PLURALS = {"mouse": "mice", "wolf": "wolves", "fish": "fish", "sheep": "sheep", "ox": "oxen", "candy": "candies", "cherries": "cherries"}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Ground truth of one image. Sizes and places in pixels, from the top left corner; `shade` scales the background colour."""
+
+    noun: str
+    colour: str
+    size: int
+    left: int
+    top: int
+    mirror: bool
+    shade: float
+
+
+def _text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+HELD_OUT_PAIRS = frozenset(
+    (noun, colour) for noun in NOUN_LIST for colour in COLOUR_LIST if _text_hash(f"pair {noun} {colour}") % 20 == 0
+)
+
+
+def scene(seed: int, index: int, held_out: bool = False) -> Scene:
+    """Scene `index` of the endless list `seed`; with `held_out`, only the pairs no model has seen, else only the others."""
+    rng = numpy_generator(seed, "scene", index)
+    while True:
+        noun = NOUN_LIST[rng.integers(len(NOUN_LIST))]
+        colour = COLOUR_LIST[rng.integers(len(COLOUR_LIST))]
+        if ((noun, colour) in HELD_OUT_PAIRS) == held_out:
+            break
+    size = SPRITE_SIZES[rng.integers(len(SPRITE_SIZES))]
+    left, top = (int(place) for place in rng.integers(0, SIZE - size + 1, 2))
+    return Scene(noun, colour, size, left, top, bool(rng.integers(2)), float(rng.uniform(0.94, 1.04)))
+
+
+def plural(noun: str) -> str:
+    if noun in PLURALS:
+        return PLURALS[noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    if noun.endswith("s") and noun in ("grapes", "fries"):
+        return noun
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" and not word.startswith("uni") else "a"
+
+
+def in_split(text: str, split: Split) -> bool:
+    """Whether a caption text may be used in a split: one text in ten is for evaluation only."""
+    return (_text_hash(text) % 10 == 0) == (split == "eval")
+
+
+class Caption(NamedTuple):
+    """A caption and the background colour it asks for; None where it leaves the background open."""
+
+    text: str
+    colour: str | None
+
+
+def caption(picture: Scene, seed: int, index: int, split: Split, name_colour: float = 0.8) -> Caption:
+    """A caption of the scene, a function of (seed, index); names the background with probability `name_colour`.
+
+    Word forms vary (articles, plurals, adjectives, order), because people type them all. Only texts of the split are returned.
+    """
+    rng = numpy_generator(seed, f"caption {split}", index)
+    while True:
+        named = rng.random() < name_colour
+        templates = COLOUR_TEMPLATES if named else PLAIN_TEMPLATES
+        template = templates[rng.integers(len(templates))]
+        adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))]
+        first = adjective if "{a} {adjective}" in template else picture.noun
+        text = template.format(
+            a=article(first),
+            b=article(picture.colour),
+            noun=picture.noun,
+            plural=plural(picture.noun),
+            colour=picture.colour,
+            adjective=adjective,
+        )
+        if in_split(text, split):
+            return Caption(text, picture.colour if named else None)
+
+
+@cache
+def _sheet() -> Image.Image:
+    with Image.open(SHEET, formats=["PNG"]) as sheet:
+        return sheet.convert("RGBa")
+
+
+@cache
+def _sprite(position: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    """One sprite at one size: premultiplied colour [size, size, 3] in 0..255 and opacity [size, size, 1] in 0..1."""
+    column, row = position % SHEET_COLUMNS * TILE, position // SHEET_COLUMNS * TILE
+    tile = _sheet().crop((column, row, column + TILE, row + TILE)).resize((size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(tile, dtype=np.float32)
+    if mirror:
+        pixels = pixels[:, ::-1]
+    return pixels[..., :3], pixels[..., 3:] / 255.0
+
+
+def render(picture: Scene) -> np.ndarray:
+    """The scene as uint8 [64, 64, 3]."""
+    colour, opacity = _sprite(NOUN_LIST.index(picture.noun), picture.size, picture.mirror)
+    background = np.minimum(np.asarray(COLOURS[picture.colour], dtype=np.float32) * picture.shade, 255.0)
+    image = np.broadcast_to(background, (SIZE, SIZE, 3)).copy()
+    window = image[picture.top : picture.top + picture.size, picture.left : picture.left + picture.size]
+    window[:] = window * (1.0 - opacity) + colour
+    return (np.clip(image, 0.0, 255.0) + 0.5).astype(np.uint8)
+
+
+def render_many(seed: int, indices: range, held_out: bool = False) -> np.ndarray:
+    """Images uint8 [len(indices), 64, 64, 3] of scenes (seed, index)."""
+    return np.stack([render(scene(seed, index, held_out)) for index in indices])

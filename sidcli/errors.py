@@ -1,0 +1,42 @@
+"""Errors a user can act on. Each says what happened, with which value, and what to do next; its class carries the exit code.
+
+    SidError                 1  the run failed
+    |- UsageError            2  an option or a configuration is wrong
+    |- InputError            3  a model, prompt list or run folder was refused or not found
+    |- EnvironmentProblem    4  device, memory, disk, output folder or lock
+    |- GateError             5  a verification or a quality gate failed
+    |- Interrupted           130 or 143  stopped by a signal, after saving
+"""
+
+from __future__ import annotations
+
+
+class SidError(Exception):
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SidError):
+    exit_code = 2
+
+
+class InputError(SidError):
+    exit_code = 3
+
+
+class EnvironmentProblem(SidError):
+    exit_code = 4
+
+
+class GateError(SidError):
+    exit_code = 5
+
+
+class Interrupted(SidError):
+    def __init__(self, signal_number: int, message: str, hint: str = ""):
+        super().__init__(message, hint)
+        self.exit_code = 128 + signal_number

