@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 from dataclasses import dataclass
@@ -107,6 +108,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """What `sid distill` starts from; options and `--config` override single fields."""
+
+
+def preset_for(teacher: str) -> str:
+    """`emoji` for the embedded teacher and folders made from it, else `sd15`. Reads no weights."""
+    if teacher == "emoji-teacher":
+        return "emoji"
+    card = Path(teacher) / "sid.json"
+    try:
+        return "emoji" if json.loads(card.read_text(encoding="utf-8")).get("world") == "emoji" else "sd15"
+    except (OSError, ValueError, AttributeError):
+        return "sd15"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """The core: the four roles of a distillation and the two updates that make a step. Knows no files, no terminal, no arguments.
 
-    paper        here           what it is
-    phi          teacher        the pretrained network, frozen
-    psi          fake_score     starts as the teacher, follows the score of what the generator draws
-    G_theta      generator      starts as the teacher, draws in one denoising at t_init
-    G_ema        average        the generator's weights averaged over time; this is the student
-    kappa1..4    kappa1..4      guidance scales, see config.DistillConfig
-
-`sample`, `evaluate` and `export` use `Sampler`, the part that turns prompts and noise into images.
+paper        here           what it is
+phi          teacher        the pretrained network, frozen
+psi          fake_score     starts as the teacher, follows the score of what the generator draws
+G_theta      generator      starts as the teacher, draws in one denoising at t_init
+G_ema        average        the generator's weights averaged over time; this is the student
+kappa1..4    kappa1..4      guidance scales, see config.DistillConfig
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,81 +22,19 @@ from torch import Tensor
 
 from sidcli import randomness
 from sidcli.config import DistillConfig
-from sidcli.diffusion import guided, many_steps, one_step
-from sidcli.errors import EnvironmentProblem
+from sidcli.diffusion import guided, one_step
 from sidcli.objectives import sid
 from sidcli.prompts import Prompts
+from sidcli.sampler import Sampler
 from sidcli.teachers import Model
 
 FAKE, GENERATOR = "fake", "generator"
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:i`. Raises EnvironmentProblem for a device this machine lacks."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"no device {wanted}: {torch.cuda.device_count()} CUDA devices here", "use --device cpu or auto")
-    return device
 
 
 def pick_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
-
-
-class Sampler:
-    """One model on one device: prompts -> text states, text states and noise -> latents -> images."""
-
-    def __init__(self, model: Model, device: torch.device):
-        self.model, self.device = model, device
-        self.text_encoder = model.text_encoder.to(device)
-        self.vae = model.vae.to(device)
-        self.unet = model.unet.to(device)
-        self.truncated_prompts = 0
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text states float32 [B, tokens, width]; prompts beyond the encoder's length are cut and counted."""
-        tokenizer = self.model.tokenizer
-        length = min(tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        whole = tokenizer(list(prompts)).input_ids
-        self.truncated_prompts += sum(len(row) > length for row in whole)
-        with torch.no_grad():
-            return self.text_encoder(ids.to(self.device)).last_hidden_state
-
-    def noise(self, seeds: Sequence[int], shape: tuple[int, int, int] | None = None) -> Tensor:
-        """Standard normal latents for image seeds, each as `torch.Generator("cpu").manual_seed(seed)` draws it.
-
-        That is what stock diffusers draws for `generator=`, so a seed means the same image there and here.
-        """
-        shape = shape or self.model.latent_shape
-        draw = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-        return torch.cat(draw).to(self.device)
-
-    @torch.no_grad()
-    def latents(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float, t_init: int | None = None) -> Tensor:
-        """Clean latents. One step means the one-step generator at t_init (no guidance), more mean DDIM with guidance."""
-        states = self.encode(prompts)
-        if t_init is not None:
-            return one_step(lambda x, t: self.unet(x, t, states).sample, noise, self.model.schedule, t_init)
-        empty = self.encode([""]).expand_as(states)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if guidance == 1.0:
-                return self.unet(x, t, states).sample
-            both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([states, empty])).sample
-            return guided(*both.chunk(2), guidance)
-
-        return many_steps(denoise, noise, self.model.schedule, steps)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images uint8 [B, H, W, 3] on the CPU."""
-        images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 @dataclass(frozen=True)
@@ -221,7 +157,9 @@ class Engine:
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             return net(x, t, states).sample.float()
 
-    def _predict(self, net: UNet2DConditionModel, x_t: Tensor, t: Tensor, states: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
+    def _predict(
+        self, net: UNet2DConditionModel, x_t: Tensor, t: Tensor, states: Tensor, scales: tuple[float, ...]
+    ) -> list[Tensor]:
         """Guided predictions for each scale from one call: the unconditional half only runs if a scale is not 1, and vice versa."""
         empty = self.empty.expand_as(states)
         if all(scale == 1.0 for scale in scales):

@@ -1,11 +1,11 @@
 """Errors a user can act on. Each says what happened, with which value, and what to do next; its class carries the exit code.
 
-    SidError                 1  the run failed
-    |- UsageError            2  an option or a configuration is wrong
-    |- InputError            3  a model, prompt list or run folder was refused or not found
-    |- EnvironmentProblem    4  device, memory, disk, output folder or lock
-    |- GateError             5  a verification or a quality gate failed
-    |- Interrupted           130 or 143  stopped by a signal, after saving
+SidError                 1  the run failed
+|- UsageError            2  an option or a configuration is wrong
+|- InputError            3  a model, prompt list or run folder was refused or not found
+|- EnvironmentProblem    4  device, memory, disk, output folder or lock
+|- GateError             5  a verification or a quality gate failed
+|- Interrupted           130 or 143  stopped by a signal, after saving
 """
 
 from __future__ import annotations

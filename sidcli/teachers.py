@@ -84,6 +84,19 @@ class Model:
         return self.unet.config.in_channels, size, size
 
 
+def quiet_libraries() -> None:
+    """No progress bars and no advice from the libraries: what they print belongs to neither stdout nor our stderr."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub")
+
+
 def find(name: str, note: Any = lambda text: None) -> Source:
     """Resolve a model name; `note(text)` is told about an alias used.
 
@@ -169,12 +182,12 @@ def load(source: Source) -> Model:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source.name} is not a Stable Diffusion folder in safetensors: {reason}", "see `sid distill --help`") from error
+        raise InputError(
+            f"{source.name} is not a Stable Diffusion folder in safetensors: {reason}", "see `sid distill --help`"
+        ) from error
     for net in (unet, vae, text_encoder):
         net.eval().requires_grad_(False)
-    return Model(
-        source, unet, vae, text_encoder, tokenizer, read_schedule(scheduler_config), scheduler_config, read_card(source)
-    )
+    return Model(source, unet, vae, text_encoder, tokenizer, read_schedule(scheduler_config), scheduler_config, read_card(source))
 
 
 def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:

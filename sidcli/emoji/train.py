@@ -111,9 +111,7 @@ class Fit:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 beta = min(self.decay, self.step / (self.step + 9))
-                torch._foreach_lerp_(
-                    list(self.average.values()), [value.detach() for value in self.net.parameters()], 1.0 - beta
-                )
+                torch._foreach_lerp_(list(self.average.values()), [value.detach() for value in self.net.parameters()], 1.0 - beta)
                 for key, value in parts.items():
                     totals[key] = totals.get(key, 0.0) + float(value) / LOG_STEPS
                 if self.step % LOG_STEPS == 0 or self.step == self.steps:
@@ -171,7 +169,23 @@ def train_vae(output: Path, steps: int, batch: int = 16) -> None:
     vae.save_pretrained(output / "vae")
 
 
-FILLERS = ("very", "photo", "sitting", "please", "there", "is", "and", "in", "of", "really", "near", "under", "portrait", "style", "4k")
+FILLERS = (
+    "very",
+    "photo",
+    "sitting",
+    "please",
+    "there",
+    "is",
+    "and",
+    "in",
+    "of",
+    "really",
+    "near",
+    "under",
+    "portrait",
+    "style",
+    "4k",
+)
 
 
 def loose_caption(picture: world.Scene, index: int) -> world.Caption:
@@ -226,10 +240,10 @@ def cached_latents(output: Path, count: int) -> Tensor:
     with torch.no_grad(), half_precision():
         for start in range(0, count, 100):
             mean = vae.encode(images(world.TEACHER_SEED, range(start, start + 100))).latent_dist.mean
-            rows.append((mean.float() * vae.config.scaling_factor).half())
+            rows.append((mean.float() * vae.config.scaling_factor).half().contiguous())
             if start % 5000 == 0:
                 print(f"latents {start}/{count}", flush=True)
-    latents = torch.cat(rows)
+    latents = torch.cat(rows).contiguous()
     save_file({"latents": latents}, file)
     return latents
 

@@ -86,7 +86,15 @@ COLOUR_TEMPLATES = (
 )
 # A colour before the noun describes the noun, never the background: "red apple on blue" is a blue scene.
 ADJECTIVES = ("cute", "little", "small", "big", "happy", "shiny", "nice", "beautiful", "round", "funny", "new", "old", *COLOUR_LIST)
-PLURALS = {"mouse": "mice", "wolf": "wolves", "fish": "fish", "sheep": "sheep", "ox": "oxen", "candy": "candies", "cherries": "cherries"}
+PLURALS = {
+    "mouse": "mice",
+    "wolf": "wolves",
+    "fish": "fish",
+    "sheep": "sheep",
+    "ox": "oxen",
+    "candy": "candies",
+    "cherries": "cherries",
+}
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,13 @@ def caption(picture: Scene, seed: int, index: int, split: Split, name_colour: fl
         )
         if in_split(text, split):
             return Caption(text, picture.colour if named else None)
+
+
+@cache
+def digest() -> str:
+    """A short hash of everything that decides what scenes look like."""
+    rules = repr((NOUN_LIST, COLOURS, SPRITE_SIZES, sorted(HELD_OUT_PAIRS)))
+    return hashlib.blake2b(rules.encode() + SHEET.read_bytes(), digest_size=6).hexdigest()
 
 
 @cache

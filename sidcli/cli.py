@@ -1,0 +1,305 @@
+"""The four commands: options -> config -> one call -> one result. Nothing heavy is imported before the options are known to be right."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sidcli import __version__
+from sidcli.config import PRESETS, DistillConfig, preset_for, read_toml
+from sidcli.errors import SidError, UsageError
+
+if TYPE_CHECKING:
+    from sidcli.console import Console
+    from sidcli.teachers import Model
+
+EPILOG = (
+    "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
+    "4 device, memory, disk or folder, 5 a verification failed, 130/143 stopped by a signal after saving."
+)
+app = typer.Typer(
+    name="sid",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+)
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")]
+BatchOption = Annotated[int, typer.Option(min=1, max=4096, help="Images computed at once.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Turn a text-to-image diffusion model into one that draws in a single step."""
+
+
+@app.command()
+def distill(
+    teacher: Annotated[str, typer.Option(help="Embedded name, diffusers folder, or hub id.")] = "emoji-teacher",
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file with a prompt a line, or emoji / general for those that ship.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Long-and-short guidance: one scale for kappa1 to kappa4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    images: Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per update.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Images computed at once; does not change the result.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of fake score and generator.")] = None,
+    lr_fake: Annotated[float | None, typer.Option(help="Learning rate of the fake score alone.")] = None,
+    lr_generator: Annotated[float | None, typer.Option(help="Learning rate of the generator alone.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha of the SiD loss.")] = None,
+    ema_images: Annotated[float | None, typer.Option(help="Half-life of the weight average, in images.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of prompts, noise and timesteps.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/TEACHER-gGUIDANCE.")] = None,
+    device: DeviceOption = "auto",
+    resume: Annotated[Path | None, typer.Option(help="Continue from this checkpoint, not from the newest.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    sample_every: Annotated[int, typer.Option(min=1, help="Steps between sample grids.")] = 50,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved settings and stop.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Distil a teacher into a one-step student; run it again to continue.
+
+    Example: sid distill --teacher runwayml/stable-diffusion-v1-5 --guidance 1.5
+    """
+    given: dict[str, Any] = {
+        "prompts": prompts,
+        "steps": steps,
+        "batch_size": batch_size,
+        "micro_batch": micro_batch,
+        "lr_fake": lr_fake or lr,
+        "lr_generator": lr_generator or lr,
+        "alpha": alpha,
+        "ema_images": ema_images,
+        "precision": precision,
+        "seed": seed,
+    } | {f"kappa{n}": guidance for n in (1, 2, 3, 4)}
+    if steps is not None and images is not None:
+        raise UsageError("--steps and --images say the same thing twice", "give one of them")
+    from_file = read_toml(config) if config else {}
+    teacher = from_file.pop("teacher", teacher) if teacher == "emoji-teacher" else teacher
+    settings = PRESETS[preset_for(teacher)] | from_file | {name: value for name, value in given.items() if value is not None}
+    if images is not None:
+        size = settings.get("batch_size", DistillConfig.batch_size)
+        settings["steps"] = max(1, -(-images // max(1, size)))
+    settings["micro_batch"] = min(settings.get("micro_batch", DistillConfig.micro_batch), settings.get("batch_size", 512))
+    if settings.get("prompts", "auto") == "auto":
+        settings["prompts"] = "emoji" if preset_for(teacher) == "emoji" else "general"
+    resolved = DistillConfig(**{**settings, "teacher": teacher})
+    folder = output or Path("runs") / f"{_slug(teacher)}-g{resolved.kappa4:g}"
+
+    with _console(as_json, quiet) as console:
+        from dataclasses import asdict
+
+        if dry_run:
+            plan = asdict(resolved) | {"output": str(folder)}
+            console.result([f"{name} = {value}" for name, value in plan.items()], plan)
+            return
+        from sidcli.prompts import open_prompts
+
+        source = open_prompts(resolved.prompts)
+        if prompts is None:
+            console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
+        from sidcli import distill as driver
+        from sidcli.console import DistillProgress
+
+        model = _load(teacher, device, console)
+        rhythm = driver.Rhythm(save_every, sample_every)
+        with console.progress("distil", resolved.steps, "steps") as advance:
+            listener = DistillProgress(console, advance)
+            result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener)
+        console.note(f"{result.step} steps, {result.images} images, {result.seconds:.0f} s in this session")
+        console.note(f'draw with it: sid sample "a cat" --model {result.run}')
+        data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
+        console.result([str(result.student)], data | {"seconds": round(result.seconds, 1), "last": result.last})
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
+    model: Annotated[str, typer.Option(help="Embedded name, run folder, diffusers folder, or hub id.")] = "emoji",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .png for one image, a folder for more.")] = None,
+    num: Annotated[int, typer.Option(min=1, max=100_000, help="Images per prompt, with seeds seed, seed + 1, ...")] = 1,
+    seed: SeedOption = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50); a student takes one.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; by default its own best.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw images of prompts.
+
+    Example: sid sample "a cat" -o out.png
+    """
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {steps}")
+    if prompts:
+        from sidcli.prompts import read_list
+
+        texts = [*(prompt or []), *read_list(prompts).lines]
+    else:
+        texts = list(prompt or [])
+    if not texts:
+        raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
+    if any(not text.strip() for text in texts):
+        raise UsageError("an empty prompt", "describe what to draw")
+    count = len(texts) * num
+    target = output or Path("out.png" if count == 1 else "out")
+    with _console(as_json, quiet) as console:
+        loaded = _load(model, device, console)
+        from sidcli import sample as driver
+        from sidcli.sampler import pick_device, plan_for
+
+        plan = plan_for(loaded, steps, guidance)
+        console.note(f"drawing with {loaded.source.name} ({plan.describe()}); another model: --model NAME")
+        with console.progress("draw", count, "images") as advance:
+            drawn, sheet, cut = driver.run(
+                loaded, pick_device(device), plan, texts, num, seed, target, batch_size, overwrite, advance
+            )
+        if cut:
+            console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
+        if sheet:
+            console.note(f"contact sheet: {sheet}")
+        console.result([str(item.file) for item in drawn], driver.summary(drawn, sheet, loaded, plan))
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[str] | None, typer.Argument(help="Models to compare; by default emoji and emoji-teacher.")] = None,
+    fid: Annotated[bool, typer.Option(help="Frechet distance to 10,000 scenes.")] = False,
+    clip: Annotated[bool, typer.Option(help="CLIP score.")] = False,
+    accuracy: Annotated[bool, typer.Option(help="Noun and colour accuracy.")] = False,
+    untrained: Annotated[bool, typer.Option(help="Also measure each teacher in one step, where a distillation starts.")] = False,
+    held_out: Annotated[bool, typer.Option(help="Only noun and colour pairs that no model was shown.")] = False,
+    num: Annotated[int, typer.Option(min=2, max=1_000_000, help="Images per model.")] = 500,
+    steps: Annotated[int | None, typer.Option(help="Steps of the teachers (50).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the teachers.")] = None,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = 50,
+    device: DeviceOption = "auto",
+    picture: Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure models side by side. Without a metric named, all of them.
+
+    Example: sid eval emoji emoji-teacher --fid --clip
+    """
+    names = models or ["emoji", "emoji-teacher"]
+    with _console(as_json, quiet) as console:
+        from sidcli import evaluate as driver
+        from sidcli.sampler import pick_device, plan_for
+
+        chosen = driver.Metrics(fid, clip, accuracy) if fid or clip or accuracy else driver.Metrics(True, True, True)
+        where = pick_device(device)
+        rows, pictures = [driver.measure_scenes(where, chosen, num, held_out)], []
+        for name in names:
+            model = _load(name, device, console)
+            driver.check(model)
+            plans = [plan_for(model, steps, guidance) if not model.is_student else plan_for(model, None, None)]
+            if untrained and not model.is_student:
+                plans.append(plan_for(model, None, None, untrained=True))
+            for plan in plans:
+                with console.progress(f"{name}, {plan.describe()}", num, "images") as advance:
+                    row, shown = driver.measure(model, plan, where, chosen, num, seed, held_out, batch_size, advance)
+                rows.append(row)
+                pictures.append((f"{name}, {plan.describe()}", shown))
+        title = f"emoji world, {num} images a model" + (", held-out pairs" if held_out else "")
+        header, cells = driver.table(rows)
+        console.table(title, header, cells)
+        if picture:
+            driver.save_comparison(pictures, picture)
+            console.note(f"comparison: {picture}")
+        if as_json:
+            protocol = driver.record(num, seed, held_out)
+            console.result(
+                [], {"protocol": protocol, "models": [row.as_dict() for row in rows], "picture": str(picture or "") or None}
+            )
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run folder, a student folder, or emoji.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    format: Annotated[str, typer.Option("--format", help="diffusers.")] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    verify: Annotated[bool, typer.Option(help="Draw with stock diffusers and compare before the folder appears.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a student for other programs.
+
+    Example: sid export runs/emoji-teacher-g1.5 --format diffusers -o cat-drawer
+    """
+    with _console(as_json, quiet) as console:
+        loaded = _load(model, "cpu", console)
+        from sidcli import export as driver
+
+        done = driver.run(loaded, format, output, dtype, verify, overwrite)
+        if done.difference is not None:
+            console.note(f"verified: stock diffusers draws the same image, at most {done.difference}/255 apart")
+        data = {"folder": str(done.folder), "files": done.files, "difference_255": done.difference}
+        console.result([str(done.folder)], data)
+
+
+def _slug(teacher: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
+
+
+@contextmanager
+def _console(as_json: bool, quiet: bool) -> Iterator[Console]:
+    """The console of a command; libraries are told to keep quiet before any of them is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from sidcli.console import Console
+
+    yield Console(as_json, quiet)
+
+
+def _load(name: str, device: str, console: Console) -> Model:
+    """A model by name, after making sure that the device exists: a download for nothing would be worse than an error."""
+    console.note(f"loading {name}")
+    from sidcli.sampler import pick_device
+    from sidcli.teachers import find, load, quiet_libraries
+
+    pick_device(device)
+    quiet_libraries()
+    return load(find(name, console.note))
+
+
+def main() -> None:
+    """Entry point of `sid`: errors of ours become one line and their exit code, others a traceback and 1."""
+    try:
+        app()
+    except SidError as error:
+        from sidcli.console import Console
+
+        Console().error(error.message, error.hint)
+        if os.environ.get("SID_DEBUG"):
+            raise
+        sys.exit(error.exit_code)

@@ -1,0 +1,124 @@
+"""The only room that knows rich. Results go to stdout, everything else to stderr; prompts and paths are never read as markup."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+LINE_SECONDS = 15.0
+
+
+def printable(text: str) -> str:
+    """Control and direction-changing characters made visible, so that a prompt cannot drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
+
+
+class Console:
+    """One command's voice: for people, as one JSON object (`--json`), or nearly silent (`--quiet`)."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False):
+        self.as_json, self.quiet = as_json, quiet
+        self.err = Terminal(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.out = Terminal(markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.live = self.err.is_terminal and not as_json and not quiet
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.err.print(printable(text))
+
+    def error(self, message: str, hint: str = "") -> None:
+        self.err.print(Text("error: ", style="bold red") + Text(printable(message)))
+        if hint:
+            self.err.print(Text("  try: ", style="bold") + Text(printable(hint)))
+
+    def result(self, lines: Sequence[str], data: dict[str, Any]) -> None:
+        """`data` as one JSON object, or `lines` for people and scripts that read lines."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+        else:
+            for line in lines:
+                self.out.print(printable(line))
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if self.as_json:
+            return
+        if self.out.is_terminal:
+            table = Table(title=title, title_justify="left")
+            for index, name in enumerate(header):
+                table.add_column(name, justify="left" if index < 2 else "right")
+            for row in rows:
+                table.add_row(*(Text(printable(cell)) for cell in row))
+            self.out.print(table)
+            return
+        # Markdown where nobody watches: it reads well in a log and pastes into a README.
+        widths = [max(len(printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
+        lines = [title, "", header, ["-" * width for width in widths], *rows]
+        for line in lines:
+            cells = (
+                (printable(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
+                if not isinstance(line, str)
+                else ()
+            )
+            self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+        """A bar on a terminal, a line now and then elsewhere. The block calls `advance(count, text)`."""
+        if not self.live:
+            yield Advance(self, None, None, what, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self.err) as bar:
+            yield Advance(self, bar, bar.add_task(what, total=total, text=""), what, total)
+
+
+class Advance:
+    """What a progress block calls: how much more is done, and what to say beside it."""
+
+    def __init__(self, console: Console, bar: Progress | None, task: TaskID | None, what: str, total: int):
+        self.console, self.bar, self.task, self.what, self.total = console, bar, task, what, total
+        self.done = 0
+        self.spoken = time.monotonic()
+
+    def __call__(self, count: int, text: str = "") -> None:
+        self.done += count
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, text=text)
+        elif time.monotonic() - self.spoken > LINE_SECONDS and not self.console.as_json:
+            self.spoken = time.monotonic()
+            self.console.note(f"{self.what} {self.done}/{self.total} {text}".rstrip())
+
+
+class DistillProgress:
+    """Listens to a training run and shows it."""
+
+    def __init__(self, console: Console, advance: Advance):
+        self.console, self.advance = console, advance
+
+    def started(self, step: int, steps: int) -> None:
+        self.advance(step)
+
+    def stepped(self, record: dict[str, Any]) -> None:
+        shown = {"img/s": "images_per_second", "fake": "fake_loss", "gen": "generator_loss", "ratio": "ratio"}
+        text = " ".join(f"{label} {record[key]:.3g}" for label, key in shown.items() if key in record)
+        self.advance(record["step"] - self.advance.done, text)
+
+    def note(self, text: str) -> None:
+        self.console.note(text)

@@ -1,0 +1,87 @@
+"""A one-step student as a plain diffusers pipeline folder: stock code runs it with num_inference_steps=1, guidance_scale=0.
+
+The trick is the scheduler: EulerDiscrete over the first t_init + 1 betas with trailing spacing starts at t_init with
+sigma_t_init z and steps straight to the clean latent, which is what the one-step generator computes (artifacts 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from transformers import CLIPTokenizer
+
+from sidcli.files import atomic_folder, write_json
+from sidcli.teachers import Model
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscreteScheduler:
+    """The truncated schedule that makes one Euler step equal the one-step generator at t_init.
+
+    The first betas of a scaled-linear (or linear) schedule are such a schedule again, which keeps the config at 600 bytes; any other
+    is written out as `trained_betas`.
+    """
+    first = {key: teacher_config[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in teacher_config}
+    steps = int(teacher_config.get("num_train_timesteps", 1000))
+    begin, end = float(first.get("beta_start", 0.0001)), float(first.get("beta_end", 0.02))
+    kind = first.get("beta_schedule", "linear")
+    options: dict[str, Any] = {
+        "num_train_timesteps": t_init + 1,
+        "timestep_spacing": "trailing",
+        "prediction_type": teacher_config.get("prediction_type", "epsilon"),
+    }
+    plain = teacher_config.get("trained_betas") is None and not teacher_config.get("rescale_betas_zero_snr", False)
+    if plain and kind == "scaled_linear":
+        end = (begin**0.5 + (end**0.5 - begin**0.5) * t_init / (steps - 1)) ** 2
+    elif plain and kind == "linear":
+        end = begin + (end - begin) * t_init / (steps - 1)
+    else:
+        known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        betas = DDPMScheduler(**{key: teacher_config[key] for key in known if key in teacher_config}).betas
+        return EulerDiscreteScheduler(trained_betas=betas[: t_init + 1].tolist(), **options)
+    return EulerDiscreteScheduler(beta_schedule=kind, beta_start=begin, beta_end=end, **options)
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Besides tokenizer.json also vocab.json and merges.txt, which other programs read."""
+    tokenizer.save_pretrained(folder)
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    write_json(folder / "vocab.json", model["vocab"])
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+
+
+def write_student(path: Path, model: Model, card: dict[str, Any], dtype: str = "fp32") -> None:
+    """Write `model` with its truncated scheduler as a pipeline folder; `path` appears whole or not at all."""
+    with atomic_folder(path) as folder:
+        write_pipeline(folder, model, student_scheduler(model.scheduler_config, card["t_init"]), card, dtype)
+
+
+def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], dtype: str) -> None:
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    for name, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
+        # A copy changes precision; the caller's network stays as it is.
+        copy.deepcopy(network).to("cpu", DTYPES[dtype]).save_pretrained(folder / name)
+    scheduler.save_pretrained(folder / "scheduler")
+    save_tokenizer(model.tokenizer, folder / "tokenizer")
+    index |= {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "sid.json", card)
+    for licence in model.source.folder.glob("LICENSE*"):
+        shutil.copyfile(licence, folder / licence.name)

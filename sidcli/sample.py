@@ -1,0 +1,89 @@
+"""`sid sample`: prompts -> images. Image i depends on its prompt, its seed and the model alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+
+from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.pictures import contact_sheet, save_png
+from sidcli.sampler import Plan, Progress, Sampler, draw
+from sidcli.teachers import Model
+
+
+@dataclass(frozen=True)
+class Drawn:
+    file: Path
+    prompt: str
+    seed: int
+
+
+def png_info(prompt: str, seed: int, model: Model, plan: Plan) -> PngImagePlugin.PngInfo:
+    """What made the image, as one JSON text chunk named `sid`."""
+    info = PngImagePlugin.PngInfo()
+    made = {
+        "prompt": prompt,
+        "seed": seed,
+        "model": model.source.origin,
+        "revision": model.source.revision,
+        "sampling": plan.describe(),
+    }
+    info.add_itxt("sid", json.dumps(made, ensure_ascii=False))
+    return info
+
+
+def run(
+    model: Model,
+    device: torch.device,
+    plan: Plan,
+    prompts: Sequence[str],
+    num: int,
+    seed: int,
+    output: Path,
+    batch_size: int,
+    overwrite: bool,
+    advance: Progress,
+) -> tuple[list[Drawn], Path | None, int]:
+    """Draw `num` images of every prompt with seeds seed, seed + 1, ...; a single image goes to `output`, several into it.
+
+    Returns the images, the contact sheet (None for a single image) and how many prompts were cut to the encoder's length.
+    Raises EnvironmentProblem where a file would be overwritten.
+    """
+    jobs = [(prompt, seed + index) for prompt in prompts for index in range(num)]
+    single = len(jobs) == 1 and output.suffix.lower() == ".png"
+    if output.suffix and not single and not output.is_dir():
+        raise UsageError(f"{len(jobs)} images do not fit in one file {output}", "give a folder with --output")
+    files = [output] if single else [output / f"{index:06d}.png" for index in range(len(jobs))]
+    sheet = None if single else output / "sheet.png"
+    if not overwrite:
+        for file in [*files, *([sheet] if sheet else [])]:
+            if file.exists() or file.is_symlink():
+                raise EnvironmentProblem(f"{file} exists already", "choose another --output, or pass --overwrite")
+    sampler = Sampler(model, device)
+    drawn, thumbnails = [], []
+    batches = draw(sampler, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
+    images = (image for batch in batches for image in batch)
+    for (prompt, image_seed), file, pixels in zip(jobs, files, images, strict=True):
+        picture = Image.fromarray(pixels.numpy())
+        save_png(picture, file, png_info(prompt, image_seed, model, plan))
+        drawn.append(Drawn(file, prompt, image_seed))
+        if sheet and len(thumbnails) < 100:
+            thumbnails.append(picture)
+    if sheet:
+        save_png(contact_sheet(thumbnails, [f"{item.prompt} ({item.seed})" for item in drawn]), sheet)
+    return drawn, sheet, sampler.truncated_prompts
+
+
+def summary(drawn: Sequence[Drawn], sheet: Path | None, model: Model, plan: Plan) -> dict[str, Any]:
+    return {
+        "model": model.source.origin,
+        "sampling": plan.describe(),
+        "images": [{"file": str(item.file), "prompt": item.prompt, "seed": item.seed} for item in drawn],
+        "sheet": str(sheet) if sheet else None,
+    }
