@@ -92,8 +92,7 @@ def new_scheduler() -> DDIMScheduler:
         beta_start=0.00085,
         beta_end=0.012,
         clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+        set_alpha_to_one=True,
         timestep_spacing="trailing",
         prediction_type="epsilon",
     )

@@ -366,8 +366,8 @@ def main() -> None:
         "vae": (train_vae, 3600),
         "text": (train_text, 900),
         "teacher": (train_teacher, 14000),
-        "classifier": (train_classifier, 1200),
-        "clip": (train_clip, 1000),
+        "classifier": (train_classifier, 1000),
+        "clip": (train_clip, 450),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)

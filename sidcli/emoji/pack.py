@@ -1,0 +1,61 @@
+"""Turn trained parts into the folders that ship inside the package, in half precision.
+
+    python -m sidcli.emoji.pack nets --build build/emoji --guidance 2    (teacher, classifier, open_clip)
+    python -m sidcli.emoji.pack student --run runs/emoji-teacher-g1.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from sidcli.emoji import models
+from sidcli.emoji.clip import CONFIG
+from sidcli.files import atomic_folder, write_json
+from sidcli.formats.diffusers_folder import write_pipeline, write_student
+from sidcli.teachers import WEIGHTS, Source, load
+
+
+def half(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half() if value.is_floating_point() else value for name, value in load_file(source).items()}, target)
+
+
+def pack_nets(build: Path, guidance: float) -> None:
+    """The teacher pipeline with its card, and the two metric networks."""
+    model = load(Source("teacher", build / "teacher", str(build)))
+    trained = json.loads((build / "teacher.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    card = {"kind": "teacher", "world": "emoji", "guidance": guidance, "steps_trained": trained["step"]}
+    with atomic_folder(WEIGHTS / "teacher") as folder:
+        write_pipeline(folder, model, models.new_scheduler(), card, "fp16")
+    half(build / "classifier.safetensors", WEIGHTS / "classifier.safetensors")
+    half(build / "clip.safetensors", WEIGHTS / "clip" / "open_clip_model.safetensors")
+    write_json(WEIGHTS / "clip" / "open_clip_config.json", CONFIG)
+
+
+def pack_student(run: Path) -> None:
+    """The student of a run, as it is."""
+    model = load(Source("student", run / "student", str(run)))
+    write_student(WEIGHTS / "student", model, model.card, "fp16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("nets", "student"))
+    parser.add_argument("--build", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    options = parser.parse_args()
+    if options.what == "nets":
+        pack_nets(options.build, options.guidance)
+    elif options.run is None:
+        parser.error("student needs --run")
+    else:
+        pack_student(options.run)
+
+
+if __name__ == "__main__":
+    main()

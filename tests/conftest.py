@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "100"
+
+import torch
+
+from sidcli.config import DistillConfig
+from sidcli.teachers import Model, find, load, quiet_libraries
+from tests import tiny
+
+quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random pipeline with the class layout and tokenizer of SD 1.5."""
+    return tiny.write_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, predicting v."""
+    return tiny.write_sd(tmp_path_factory.mktemp("models") / "v", "v_prediction")
+
+
+@pytest.fixture
+def sd(sd_folder: Path) -> Model:
+    return load(find(str(sd_folder)))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Caches of a test belong to that test, and arithmetic repeats bit for bit."""
+    monkeypatch.setenv("SID_CACHE_DIR", str(tmp_path / "cache"))
+    yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config() -> DistillConfig:
+    """Settings at which a tiny pipeline moves visibly in a few steps."""
+    return DistillConfig(
+        teacher="sd", prompts="general", steps=4, batch_size=4, micro_batch=4, lr_fake=1e-3, lr_generator=1e-3, precision="fp32"
+    )

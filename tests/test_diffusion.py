@@ -1,0 +1,75 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from sidcli.diffusion import Schedule, guided, many_steps, one_step
+from sidcli.teachers import read_schedule
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+
+
+def schedule(prediction: str = "epsilon") -> Schedule:
+    return read_schedule(SD | {"prediction_type": prediction})
+
+
+def test_the_schedule_of_stable_diffusion_has_the_published_values() -> None:
+    a, sigma = schedule().scale(torch.tensor([20, 625, 979]))
+    assert a.flatten().tolist() == pytest.approx([0.9906, 0.3712, 0.0769], abs=1e-4)
+    assert sigma.flatten().tolist() == pytest.approx([0.1367, 0.9286, 0.9970], abs=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_gives_back_the_clean_latent_and_the_noise(prediction: str) -> None:
+    rule = schedule(prediction)
+    x, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([20, 500, 979])
+    x_t = rule.noised(x, noise, t)
+    a, sigma = rule.scale(t)
+    perfect = noise if prediction == "epsilon" else a * noise - sigma * x
+    torch.testing.assert_close(rule.clean(perfect, x_t, t), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rule.noise(perfect, x_t, t), noise, atol=1e-5, rtol=1e-5)
+
+
+def test_epsilon_error_is_abar_times_v_error() -> None:
+    rule = schedule("v_prediction")
+    x, noise, wrong, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
+    x_t = rule.noised(x, noise, t)
+    a, sigma = rule.scale(t)
+    v_error = (wrong - (a * noise - sigma * x)).square().sum((1, 2, 3))
+    eps_error = (rule.noise(wrong, x_t, t) - noise).square().sum((1, 2, 3))
+    torch.testing.assert_close(eps_error, a.flatten() ** 2 * v_error, rtol=1e-4, atol=1e-4)
+
+
+def test_the_one_step_generator_feeds_sigma_z_at_t_init_and_returns_the_clean_latent() -> None:
+    z, seen = torch.randn(2, 4, 8, 8), {}
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.update(x=x, t=t)
+        return torch.full_like(x, 0.5)
+
+    drawn = one_step(denoise, z, schedule(), 625)
+    torch.testing.assert_close(seen["x"], 0.928564 * z, rtol=1e-5, atol=1e-6)
+    assert seen["t"].tolist() == [625, 625]
+    torch.testing.assert_close(drawn, 2.5017056 * z - 0.928564 / 0.3711724 * 0.5, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_many_steps_equal_the_ddim_of_diffusers(prediction: str) -> None:
+    scheduler = DDIMScheduler(
+        **SD, prediction_type=prediction, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * (t.view(-1, 1, 1, 1) / 1000 + 0.1)
+
+    noise = torch.randn(2, 4, 8, 8)
+    scheduler.set_timesteps(10)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoise(x, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(many_steps(denoise, noise, schedule(prediction), 10), x, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional_prediction() -> None:
+    conditional, unconditional = torch.randn(2, 3), torch.randn(2, 3)
+    torch.testing.assert_close(guided(conditional, unconditional, 1.0), conditional)
+    torch.testing.assert_close(guided(conditional, unconditional, 0.0), unconditional)

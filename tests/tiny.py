@@ -1,0 +1,74 @@
+"""Tiny random Stable Diffusion pipelines with the real class layout, built offline in a second."""
+
+from __future__ import annotations
+
+import gzip
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+
+
+@cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of SD 1.5, from the word list that open_clip ships."""
+    words = gzip.open(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")).read().decode().split("\n")
+    merges = [tuple(line.split()) for line in words[1 : 49152 - 256 - 2 + 1]]
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def write_sd(folder: Path, prediction: str = "epsilon", size: int = 8) -> Path:
+    """A random SD 1 pipeline of four levels at `size` x `size` latents (f8), as a folder."""
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    text = CLIPTextModel(
+        CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
+    )
+    unet = UNet2DConditionModel(
+        sample_size=size,
+        layers_per_block=1,
+        block_out_channels=(16, 16, 32, 32),
+        norm_num_groups=8,
+        down_block_types=DOWN,
+        up_block_types=UP,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8 * size,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
