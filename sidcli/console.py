@@ -36,9 +36,9 @@ class Console:
             self.err.print(printable(text))
 
     def error(self, message: str, hint: str = "") -> None:
-        self.err.print(Text("error: ", style="bold red") + Text(printable(message)))
-        if hint:
-            self.err.print(Text("  try: ", style="bold") + Text(printable(hint)))
+        """One line: what happened, and what to try."""
+        line = Text("error: ", style="bold red") + Text(printable(message))
+        self.err.print(line + Text("; try: ", style="bold") + Text(printable(hint)) if hint else line)
 
     def result(self, lines: Sequence[str], data: dict[str, Any]) -> None:
         """`data` as one JSON object, or `lines` for people and scripts that read lines."""

@@ -35,6 +35,7 @@ def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscr
     options: dict[str, Any] = {
         "num_train_timesteps": t_init + 1,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,  # without effect under trailing spacing; pipelines warn about any other value
         "prediction_type": teacher_config.get("prediction_type", "epsilon"),
     }
     plain = teacher_config.get("trained_betas") is None and not teacher_config.get("rescale_betas_zero_snr", False)

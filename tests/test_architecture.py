@@ -1,0 +1,65 @@
+"""The walls of the house: imports point downward, heavy libraries stay in their rooms, no loader can run code."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "sidcli"
+FLOORS = [
+    {"errors", "randomness", "__init__"},
+    {"files", "config", "diffusion", "objectives.sid", "emoji.nouns"},
+    {"emoji.world", "emoji.sprites"},
+    {"prompts", "emoji.classifier", "emoji.clip", "emoji.models", "teachers", "pictures", "metrics.fid"},
+    {"sampler", "checkpoint", "metrics.features", "formats.diffusers_folder"},
+    {"engine", "metrics.accuracy", "metrics.clip_score", "emoji.train", "emoji.pack"},
+    {"distill", "sample", "evaluate", "export"},
+    {"console"},
+    {"cli", "__main__"},
+]
+FORBIDDEN = {"eval", "exec", "compile", "__import__"}
+
+
+def modules() -> dict[str, ast.Module]:
+    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    return {name: ast.parse(path.read_text()) for path, name in names.items() if not name.endswith(".__init__")}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_floor_and_imports_only_from_floors_below() -> None:
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    everything = modules()
+    assert set(everything) == set(floor)
+    for name, tree in everything.items():
+        own = {other.removeprefix("sidcli.") for other in imported(tree) if other.startswith("sidcli.")}
+        for other in own & set(floor):
+            assert floor[other] < floor[name], f"{name} imports {other}"
+
+
+def test_rich_and_typer_stay_in_their_rooms_and_click_nowhere() -> None:
+    for name, tree in modules().items():
+        roots = {module.split(".")[0] for module in imported(tree)}
+        assert "click" not in roots
+        assert "rich" not in roots or name == "console"
+        assert "typer" not in roots or name == "cli"
+
+
+def test_nothing_in_the_source_can_load_code_from_a_file() -> None:
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                text = ast.unparse(node.func)
+                assert text not in FORBIDDEN, f"{name}: {text}"
+                assert text not in {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "os.system"}, f"{name}: {text}"
+                keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert "trust_remote_code" not in keywords and "custom_pipeline" not in keywords
+                assert keywords.get("shell") != "True"
+                if text == "np.load":
+                    assert keywords.get("allow_pickle") == "False"

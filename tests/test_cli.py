@@ -1,0 +1,122 @@
+"""The command line as a person or a script meets it: real processes where exit codes and imports matter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+HEAVY = ("torch", "diffusers", "transformers", "numpy")
+
+
+def sid(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-m", "sidcli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["distill", "--help"],
+        ["sample", "--num", "0", "a cat"],
+        ["distill", "--steps", "0"],
+        ["distill", "--lr", "-1"],
+        ["sample"],
+        ["nonsense"],
+    ],
+)
+def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys; sys.argv = ['sid', *sys.argv[1:]]\n"
+        "from sidcli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules], code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    wanted = 0 if "--help" in arguments else 2
+    assert f"LOADED [] {wanted}" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["distill", "--steps", "3", "--images", "9"], 2, "--steps and --images"),
+        (["distill", "--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
+        (["sample", "a cat", "--model", "emoji", "--steps", "4"], 2, "one-step student"),
+        (["sample", "a cat", "--model", "no-such-model"], 3, "no model 'no-such-model'"),
+        (["sample", "a cat", "--model", "weights.ckpt"], 3, "pickled weights"),
+        (["distill", "--prompts", "missing.txt"], 3, "missing.txt"),
+        (["distill", "--device", "cuda:7"], 4, "no device cuda:7"),
+        (["export", "emoji-teacher", "-o", "x"], 3, "not a student"),
+        (["export", "emoji", "-o", "x", "--format", "gif"], 2, "unknown format"),
+    ],
+)
+def test_an_error_is_one_line_with_its_exit_code(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
+    done = sid(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_teacher_without_a_network_ends_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    done = sid("distill", "--teacher", "runwayml/stable-diffusion-v1-5", cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 3
+    last = done.stderr.splitlines()[-1]
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in last and "try:" in last
+    assert "has left the hub" in done.stderr
+
+
+def test_sample_needs_no_more_than_a_prompt_and_signs_the_picture(tmp_path: Path) -> None:
+    done = sid("sample", "a cat", "-o", "out.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out.png\n" and "drawing with emoji" in done.stderr and "--model" in done.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        made = json.loads(picture.info["sid"])
+        assert picture.size == (64, 64)
+    assert made["prompt"] == "a cat" and made["seed"] == 0 and made["model"] == "embedded:emoji"
+    again = sid("sample", "a cat", "-o", "out.png", cwd=tmp_path)
+    assert again.returncode == 4 and "exists already" in again.stderr
+
+
+def test_several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it(tmp_path: Path) -> None:
+    hostile = "../../[red]x\x1b]0;title\x07"
+    done = sid("sample", "a cat", hostile, "--num", "2", "--seed", "7", "-o", "many", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert [item["seed"] for item in listed["images"]] == [7, 8, 7, 8]
+    assert listed["images"][2]["prompt"] == hostile
+    names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file())
+    assert names == [f"many/{index:06d}.png" for index in range(4)] + ["many/sheet.png"]
+
+
+def test_export_verifies_itself_against_sample(tmp_path: Path) -> None:
+    done = sid("export", "emoji", "--format", "diffusers", "-o", "student", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["difference_255"] <= 1 and "unet/diffusion_pytorch_model.safetensors" in report["files"]
+    assert (tmp_path / "student" / "sid.json").is_file()
+
+
+def test_eval_prints_a_table_with_the_floor_and_the_models(tmp_path: Path) -> None:
+    done = sid("eval", "emoji", "--num", "20", "--picture", "rows.png", "--fid", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
+    assert done.returncode == 0, done.stderr
+    assert "| scenes (floor)" in done.stdout and "| emoji " in done.stdout and "CLIP" not in done.stdout
+    assert (tmp_path / "rows.png").is_file()
+
+
+def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
+    small = ["--steps", "2", "--batch-size", "2", "--json"]
+    dry = sid("distill", *small, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0 and json.loads(dry.stdout)["kappa1"] == 1.5
+    assert list(tmp_path.iterdir()) == []
+    done = sid("distill", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["student"] == "runs/emoji-teacher-g1.5/student"
+    assert (tmp_path / "runs/emoji-teacher-g1.5/student/model_index.json").is_file()

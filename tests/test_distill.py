@@ -1,0 +1,144 @@
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from sidcli import checkpoint, distill
+from sidcli.config import DistillConfig, read_toml
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
+from sidcli.files import locked
+from sidcli.prompts import open_prompts
+from sidcli.sampler import Sampler, plan_for
+from sidcli.teachers import find, load
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def started(self, step: int, steps: int) -> None: ...
+
+    def stepped(self, record: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class KillAt(Silent):
+    """Sends this process a signal after a given step, as a person or a scheduler would."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.step, self.number = step, number
+
+    def stepped(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | None = None, **more: Any) -> distill.Result:
+    rhythm = distill.Rhythm(save=more.pop("save", 2), sample=2, log=1)
+    prompts = open_prompts(config.prompts)
+    return distill.run(load(find(str(folder))), config, prompts, output, "cpu", rhythm, more.get("resume"), listener or Silent())
+
+
+def state(output: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = output / "checkpoints" / checkpoint.folder_name(step)
+    return {f"{file.stem}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_at_half_and_continued_equals_one_that_was_not(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, number: int
+) -> None:
+    whole = run(sd_folder, config, tmp_path / "whole")
+    with pytest.raises(Interrupted) as stopped:
+        run(sd_folder, config, tmp_path / "halves", KillAt(1, number), save=100)
+    assert stopped.value.exit_code == 128 + number
+    assert checkpoint.numbered(tmp_path / "halves" / "checkpoints") == [1]
+    continued = Silent()
+    run(sd_folder, config, tmp_path / "halves", continued)
+    assert "continuing from step 1" in continued.notes
+    one, two = state(whole.run, 4), state(tmp_path / "halves", 4)
+    assert one.keys() == two.keys() and len(one) > 1000
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_the_student_equals_sid_sample_in_stock_diffusers(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    result = run(sd_folder, config, tmp_path / "run")
+    pipe = StableDiffusionPipeline.from_pretrained(result.student)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(3)
+    theirs = np.asarray(pipe("a cat", num_inference_steps=1, guidance_scale=0, generator=generator).images[0])
+    model = load(find(str(tmp_path / "run")))
+    sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model, None, None)
+    ours = sampler.decode(sampler.latents(["a cat"], sampler.noise([3]), plan.steps, plan.guidance, plan.t_init))[0].numpy()
+    assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
+    assert theirs.std() > 1
+
+
+def test_the_student_is_the_average_and_differs_from_the_teacher(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    result = run(sd_folder, config, tmp_path / "run")
+    student = load_file(result.student / "unet" / "diffusion_pytorch_model.safetensors")
+    average = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "average.safetensors")
+    teacher = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(student[name], average[name]) for name in student)
+    assert any(not torch.equal(student[name], teacher[name]) for name in student)
+
+
+def test_a_run_folder_holds_what_the_readme_promises(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    run(sd_folder, config, tmp_path / "run")
+    assert read_toml(tmp_path / "run" / "config.toml") == dataclasses.asdict(config)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["teacher"]["origin"] == str(sd_folder) and record["prompts"]["name"] == "general"
+    assert sorted(file.name for file in (tmp_path / "run" / "samples").iterdir()) == [f"{n:08d}.png" for n in (0, 2, 4)]
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"lr_fake: 0\.001 -> 0\.002"):
+        run(sd_folder, dataclasses.replace(config, lr_fake=2e-3), tmp_path / "run")
+    assert run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run").step == 3
+
+
+def test_a_finished_run_started_again_does_nothing_and_says_the_same(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    first = run(sd_folder, config, tmp_path / "run")
+    again = run(sd_folder, config, tmp_path / "run")
+    assert (again.step, again.student) == (first.step, first.student)
+
+
+def test_a_folder_in_use_is_refused_with_the_process(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(EnvironmentProblem, match=str(os.getpid())):
+        run(sd_folder, config, tmp_path / "run")
+
+
+def test_a_diverging_run_stops_with_the_step_and_a_finite_checkpoint(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    wild = dataclasses.replace(config, lr_fake=1e20, lr_generator=1e20, steps=50)
+    with pytest.raises(SidError, match="at step") as stopped:
+        run(sd_folder, wild, tmp_path / "run", save=1)
+    assert stopped.value.exit_code == 1
+    found, _ = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is None or all(value.isfinite().all() for value in state(tmp_path / "run", found.step).values())
+
+
+def test_a_student_cannot_be_distilled_again(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    result = run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
+    with pytest.raises(InputError, match="student already"):
+        run(result.student, config, tmp_path / "again")

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from sidcli.emoji import world
+from sidcli.prompts import shipped_folder
+
+
+def test_a_scene_is_a_function_of_seed_and_index() -> None:
+    assert world.scene(1, 7) == world.scene(1, 7)
+    assert len({world.scene(1, index) for index in range(50)} | {world.scene(2, index) for index in range(50)}) == 100
+
+
+def test_every_noun_and_every_colour_is_drawn() -> None:
+    assert len(world.NOUN_LIST) >= 150 and len(world.COLOUR_LIST) == 10
+    scenes = [world.scene(0, index) for index in range(4000)]
+    assert {scene.noun for scene in scenes} == set(world.NOUN_LIST)
+    assert {scene.colour for scene in scenes} == set(world.COLOUR_LIST)
+
+
+def test_held_out_pairs_appear_only_when_asked_for() -> None:
+    assert 40 < len(world.HELD_OUT_PAIRS) < 120
+    seen = {(scene.noun, scene.colour) for scene in (world.scene(0, index) for index in range(3000))}
+    held = {(scene.noun, scene.colour) for scene in (world.scene(0, index, held_out=True) for index in range(300))}
+    assert not seen & world.HELD_OUT_PAIRS
+    assert held <= world.HELD_OUT_PAIRS
+
+
+def test_a_picture_shows_its_background_outside_the_sprite_and_the_sprite_inside() -> None:
+    scene = world.Scene("tomato", "blue", 36, 28, 28, False, 1.0)
+    pixels = world.render(scene)
+    assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
+    assert pixels[0, 0].tolist() == list(world.COLOURS["blue"])
+    red, green, blue = pixels[46, 46].tolist()
+    assert red > 150 and red > 2 * green and red > 2 * blue
+
+
+def test_a_mirrored_scene_is_the_mirror_image() -> None:
+    plain = world.render(world.Scene("snail", "red", 56, 4, 4, False, 1.0))
+    mirrored = world.render(world.Scene("snail", "red", 56, 4, 4, True, 1.0))
+    assert not np.array_equal(plain, mirrored)
+    np.testing.assert_array_equal(plain[:, ::-1], mirrored)
+
+
+def test_a_caption_names_the_noun_and_the_colour_it_promises() -> None:
+    for index in range(300):
+        scene = world.scene(3, index)
+        text, colour = world.caption(scene, 3, index, "train")
+        assert scene.noun in text or world.plural(scene.noun) in text
+        assert colour in (None, scene.colour)
+        assert colour is None or colour in text
+
+
+def test_no_caption_belongs_to_both_splits() -> None:
+    train = {world.caption(world.scene(0, index), 0, index, "train").text for index in range(2000)}
+    held = {world.caption(world.scene(0, index), 0, index, "eval").text for index in range(2000)}
+    assert not train & held
+
+
+@pytest.mark.parametrize(("noun", "wanted"), [("cat", "cats"), ("mouse", "mice"), ("fox", "foxes"), ("butterfly", "butterflies")])
+def test_plurals_are_english(noun: str, wanted: str) -> None:
+    assert world.plural(noun) == wanted
+
+
+def test_the_shipped_list_holds_captions_of_the_evaluation_split() -> None:
+    lines = (shipped_folder() / "emoji.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1000
+    assert all(world.in_split(line, "eval") for line in lines)
