@@ -85,7 +85,7 @@ def verify(folder: Path) -> Checkpoint:
 
 def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with newer ones."""
-    problems = []
+    problems: list[str] = []
     for step in sorted(numbered(root), reverse=True):
         try:
             return verify(root / folder_name(step)), problems

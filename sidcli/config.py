@@ -68,7 +68,7 @@ class DistillConfig:
         rules = {
             "steps": (self.steps >= 1, "at least 1"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
-            "micro-batch": (1 <= self.micro_batch, "at least 1"),
+            "micro-batch": (self.micro_batch >= 1, "at least 1"),
             "t-min": (0 <= self.t_min < self.t_max, "at least 0 and below t-max"),
             "t-init": (self.t_init >= 1, "at least 1"),
             "lr-fake": (0 < self.lr_fake < math.inf, "positive"),

@@ -66,7 +66,8 @@ def run(
             if file.exists() or file.is_symlink():
                 raise EnvironmentProblem(f"{file} exists already", "choose another --output, or pass --overwrite")
     sampler = Sampler(model, device)
-    drawn, thumbnails = [], []
+    drawn: list[Drawn] = []
+    thumbnails: list[Image.Image] = []
     batches = draw(sampler, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
     images = (image for batch in batches for image in batch)
     for (prompt, image_seed), file, pixels in zip(jobs, files, images, strict=True):

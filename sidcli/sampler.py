@@ -69,7 +69,7 @@ class Sampler:
             if guidance == 1.0:
                 return self.unet(x, t, states).sample
             both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([states, empty])).sample
-            return guided(*both.chunk(2), guidance)
+            return guided(both[: len(x)], both[len(x) :], guidance)
 
         return many_steps(denoise, noise, self.model.schedule, steps)
 

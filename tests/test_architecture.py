@@ -13,7 +13,8 @@ FLOORS = [
     {"engine", "metrics.accuracy", "metrics.clip_score", "emoji.train", "emoji.pack"},
     {"distill", "sample", "evaluate", "export"},
     {"console"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 FORBIDDEN = {"eval", "exec", "compile", "__import__"}
 

@@ -18,7 +18,8 @@ UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
     """The tokenizer of SD 1.5, from the word list that open_clip ships."""
-    words = gzip.open(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")).read().decode().split("\n")
+    packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    words = gzip.decompress(packed).decode().split("\n")
     merges = [tuple(line.split()) for line in words[1 : 49152 - 256 - 2 + 1]]
     letters = list(open_clip.tokenizer.bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
