@@ -72,6 +72,37 @@ def check(model: Model) -> None:
         )
 
 
+class Scorer:
+    """Feeds every metric from one pass over images that answer `prompts`, in order."""
+
+    def __init__(self, scenes: Sequence[world.Scene], prompts: Sequence[str], metrics: Metrics, device: torch.device):
+        self.scenes, self.prompts, self.metrics = scenes, prompts, metrics
+        self.extractor = EmojiExtractor()
+        self.accuracy = Accuracy(self.extractor)
+        self.clip = ClipScore(True, device) if metrics.clip else None
+        self.features: list[np.ndarray] = []
+        self.done = 0
+
+    def add(self, images: torch.Tensor) -> None:
+        """The next images, uint8 [B, H, W, 3]."""
+        here = slice(self.done, self.done + len(images))
+        self.features.append(extract(self.extractor, [images]))
+        self.accuracy.add(images, self.scenes[here])
+        if self.clip:
+            self.clip.add(images, self.prompts[here])
+        self.done += len(images)
+
+    def row(self, name: str, sampling: str, seconds: float | None) -> Row:
+        fid = None
+        if self.metrics.fid:
+            reference = scene_statistics(self.extractor, world.REFERENCE_SEED, REFERENCE_SCENES)
+            fid = frechet_distance(statistics(np.concatenate(self.features)), reference)
+        nouns, colours = (hits / self.done for hits in (self.accuracy.nouns, self.accuracy.colours))
+        judged = self.metrics.accuracy
+        clip = self.clip.value if self.clip else None
+        return Row(name, sampling, self.done, fid, clip, nouns if judged else None, colours if judged else None, seconds)
+
+
 def measure(
     model: Model,
     plan: Plan,
@@ -85,64 +116,24 @@ def measure(
 ) -> tuple[Row, torch.Tensor]:
     """One row of the table, `num` images of the emoji protocol drawn by `model`, and the first of those images."""
     scenes, prompts, seeds = protocol(num, seed, held_out)
-    extractor = EmojiExtractor()
-    accuracy = Accuracy(extractor)
-    clip = ClipScore(True, device) if metrics.clip else None
-    features, shown, done, drawing, mark = [], None, 0, 0.0, time.monotonic()
+    scorer = Scorer(scenes, prompts, metrics, device)
+    shown: list[torch.Tensor] = []
+    drawing, mark = 0.0, time.monotonic()
     for images in draw(Sampler(model, device), plan, prompts, seeds, batch_size, advance):
         drawing += time.monotonic() - mark
-        shown = images[:SHOWN] if shown is None else shown
-        here = slice(done, done + len(images))
-        features.append(extract(extractor, [images]))
-        accuracy.add(images, scenes[here])
-        if clip:
-            clip.add(images, prompts[here])
-        done += len(images)
+        shown = shown or [images[:SHOWN]]
+        scorer.add(images)
         mark = time.monotonic()
-    assert shown is not None
-    return _row(model.source.name, plan.describe(), np.concatenate(features), accuracy, clip, metrics, drawing / num), shown
+    return scorer.row(model.source.name, plan.describe(), drawing / num), shown[0]
 
 
 def measure_scenes(device: torch.device, metrics: Metrics, num: int, held_out: bool) -> Row:
     """The floor: scenes themselves in place of drawn images, the same captions, other seeds than the reference."""
     scenes, prompts, _ = protocol(num, 0, held_out)
-    extractor = EmojiExtractor()
-    accuracy = Accuracy(extractor)
-    clip = ClipScore(True, device) if metrics.clip else None
-    features = []
+    scorer = Scorer(scenes, prompts, metrics, device)
     for start in range(0, num, 200):
-        here = slice(start, start + 200)
-        images = torch.from_numpy(np.stack([world.render(scene) for scene in scenes[here]]))
-        features.append(extract(extractor, [images]))
-        accuracy.add(images, scenes[here])
-        if clip:
-            clip.add(images, prompts[here])
-    return _row("scenes (floor)", "real", np.concatenate(features), accuracy, clip, metrics, None)
-
-
-def _row(
-    name: str,
-    sampling: str,
-    features: np.ndarray,
-    accuracy: Accuracy,
-    clip: ClipScore | None,
-    metrics: Metrics,
-    seconds: float | None,
-) -> Row:
-    fid = None
-    if metrics.fid:
-        reference = scene_statistics(EmojiExtractor(), world.REFERENCE_SEED, REFERENCE_SCENES)
-        fid = frechet_distance(statistics(features), reference)
-    return Row(
-        name,
-        sampling,
-        len(features),
-        fid,
-        clip.value if clip else None,
-        accuracy.nouns / accuracy.count if metrics.accuracy else None,
-        accuracy.colours / accuracy.count if metrics.accuracy else None,
-        seconds,
-    )
+        scorer.add(torch.from_numpy(np.stack([world.render(scene) for scene in scenes[start : start + 200]])))
+    return scorer.row("scenes (floor)", "real", None)
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

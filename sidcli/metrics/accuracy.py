@@ -16,7 +16,7 @@ class Accuracy:
 
     def __init__(self, extractor: EmojiExtractor):
         self.net = extractor.net
-        self.nouns = self.colours = self.count = 0
+        self.nouns = self.colours = 0
 
     @torch.no_grad()
     def add(self, images: Tensor, scenes: Sequence[world.Scene]) -> None:
@@ -24,4 +24,3 @@ class Accuracy:
         noun, colour = (logits.argmax(1).tolist() for logits in self.net(images.permute(0, 3, 1, 2).float()))
         self.nouns += sum(world.NOUN_LIST[a] == b.noun for a, b in zip(noun, scenes, strict=True))
         self.colours += sum(world.COLOUR_LIST[a] == b.colour for a, b in zip(colour, scenes, strict=True))
-        self.count += len(scenes)
