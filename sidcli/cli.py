@@ -215,6 +215,8 @@ def evaluate(
 
         chosen = driver.Metrics(fid, clip, accuracy) if fid or clip or accuracy else driver.Metrics(True, True, True)
         where = pick_device(device)
+        with console.progress("reference scenes", driver.REFERENCE_SCENES, "images") as advance:
+            driver.prepare(chosen, advance)
         rows, pictures = [driver.measure_scenes(where, chosen, num, held_out)], []
         for name in names:
             model = _load(name, device, console)

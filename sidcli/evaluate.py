@@ -72,6 +72,12 @@ def check(model: Model) -> None:
         )
 
 
+def prepare(metrics: Metrics, advance: Progress) -> None:
+    """Fill the cache of reference statistics, so that it is done once and under a progress bar of its own."""
+    if metrics.fid:
+        scene_statistics(EmojiExtractor(), world.REFERENCE_SEED, REFERENCE_SCENES, advance)
+
+
 class Scorer:
     """Feeds every metric from one pass over images that answer `prompts`, in order."""
 
@@ -86,7 +92,7 @@ class Scorer:
     def add(self, images: torch.Tensor) -> None:
         """The next images, uint8 [B, H, W, 3]."""
         here = slice(self.done, self.done + len(images))
-        self.features.append(extract(self.extractor, [images]))
+        self.features.append(extract(self.extractor, images))
         self.accuracy.add(images, self.scenes[here])
         if self.clip:
             self.clip.add(images, self.prompts[here])

@@ -45,7 +45,7 @@ def test_the_emoji_fid_is_small_between_scenes_and_grows_with_noise_blur_wrong_c
     scenes = torch.from_numpy(world.render_many(world.FLOOR_SEED, range(600)))
 
     def distance(images: torch.Tensor) -> float:
-        return frechet_distance(statistics(extract(extractor, [images])), reference)
+        return frechet_distance(statistics(extract(extractor, images)), reference)
 
     floor = distance(scenes)
     noise = (scenes.float() + 30 * torch.randn(scenes.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -78,20 +78,24 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.stack([resizer(image) for image in images.numpy()])).permute(0, 3, 1, 2)
 
 
-def extract(extractor: Extractor, batches: Iterable[Tensor]) -> np.ndarray:
-    """Features float32 [n, D] of image batches uint8 [B, H, W, 3]."""
-    return np.concatenate([extractor(resize(batch, extractor.size)).numpy() for batch in batches])
+def extract(extractor: Extractor, images: Tensor) -> np.ndarray:
+    """Features float32 [B, D] of images uint8 [B, H, W, 3]."""
+    return extractor(resize(images, extractor.size)).numpy()
 
 
-def scene_statistics(extractor: Extractor, seed: int, count: int) -> Statistics:
+def scene_statistics(extractor: Extractor, seed: int, count: int, advance: Callable[[int], None] = lambda _: None) -> Statistics:
     """Statistics of `count` scenes of the emoji world, computed once and cached by what they depend on."""
     version = f"{world.digest()}-{extractor.name}-{_weights_digest()}-{seed}-{count}"
     file = cache_folder() / "statistics" / f"{version}.npz"
     if file.is_file():
         with np.load(file, allow_pickle=False) as kept:
             return Statistics(kept["mean"], kept["covariance"], int(kept["n"]))
-    batches = (torch.from_numpy(world.render_many(seed, range(i, min(i + 200, count)))) for i in range(0, count, 200))
-    found = statistics(extract(extractor, batches))
+    features = []
+    for start in range(0, count, 200):
+        scenes = range(start, min(start + 200, count))
+        features.append(extract(extractor, torch.from_numpy(world.render_many(seed, scenes))))
+        advance(len(scenes))
+    found = statistics(np.concatenate(features))
     with atomic_file(file) as temporary, temporary.open("wb") as stream:
         np.savez(stream, mean=found.mean, covariance=found.covariance, n=found.n)
     return found
