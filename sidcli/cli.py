@@ -255,7 +255,7 @@ def export(
 ) -> None:
     """Write a student for other programs.
 
-    Example: sid export runs/emoji-teacher-g1.5 --format diffusers -o cat-drawer
+    Example: sid export runs/emoji-teacher-g2 --format diffusers -o cat-drawer
     """
     with _console(as_json, quiet) as console:
         loaded = _load(model, "cpu", console)

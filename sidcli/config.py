@@ -95,10 +95,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sd15": {},
     # Two CPU cores and a few minutes, chosen by measurement on the emoji teacher (README).
     "emoji": {
-        "kappa1": 1.5,
-        "kappa2": 1.5,
-        "kappa3": 1.5,
-        "kappa4": 1.5,
+        "kappa1": 2.0,
+        "kappa2": 2.0,
+        "kappa3": 2.0,
+        "kappa4": 2.0,
         "steps": 300,
         "batch_size": 16,
         "micro_batch": 16,

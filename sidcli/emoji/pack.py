@@ -1,7 +1,7 @@
 """Turn trained parts into the folders that ship inside the package, in half precision.
 
 python -m sidcli.emoji.pack nets --build build/emoji --guidance 2    (teacher, classifier, open_clip)
-python -m sidcli.emoji.pack student --run runs/emoji-teacher-g1.5
+python -m sidcli.emoji.pack student --run runs/emoji-teacher-g2
 """
 
 from __future__ import annotations
