@@ -1,6 +1,7 @@
 """Train the models of the emoji world from scratch. Anyone can run this again; each part resumes where it stopped.
 
     python -m sidcli.emoji.train vae        --output build/emoji
+    python -m sidcli.emoji.train decoder    --output build/emoji    (the VAE's decoder, further)
     python -m sidcli.emoji.train text       --output build/emoji
     python -m sidcli.emoji.train teacher    --output build/emoji
     python -m sidcli.emoji.train classifier --output build/emoji
@@ -143,11 +144,19 @@ def images(seed: int, indices: range) -> Tensor:
     return torch.from_numpy(world.render_many(seed, indices)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+def reconstruction_loss(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pixels, squares and contours of a decoded image y against x, both [B, 3, 64, 64] in -1..1; and the first two for the log."""
+
+    def edges(image: Tensor) -> tuple[Tensor, Tensor]:
+        return image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
+
+    pixels, squares = F.l1_loss(y, x), F.mse_loss(y, x)
+    contours = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+    return pixels + 2 * squares + 0.5 * contours, {"l1": pixels.detach(), "mse": squares.detach()}
+
+
 def train_vae(output: Path, steps: int, batch: int = 16) -> None:
     vae = models.new_vae()
-
-    def edges(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x = images(world.TEACHER_SEED, range(step * batch, (step + 1) * batch))
@@ -155,17 +164,35 @@ def train_vae(output: Path, steps: int, batch: int = 16) -> None:
             posterior = vae.encode(x).latent_dist
             noise = normal(posterior.mean.shape[1:], 0, "vae", step, range(batch))
             y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        pixels = F.l1_loss(y, x)
-        contours = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        total = pixels + 0.5 * contours + 2 * F.mse_loss(y, x) + 1e-4 * divergence
-        return total, {"l1": pixels.detach(), "mse": F.mse_loss(y, x).detach(), "kl": divergence.detach()}
+        total, parts = reconstruction_loss(y, x)
+        return total + 1e-4 * divergence, parts | {"kl": divergence.detach()}
 
-    fit = Fit("vae", vae, loss, output, steps, lr=2e-3, decay=0.995)
-    fit.run()
+    Fit("vae", vae, loss, output, steps, lr=2e-3, decay=0.995).run()
     with torch.no_grad():
         latents = torch.cat([vae.encode(images(world.TEACHER_SEED, range(i, i + 50))).latent_dist.mean for i in range(0, 500, 50)])
     vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+    vae.save_pretrained(output / "vae")
+
+
+def train_decoder(output: Path, steps: int, batch: int = 16) -> None:
+    """Go on with the decoder alone: the latents stay, so nothing that was trained on them has to be trained again.
+
+    A little noise on the latents (5 % of their spread) stands for what a drawing network gets wrong.
+    """
+    vae = AutoencoderKL.from_pretrained(output / "vae").eval().requires_grad_(False)
+    net = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x = images(world.TEACHER_SEED, range(step * batch, (step + 1) * batch))
+        with torch.no_grad(), half_precision():
+            latents = vae.encode(x).latent_dist.mean.float()
+        noise = normal(latents.shape[1:], 0, "decoder", step, range(batch))
+        with half_precision():
+            y = vae.decode(latents + 0.05 / vae.config.scaling_factor * noise).sample.float()
+        return reconstruction_loss(y, x)
+
+    Fit("decoder", net, loss, output, steps, lr=1e-3, decay=0.995).run()
     vae.save_pretrained(output / "vae")
 
 
@@ -363,9 +390,10 @@ def train_clip(output: Path, steps: int, batch: int = 128) -> None:
 
 def main() -> None:
     parts = {
-        "vae": (train_vae, 3600),
+        "vae": (train_vae, 2600),
+        "decoder": (train_decoder, 2500),
         "text": (train_text, 900),
-        "teacher": (train_teacher, 14000),
+        "teacher": (train_teacher, 8600),
         "classifier": (train_classifier, 1000),
         "clip": (train_clip, 450),
     }
