@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sidcli import __version__
-from sidcli.config import PRESETS, DistillConfig, preset_for, read_toml
+from sidcli.config import MEMORY, PRESETS, DistillConfig, preset_for, read_toml, strategy
 from sidcli.errors import SidError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 
+METHOD, MACHINE = "Method", "Memory and speed"
+SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher"}
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
@@ -56,17 +58,10 @@ def distill(
     prompts: Annotated[
         str | None, typer.Option(help="Text file with a prompt a line, or emoji / general for those that ship.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Long-and-short guidance: one scale for kappa1 to kappa4.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of the guidance strategy; by default 2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     images: Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per update.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Images computed at once; does not change the result.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of fake score and generator.")] = None,
-    lr_fake: Annotated[float | None, typer.Option(help="Learning rate of the fake score alone.")] = None,
-    lr_generator: Annotated[float | None, typer.Option(help="Learning rate of the generator alone.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Alpha of the SiD loss.")] = None,
-    ema_images: Annotated[float | None, typer.Option(help="Half-life of the weight average, in images.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per update, over all processes.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of prompts, noise and timesteps.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/TEACHER-gGUIDANCE.")] = None,
     device: DeviceOption = "auto",
@@ -74,47 +69,103 @@ def distill(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     sample_every: Annotated[int, typer.Option(min=1, help="Steps between sample grids.")] = 50,
-    dry_run: Annotated[bool, typer.Option(help="Print the resolved settings and stop.")] = False,
+    tracker: Annotated[str | None, typer.Option(help="tensorboard or wandb, if installed.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print settings, memory, time and disk, and stop.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    guidance_strategy: Annotated[str, typer.Option(rich_help_panel=METHOD, help="lsg, long, short, zero-cfg or none.")] = "lsg",
+    kappa1: Annotated[
+        float | None, typer.Option(rich_help_panel=METHOD, help="Guidance of the fake score in its own loss.")
+    ] = None,
+    kappa2: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="The same, in the score difference.")] = None,
+    kappa3: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="The same, in the second factor.")] = None,
+    kappa4: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Guidance of the teacher.")] = None,
+    alpha: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Alpha of the SiD loss.")] = None,
+    student_steps: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Steps of the student, 1 by default.")] = None,
+    renoise: Annotated[
+        str | None, typer.Option(rich_help_panel=METHOD, help="Noise between a student's steps: ddim, fixed or fresh.")
+    ] = None,
+    t_init: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Timestep at which the student begins.")] = None,
+    t_min: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Smallest timestep of the scores.")] = None,
+    t_max: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="First timestep above those of the scores.")] = None,
+    dropout: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Share of captions emptied.")] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Learning rate of fake score and generator.")] = None,
+    lr_fake: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Of the fake score alone.")] = None,
+    lr_generator: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Of the generator alone.")] = None,
+    ema_images: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Half-life of the average, in images.")] = None,
+    fake_warmup: Annotated[
+        int | None, typer.Option(rich_help_panel=METHOD, help="Steps at the start for the fake score alone.")
+    ] = None,
+    fake_updates: Annotated[
+        int | None, typer.Option(rich_help_panel=METHOD, help="Fake score updates per generator update.")
+    ] = None,
+    fake_lora: Annotated[
+        int | None, typer.Option(rich_help_panel=METHOD, help="Rank of a LoRA fake score on the teacher's weights; 0: a full copy.")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(rich_help_panel=MACHINE, help="auto, fast, 24gb or 12gb: sets the options below.")
+    ] = "auto",
+    micro_batch: Annotated[int | None, typer.Option(rich_help_panel=MACHINE, help="Images at once; same result.")] = None,
+    precision: Annotated[str | None, typer.Option(rich_help_panel=MACHINE, help="auto, fp32 or bf16.")] = None,
+    tf32: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="TF32 matrix products on the GPU.")] = None,
+    compile: Annotated[str | None, typer.Option(rich_help_panel=MACHINE, help="torch.compile: auto, on or off.")] = None,
+    optimizer: Annotated[str | None, typer.Option(rich_help_panel=MACHINE, help="adam or adam8bit.")] = None,
+    teacher_bf16: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Frozen teacher in bf16.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(rich_help_panel=MACHINE, help="Recompute activations in the backward pass.")
+    ] = None,
+    split_backward: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="One network's graph at a time.")] = None,
+    offload_average: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Weight average in main memory.")] = None,
+    offload_optimizer: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Optimizer state there too.")] = None,
+    processes: Annotated[int, typer.Option(min=1, rich_help_panel=MACHINE, help="Processes on this machine.")] = 1,
+    shard: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Split the networks over them (FSDP2).")] = None,
 ) -> None:
     """Distil a teacher into a one-step student; run it again to continue.
 
     Example: sid distill --teacher runwayml/stable-diffusion-v1-5 --guidance 1.5
     """
-    given: dict[str, Any] = {
-        "prompts": prompts,
-        "steps": steps,
-        "batch_size": batch_size,
-        "micro_batch": micro_batch,
-        "lr_fake": lr_fake or lr,
-        "lr_generator": lr_generator or lr,
-        "alpha": alpha,
-        "ema_images": ema_images,
-        "precision": precision,
-        "seed": seed,
-    } | {f"kappa{n}": guidance for n in (1, 2, 3, 4)}
+    arguments = dict(locals())
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        from sidcli.launch import launch
+
+        sys.exit(launch(processes, sys.argv[1:]))
     if steps is not None and images is not None:
         raise UsageError("--steps and --images say the same thing twice", "give one of them")
     from_file = read_toml(config) if config else {}
     teacher = from_file.pop("teacher", teacher) if teacher == "emoji-teacher" else teacher
-    settings = PRESETS[preset_for(teacher)] | from_file | {name: value for name, value in given.items() if value is not None}
+    settings = PRESETS[preset_for(teacher)] | from_file
+    if guidance is not None or guidance_strategy != "lsg":
+        settings |= strategy(guidance_strategy, guidance)
+    if memory not in ("auto", *MEMORY):
+        raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
+    own = {name: value for name, value in arguments.items() if name in SETTINGS and value is not None}
+    if lr is not None:
+        own = {"lr_fake": lr, "lr_generator": lr} | own
     if images is not None:
-        size = settings.get("batch_size", DistillConfig.batch_size)
-        settings["steps"] = max(1, -(-images // max(1, size)))
-    settings["micro_batch"] = min(settings.get("micro_batch", DistillConfig.micro_batch), settings.get("batch_size", 512))
-    if settings.get("prompts", "auto") == "auto":
-        settings["prompts"] = "emoji" if preset_for(teacher) == "emoji" else "general"
-    resolved = DistillConfig(**{**settings, "teacher": teacher})
-    folder = output or Path("runs") / f"{_slug(teacher)}-g{resolved.kappa4:g}"
+        size = own.get("batch_size", settings.get("batch_size", DistillConfig.batch_size))
+        own["steps"] = max(1, -(-images // max(1, size)))
 
     with _console(as_json, quiet) as console:
-        from dataclasses import asdict
 
-        if dry_run:
-            plan = asdict(resolved) | {"output": str(folder)}
-            console.result([f"{name} = {value}" for name, value in plan.items()], plan)
-            return
+        def resolve(memory: str) -> DistillConfig:
+            merged = settings | MEMORY[memory] | own | {"teacher": teacher}
+            batch = merged.get("batch_size", DistillConfig.batch_size)
+            merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
+            if merged.get("prompts", "auto") == "auto":
+                merged["prompts"] = "emoji" if preset_for(teacher) == "emoji" else "general"
+            return DistillConfig(**merged)
+
+        resolved = resolve("fast" if memory == "auto" else memory)
+        folder = output or Path("runs") / f"{_slug(teacher)}-g{resolved.kappa4:g}"
+        if dry_run or (memory == "auto" and _on_gpu(device)):
+            from sidcli import plan
+
+            if memory == "auto":
+                resolved = plan.choose({name: resolve(name) for name in MEMORY}, device, console.note)
+            if dry_run:
+                made = plan.make(resolved, folder, device, processes, console.note)
+                console.result(made.lines(), made.as_dict())
+                return
         from sidcli.prompts import open_prompts
 
         source = open_prompts(resolved.prompts)
@@ -127,7 +178,7 @@ def distill(
         rhythm = driver.Rhythm(save_every, sample_every)
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
-            result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener)
+            result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
         console.note(f"{result.step} steps, {result.images} images, {result.seconds:.0f} s in this session")
         console.note(f'draw with it: sid sample "a cat" --model {result.run}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
@@ -270,6 +321,15 @@ def export(
 
 def _slug(teacher: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
+
+
+def _on_gpu(device: str) -> bool:
+    """Whether this device is a GPU; asks torch only if it has to."""
+    if device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @contextmanager

@@ -9,12 +9,9 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sidcli.errors import InputError, UsageError
-
-Device = str
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +58,36 @@ class DistillConfig:
     """Share of captions emptied in the fake score's step, when it uses guidance."""
     seed: int = 0
     """Seed of prompts order, noise and timesteps."""
-    precision: Precision = "auto"
+    student_steps: int = 1
+    """Denoising steps of the student; with more than one, training stops after a random one of them."""
+    renoise: str = "ddim"
+    """Noise between the steps of a few-step student: ddim (the predicted noise), fixed (the first noise) or fresh."""
+    fake_warmup: int = 0
+    """Steps at the start that update the fake score alone."""
+    fake_updates: int = 1
+    """Updates of the fake score for each one of the generator."""
+    optimizer: str = "adam"
+    """adam: float32 second moments; adam8bit: 8-bit state, needs the extra `8bit`."""
+    fake_lora: int = 0
+    """Rank of a LoRA fake score that shares the frozen teacher's weights; 0 trains a full copy."""
+    precision: str = "auto"
     """bf16: autocast over float32 weights; fp32: nothing below float32; auto: bf16 on a GPU that has it."""
+    tf32: bool = False
+    """Let float32 matrix products on the GPU round to TF32."""
+    teacher_bf16: bool = False
+    """Keep the frozen teacher in bf16, half the memory."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    split_backward: bool = False
+    """Keep the graph of one network at a time in the generator's step, for five more forwards in eighteen."""
+    offload_average: bool = False
+    """Keep the weight average in main memory."""
+    offload_optimizer: bool = False
+    """Keep the optimizers' state in main memory and update there."""
+    compile: str = "auto"
+    """torch.compile: on, off, or auto, which is on for a GPU and off for a CPU, where it gains nothing."""
+    shard: bool = False
+    """With several processes, split weights and optimizer state over them (FSDP2)."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -79,16 +104,77 @@ class DistillConfig:
             "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             "alpha": (math.isfinite(self.alpha), "finite"),
-            "precision": (self.precision in ("auto", "fp32", "bf16"), "one of auto, fp32, bf16"),
+            "student-steps": (1 <= self.student_steps <= self.t_init, "at least 1 and at most t-init"),
+            "fake-warmup": (self.fake_warmup >= 0, "at least 0"),
+            "fake-updates": (self.fake_updates >= 1, "at least 1"),
+            "fake-lora": (self.fake_lora >= 0, "at least 0"),
         }
+        choices = {
+            "renoise": ("ddim", "fixed", "fresh"),
+            "optimizer": ("adam", "adam8bit"),
+            "precision": ("auto", "fp32", "bf16"),
+            "compile": ("auto", "on", "off"),
+        }
+        rules |= {name: (getattr(self, name) in values, f"one of {', '.join(values)}") for name, values in choices.items()}
         rules |= {f"kappa{n}": (math.isfinite(getattr(self, f"kappa{n}")), "finite") for n in (1, 2, 3, 4)}
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise UsageError(f"--{name} must be {wanted}, not {getattr(self, name.replace('-', '_'))}")
 
 
-MAY_CHANGE = frozenset({"steps", "micro_batch"})
-"""Fields that a continued run may change: they do not alter what the steps already taken computed."""
+MAY_CHANGE = frozenset(
+    {
+        "steps",
+        "micro_batch",
+        "gradient_checkpointing",
+        "split_backward",
+        "offload_average",
+        "offload_optimizer",
+        "compile",
+        "shard",
+    }
+)
+"""Fields that a continued run may change: they say where and in what pieces a step is computed, not what."""
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "24gb": {
+        "micro_batch": 2,
+        "gradient_checkpointing": True,
+        "split_backward": True,
+        "offload_average": True,
+        "teacher_bf16": True,
+    },
+    "12gb": {
+        "micro_batch": 1,
+        "gradient_checkpointing": True,
+        "split_backward": True,
+        "offload_average": True,
+        "offload_optimizer": True,
+        "teacher_bf16": True,
+        "fake_lora": 64,
+    },
+}
+"""What `--memory` sets, smallest effect on the result first; single options override single fields."""
+
+
+def strategy(name: str, scale: float | None) -> dict[str, float]:
+    """kappa1 to kappa4 of a guidance strategy (method 1.6). Raises UsageError for an unknown name or a scale it has no use for."""
+    scale_needed = {"lsg": 2.0, "long": 2.0, "short": 0.5, "zero-cfg": None, "none": None}
+    if name not in scale_needed:
+        raise UsageError(f"--guidance-strategy must be one of {', '.join(scale_needed)}, not {name!r}")
+    if scale is not None and scale_needed[name] is None:
+        raise UsageError(f"--guidance-strategy {name} fixes every scale; --guidance {scale:g} has no place in it", "leave it out")
+    k = scale_needed[name] if scale is None else scale
+    kappas = {
+        "lsg": (k, k, k, k),
+        "long": (1.0, 1.0, 1.0, k),
+        "short": (1.0, k, k, 1.0),
+        "zero-cfg": (0.0, 0.0, 0.0, 1.0),
+        "none": (1.0, 1.0, 1.0, 1.0),
+    }[name]
+    return {f"kappa{index}": float(value) for index, value in enumerate(kappas, 1) if value is not None}
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # One 24 GB card and the paper's recipe (method 1.7).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,12 @@ class Console:
 
     def __init__(self, as_json: bool = False, quiet: bool = False):
         self.as_json, self.quiet = as_json, quiet
+        # Of several processes that train together one speaks; the others say only what went wrong with them.
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.quiet |= self.rank > 0
         self.err = Terminal(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.out = Terminal(markup=False, highlight=False, emoji=False, soft_wrap=True)
-        self.live = self.err.is_terminal and not as_json and not quiet
+        self.live = self.err.is_terminal and not as_json and not self.quiet
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -37,11 +41,14 @@ class Console:
 
     def error(self, message: str, hint: str = "") -> None:
         """One line: what happened, and what to try."""
+        message = f"process {self.rank}: {message}" if self.rank else message
         line = Text("error: ", style="bold red") + Text(printable(message))
         self.err.print(line + Text("; try: ", style="bold") + Text(printable(hint)) if hint else line)
 
     def result(self, lines: Sequence[str], data: dict[str, Any]) -> None:
         """`data` as one JSON object, or `lines` for people and scripts that read lines."""
+        if self.rank:
+            return
         if self.as_json:
             sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
         else:

@@ -5,7 +5,7 @@ Everything here is pure and in the paper's terms: x_t = a_t x + sigma_t eps with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction"]
+Renoise = Literal["ddim", "fixed", "fresh"]
+NoiseAt = Callable[[int], Tensor]
+"""visit -> standard normal noise [B, C, h, w]."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, h, w], t int64 [B]) -> the network's raw prediction [B, C, h, w]."""
 
@@ -57,31 +60,60 @@ class Schedule:
         return sigma * x_t + a * predicted
 
 
-def one_step(denoise: Denoiser, noise: Tensor, schedule: Schedule, t_init: int) -> Tensor:
-    """The one-step generator x = G(z): one denoising of sigma_t z at t = t_init (method 1.2; equation 3 of arXiv 2406.01561).
+def exit_grid(t_init: int, steps: int) -> tuple[int, ...]:
+    """The timesteps of a generator of `steps` steps: t_init (1 - i / steps), rounded down; 625, 468, 312, 156 for four.
 
-    The input is sigma_t z (standard deviation 0.9286 for Stable Diffusion at 625), neither z nor 2.5 z.
-    noise float32 [B, C, h, w] -> clean latent float32 of the same shape.
+    Trained with a random exit (arXiv 2505.12674, method 4.3), it may stop after any of them.
     """
-    t = torch.full((len(noise),), t_init, device=noise.device)
-    _, sigma = schedule.scale(t)
-    x_t = sigma * noise
+    return tuple(t_init * (steps - index) // steps for index in range(steps))
+
+
+def trailing_grid(timesteps: int, steps: int) -> tuple[int, ...]:
+    """`steps` evenly spaced timesteps that end at T / steps - 1 and begin at T - 1, where nothing but noise is left."""
+    return tuple(round(timesteps * (steps - index) / steps) - 1 for index in range(steps))
+
+
+def denoise_along(
+    denoise: Denoiser,
+    x_t: Tensor,
+    schedule: Schedule,
+    grid: Sequence[int],
+    renoise: Renoise = "ddim",
+    noise_at: NoiseAt | None = None,
+) -> Tensor:
+    """Predict the clean latent at each timestep of `grid` and noise it again to the next one; returns the last prediction.
+
+    `x_t` is the latent at grid[0]. Noise of the next timestep: `ddim` takes the predicted noise (arXiv 2010.02502, deterministic),
+    `fixed` takes noise_at(0) each time, `fresh` takes noise_at(visit). Gradients flow through the last visit alone.
+    """
+    last = len(grid) - 1
+    with torch.no_grad():
+        for visit in range(last):
+            t = torch.full((len(x_t),), grid[visit], device=x_t.device)
+            predicted = denoise(x_t, t).float()
+            if noise_at is None or renoise == "ddim":
+                noise = schedule.noise(predicted, x_t, t)
+            else:
+                noise = noise_at(visit + 1 if renoise == "fresh" else 0)
+            x_t = schedule.noised(schedule.clean(predicted, x_t, t), noise, torch.full_like(t, grid[visit + 1]))
+    t = torch.full((len(x_t),), grid[last], device=x_t.device)
     return schedule.clean(denoise(x_t, t).float(), x_t, t)
 
 
+def few_steps(denoise: Denoiser, noise_at: NoiseAt, schedule: Schedule, grid: Sequence[int], renoise: Renoise = "ddim") -> Tensor:
+    """The generator x = G(z) with z = noise_at(0): `denoise_along` from sigma_t z at t = grid[0].
+
+    With one timestep it is the one-step generator of SiD-LSG (method 1.2; equation 3 of arXiv 2406.01561). The input is sigma_t z
+    (standard deviation 0.9286 for Stable Diffusion at 625), neither z nor 2.5 z. Latents are float32 [B, C, h, w].
+    """
+    z = noise_at(0)
+    _, sigma = schedule.scale(torch.full((len(z),), grid[0], device=z.device))
+    return denoise_along(denoise, sigma * z, schedule, grid, renoise, noise_at)
+
+
 def many_steps(denoise: Denoiser, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
-    """Deterministic DDIM sampling (arXiv 2010.02502) on `steps` evenly trailing timesteps T-1 ... T/steps - 1, then to t = 0."""
-    grid = [round(schedule.steps * (steps - index) / steps) - 1 for index in range(steps)]
-    x_t = noise
-    for position, now in enumerate(grid):
-        t = torch.full((len(noise),), now, device=noise.device)
-        predicted = denoise(x_t, t).float()
-        x = schedule.clean(predicted, x_t, t)
-        following = grid[position + 1] if position + 1 < steps else None
-        if following is None:
-            return x
-        x_t = schedule.noised(x, schedule.noise(predicted, x_t, t), torch.full_like(t, following))
-    raise ValueError(f"steps must be at least 1, not {steps}")
+    """Deterministic DDIM sampling of a teacher (arXiv 2010.02502) on `steps` evenly trailing timesteps."""
+    return denoise_along(denoise, noise, schedule, trailing_grid(schedule.steps, steps))
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
+import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,16 +25,19 @@ import torch
 
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
-from sidcli.engine import Engine
-from sidcli.errors import InputError, Interrupted, SidError, UsageError
+from sidcli.diffusion import exit_grid
+from sidcli.engine import Engine, StepResult
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import atomic_file, check_writable, locked, write_json
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.pictures import grid, save_png
 from sidcli.prompts import Prompts
-from sidcli.sampler import Sampler, pick_device
+from sidcli.sampler import Plan, Sampler, pick_device
 from sidcli.teachers import Model
 
 GRID_IMAGES = 8
+SKIPPED_LIMIT = 6
+"""Updates in a row that may be left out for a value that is not finite; three steps' worth."""
 
 
 class Listener(Protocol):
@@ -41,6 +46,13 @@ class Listener(Protocol):
     def started(self, step: int, steps: int) -> None: ...
     def stepped(self, record: dict[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+class Tracker(Protocol):
+    """One of accelerate's trackers."""
+
+    def log(self, values: dict[str, Any], step: int | None) -> None: ...
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ def run(
     rhythm: Rhythm,
     resume: Path | None,
     listener: Listener,
+    tracker: str | None = None,
 ) -> Result:
     """Distil `teacher` into output/student, or continue the run that is there.
 
@@ -103,64 +116,137 @@ def run(
         raise InputError(f"{teacher.source.name} is a one-step student already", "pass the teacher it came from")
     if config.t_init >= teacher.schedule.steps or config.t_max > teacher.schedule.steps:
         raise UsageError(f"the teacher's schedule has {teacher.schedule.steps} timesteps; --t-init and --t-max must fit in it")
-    with StopFlag().installed() as stop, locked(output):
+    with StopFlag().installed() as stop:
         engine = Engine(teacher, config, prompts, pick_device(device_name))
-        restore(engine, output, resume, listener)
-        write_record(output, teacher, config, engine, prompts)
-        with (output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        with locked(output) if engine.team.leads else nullcontext():
+            engine.team.wait()
+            restore(engine, output, resume, listener)
+            if engine.team.leads:
+                write_record(output, teacher, config, engine, prompts)
             listener.started(engine.step, config.steps)
-            seconds, record = loop(engine, output, rhythm, stop, metrics, listener)
-        student = output / "student"
-        write_student(student, engine.student(), student_card(engine, prompts))
-    return Result(output, student, engine.step, 2 * engine.step * config.batch_size, seconds, record)
+            with open_tracker(tracker if engine.team.leads else None, output) as board:
+                seconds, record = Loop(engine, output, rhythm, stop, listener, board).run()
+            student = output / "student"
+            finished = engine.student()
+            if engine.team.leads:
+                write_student(student, finished, student_card(engine, prompts))
+            engine.team.wait()
+    return Result(output, student, engine.step, engine.images, seconds, record)
 
 
-def loop(
-    engine: Engine, output: Path, rhythm: Rhythm, stop: StopFlag, metrics: Any, listener: Listener
-) -> tuple[float, dict[str, Any]]:
-    """Steps until config.steps or a signal. Returns the seconds of this session and the last record."""
-    started, first = time.monotonic(), engine.step
-    painter = Painter(engine, output / "samples")
-    record: dict[str, Any] = {}
-    while engine.step < engine.config.steps:
-        if engine.step % rhythm.sample == 0:
-            painter.paint()
-        result = engine.advance()
-        if engine.step % rhythm.log == 0 or engine.step in (1, engine.config.steps):
-            seconds = time.monotonic() - started
-            record = {"step": engine.step, **{name: round(value, 6) for name, value in result.numbers().items()}}
-            check_finite(record, output)
-            record["images_per_second"] = round((engine.step - first) * engine.config.batch_size / seconds, 3)
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-        listener.stepped({**record, "step": engine.step})
-        finished = engine.step == engine.config.steps
-        if stop.signal_number or finished or engine.step % rhythm.save == 0:
-            save(engine, output)
-        if stop.signal_number and not finished:
-            raise Interrupted(
-                stop.signal_number,
-                f"stopped at step {engine.step} of {engine.config.steps}, saved",
-                "run the same command to continue",
-            )
-    painter.paint()
-    return time.monotonic() - started, record
+class Loop:
+    """Step, report, sample, save, stop: until config.steps or a signal."""
 
+    def __init__(
+        self, engine: Engine, output: Path, rhythm: Rhythm, stop: StopFlag, listener: Listener, tracker: Tracker | None = None
+    ):
+        self.engine, self.output, self.rhythm, self.stop = engine, output, rhythm, stop
+        self.listener, self.tracker = listener, tracker
+        self.painter = Painter(engine, output / "samples")
+        self.record: dict[str, Any] = {}
+        self.returned = False
 
-def check_finite(record: dict[str, Any], output: Path) -> None:
-    """Raises SidError when a measured value is not a number: the state is lost, the last checkpoint is not."""
-    for name, value in record.items():
-        if value != value or value in (float("inf"), float("-inf")):
+    def run(self) -> tuple[float, dict[str, Any]]:
+        """Returns the seconds of this session and the last record. Raises Interrupted after saving, SidError where it diverges."""
+        engine, rhythm = self.engine, self.rhythm
+        started, done = time.monotonic(), 0
+        while engine.step < engine.config.steps:
+            if engine.step % rhythm.sample == 0:
+                self.painter.paint()
+            result = engine.advance()
+            done += 1
+            finished = engine.step == engine.config.steps
+            if engine.step % rhythm.log == 0 or engine.step == 1 or finished:
+                self.report(result, done * engine.config.batch_size / (time.monotonic() - started))
+            self.listener.stepped({**self.record, "step": engine.step})
+            if engine.step % rhythm.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
+                self.go_back()
+                continue
+            stopped = self.stopped()
+            if stopped or finished or (engine.step % rhythm.save == 0 and not result.skipped_in_row):
+                self.save()
+            if stopped and not finished:
+                raise Interrupted(
+                    stopped, f"stopped at step {engine.step} of {engine.config.steps}, saved", "run the same command to continue"
+                )
+        self.painter.paint()
+        return time.monotonic() - started, self.record
+
+    def report(self, result: StepResult, rate: float) -> None:
+        """One line of metrics.jsonl; a value that is not finite becomes null."""
+        numbers = {name: round(value, 6) if math.isfinite(value) else None for name, value in result.numbers().items()}
+        self.record = {
+            "step": self.engine.step,
+            **numbers,
+            "images_per_second": round(rate, 3),
+            "memory_gb": peak_memory(self.engine),
+        }
+        if not self.engine.team.leads:
+            return
+        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps(self.record) + "\n")
+        if self.tracker:
+            self.tracker.log({name: value for name, value in self.record.items() if value is not None}, self.engine.step)
+
+    def stopped(self) -> int:
+        """The signal that asks to stop, 0 for none; all processes agree on it."""
+        engine = self.engine
+        if engine.team.accelerator is None:
+            return self.stop.signal_number
+        heard = engine.team.sum(
+            torch.tensor([float(self.stop.signal_number > 0), float(self.stop.signal_number)], device=engine.device)
+        )
+        return round(float(heard[1] / heard[0])) if heard[0] else 0
+
+    def go_back(self) -> None:
+        """Return to the last checkpoint, once. Raises SidError the second time, or where there is none."""
+        step = self.engine.step
+        found, _ = checkpoint.latest(self.output / "checkpoints")
+        if self.returned or found is None:
             raise SidError(
-                f"{name} is {value} at step {record['step']}: the training diverged; checkpoints before it are in {output}/checkpoints",
+                f"the training diverged: {SKIPPED_LIMIT} updates in a row were not finite at step {step}"
+                + (", again" if self.returned else ", and there is no checkpoint before it"),
                 "lower --lr-fake and --lr-generator, or raise --batch-size, in a new --output",
             )
+        self.engine.load(found.step, checkpoint.read(found))
+        self.returned = True
+        forget_after(self.output / "metrics.jsonl", found.step)
+        self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
+
+    def save(self) -> None:
+        engine = self.engine
+        tensors = engine.tensors()
+        if engine.team.leads:
+            checkpoint.write(
+                self.output / "checkpoints", engine.step, tensors, dataclasses.asdict(engine.config), engine.prompts.digest
+            )
+        engine.team.wait()
 
 
-def save(engine: Engine, output: Path) -> None:
-    checkpoint.write(
-        output / "checkpoints", engine.step, engine.tensors(), dataclasses.asdict(engine.config), engine.prompts.digest
-    )
+def peak_memory(engine: Engine) -> float:
+    """The most memory used so far, in GB (10^9 bytes): of the GPU, or resident in this process."""
+    if engine.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(engine.device) / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+@contextmanager
+def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
+    """tensorboard or wandb, through accelerate. Raises EnvironmentProblem where its package is not installed."""
+    if name is None:
+        yield None
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
+        raise EnvironmentProblem(f"--tracker {name} needs the package {name}, which is not installed", f"pip install {name}")
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(output.name, logging_dir=str(output)) if kind.requires_logging_directory else kind(output.name)
+    tracker.start()
+    try:
+        yield tracker
+    finally:
+        tracker.finish()
 
 
 def restore(engine: Engine, output: Path, resume: Path | None, listener: Listener) -> None:
@@ -183,10 +269,15 @@ def restore(engine: Engine, output: Path, resume: Path | None, listener: Listene
         )
     engine.load(found.step, checkpoint.read(found))
     listener.note(f"continuing from step {found.step}")
-    file = output / "metrics.jsonl"
-    if file.exists():
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= found.step]
-        with atomic_file(file) as temporary:
+    if engine.team.leads:
+        forget_after(output / "metrics.jsonl", found.step)
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be taken again."""
+    if metrics.exists():
+        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        with atomic_file(metrics) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
@@ -205,6 +296,8 @@ def write_record(output: Path, teacher: Model, config: DistillConfig, engine: En
             "device": str(engine.device),
             "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.processor(),
             "threads": torch.get_num_threads(),
+            "processes": engine.team.count,
+            "bf16": engine.bf16,
         },
     )
 
@@ -220,9 +313,11 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
         "kind": "student",
         "method": "SiD-LSG (arXiv 2406.01561)",
         "t_init": config.t_init,
+        "student_steps": config.student_steps,
+        "renoise": config.renoise,
         "teacher": provenance(engine.sampler.model),
         "steps_trained": engine.step,
-        "images": 2 * engine.step * config.batch_size,
+        "images": engine.images,
         "prompts": prompts.name,
         "config": dataclasses.asdict(config),
         "sid": __version__,
@@ -239,8 +334,13 @@ class Painter:
         self.texts = [engine.prompts.at(engine.config.seed, -1 - index) for index in range(GRID_IMAGES)]
 
     def paint(self) -> None:
-        file = self.folder / f"{self.engine.step:08d}.png"
-        sampler = Sampler(self.engine.student(), self.engine.device)
-        noise = sampler.noise(range(GRID_IMAGES))
-        latents = sampler.latents(self.texts, noise, 1, 0.0, self.engine.config.t_init)
-        save_png(grid([sampler.decode(latents)]), file)
+        config, team = self.engine.config, self.engine.team
+        student = self.engine.student()
+        if not team.leads:
+            return
+        sampler = Sampler(student, self.engine.device)
+        grid_of_steps = exit_grid(config.t_init, config.student_steps)
+        plan = Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]
+        images = sampler.decode(sampler.latents(self.texts, sampler.noise(range(GRID_IMAGES), plan.noises), plan))
+        student.vae.to("cpu")  # training never decodes
+        save_png(grid([images]), self.folder / f"{self.engine.step:08d}.png")

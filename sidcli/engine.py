@@ -3,7 +3,7 @@
 paper        here           what it is
 phi          teacher        the pretrained network, frozen
 psi          fake_score     starts as the teacher, follows the score of what the generator draws
-G_theta      generator      starts as the teacher, draws in one denoising at t_init
+G_theta      generator      starts as the teacher, draws in one denoising at t_init, or in a few from there
 G_ema        average        the generator's weights averaged over time; this is the student
 kappa1..4    kappa1..4      guidance scales, see config.DistillConfig
 """
@@ -11,19 +11,23 @@ kappa1..4    kappa1..4      guidance scales, see config.DistillConfig
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidcli import randomness
 from sidcli.config import DistillConfig
-from sidcli.diffusion import guided, one_step
+from sidcli.diffusion import exit_grid, few_steps, guided
+from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.objectives import sid
+from sidcli.optimizer import SecondMomentAdam, local
+from sidcli.parallel import Team, assign, whole
 from sidcli.prompts import Prompts
 from sidcli.sampler import Sampler
 from sidcli.teachers import Model
@@ -39,127 +43,303 @@ def pick_bf16(precision: str, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, as tensors on the device: reading them waits for the device, so it is left to whoever logs."""
+    """What a step measured over the global batch, as tensors on the device: reading them waits for the device, so that is left to
+    whoever logs. A warm-up step of the fake score measures its loss alone.
+
+    `skipped` counts updates left out so far because a loss or a gradient was not finite, `skipped_in_row` the current series.
+    """
 
     fake_loss: Tensor
-    generator_loss: Tensor
-    ratio: Tensor
-    sample_std: Tensor
+    skipped: Tensor
+    skipped_in_row: Tensor
+    generator_loss: Tensor | None = None
+    ratio: Tensor | None = None
+    sample_std: Tensor | None = None
 
     def numbers(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items()}
+        return {name: float(value) for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that chance decides about one micro-batch: prompts, generator noise per visit, score noise [b, C, h, w] and timesteps [b]."""
+
+    prompts: list[str]
+    latents: list[Tensor]
+    noise: Tensor
+    t: Tensor
 
 
 class Engine:
-    """The networks, optimizers and average of one distillation. A step is a pure function of the state and the step number."""
+    """The networks, optimizers and average of one distillation. A step is a pure function of the state and the step number.
+
+    Raises UsageError where the batch does not split over the processes, EnvironmentProblem where an extra is not installed.
+    """
 
     def __init__(self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device):
-        self.config, self.prompts, self.device = config, prompts, device
-        self.sampler = Sampler(teacher, device)
+        self.config, self.prompts = config, prompts
+        self.team = Team(device, config.shard)
+        self.device = self.team.device
+        if config.batch_size % self.team.count:
+            raise UsageError(f"--batch-size {config.batch_size} does not split over {self.team.count} processes evenly")
+        self.bf16 = pick_bf16(config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        self.sampler = Sampler(teacher, self.device)
         self.schedule = teacher.schedule
         self.teacher = self.sampler.unet
-        self.fake_score = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.generator = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.average = copy.deepcopy(self.teacher)
-        adam: dict[str, Any] = {"betas": (0.0, 0.999), "eps": config.adam_eps, "fused": True}
-        self.optimizer_fake = torch.optim.Adam(self.fake_score.parameters(), lr=config.lr_fake, **adam)
-        self.optimizer_generator = torch.optim.Adam(self.generator.parameters(), lr=config.lr_generator, **adam)
+        self.generator = self._trained_copy(self.teacher)
+        self.fake_score = self._with_lora(self.teacher) if config.fake_lora else self._trained_copy(self.teacher)
+        if config.teacher_bf16:
+            for value in self.teacher.parameters():
+                if not value.requires_grad:
+                    value.data = value.data.bfloat16()
+        for net in (self.teacher, self.generator, self.fake_score):
+            self._arrange(net)
+        self.fake_call, self.optimizer_fake = self.team.prepare(self.fake_score, self._optimizer(self.fake_score, config.lr_fake))
+        self.generator_call, self.optimizer_generator = self.team.prepare(
+            self.generator, self._optimizer(self.generator, config.lr_generator)
+        )
+        self.average = [self._averaged(value.detach().clone()) for value in self.generator.parameters()]
         self.empty = self.sampler.encode([""])
-        self.bf16 = pick_bf16(config.precision, device)
+        self.skipped = torch.zeros((), device=self.device)
+        self.skipped_in_row = torch.zeros((), device=self.device)
         self.step = 0
+        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._drawn: dict[tuple[str, int, int, range], Future[Draw]] = {}
+
+    # Building
+
+    @staticmethod
+    def _trained_copy(net: UNet2DConditionModel) -> UNet2DConditionModel:
+        return copy.deepcopy(net).requires_grad_(True)
+
+    def _with_lora(self, net: UNet2DConditionModel) -> UNet2DConditionModel:
+        """A second network on the teacher's own weights, with adapters of its own beside them."""
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install 'sidcli[lora]'") from error
+        rank = self.config.fake_lora
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv", "ff.net.0.proj", "ff.net.2"]
+        targets += ["time_emb_proj", "conv_shortcut"]
+        shared: dict[int, Any] = {id(value): value for value in net.parameters()}
+        twin = copy.deepcopy(net, shared)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(randomness.key(self.config.seed, "lora"))
+            twin.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        return twin
+
+    def _arrange(self, net: UNet2DConditionModel) -> None:
+        """Layout, recomputation and compilation as configured; none of them changes what is computed."""
+        if self.config.gradient_checkpointing:
+            net.enable_gradient_checkpointing()
+        if self.device.type == "cuda":
+            net.to(memory_format=torch.channels_last)
+        if self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda"):
+            net.compile()
+
+    def _optimizer(self, net: nn.Module, lr: float) -> torch.optim.Optimizer:
+        values = [value for value in net.parameters() if value.requires_grad]
+        if self.config.optimizer == "adam":
+            return SecondMomentAdam(values, lr, eps=self.config.adam_eps, offload=self.config.offload_optimizer)
+        try:
+            from bitsandbytes.optim import Adam8bit
+        except ImportError as error:
+            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install 'sidcli[8bit]'") from error
+        return Adam8bit(values, lr=lr, betas=(0.0, 0.999), eps=self.config.adam_eps)
+
+    def _averaged(self, value: Tensor) -> Tensor:
+        return value.cpu() if self.config.offload_average else value
+
+    @property
+    def images(self) -> int:
+        """Images generated for training so far, over both networks."""
+        generator_steps = max(0, self.step - self.config.fake_warmup)
+        return (self.step * self.config.fake_updates + generator_steps) * self.config.batch_size
+
+    # A step
 
     def advance(self) -> StepResult:
-        """One training step: update the fake score, then the generator and its average."""
-        fake_loss = self.fake_score_step()
-        generator_loss, ratio, sample_std = self.generator_step()
-        self.update_average()
+        """One training step: update the fake score, then, after its warm-up, the generator and its average."""
+        for update in range(self.config.fake_updates):
+            fake_loss = self.fake_score_step(update)
+        measured: dict[str, Tensor] = {}
+        if self.step >= self.config.fake_warmup:
+            loss, ratio, sample_std = self.generator_step()
+            self.update_average()
+            measured = {"generator_loss": loss, "ratio": ratio, "sample_std": sample_std}
         self.step += 1
-        return StepResult(fake_loss, generator_loss, ratio, sample_std)
+        return StepResult(fake_loss, self.skipped.clone(), self.skipped_in_row.clone(), **measured)
 
-    def fake_score_step(self) -> Tensor:
+    def fake_score_step(self, update: int = 0) -> Tensor:
         """One Adam update of psi towards the score of the generator's samples (method 1.4). Returns the loss."""
         config = self.config
         total = torch.zeros((), device=self.device)
-        for samples in self._micro_batches():
-            states = self._texts(FAKE, samples)
-            noise, t = self._draw(FAKE, samples)
+        for samples, last in self._micro_batches():
+            draw = self._draw(FAKE, update, samples)
+            states = self.sampler.encode(draw.prompts)
             with torch.no_grad():
-                x = self._generate(FAKE, samples, states)
-            x_t = self.schedule.noised(x, noise, t)
-            predicted = self._predict(self.fake_score, x_t, t, states, (config.kappa1,))[0]
-            loss = sid.fake_score_loss(self.schedule.noise(predicted, x_t, t), noise, config.batch_size)
-            loss.backward()
+                x = self._generate(self.generator, draw, states)
+            x_t = self.schedule.noised(x, draw.noise, draw.t)
+            with self.team.gradients(self.fake_call, last):
+                predicted = self._predict(self.fake_call, x_t, draw.t, states, (config.kappa1,))[0]
+                loss = sid.fake_score_loss(self.schedule.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
+                # Processes average their gradients; the loss is normalised by the global batch already.
+                (loss * self.team.count).backward()
             total += loss.detach()
-        self.optimizer_fake.step()
-        self.optimizer_fake.zero_grad(set_to_none=True)
-        return total
+        return self._update(self.optimizer_fake, self.team.sum(total))
 
     def generator_step(self) -> tuple[Tensor, Tensor, Tensor]:
         """One Adam update of theta (method 1.5). Returns the loss, the health ratio and the spread of the samples."""
-        config = self.config
-        total, ratio, spread = (torch.zeros((), device=self.device) for _ in range(3))
-        self.fake_score.requires_grad_(False)
-        for samples in self._micro_batches():
-            states = self._texts(GENERATOR, samples)
-            noise, t = self._draw(GENERATOR, samples)
-            x = self._generate(GENERATOR, samples, states)
-            x_t = self.schedule.noised(x, noise, t)
-            fakes = self._predict(self.fake_score, x_t, t, states, (config.kappa2, config.kappa3))
-            y_fake, y_fake_target = (self.schedule.clean(predicted, x_t, t) for predicted in fakes)
-            (real,) = self._predict(self.teacher, x_t, t, states, (config.kappa4,))
-            y_real = self.schedule.clean(real, x_t, t)
-            loss = sid.generator_loss(x, y_real, y_fake, y_fake_target, config.alpha, config.batch_size)
-            loss.backward()
-            share = len(samples) / config.batch_size
-            total += loss.detach()
-            ratio += share * sid.health(x, y_real, y_fake)
-            spread += share * x.detach().std()
-        self.fake_score.requires_grad_(True)
-        self.optimizer_generator.step()
-        self.optimizer_generator.zero_grad(set_to_none=True)
-        return total, ratio, spread
+        totals = torch.zeros(3, device=self.device)
+        own = [value for value in self.fake_score.parameters() if value.requires_grad]
+        for value in own:
+            value.requires_grad_(False)
+        for samples, last in self._micro_batches():
+            draw = self._draw(GENERATOR, 0, samples)
+            states = self.sampler.encode(draw.prompts)
+            with self.team.gradients(self.generator_call, last):
+                with torch.set_grad_enabled(not self.config.split_backward):
+                    x = self._generate(self.generator_call, draw, states)
+                gradient, measured = self._score_gradient(x.detach(), draw, states)
+                if self.config.split_backward:
+                    x = self._generate(self.generator_call, draw, states)
+                x.backward(gradient * self.team.count)
+            totals += measured
+        for value in own:
+            value.requires_grad_(True)
+        totals = self.team.sum(totals)
+        self._update(self.optimizer_generator, totals[0])
+        return totals[0], totals[1], totals[2]
+
+    def _score_gradient(self, x: Tensor, draw: Draw, states: Tensor) -> tuple[Tensor, Tensor]:
+        """d loss / d x of the generator loss, through both score networks, and (loss, ratio, spread) of these samples.
+
+        The chain rule is taken apart at the clean predictions: d loss / d y first, then one pull-back through each network. With
+        `split_backward` each network is run again for its own, so that one graph lives at a time (method 1.8).
+        """
+        config, x = self.config, x.requires_grad_()
+
+        def clean(net: nn.Module, scales: tuple[float, ...]) -> list[Tensor]:
+            x_t = self.schedule.noised(x, draw.noise, draw.t)
+            return [self.schedule.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, states, scales)]
+
+        networks: list[Callable[[], list[Tensor]]] = [
+            lambda: clean(self.fake_score, (config.kappa2, config.kappa3)),
+            lambda: clean(self.teacher, (config.kappa4,)),
+        ]
+        with torch.set_grad_enabled(not config.split_backward):
+            outputs = [network() for network in networks]
+        leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
+        (y_fake, y_fake_target), (y_real,) = leaves
+        loss = sid.generator_loss(x, y_real, y_fake, y_fake_target, config.alpha, config.batch_size)
+        gradient, *pulls = torch.autograd.grad(loss, [x, y_fake, y_fake_target, y_real])
+        for network, ys, pull in zip(networks, outputs, (pulls[:2], pulls[2:]), strict=True):
+            gradient = gradient + torch.autograd.grad(network() if config.split_backward else ys, x, pull)[0]
+        x = x.detach()
+        share = len(x) / config.batch_size
+        ratio = share * sid.health(x, y_real.detach(), y_fake.detach())
+        return gradient, torch.stack([loss.detach(), ratio, share * x.std((1, 2, 3)).mean()])
+
+    def _update(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Step the optimizer unless the loss or a gradient is not finite; decided on the device, so nothing waits. Returns `loss`."""
+        gradients = [local(value.grad) for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).sum()
+        broken = (self.team.sum((~torch.isfinite(norm + loss)).float()) > 0).float()
+        self.skipped += broken
+        self.skipped_in_row = (self.skipped_in_row + broken) * broken
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(inner, SecondMomentAdam):
+            inner.found_inf = broken
+            optimizer.step()
+        elif not bool(broken):  # an optimizer of another library cannot be told on the device
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
 
     def update_average(self) -> None:
         """G_ema <- beta G_ema + (1 - beta) G, beta by half-life in images with a ramp-up (method 1.7)."""
-        beta = ema_beta(self.step * self.config.batch_size, self.config)
-        pairs = zip(self.average.parameters(), self.generator.parameters(), strict=True)
-        averages, values = zip(*((average.data, value.data) for average, value in pairs), strict=True)
-        torch._foreach_lerp_(averages, values, 1.0 - beta)
+        beta = ema_beta((self.step - self.config.fake_warmup) * self.config.batch_size, self.config)
+        values = [self._averaged(local(value.detach())) for value in self.generator.parameters()]
+        torch._foreach_lerp_([local(value) for value in self.average], values, 1.0 - beta)
 
-    def _micro_batches(self) -> Iterator[range]:
-        size = self.config.micro_batch
-        for start in range(0, self.config.batch_size, size):
-            yield range(start, min(start + size, self.config.batch_size))
+    # Chance
 
-    def _texts(self, phase: str, samples: range) -> Tensor:
-        """Text states of this step's prompts; in the fake score's step some captions are emptied, for generator and score alike."""
-        config = self.config
-        first = (2 * self.step + (phase == GENERATOR)) * config.batch_size
+    def _micro_batches(self) -> Iterator[tuple[range, bool]]:
+        """This process's samples of the global batch in pieces, and whether a piece is the last."""
+        samples, size = self.team.share(range(self.config.batch_size)), self.config.micro_batch
+        for start in range(0, len(samples), size):
+            yield samples[start : start + size], start + size >= len(samples)
+
+    def _draw(self, phase: str, update: int, samples: range) -> Draw:
+        """This micro-batch's draws, moved to the device, while a thread makes those of the next one."""
+        key = (phase, self.step, update, samples)
+        draw = (self._drawn.pop(key, None) or self._drawer.submit(self.chance, *key)).result()
+        self._drawn.clear()
+        following = self._next(key)
+        self._drawn[following] = self._drawer.submit(self.chance, *following)
+        on = self.device
+        return Draw(draw.prompts, [value.to(on) for value in draw.latents], draw.noise.to(on), draw.t.to(on))
+
+    def _next(self, key: tuple[str, int, int, range]) -> tuple[str, int, int, range]:
+        """The micro-batch after this one in the order of `advance`."""
+        phase, step, update, samples = key
+        pieces = [piece for piece, _ in self._micro_batches()]
+        index = pieces.index(samples) + 1 if samples in pieces else 0
+        if index < len(pieces):
+            return phase, step, update, pieces[index]
+        if phase == FAKE and update + 1 < self.config.fake_updates:
+            return FAKE, step, update + 1, pieces[0]
+        if phase == FAKE and step >= self.config.fake_warmup:
+            return GENERATOR, step, 0, pieces[0]
+        return FAKE, step + 1, 0, pieces[0]
+
+    def chance(self, phase: str, step: int, update: int, samples: Sequence[int]) -> Draw:
+        """Prompts, noises and timesteps of some samples of a step: a function of the seed and the arguments, of nothing else.
+
+        Timesteps are uniform in t_min .. t_max - 1. In the fake score's step some captions are emptied, for generator and score
+        alike. A few-step student stops at the same random step in the whole batch, in every process.
+        """
+        config, shape = self.config, self.sampler.model.latent_shape
+        turn = step * config.fake_updates + update
+        first = ((config.fake_updates + 1) * step + (update if phase == FAKE else config.fake_updates)) * config.batch_size
         prompts = [self.prompts.at(config.seed, first + sample) for sample in samples]
         if phase == FAKE and (config.kappa1 != 1.0 or config.kappa2 != 1.0 or config.kappa3 != 1.0):
-            drops = randomness.uniform(config.seed, "caption dropout", self.step, samples) < config.dropout
+            drops = randomness.uniform(config.seed, "caption dropout", turn, samples) < config.dropout
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, drops.tolist(), strict=True)]
-        return self.sampler.encode(prompts)
+        visits = 1
+        if config.student_steps > 1:
+            visits = int(randomness.integers(1, config.student_steps + 1, config.seed, f"{phase} exit", turn, [0]))
+        streams = [f"{phase} latent"] + [f"{phase} latent {visit}" for visit in range(1, visits)]
+        latents = [randomness.normal(shape, config.seed, stream, turn, samples) for stream in streams]
+        noise = randomness.normal(shape, config.seed, f"{phase} noise", turn, samples)
+        t = randomness.integers(config.t_min, config.t_max, config.seed, f"{phase} timestep", turn, samples)
+        return Draw(prompts, latents, noise, t)
 
-    def _draw(self, phase: str, samples: range) -> tuple[Tensor, Tensor]:
-        """Noise [b, C, h, w] and timesteps [b] in t_min .. t_max - 1 for the score comparison."""
-        config = self.config
-        noise = randomness.normal(self.sampler.model.latent_shape, config.seed, f"{phase} noise", self.step, samples)
-        t = randomness.integers(config.t_min, config.t_max, config.seed, f"{phase} timestep", self.step, samples)
-        return noise.to(self.device), t.to(self.device)
+    # Networks
 
-    def _generate(self, phase: str, samples: range, states: Tensor) -> Tensor:
-        z = randomness.normal(self.sampler.model.latent_shape, self.config.seed, f"{phase} latent", self.step, samples)
-        return one_step(lambda x, t: self._run(self.generator, x, t, states), z.to(self.device), self.schedule, self.config.t_init)
+    def _generate(self, net: nn.Module, draw: Draw, states: Tensor) -> Tensor:
+        """Samples [b, C, h, w] of the generator, which stops where the draw says."""
+        grid = exit_grid(self.config.t_init, self.config.student_steps)[: len(draw.latents)]
+        return few_steps(
+            lambda x, t: self._run(net, x, t, states),
+            lambda visit: draw.latents[visit],
+            self.schedule,
+            grid,
+            self.config.renoise,  # type: ignore[arg-type]
+        )
 
-    def _run(self, net: UNet2DConditionModel, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    def _run(self, net: nn.Module, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """The network's prediction in float32, computed in bf16 where that was chosen."""
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with self._autocast():
             return net(x, t, states).sample.float()
 
-    def _predict(
-        self, net: UNet2DConditionModel, x_t: Tensor, t: Tensor, states: Tensor, scales: tuple[float, ...]
-    ) -> list[Tensor]:
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # A weight is used once a forward: caching its bf16 copy would cost its memory and save nothing.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
+
+    def _predict(self, net: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
         """Guided predictions for each scale from one call: the unconditional half only runs if a scale is not 1, and vice versa."""
         empty = self.empty.expand_as(states)
         if all(scale == 1.0 for scale in scales):
@@ -170,35 +350,69 @@ class Engine:
         conditional, unconditional = both.chunk(2)
         return [guided(conditional, unconditional, scale) for scale in scales]
 
+    # State
+
     def student(self) -> Model:
-        """The model the run is about: the teacher's text encoder and VAE around the averaged generator."""
-        return self.sampler.model.with_unet(self.average)
+        """The model the run is about: the teacher's text encoder and VAE around the averaged generator, on the CPU.
+
+        Every process must ask: where weights are sharded, each holds a part.
+        """
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.generator.config)
+        names = [name for name, _ in self.generator.named_parameters()]
+        weights = {name: whole(value) for name, value in zip(names, self.average, strict=True)}
+        unet.load_state_dict(weights, assign=True)
+        return self.sampler.model.with_unet(unet.eval().requires_grad_(False))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state by file: three networks and two optimizers. Adam's first moment is zero by definition (beta1 = 0) yet kept,
-        because torch's Adam insists on it."""
-        files = {
-            "generator": dict(self.generator.state_dict()),
-            "average": dict(self.average.state_dict()),
-            "fake_score": dict(self.fake_score.state_dict()),
+        """The state by file, whole and on the CPU: three networks and two optimizers. Every process must ask."""
+        names = [name for name, _ in self.generator.named_parameters()]
+        return {
+            "generator": {name: whole(value) for name, value in self.generator.named_parameters()},
+            "average": {name: whole(value) for name, value in zip(names, self.average, strict=True)},
+            "fake_score": {name: whole(value) for name, value in self.fake_score.named_parameters() if value.requires_grad},
+            "optimizer_generator": _optimizer_tensors(self.optimizer_generator),
+            "optimizer_fake": _optimizer_tensors(self.optimizer_fake),
         }
-        for name, optimizer in (("optimizer_generator", self.optimizer_generator), ("optimizer_fake", self.optimizer_fake)):
-            state = optimizer.state_dict()["state"]
-            files[name] = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-        return files
 
     def load(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
-        """Continue from `tensors()` of an engine with the same config. Raises RuntimeError where shapes or names differ."""
-        self.generator.load_state_dict(files["generator"])
-        self.average.load_state_dict(files["average"])
-        self.fake_score.load_state_dict(files["fake_score"])
-        for name, optimizer in (("optimizer_generator", self.optimizer_generator), ("optimizer_fake", self.optimizer_fake)):
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in files[name].items():
-                index, entry = key.split(".", 1)
-                state.setdefault(int(index), {})[entry] = value
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        """Continue from `tensors()` of an engine with the same config. Raises KeyError or RuntimeError where names or shapes differ."""
+        for name, value in self.generator.named_parameters():
+            assign(value, files["generator"][name])
+        for (name, _), value in zip(self.generator.named_parameters(), self.average, strict=True):
+            assign(value, files["average"][name])
+        for name, value in self.fake_score.named_parameters():
+            if value.requires_grad:
+                assign(value, files["fake_score"][name])
+        _load_optimizer(self.optimizer_generator, files["optimizer_generator"])
+        _load_optimizer(self.optimizer_fake, files["optimizer_fake"])
+        self.skipped_in_row.zero_()
         self.step = step
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{key}": whole(value)
+        for index, entry in state.items()
+        for key, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, entry = name.split(".", 1)
+        state.setdefault(int(index), {})[entry] = tensor
+    if not isinstance(inner, SecondMomentAdam):
+        inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
+        return
+    values = [value for group in inner.param_groups for value in group["params"]]
+    for position, value in enumerate(values):
+        for entry, target in inner.state[value].items():
+            assign(target, state[position][entry])
 
 
 def ema_beta(images: int, config: DistillConfig) -> float:

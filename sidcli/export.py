@@ -62,7 +62,7 @@ def compare(model: Model, folder: Path, dtype: str) -> int:
     """Draw one prompt with stock diffusers and with our sampler, from the same noise; the largest difference in 1/255."""
     sampler = Sampler(model, torch.device("cpu"))
     plan = plan_for(model, None, None)
-    ours = sampler.decode(sampler.latents([PROMPT], sampler.noise([0]), plan.steps, plan.guidance, plan.t_init))[0].numpy()
+    ours = sampler.decode(sampler.latents([PROMPT], sampler.noise([0], plan.noises), plan))[0].numpy()
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype], local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sidcli.diffusion import guided, many_steps, one_step
+from sidcli.diffusion import Renoise, exit_grid, few_steps, guided, many_steps
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.teachers import Model
 
@@ -28,14 +29,37 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a model draws. With a `grid` of timesteps it is a generator of one or a few steps; otherwise DDIM with guidance."""
+
+    steps: int
+    guidance: float = 0.0
+    grid: tuple[int, ...] = ()
+    renoise: Renoise = "ddim"
+
+    @property
+    def noises(self) -> int:
+        """Noises of one image: one, except where each step adds fresh noise."""
+        return self.steps if self.grid and self.renoise == "fresh" else 1
+
+    def describe(self) -> str:
+        if not self.grid:
+            return f"{self.steps} steps, guidance {self.guidance:g}"
+        return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
+
+
+def moved(net: Any, device: torch.device) -> Any:
+    """The network on this device; one that is there already is left alone."""
+    return net if next(net.parameters()).device == device else net.to(device)
+
+
 class Sampler:
-    """One model on one device: prompts -> text states, text states and noise -> latents -> images."""
+    """One model on one device: prompts -> text states, text states and noise -> latents -> images. The VAE moves when it is used."""
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.text_encoder = model.text_encoder.to(device)
-        self.vae = model.vae.to(device)
-        self.unet = model.unet.to(device)
+        self.text_encoder, self.unet = (moved(net, device) for net in (model.text_encoder, model.unet))
         self.truncated_prompts = 0
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -48,48 +72,39 @@ class Sampler:
         with torch.no_grad():
             return self.text_encoder(ids.to(self.device)).last_hidden_state
 
-    def noise(self, seeds: Sequence[int], shape: tuple[int, int, int] | None = None) -> Tensor:
-        """Standard normal latents for image seeds, each as `torch.Generator("cpu").manual_seed(seed)` draws it.
+    def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
+        """Standard normal latents [B, C, h, w] for image seeds, `draws` of them, as `torch.Generator("cpu").manual_seed(seed)` has them.
 
         That is what stock diffusers draws for `generator=`, so a seed means the same image there and here.
         """
-        shape = shape or self.model.latent_shape
-        draw = [torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-        return torch.cat(draw).to(self.device)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        shape = (1, *self.model.latent_shape)
+        return [torch.cat([torch.randn(shape, generator=one) for one in generators]).to(self.device) for _ in range(draws)]
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], noise: Tensor, steps: int, guidance: float, t_init: int | None = None) -> Tensor:
-        """Clean latents. One step means the one-step generator at t_init (no guidance), more mean DDIM with guidance."""
+    def latents(self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan) -> Tensor:
+        """Clean latents of a plan. A generator has its guidance built in and sees the prompt alone."""
         states = self.encode(prompts)
-        if t_init is not None:
-            return one_step(lambda x, t: self.unet(x, t, states).sample, noise, self.model.schedule, t_init)
+        if plan.grid:
+            return few_steps(
+                lambda x, t: self.unet(x, t, states).sample, noise.__getitem__, self.model.schedule, plan.grid, plan.renoise
+            )
         empty = self.encode([""]).expand_as(states)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if guidance == 1.0:
+            if plan.guidance == 1.0:
                 return self.unet(x, t, states).sample
             both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([states, empty])).sample
-            return guided(both[: len(x)], both[len(x) :], guidance)
+            return guided(both[: len(x)], both[len(x) :], plan.guidance)
 
-        return many_steps(denoise, noise, self.model.schedule, steps)
+        return many_steps(denoise, noise[0], self.model.schedule, plan.steps)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images uint8 [B, H, W, 3] on the CPU."""
-        images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        vae = moved(self.model.vae, self.device)
+        images = vae.decode(latents / vae.config.scaling_factor).sample
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a model draws. `steps` 1 with a `t_init` is the one-step generator; otherwise DDIM with guidance."""
-
-    steps: int
-    guidance: float
-    t_init: int | None
-
-    def describe(self) -> str:
-        return f"1 step at t = {self.t_init}" if self.t_init is not None else f"{self.steps} steps, guidance {self.guidance:g}"
 
 
 def plan_for(model: Model, steps: int | None, guidance: float | None, untrained: bool = False) -> Plan:
@@ -98,16 +113,18 @@ def plan_for(model: Model, steps: int | None, guidance: float | None, untrained:
     `untrained` uses a teacher as if it were a one-step generator: the point from which a distillation starts.
     """
     if untrained:
-        return Plan(1, 0.0, T_INIT)
+        return Plan(1, grid=(T_INIT,))
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
-    if model.is_student:
-        if steps not in (None, 1):
-            raise UsageError(f"{model.source.name} is a one-step student; --steps {steps} is not possible", "leave --steps out")
-        if guidance not in (None, 0, 1):
-            raise UsageError(f"a one-step student has its guidance built in; --guidance {guidance:g} is not possible")
-        return Plan(1, 0.0, int(model.card["t_init"]))
-    return Plan(steps or 50, model.default_guidance if guidance is None else guidance, None)
+    if not model.is_student:
+        return Plan(steps or 50, model.default_guidance if guidance is None else guidance)
+    own = int(model.card.get("student_steps", 1))
+    if steps is not None and steps > own:
+        raise UsageError(f"{model.source.name} was trained to draw in {own} steps at most, not {steps}", "leave --steps out")
+    if guidance not in (None, 0, 1):
+        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
+    wanted = steps or own
+    return Plan(wanted, grid=exit_grid(int(model.card["t_init"]), own)[:wanted], renoise=model.card.get("renoise", "ddim"))
 
 
 def draw(
@@ -116,7 +133,7 @@ def draw(
     """Images uint8 [B, H, W, 3] batch by batch; memory does not grow with the number of prompts."""
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        noise = sampler.noise(seeds[start : start + batch_size])
-        latents = sampler.latents(chunk, noise, plan.steps, plan.guidance, plan.t_init)
+        noise = sampler.noise(seeds[start : start + batch_size], plan.noises)
+        latents = sampler.latents(chunk, noise, plan)
         yield sampler.decode(latents)
         advance(len(chunk))

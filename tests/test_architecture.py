@@ -5,13 +5,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "__init__"},
+    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__"},
     {"files", "config", "diffusion", "objectives.sid", "emoji.nouns"},
     {"emoji.world", "emoji.sprites"},
     {"prompts", "emoji.classifier", "emoji.clip", "emoji.models", "teachers", "pictures", "metrics.fid"},
     {"sampler", "checkpoint", "metrics.features", "formats.diffusers_folder"},
     {"engine", "metrics.accuracy", "metrics.clip_score", "emoji.train", "emoji.pack"},
-    {"distill", "sample", "evaluate", "export"},
+    {"distill", "sample", "evaluate", "export", "plan"},
     {"console"},
     {"cli"},
     {"__main__"},

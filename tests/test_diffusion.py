@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from sidcli.diffusion import Schedule, guided, many_steps, one_step
+from sidcli.diffusion import Schedule, few_steps, guided, many_steps
 from sidcli.teachers import read_schedule
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -46,7 +46,7 @@ def test_the_one_step_generator_feeds_sigma_z_at_t_init_and_returns_the_clean_la
         seen.update(x=x, t=t)
         return torch.full_like(x, 0.5)
 
-    drawn = one_step(denoise, z, schedule(), 625)
+    drawn = few_steps(denoise, lambda _: z, schedule(), (625,))
     torch.testing.assert_close(seen["x"], 0.928564 * z, rtol=1e-5, atol=1e-6)
     assert seen["t"].tolist() == [625, 625]
     torch.testing.assert_close(drawn, 2.5017056 * z - 0.928564 / 0.3711724 * 0.5, rtol=1e-5, atol=1e-5)

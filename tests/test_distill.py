@@ -82,7 +82,7 @@ def test_the_student_equals_sid_sample_in_stock_diffusers(sd_folder: Path, confi
     theirs = np.asarray(pipe("a cat", num_inference_steps=1, guidance_scale=0, generator=generator).images[0])
     model = load(find(str(tmp_path / "run")))
     sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model, None, None)
-    ours = sampler.decode(sampler.latents(["a cat"], sampler.noise([3]), plan.steps, plan.guidance, plan.t_init))[0].numpy()
+    ours = sampler.decode(sampler.latents(["a cat"], sampler.noise([3]), plan))[0].numpy()
     assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
     assert theirs.std() > 1
 

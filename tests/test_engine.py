@@ -1,10 +1,16 @@
+import copy
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
-from sidcli.config import DistillConfig
-from sidcli.engine import Engine, ema_beta
+from sidcli.config import DistillConfig, strategy
+from sidcli.diffusion import exit_grid, few_steps
+from sidcli.engine import Draw, Engine, ema_beta
 from sidcli.prompts import open_prompts
 from sidcli.teachers import Model, find, load
 
@@ -28,14 +34,29 @@ def gradient(built: Engine, phase: str = "generator") -> torch.Tensor:
     return torch.cat(caught)
 
 
+def snapshot(built: Engine) -> dict[str, dict[str, torch.Tensor]]:
+    return {file: {name: value.clone() for name, value in tensors.items()} for file, tensors in built.tensors().items()}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "two pieces": {"micro_batch": 3},
+    "one by one": {"micro_batch": 1},
+    "split backward": {"split_backward": True},
+    "recomputed activations": {"gradient_checkpointing": True},
+    "both and in pieces": {"split_backward": True, "gradient_checkpointing": True, "micro_batch": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("phase", ["fake", "generator"])
-def test_the_gradient_of_a_step_is_the_same_for_every_micro_batch(sd_folder: object, config: DistillConfig, phase: str) -> None:
-    results = []
-    for micro in (4, 3, 1):
-        built = engine(load(find(str(sd_folder))), dataclasses.replace(config, micro_batch=micro))
-        results.append(gradient(perturbed(built), phase))
-    for other in results[1:]:
-        assert (other - results[0]).norm() < 1e-5 * results[0].norm()
+def test_memory_options_do_not_change_the_gradient_of_a_step(
+    sd_folder: Path, config: DistillConfig, phase: str, variant: str
+) -> None:
+    plain, other = (
+        gradient(perturbed(engine(load(find(str(sd_folder))), settings)), phase)
+        for settings in (config, dataclasses.replace(config, **VARIANTS[variant]))
+    )
+    assert (other - plain).norm() < 1e-5 * plain.norm()
 
 
 def perturbed(built: Engine) -> Engine:
@@ -46,8 +67,97 @@ def perturbed(built: Engine) -> Engine:
     return built
 
 
+class Naive:
+    """The two losses of method 1.4 and 1.5, sample by sample in float64, straight from the equations."""
+
+    def __init__(self, built: Engine, model: Model):
+        self.config, self.prediction = built.config, model.schedule.prediction
+        self.nets = {
+            name: copy.deepcopy(net).double().requires_grad_(True)
+            for name, net in (("psi", built.fake_score), ("phi", built.teacher), ("theta", built.generator))
+        }
+        self.text, self.tokenizer = copy.deepcopy(model.text_encoder).double(), model.tokenizer
+        self.abar = torch.cumprod(
+            1 - DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").betas.double(), 0
+        )
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        ids = self.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        return self.text(ids).last_hidden_state.detach()
+
+    def clean(self, net: str, x_t: torch.Tensor, t: int, prompt: str, kappa: float) -> torch.Tensor:
+        a, s = self.abar[t].sqrt(), (1 - self.abar[t]).sqrt()
+
+        def x0(text: str) -> torch.Tensor:
+            out = self.nets[net](x_t, torch.tensor([t]), self.encode(text)).sample
+            return (x_t - s * out) / a if self.prediction == "epsilon" else a * x_t - s * out
+
+        # Guidance is linear, so it may as well be applied to the clean predictions.
+        return x0("") + kappa * (x0(prompt) - x0(""))
+
+    def generate(self, z: torch.Tensor, prompt: str) -> torch.Tensor:
+        t = self.config.t_init
+        return self.clean("theta", (1 - self.abar[t]).sqrt() * z, t, prompt, 1.0)
+
+    def losses(self, draw: Draw) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float, str, int]]:
+        for i, prompt in enumerate(draw.prompts):
+            t = int(draw.t[i])
+            a, s = self.abar[t].sqrt(), (1 - self.abar[t]).sqrt()
+            x, noise = self.generate(draw.latents[0][i : i + 1].double(), prompt), draw.noise[i : i + 1].double()
+            yield x, a * x + s * noise, noise, a, s, prompt, t
+
+    def fake_loss(self, draw: Draw) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for x, _, noise, a, s, prompt, t in self.losses(draw):
+            x_t = (a * x + s * noise).detach()
+            # || eps_psi - eps ||^2 is the error of the clean prediction times abar / (1 - abar).
+            total = total + a**2 / s**2 * (self.clean("psi", x_t, t, prompt, self.config.kappa1) - x.detach()).square().sum()
+        return total / len(draw.prompts)
+
+    def generator_loss(self, draw: Draw) -> torch.Tensor:
+        c, total = self.config, torch.zeros((), dtype=torch.float64)
+        for x, x_t, _, _, _, prompt, t in self.losses(draw):
+            real = self.clean("phi", x_t, t, prompt, c.kappa4)
+            fake, target = (self.clean("psi", x_t, t, prompt, kappa) for kappa in (c.kappa2, c.kappa3))
+            weight = (x - real).abs().mean().detach()
+            total = total + ((real - fake) * (target - x) + (1 - c.alpha) * (real - fake) ** 2).sum() / weight
+        return total / len(draw.prompts)
+
+
+CASES = [
+    ("lsg", 2.0, 1.0, "sd"),
+    ("long", 3.0, 1.2, "sd"),
+    ("short", 0.5, 1.0, "v"),
+    ("zero-cfg", None, 0.7, "v"),
+    ("none", None, 1.0, "sd"),
+]
+
+
+@pytest.mark.parametrize(("name", "scale", "alpha", "kind"), CASES)
+def test_both_losses_and_their_gradients_equal_the_equations(
+    sd_folder: Path, v_folder: Path, config: DistillConfig, name: str, scale: float | None, alpha: float, kind: str
+) -> None:
+    model = load(find(str(sd_folder if kind == "sd" else v_folder)))
+    settings = dataclasses.replace(config, alpha=alpha, batch_size=2, micro_batch=2, dropout=0.5, **strategy(name, scale))
+    for phase, role in (("fake", "psi"), ("generator", "theta")):
+        built = perturbed(engine(model, settings))
+        naive = Naive(built, model)
+        draw = built.chance(phase, 0, 0, range(2))
+        wanted = naive.fake_loss(draw) if phase == "fake" else naive.generator_loss(draw)
+        wanted.backward()
+        slopes = torch.cat([value.grad.flatten() for value in naive.nets[role].parameters() if value.grad is not None])
+        caught = gradient(built, phase)
+        assert (caught - slopes).norm() < 1e-4 * slopes.norm()
+        loss = engine_loss(perturbed(engine(model, settings)), phase)
+        assert loss == pytest.approx(wanted.item(), rel=1e-4, abs=1e-3)
+
+
+def engine_loss(built: Engine, phase: str) -> float:
+    return float(built.fake_score_step() if phase == "fake" else built.generator_step()[0])
+
+
 def test_a_fake_score_equal_to_the_teacher_gives_a_loss_of_exactly_zero_and_no_gradient(
-    sd_folder: object, config: DistillConfig
+    sd_folder: Path, config: DistillConfig
 ) -> None:
     same, other = (engine(load(find(str(sd_folder))), config) for _ in range(2))
     # The two scores' contributions cancel when they are added up, so rounding remains of the gradient.
@@ -61,8 +171,8 @@ def test_a_step_changes_fake_score_generator_and_average_but_never_the_teacher(s
     before = {name: value.clone() for name, value in built.teacher.state_dict().items()}
     for _ in range(2):
         built.advance()
-    for net in (built.fake_score, built.generator, built.average):
-        assert any(not torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for name in ("fake_score", "generator", "average"):
+        assert any(not torch.equal(value, before[key]) for key, value in built.tensors()[name].items())
     assert all(torch.equal(value, before[name]) for name, value in built.teacher.state_dict().items())
 
 
@@ -87,21 +197,25 @@ def test_guidance_of_one_runs_no_unconditional_branch(sd: Model, config: Distill
 
 def test_timesteps_reach_t_min_and_never_t_max(sd: Model, config: DistillConfig) -> None:
     built = engine(sd, dataclasses.replace(config, t_min=20, t_max=24))
-    drawn = torch.cat([built._draw("fake", range(200))[1]])
+    drawn = built.chance("fake", 0, 0, range(200)).t
     assert sorted(set(drawn.tolist())) == [20, 21, 22, 23]
 
 
 def test_captions_are_dropped_for_the_fake_score_only_and_only_under_guidance(sd: Model, config: DistillConfig) -> None:
-    asked: list[list[str]] = []
     built = engine(sd, dataclasses.replace(config, dropout=0.5))
-    real = built.sampler.encode
-    built.sampler.encode = lambda prompts: (asked.append(list(prompts)), real(prompts))[1]  # type: ignore[method-assign]
-    built._texts("fake", range(40))
-    built._texts("generator", range(40))
+    assert 10 < built.chance("fake", 0, 0, range(40)).prompts.count("") < 30
+    assert built.chance("generator", 0, 0, range(40)).prompts.count("") == 0
     built.config = dataclasses.replace(built.config, kappa1=1.0, kappa2=1.0, kappa3=1.0)
-    built._texts("fake", range(40))
-    assert 10 < asked[0].count("") < 30
-    assert asked[1].count("") == asked[2].count("") == 0
+    assert built.chance("fake", 0, 0, range(40)).prompts.count("") == 0
+
+
+def test_no_prompt_and_no_noise_is_used_twice_in_successive_updates(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, dataclasses.replace(config, fake_updates=2, dropout=0.0))
+    order = [("fake", step, update) for step in range(2) for update in range(2)] + [("generator", step, 0) for step in range(2)]
+    draws = [built.chance(phase, step, update, range(4)) for phase, step, update in order]
+    noises = [noise.flatten()[0].item() for draw in draws for noise in (*draw.latents[0], *draw.noise)]
+    assert len(set(noises)) == len(noises)
+    assert len({prompt for draw in draws for prompt in draw.prompts}) > 20
 
 
 def test_the_average_starts_as_the_generator_and_settles_at_the_published_rate() -> None:
@@ -110,7 +224,7 @@ def test_the_average_starts_as_the_generator_and_settles_at_the_published_rate()
     assert ema_beta(10**9, config) == pytest.approx(0.99293, abs=1e-5)
 
 
-def test_a_teacher_that_predicts_v_trains(v_folder: object, config: DistillConfig) -> None:
+def test_a_teacher_that_predicts_v_trains(v_folder: Path, config: DistillConfig) -> None:
     built = engine(load(find(str(v_folder))), config)
     losses = [built.fake_score_step().item() for _ in range(8)]
     assert all(loss == loss for loss in losses)
@@ -123,3 +237,72 @@ def test_the_fake_score_learns_the_generators_score(sd: Model, config: DistillCo
     for _ in range(30):
         built.fake_score_step()
     assert built.fake_score_step().item() < 0.9 * first
+
+
+def test_a_warm_up_step_moves_the_fake_score_alone(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, dataclasses.replace(config, fake_warmup=1))
+    before = snapshot(built)
+    first = built.advance()
+    after = built.tensors()
+    assert first.generator_loss is None and built.images == 4
+    assert all(torch.equal(before["generator"][name], value) for name, value in after["generator"].items())
+    assert any(not torch.equal(before["fake_score"][name], value) for name, value in after["fake_score"].items())
+    assert built.advance().generator_loss is not None and built.images == 12
+
+
+def test_a_value_that_is_not_finite_leaves_every_weight_as_it_was_and_is_counted(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, config)
+    built.advance()
+    before = snapshot(built)
+    good = built.empty
+    built.empty = torch.full_like(good, float("nan"))
+    result = built.advance()
+    assert result.skipped.item() == result.skipped_in_row.item() == 2
+    for name in ("generator", "fake_score", "optimizer_fake", "optimizer_generator"):
+        assert all(torch.equal(before[name][key], value) for key, value in built.tensors()[name].items())
+    built.empty = good
+    again = built.advance()
+    assert again.skipped.item() == 2 and again.skipped_in_row.item() == 0
+
+
+@pytest.mark.parametrize("renoise", ["ddim", "fixed", "fresh"])
+def test_a_few_step_student_learns_through_its_last_step_alone(sd: Model, config: DistillConfig, renoise: str) -> None:
+    built = engine(sd, dataclasses.replace(config, student_steps=4, renoise=renoise))
+    exits = {len(built.chance("generator", step, 0, range(2)).latents) for step in range(40)}
+    assert exits == {1, 2, 3, 4}
+    for step in range(40):
+        one, other = (len(built.chance("fake", step, 0, samples).latents) for samples in (range(2), range(2, 4)))
+        assert one == other
+    calls = []
+    built.generator.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    draw = next(draw for step in range(40) if len((draw := built.chance("generator", step, 0, range(2))).latents) == 3)
+    x = built._generate(built.generator, draw, built.sampler.encode(draw.prompts))
+    assert calls == [False, False, True] and x.requires_grad
+
+
+def test_four_steps_visit_the_published_timesteps_and_may_end_early() -> None:
+    assert exit_grid(625, 4) == (625, 468, 312, 156)
+    assert exit_grid(625, 1) == (625,)
+
+
+def test_one_step_of_a_few_step_student_is_the_one_step_generator(sd: Model) -> None:
+    z = torch.randn(2, *sd.latent_shape)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * t.view(-1, 1, 1, 1) / 1000
+
+    one = few_steps(denoise, lambda _: z, sd.schedule, (625,))
+    torch.testing.assert_close(few_steps(denoise, lambda _: z, sd.schedule, exit_grid(625, 4)[:1], "fixed"), one)
+
+
+def test_a_lora_fake_score_leaves_the_teachers_weights_alone_and_shares_them(sd: Model, config: DistillConfig) -> None:
+    pytest.importorskip("peft")
+    built = engine(sd, dataclasses.replace(config, fake_lora=4))
+    shared = {value.data_ptr() for value in built.teacher.parameters()}
+    assert {value.data_ptr() for value in built.fake_score.parameters() if not value.requires_grad} == shared
+    before = {name: value.clone() for name, value in built.teacher.named_parameters()}
+    loss, _, _ = built.generator_step()
+    assert loss.item() == 0.0  # fresh adapters add nothing
+    built.advance()
+    assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())
+    assert built.generator_step()[0].item() != 0.0

@@ -42,3 +42,38 @@ def test_the_fake_score_loss_sums_over_elements_and_averages_over_the_batch() ->
 def test_the_health_ratio_is_one_when_the_fake_score_returns_the_sample_itself() -> None:
     x, real = torch.randn(2, 3, 4, 4, 4)
     assert sid.health(x, real, x).item() == pytest.approx(1.0)
+
+
+def test_with_stopped_gradients_in_both_networks_the_direction_is_that_of_score_distillation() -> None:
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    real, fake = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(sid.generator_loss(x, real, fake, fake, 1.0, 2), x)
+    weight = (x - real).abs().mean((1, 2, 3), keepdim=True).detach()
+    torch.testing.assert_close(slope, (fake - real) / weight / 2)
+
+
+def test_on_gaussian_data_with_exact_scores_the_generator_becomes_the_data() -> None:
+    """Teacher and fake score in closed form: for x ~ N(m, s^2), E[x | x_t] = m + a s^2 / (a^2 s^2 + sigma^2) (x_t - a m)."""
+    mean, spread = torch.tensor(1.5, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    own = torch.tensor([-1.0, 1.2], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([own], lr=0.02, betas=(0.0, 0.999))
+    draws = torch.Generator().manual_seed(0)
+
+    def posterior(x_t: torch.Tensor, a: torch.Tensor, sigma: torch.Tensor, m: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return m + a * s**2 / (a**2 * s**2 + sigma**2) * (x_t - a * m)
+
+    for step in range(1500):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 1500)
+        z, noise = torch.randn(2, 64, 1, 1, 1, generator=draws, dtype=torch.float64)
+        a = 0.1 + 0.85 * torch.rand(64, 1, 1, 1, generator=draws, dtype=torch.float64)
+        sigma = (1 - a**2).sqrt()
+        x = own[0] + own[1] * z
+        x_t = a * x + sigma * noise
+        fake = posterior(x_t, a, sigma, *own.detach())
+        loss = sid.generator_loss(x, posterior(x_t, a, sigma, mean, spread), fake, fake, 1.0, 64)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert own[0].item() == pytest.approx(1.5, abs=0.03)
+    assert abs(own[1].item()) == pytest.approx(0.4, abs=0.03)

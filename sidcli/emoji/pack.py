@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from sidcli.emoji import models
@@ -25,8 +26,9 @@ def half(source: Path, target: Path) -> None:
 
 
 def pack_nets(build: Path, guidance: float) -> None:
-    """The teacher pipeline with its card, and the two metric networks."""
+    """The teacher pipeline with its card, around the VAE as it is now, and the two metric networks."""
     model = load(Source("teacher", build / "teacher", str(build)))
+    model.vae = AutoencoderKL.from_pretrained(build / "vae").eval()
     trained = json.loads((build / "teacher.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     card = {"kind": "teacher", "world": "emoji", "guidance": guidance, "steps_trained": trained["step"]}
     with atomic_folder(WEIGHTS / "teacher") as folder:

@@ -1,0 +1,59 @@
+"""`sid distill --processes N`: the same command N times on this machine, as one group that trains together.
+
+For more machines, `accelerate launch -m sidcli distill ...` or torchrun set the same variables.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+PATIENCE = 60.0
+"""Seconds that processes get to stop after another one has failed."""
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run `sid ARGUMENTS` in `count` processes; signals are passed on. Returns the first exit code that is not 0, else 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Each process would otherwise use every core.
+    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+    team = []
+    for rank in range(count):
+        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # In a group of its own: a Ctrl-C reaches it through `forward`, once, and not from the terminal as well.
+        team.append(subprocess.Popen([sys.executable, "-m", "sidcli", *arguments], env=environment, process_group=0))
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in team:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(team)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(team: list[subprocess.Popen[bytes]]) -> int:
+    deadline = None
+    while any(process.poll() is None for process in team):
+        failed = [process for process in team if process.poll()]
+        if failed and deadline is None:
+            deadline = time.monotonic() + PATIENCE
+        if deadline and time.monotonic() > deadline:
+            for process in team:
+                process.kill()
+        time.sleep(0.1)
+    codes = [process.returncode for process in team]
+    return next((code if code > 0 else 128 - code for code in codes if code), 0)
