@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ import typer
 
 from sidcli import __version__
 from sidcli.config import MEMORY, PRESETS, DistillConfig, preset_for, read_toml, strategy
-from sidcli.errors import SidError, UsageError
+from sidcli.errors import EnvironmentProblem, SidError, UsageError
 
 if TYPE_CHECKING:
     from sidcli.console import Console
@@ -338,6 +339,7 @@ def _console(as_json: bool, quiet: bool) -> Iterator[Console]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice about its own extras, as soon as accelerate sees it
     from sidcli.console import Console
 
     yield Console(as_json, quiet)
@@ -361,7 +363,9 @@ def main() -> None:
     except SidError as error:
         from sidcli.console import Console
 
-        Console().error(error.message, error.hint)
+        # What stops one of several processes stops all for the same reason, unless it is that process's own memory or disk.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, EnvironmentProblem):
+            Console().error(error.message, error.hint)
         if os.environ.get("SID_DEBUG"):
             raise
         sys.exit(error.exit_code)

@@ -27,7 +27,7 @@ from sidcli.diffusion import exit_grid, few_steps, guided
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
-from sidcli.parallel import Team, assign, whole
+from sidcli.parallel import Team, assign, count, whole
 from sidcli.prompts import Prompts
 from sidcli.sampler import Sampler
 from sidcli.teachers import Model
@@ -78,10 +78,10 @@ class Engine:
 
     def __init__(self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device):
         self.config, self.prompts = config, prompts
+        if config.batch_size % count():
+            raise UsageError(f"--batch-size {config.batch_size} does not split over {count()} processes evenly")
         self.team = Team(device, config.shard)
         self.device = self.team.device
-        if config.batch_size % self.team.count:
-            raise UsageError(f"--batch-size {config.batch_size} does not split over {self.team.count} processes evenly")
         self.bf16 = pick_bf16(config.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -96,6 +96,9 @@ class Engine:
                     value.data = value.data.bfloat16()
         for net in (self.teacher, self.generator, self.fake_score):
             self._arrange(net)
+        self.team.split(self.generator)
+        if not config.fake_lora:  # whose weights are the teacher's own, whole in every process
+            self.team.split(self.fake_score)
         self.fake_call, self.optimizer_fake = self.team.prepare(self.fake_score, self._optimizer(self.fake_score, config.lr_fake))
         self.generator_call, self.optimizer_generator = self.team.prepare(
             self.generator, self._optimizer(self.generator, config.lr_generator)

@@ -1,7 +1,7 @@
 """The processes that train together: who I am, who shares a gradient, who writes. One process alone needs none of it.
 
-`accelerate` does the work (DDP, or FSDP2 for networks that outgrow one card); a process group is there when WORLD_SIZE says so,
-which is what `accelerate launch`, torchrun and `sid distill --processes` set.
+`accelerate` starts the group and runs DDP; networks that outgrow one card are sharded with torch's FSDP2 itself, because accelerate
+only offers it on GPUs. A group is there when WORLD_SIZE says so, which `accelerate launch`, torchrun and `sid distill --processes` set.
 """
 
 from __future__ import annotations
@@ -9,25 +9,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def count() -> int:
+    """Processes of the group this one belongs to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Team:
     """This process among `count`; `shard` splits weights, gradients and optimizer state over all of them (FSDP2)."""
 
     def __init__(self, device: torch.device, shard: bool = False):
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.count = int(os.environ.get("RANK", "0")), count()
         self.accelerator: Accelerator | None = None
-        self.device = device
+        self.device, self.sharded = device, shard and self.count > 1
         if self.count > 1:
-            self.accelerator = _accelerator(device, shard)
+            from accelerate import Accelerator, DistributedDataParallelKwargs
+
+            kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+            self.accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[kwargs])
             self.device = self.accelerator.device
 
     @property
@@ -40,20 +50,29 @@ class Team:
         size = len(samples) // self.count
         return samples[self.rank * size : (self.rank + 1) * size]
 
+    def split(self, net: UNet2DConditionModel) -> None:
+        """Under `shard`, leave each process its part of the weights; call it before an optimizer sees them."""
+        if self.sharded:
+            for part in (*net.down_blocks, net.mid_block, *net.up_blocks, net):
+                fully_shard(part)
+
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The network to call where gradients are to be shared, and its optimizer."""
-        if self.accelerator is None:
+        if self.accelerator is None or self.sharded:
             return net, optimizer
         return self.accelerator.prepare(net, optimizer)
 
     @contextmanager
     def gradients(self, net: nn.Module, last: bool) -> Iterator[None]:
         """Forward and backward of one micro-batch; gradients travel between the processes at the last one of a step only."""
-        if self.accelerator is None or last:
+        if isinstance(net, FSDPModule):
+            net.set_requires_gradient_sync(last)
             yield
-            return
-        with self.accelerator.no_sync(net):
+        elif self.accelerator is None or last:
             yield
+        else:
+            with self.accelerator.no_sync(net):
+                yield
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, the same tensor on each of them."""
@@ -64,21 +83,12 @@ class Team:
             self.accelerator.wait_for_everyone()
 
 
-def _accelerator(device: torch.device, shard: bool) -> Accelerator:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
-
-    options: dict[str, Any] = {"mixed_precision": "no", "cpu": device.type == "cpu"}
-    if shard:
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
-    return Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)], **options
-    )
-
-
 def whole(value: Tensor) -> Tensor:
     """A tensor with all its parts, on the CPU; every process must ask."""
     value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+    if isinstance(value, DTensor):
+        value = value.redistribute(placements=[Replicate()] * value.device_mesh.ndim).to_local()
+    return value.cpu()
 
 
 def assign(target: Tensor, value: Tensor) -> None:

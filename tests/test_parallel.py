@@ -1,0 +1,104 @@
+"""Several real processes on this machine (gloo on the CPU) compute what one process computes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sidcli.config import DistillConfig
+from sidcli.engine import Engine
+from sidcli.errors import UsageError
+from sidcli.prompts import open_prompts
+from sidcli.teachers import Model
+
+SETTINGS = ["--prompts", "general", "--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", "--precision", "fp32"]
+# Where a gradient is all but zero, Adam's step has a rounding error's sign; a large epsilon makes steps follow gradients.
+SMOOTH = "adam_eps = 0.1\n"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+
+
+def command(teacher: Path, output: Path, *more: str) -> list[str]:
+    smooth = output.with_suffix(".toml")
+    smooth.write_text(SMOOTH)
+    return [
+        "-m",
+        "sidcli",
+        "distill",
+        "--teacher",
+        str(teacher),
+        "--output",
+        str(output),
+        "--config",
+        str(smooth),
+        *SETTINGS,
+        *more,
+    ]
+
+
+def distilled(arguments: list[str], output: Path) -> dict[str, torch.Tensor]:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(output / "student")  # one process speaks
+    return {
+        f"{file.stem}/{name}": value
+        for file in (output / "checkpoints" / "step-00000002").glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    output = tmp_path_factory.mktemp("alone") / "run"
+    return distilled(command(sd_folder, output), output)
+
+
+WAYS = {
+    "two processes in pieces": ["--processes", "2", "--micro-batch", "1"],
+    "two processes with sharded networks": ["--processes", "2", "--shard"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_processes_train_what_one_trains(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor], way: str) -> None:
+    together = distilled(command(sd_folder, tmp_path / "run", *WAYS[way]), tmp_path / "run")
+    assert together.keys() == alone.keys()
+    start = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for file in ("generator", "average", "fake_score", "optimizer_fake", "optimizer_generator"):
+        names = sorted(name for name in alone if name.startswith(f"{file}/"))
+        one, other = (torch.cat([values[name].flatten().double() for name in names]) for values in (alone, together))
+        begun = torch.cat([start.get(name.partition("/")[2], torch.zeros(1)).flatten().double() for name in names])
+        way_gone = (one - begun).norm() if len(begun) == len(one) else one.norm()
+        assert way_gone > 0 and (one - other).norm() < 1e-4 * way_gone, file
+
+
+def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    output = tmp_path / "run"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "29617", "-m"]
+    together = distilled(launch + command(sd_folder, output)[1:], output)
+    assert all(torch.allclose(alone[name], together[name], rtol=1e-4, atol=1e-6) for name in alone)
+
+
+def test_a_signal_to_the_launcher_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path) -> None:
+    arguments = command(sd_folder, tmp_path / "run", "--processes", "2", "--steps", "100000")
+    running = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 143, said
+    assert "saved" in said and said.count("error:") == 1
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_a_batch_that_does_not_split_evenly_is_refused(sd: Model, config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="batch-size 4 does not split over 3 processes"):
+        Engine(sd, config, open_prompts("general"), torch.device("cpu"))
