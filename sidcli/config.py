@@ -108,6 +108,7 @@ class DistillConfig:
             "fake-warmup": (self.fake_warmup >= 0, "at least 0"),
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
             "fake-lora": (self.fake_lora >= 0, "at least 0"),
+            "shard": (not (self.shard and (self.offload_average or self.offload_optimizer)), "off where state is offloaded"),
         }
         choices = {
             "renoise": ("ddim", "fixed", "fresh"),

@@ -116,7 +116,7 @@ def run(
         raise InputError(f"{teacher.source.name} is a one-step student already", "pass the teacher it came from")
     if config.t_init >= teacher.schedule.steps or config.t_max > teacher.schedule.steps:
         raise UsageError(f"the teacher's schedule has {teacher.schedule.steps} timesteps; --t-init and --t-max must fit in it")
-    with StopFlag().installed() as stop:
+    with StopFlag().installed() as stop, memory_advice(config):
         engine = Engine(teacher, config, prompts, pick_device(device_name))
         with locked(output) if engine.team.leads else nullcontext():
             engine.team.wait()
@@ -221,6 +221,25 @@ class Loop:
                 self.output / "checkpoints", engine.step, tensors, dataclasses.asdict(engine.config), engine.prompts.digest
             )
         engine.team.wait()
+
+
+@contextmanager
+def memory_advice(config: DistillConfig) -> Iterator[None]:
+    """Raises EnvironmentProblem where the GPU's memory runs out, with the switches that are still to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        switches = {
+            "--micro-batch 1": config.micro_batch > 1,
+            "--gradient-checkpointing": not config.gradient_checkpointing,
+            "--split-backward": not config.split_backward,
+            "--offload-average": not config.offload_average,
+            "--offload-optimizer": not config.offload_optimizer,
+            "--memory 24gb or --memory 12gb": not config.fake_lora,
+        }
+        left = [name for name, helps in switches.items() if helps]
+        what = str(error).splitlines()[0]
+        raise EnvironmentProblem(f"the memory of the device ran out: {what}", ", ".join(left) or "a smaller teacher") from error
 
 
 def peak_memory(engine: Engine) -> float:

@@ -48,7 +48,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
     [
         (["distill", "--steps", "3", "--images", "9"], 2, "--steps and --images"),
         (["distill", "--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
-        (["sample", "a cat", "--model", "emoji", "--steps", "4"], 2, "one-step student"),
+        (["sample", "a cat", "--model", "emoji", "--steps", "4"], 2, "was trained to draw in 1 steps at most, not 4"),
         (["sample", "a cat", "--model", "no-such-model"], 3, "no model 'no-such-model'"),
         (["sample", "a cat", "--model", "weights.ckpt"], 3, "pickled weights"),
         (["distill", "--prompts", "missing.txt"], 3, "missing.txt"),

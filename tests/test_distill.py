@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sidcli import checkpoint, distill
 from sidcli.config import DistillConfig, read_toml
+from sidcli.engine import Engine, StepResult
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import locked
 from sidcli.prompts import open_prompts
@@ -136,6 +137,84 @@ def test_a_diverging_run_stops_with_the_step_and_a_finite_checkpoint(
     assert stopped.value.exit_code == 1
     found, _ = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert found is None or all(value.isfinite().all() for value in state(tmp_path / "run", found.step).values())
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int, times: float) -> None:
+    """From a step on, for a number of steps, the engine computes with values that are not finite."""
+    real, left = Engine.advance, [times]
+
+    def advance(self: Engine) -> StepResult:
+        healthy = self.empty
+        if self.step >= from_step and left[0] > 0:
+            left[0] -= 1
+            self.empty = torch.full_like(healthy, float("nan"))
+        result = real(self)
+        self.empty = healthy
+        return result
+
+    monkeypatch.setattr(Engine, "advance", advance)
+
+
+def test_a_run_that_stops_being_finite_returns_to_its_checkpoint_and_ends_as_if_nothing_had_happened(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config, steps=6)
+    run(sd_folder, config, tmp_path / "calm")
+    poisoned(monkeypatch, from_step=3, times=3)
+    listener = Silent()
+    run(sd_folder, config, tmp_path / "shaken", listener)
+    assert "6 updates in a row were not finite at step 6; back to step 2, once" in listener.notes
+    one, two = state(tmp_path / "calm", 6), state(tmp_path / "shaken", 6)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    records = [json.loads(line) for line in (tmp_path / "shaken" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_stops_being_finite_again_ends_with_advice(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, from_step=3, times=float("inf"))
+    with pytest.raises(SidError, match="at step 6, again") as stopped:
+        run(sd_folder, dataclasses.replace(config, steps=20), tmp_path / "run")
+    assert stopped.value.exit_code == 1 and "--lr-fake" in stopped.value.hint
+
+
+def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    result = run(sd_folder, dataclasses.replace(config, student_steps=4), tmp_path / "run")
+    pipe = StableDiffusionPipeline.from_pretrained(result.student)
+    pipe.set_progress_bar_config(disable=True)
+    model = load(find(str(tmp_path / "run")))
+    sampler = Sampler(model, torch.device("cpu"))
+    for steps in (1, 4):
+        plan = plan_for(model, steps, None)
+        ours = sampler.decode(sampler.latents(["a cat"], sampler.noise([3]), plan))[0].numpy()
+        generator = torch.Generator("cpu").manual_seed(3)
+        theirs = np.asarray(pipe("a cat", timesteps=list(plan.grid), guidance_scale=0, generator=generator).images[0])
+        assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1, steps
+    with pytest.raises(UsageError, match="4 steps at most, not 5"):
+        plan_for(model, 5, None)
+
+
+def test_fresh_noise_between_steps_belongs_to_the_seed(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    run(sd_folder, dataclasses.replace(config, student_steps=2, renoise="fresh"), tmp_path / "run")
+    model = load(find(str(tmp_path / "run")))
+    sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model, None, None)
+    together = sampler.latents(["a cat", "a dog"], sampler.noise([3, 4], plan.noises), plan)
+    alone = sampler.latents(["a dog"], sampler.noise([4], plan.noises), plan)
+    assert plan.noises == 2
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_running_out_of_memory_names_the_switches_to_try(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Engine) -> StepResult:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 10 MiB free.")
+
+    monkeypatch.setattr(Engine, "advance", full)
+    with pytest.raises(EnvironmentProblem, match=r"Tried to allocate 20\.00 MiB") as stopped:
+        run(sd_folder, config, tmp_path / "run")
+    assert "--micro-batch" in stopped.value.hint and "--memory 24gb" in stopped.value.hint
 
 
 def test_a_student_cannot_be_distilled_again(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
