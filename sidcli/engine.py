@@ -119,18 +119,11 @@ class Engine:
 
     def _with_lora(self, net: UNet2DConditionModel) -> UNet2DConditionModel:
         """A second network on the teacher's own weights, with adapters of its own beside them."""
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install 'sidcli[lora]'") from error
-        rank = self.config.fake_lora
-        targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv", "ff.net.0.proj", "ff.net.2"]
-        targets += ["time_emb_proj", "conv_shortcut"]
         shared: dict[int, Any] = {id(value): value for value in net.parameters()}
         twin = copy.deepcopy(net, shared)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(self.config.seed, "lora"))
-            twin.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+            add_adapters(twin, self.config.fake_lora)
         return twin
 
     def _arrange(self, net: UNet2DConditionModel) -> None:
@@ -326,14 +319,14 @@ class Engine:
         """Samples [b, C, h, w] of the generator, which stops where the draw says."""
         grid = exit_grid(self.config.t_init, self.config.student_steps)[: len(draw.latents)]
         return few_steps(
-            lambda x, t: self._run(net, x, t, states),
+            lambda x, t: self.denoise(net, x, t, states),
             lambda visit: draw.latents[visit],
             self.schedule,
             grid,
             self.config.renoise,  # type: ignore[arg-type]
         )
 
-    def _run(self, net: nn.Module, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """The network's prediction in float32, computed in bf16 where that was chosen."""
         with self._autocast():
             return net(x, t, states).sample.float()
@@ -346,10 +339,10 @@ class Engine:
         """Guided predictions for each scale from one call: the unconditional half only runs if a scale is not 1, and vice versa."""
         empty = self.empty.expand_as(states)
         if all(scale == 1.0 for scale in scales):
-            return [self._run(net, x_t, t, states)] * len(scales)
+            return [self.denoise(net, x_t, t, states)] * len(scales)
         if all(scale == 0.0 for scale in scales):
-            return [self._run(net, x_t, t, empty)] * len(scales)
-        both = self._run(net, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([states, empty]))
+            return [self.denoise(net, x_t, t, empty)] * len(scales)
+        both = self.denoise(net, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([states, empty]))
         conditional, unconditional = both.chunk(2)
         return [guided(conditional, unconditional, scale) for scale in scales]
 
@@ -391,6 +384,17 @@ class Engine:
         _load_optimizer(self.optimizer_fake, files["optimizer_fake"])
         self.skipped_in_row.zero_()
         self.step = step
+
+
+def add_adapters(net: UNet2DConditionModel, rank: int) -> None:
+    """LoRA of this rank beside every attention, feed-forward and convolution weight; they add nothing at first."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install 'sidcli[lora]'") from error
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+    targets += ["conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"]
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,94 +1,128 @@
-"""`sid distill --dry-run`: what a run will need, found by taking two steps of the real engine on tensors without content.
+"""`sid distill --dry-run`: what a run will need, found without its weights.
 
-Fake tensors have shapes and storages but no memory, so a meter that adds up the live ones sees what the real run will hold, whatever
-the architecture and the options. Works on the CPU alone; only JSON files of the teacher are read.
+The networks are built from the teacher's JSON files on the meta device, where tensors have shapes and no memory; one forward pass there
+shows what each network keeps for its backward pass, whatever the architecture and the options.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import psutil
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
-from sidcli.engine import Engine
+from sidcli.engine import add_adapters
 from sidcli.errors import InputError
-from sidcli.prompts import open_prompts
 from sidcli.sampler import pick_device
-from sidcli.teachers import Model, find, read_card, read_schedule
+from sidcli.teachers import find
 
 RESERVE = 0.06
 """Share of a card's memory left for what no plan sees: workspaces of its libraries, fragmentation."""
 
 
-class Meter(TorchDispatchMode):
-    """Adds up the storages that are alive while the mode is on. `peak` is the largest sum so far, in bytes."""
+class Attention(torch.autograd.Function):
+    """Stands for fused attention, which keeps its inputs and output for the backward pass and never the matrix of weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for value in tree_leaves(made):
-            if isinstance(value, torch.Tensor):
-                self.see(value)
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        made = torch.empty_like(query)
+        context.save_for_backward(query, key, value, made)
         return made
 
-    def see(self, value: torch.Tensor) -> None:
-        storage = value.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known or value.device.type == "meta":
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+class Activations:
+    """Bytes that a forward pass keeps for its backward pass; add them up in `with`. Views of one tensor count once.
+
+    With `recompute`, what happens inside a block that diffusers recomputes is kept only while that block's backward runs: the largest
+    such block counts, and of the others their inputs.
+    """
+
+    def __init__(self, net: UNet2DConditionModel, recompute: bool):
+        self.net, self.recompute = net, recompute
+        self.weights = {storage(value) for value in net.parameters()}
+        self.kept: dict[int, int] = {}
+        self.inputs = self.largest = 0
+        self.block: dict[int, int] | None = None
+        self.alive: list[Tensor] = []  # meta tensors weigh nothing, and a living one's id is its own
+
+    @property
+    def total(self) -> int:
+        return sum(self.kept.values()) + self.inputs + self.largest
+
+    def keep(self, value: Tensor) -> Tensor:
+        self.alive.append(value)
+        if storage(value) not in self.weights:
+            place = self.kept if self.block is None else self.block
+            place[storage(value)] = max(place.get(storage(value), 0), value.numel() * value.element_size())
+        return value
+
+    def enter(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.block = {}
+        self.inputs += inputs[0].numel() * inputs[0].element_size()
+
+    def leave(self, block: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self.largest, self.block = max(self.largest, sum((self.block or {}).values())), None
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        blocks = [
+            part for part in self.net.modules() if isinstance(part, (ResnetBlock2D, BasicTransformerBlock)) and self.recompute
+        ]
+        hooks = [part.register_forward_pre_hook(self.enter) for part in blocks]
+        hooks += [part.register_forward_hook(self.leave) for part in blocks]
+        attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
+        with attention, torch.autograd.graph.saved_tensors_hooks(self.keep, lambda value: value):
+            yield
+        for hook in hooks:
+            hook.remove()
 
 
-def weightless(name: str, note: Any) -> Model:
-    """The teacher's networks without weights, from its JSON files; call it where tensors are fake."""
-    source = find(name, note)
-    folder = source.folder
-
-    def read(*parts: str) -> dict[str, Any]:
-        try:
-            return json.loads(folder.joinpath(*parts).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{name}: cannot read {'/'.join(parts)}: {error}", "pass a Stable Diffusion folder or hub id"
-            ) from error
-
-    scheduler = read("scheduler", "scheduler_config.json")
-    with torch.device("meta"):  # training never decodes, so the VAE takes no room
-        vae = AutoencoderKL.from_config(read("vae", "config.json"))
-    unet = UNet2DConditionModel.from_config(read("unet", "config.json"))
-    nets = (unet, vae, CLIPTextModel(CLIPTextConfig(**read("text_encoder", "config.json"))))
-    for net in nets:
-        net.eval().requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return Model(source, *nets, tokenizer, read_schedule(scheduler), scheduler, read_card(source))
+def storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
 
 
-def count_bytes(values: Any) -> int:
-    """Bytes of distinct tensors."""
-    return sum({value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in values}.values())
+def activations(unet: UNet2DConditionModel, rows: int, config: DistillConfig, states: tuple[int, int], trained: bool) -> int:
+    """Bytes one forward of `rows` latents keeps; `states` are the tokens and width of the text."""
+    net = copy.deepcopy(unet).to(torch.bfloat16 if config.precision == "bf16" else torch.float32).requires_grad_(trained)
+    kind = next(net.parameters()).dtype
+    size = net.config.sample_size
+    x = torch.empty(rows, net.config.in_channels, size, size, dtype=kind, device="meta", requires_grad=True)
+    text = torch.empty(rows, *states, dtype=kind, device="meta")
+    meter = Activations(net, config.gradient_checkpointing)
+    with meter.counted():
+        net(x, torch.empty(rows, dtype=torch.long, device="meta"), text)
+    # Under autocast the bf16 copy of each weight is kept with the graph that used it, except where the graph is computed again.
+    copies = (
+        sum(value.numel() * 2 for value in net.parameters()) if kind == torch.bfloat16 and not config.gradient_checkpointing else 0
+    )
+    return meter.total + copies
+
+
+def read(folder: Path, *parts: str) -> dict[str, Any]:
+    try:
+        return json.loads(folder.joinpath(*parts).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder.joinpath(*parts)}: {error}", "pass a Stable Diffusion folder or a hub id") from error
+
+
+def size_of(values: Any) -> int:
+    return sum(value.numel() for value in values)
 
 
 @dataclass(frozen=True)
@@ -103,6 +137,7 @@ class Plan:
     device_memory: dict[str, int]
     main_memory: int
     peak: int
+    flops_per_image: int
     disk: int
     seconds: float | None
 
@@ -120,7 +155,8 @@ class Plan:
         lines += [
             f"batch         {c.batch_size} = micro-batch {c.micro_batch} x {accumulation} in turn x {self.processes} processes"
         ]
-        lines += [f"work          {c.steps} steps, {c.steps * c.batch_size} images for each network"]
+        work = f"{self.flops_per_image / 1e12:.3g} TFLOP an image"
+        lines += [f"work          {c.steps} steps, {c.steps * c.batch_size} images for each network, {work}"]
         lines += [f"time          {duration(self.seconds)}"]
         lines += [f"disk          {gigabytes(self.disk)} for checkpoints and the student"]
         return lines
@@ -145,53 +181,80 @@ def rate(output: Path) -> float | None:
         return None
 
 
+def branches(*scales: float) -> int:
+    """Forwards that guidance at these scales takes: one at 0 or 1, two otherwise."""
+    return 1 if set(scales) in ({1.0}, {0.0}) else 2
+
+
+def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, states: tuple[int, int]) -> int:
+    """Model FLOP of one image in one step, recomputation not counted: 18 forwards of the UNet under guidance, 11 without (method 1.9).
+
+    A backward costs two forwards, or one where only the input's gradient is wanted.
+    """
+    size = unet.config.sample_size
+    x = torch.empty(1, unet.config.in_channels, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, *states, device="meta"))
+    fake_step = 1 + 3 * branches(config.kappa1)
+    generator_step = 3 + 2 * branches(config.kappa2, config.kappa3) + 2 * branches(config.kappa4)
+    return counter.get_total_flops() * (fake_step * config.fake_updates + generator_step)
+
+
 def make(config: DistillConfig, output: Path, device: str, processes: int, note: Any) -> Plan:
-    """Two steps without content, one micro-batch each: accumulating more of them needs no more memory."""
+    """The plan of a run, from the JSON files of the teacher. Raises InputError where they cannot be read."""
     where = pick_device(device)
-    precision = "bf16" if where.type == "cuda" and config.precision == "auto" else config.precision
-    small = dataclasses.replace(
-        config, batch_size=config.micro_batch, precision=precision, compile="off", shard=False, fake_warmup=0
-    )
-    meter = Meter()
-    # The meter is on before the networks are built, so that it knows their weights.
-    with FakeTensorMode(allow_non_fake_inputs=True), meter:
-        model = weightless(config.teacher, note)
-        engine = Engine(model, small, open_prompts(config.prompts), torch.device("cpu"))
-        for _ in range(2):
-            engine.advance()
-        trained = [value for value in engine.fake_score.parameters() if value.requires_grad]
-        states = {
-            name: [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
-            for name, optimizer in (("fake", engine.optimizer_fake), ("generator", engine.optimizer_generator))
-        }
-        average = count_bytes(engine.average)
-        optimizer = sum(count_bytes(values) for values in states.values())
-        generator = count_bytes(engine.generator.parameters())
-        parts = {
-            "teacher": count_bytes(engine.teacher.parameters()),
-            "text encoder": count_bytes(engine.sampler.text_encoder.parameters()),
-            "generator": generator,
-            "fake score": count_bytes(trained),
-            "gradients": max(generator, count_bytes(trained)),
-            "optimizers": 0 if config.offload_optimizer else optimizer,
-            "average": 0 if config.offload_average else average,
-        }
-        parameters = {
-            "teacher": sum(value.numel() for value in engine.teacher.parameters()),
-            "fake score": sum(value.numel() for value in trained),
-            "generator": sum(value.numel() for value in engine.generator.parameters()),
-        }
-        saved = 2 * generator + count_bytes(trained) + optimizer
-        student = (
-            generator + count_bytes(model.text_encoder.parameters()) + sum(4 * value.numel() for value in model.vae.parameters())
-        )
-    away = (average if config.offload_average else 0) + (optimizer if config.offload_optimizer else 0)
-    peak = meter.peak - away
-    parts["activations"] = max(0, peak - sum(parts.values()))
+    if where.type == "cuda" and config.precision == "auto":
+        config = dataclasses.replace(config, precision="bf16")
+    folder = find(config.teacher, note).folder
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read(folder, "unet", "config.json"))
+        vae = AutoencoderKL.from_config(read(folder, "vae", "config.json"))
+        text = CLIPTextConfig(**read(folder, "text_encoder", "config.json"))
+        text_size = size_of(CLIPTextModel(text).parameters())
+        trained = size_of(unet.parameters())
+        if config.fake_lora:
+            add_adapters(lora := copy.deepcopy(unet).requires_grad_(False), config.fake_lora)
+            trained = size_of(value for value in lora.parameters() if value.requires_grad)
+    states, weights, pieces = (text.max_position_embeddings, text.hidden_size), size_of(unet.parameters()), config.micro_batch
+    state = {"adam": 4, "adam8bit": 2}[config.optimizer] * (weights + trained)
+
+    def graph(rows: int, trained: bool = False) -> int:
+        return activations(unet, rows, config, states, trained)
+
+    fake_step = graph(pieces * branches(config.kappa1), True)
+    parts = [
+        graph(pieces, True),
+        graph(pieces * branches(config.kappa2, config.kappa3)),
+        graph(pieces * branches(config.kappa4)),
+    ]
+    generator_step = max(parts) if config.split_backward else sum(parts)
+    memory = {
+        "teacher": weights * (2 if config.teacher_bf16 else 4),
+        "text encoder": 4 * text_size,
+        "generator": 4 * weights,
+        "fake score": 4 * trained,
+        "gradients": 4 * max(weights, trained),
+        "optimizers": 0 if config.offload_optimizer else state,
+        "average": 0 if config.offload_average else 4 * weights,
+        "activations": max(fake_step, generator_step),
+    }
+    if where.type == "cpu":
+        memory["this program"] = psutil.Process().memory_info().rss
+    away = (4 * weights if config.offload_average else 0) + (state if config.offload_optimizer else 0)
     pace = rate(output)
-    seconds = config.steps * config.batch_size / pace if pace else None
-    disk = (checkpoint.KEEP + 1) * saved + student
-    return Plan(config, str(output), str(where), processes, parameters, parts, away, peak, disk, seconds)
+    return Plan(
+        config=config,
+        output=str(output),
+        device=str(where),
+        processes=processes,
+        parameters={"teacher": weights, "fake score": trained, "generator": weights},
+        device_memory=memory,
+        main_memory=away,
+        peak=sum(memory.values()),
+        flops_per_image=flops_per_image(config, unet, states),
+        disk=(checkpoint.KEEP + 1) * (8 * weights + 4 * trained + state) + 4 * (weights + text_size + size_of(vae.parameters())),
+        seconds=config.steps * config.batch_size / pace if pace else None,
+    )
 
 
 def choose(candidates: dict[str, DistillConfig], device: str, note: Any) -> DistillConfig:

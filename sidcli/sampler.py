@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,17 +48,13 @@ class Plan:
         return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
 
 
-def moved(net: Any, device: torch.device) -> Any:
-    """The network on this device; one that is there already is left alone."""
-    return net if next(net.parameters()).device == device else net.to(device)
-
-
 class Sampler:
     """One model on one device: prompts -> text states, text states and noise -> latents -> images. The VAE moves when it is used."""
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.text_encoder, self.unet = (moved(net, device) for net in (model.text_encoder, model.unet))
+        self.text_encoder = model.text_encoder.to(device)
+        self.unet = model.unet.to(device)
         self.truncated_prompts = 0
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -102,7 +97,7 @@ class Sampler:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images uint8 [B, H, W, 3] on the CPU."""
-        vae = moved(self.model.vae, self.device)
+        vae = self.model.vae.to(self.device)
         images = vae.decode(latents / vae.config.scaling_factor).sample
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 

@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sidcli.teachers import Model, Source, read_schedule
+
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
 
@@ -25,6 +27,56 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": DOWN,
+    "up_block_types": UP,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD15_SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+
+
+def sd15_text() -> CLIPTextConfig:
+    return CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+
+
+def sd15_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+
+
+def sd15() -> Model:
+    """The networks of SD 1.5 at their full size with random weights; 4 GB. The VAE has none, training never decodes."""
+    unet, text = UNet2DConditionModel(**SD15_UNET), CLIPTextModel(sd15_text())
+    with torch.device("meta"):
+        vae = sd15_vae()
+    for net in (unet, vae, text):
+        net.eval().requires_grad_(False)
+    source = Source("sd15", Path(), "random weights")
+    return Model(source, unet, vae, text, clip_tokenizer(), read_schedule(SD15_SCHEDULER), SD15_SCHEDULER)
+
+
+def write_sd15_configs(folder: Path) -> Path:
+    """The JSON files of a pipeline of SD 1.5's size, without weights."""
+    with torch.device("meta"):
+        parts = {"unet": UNet2DConditionModel(**SD15_UNET), "vae": sd15_vae()}
+    for name, net in parts.items():
+        net.save_config(folder / name)
+    sd15_text().save_pretrained(folder / "text_encoder")
+    clip_tokenizer().save_pretrained(folder / "tokenizer")
+    PNDMScheduler(**SD15_SCHEDULER).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text("{}")
+    return folder
 
 
 def write_sd(folder: Path, prediction: str = "epsilon", size: int = 8) -> Path:
