@@ -114,7 +114,7 @@ def test_eval_prints_a_table_with_the_floor_and_the_models(tmp_path: Path) -> No
 def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch-size", "2", "--json"]
     dry = sid("distill", *small, "--dry-run", cwd=tmp_path)
-    assert dry.returncode == 0 and json.loads(dry.stdout)["kappa1"] == 2.0
+    assert dry.returncode == 0 and json.loads(dry.stdout)["config"]["kappa1"] == 2.0
     assert list(tmp_path.iterdir()) == []
     done = sid("distill", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
