@@ -4,6 +4,7 @@
     python -m sidcli.emoji.train decoder    --output build/emoji    (the VAE's decoder, further)
     python -m sidcli.emoji.train text       --output build/emoji
     python -m sidcli.emoji.train teacher    --output build/emoji
+    python -m sidcli.emoji.train teacher-v  --output build/emoji    (the teacher, tuned to predict v; for tests of that path)
     python -m sidcli.emoji.train classifier --output build/emoji
     python -m sidcli.emoji.train clip       --output build/emoji
 
@@ -18,10 +19,11 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sidcli.emoji import models, world
 from sidcli.emoji.classifier import Classifier
+from sidcli.files import write_json
 from sidcli.randomness import normal, numpy_generator, torch_generator, uniform
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -275,15 +278,19 @@ def cached_latents(output: Path, count: int) -> Tensor:
     return latents
 
 
-def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000) -> None:
-    """Epsilon prediction on cached latents, min-SNR weight 5 (arXiv 2303.09556), a tenth of the captions empty."""
+def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000, v_prediction: bool = False) -> None:
+    """Epsilon prediction on cached latents, min-SNR weight 5 (arXiv 2303.09556), a tenth of the captions empty.
+
+    With `v_prediction` the finished teacher goes on with v as its target, under the same weight of the clean latent's error.
+    """
+    name = "teacher-v" if v_prediction else "teacher"
     latents = cached_latents(output, scenes)
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(output / "text_encoder").eval()
-    unet = models.new_unet()
+    unet = UNet2DConditionModel.from_pretrained(output / "teacher" / "unet") if v_prediction else models.new_unet()
     alphas_cumprod = models.new_scheduler().alphas_cumprod
     snr = alphas_cumprod / (1.0 - alphas_cumprod)
-    weight = snr.clamp(max=5.0) / snr
+    weight = snr.clamp(max=5.0) / (snr + 1.0 if v_prediction else snr)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         samples = range(batch)
@@ -302,12 +309,16 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
             states = encoder(models.tokens(tokenizer, texts)).last_hidden_state
         with half_precision():
             predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
-        error = (predicted - noise).square().mean((1, 2, 3))
+        target = a.sqrt() * noise - (1.0 - a).sqrt() * x if v_prediction else noise
+        error = (predicted - target).square().mean((1, 2, 3))
         return (weight[t] * error).mean(), {"mse": error.mean().detach(), "weighted": (weight[t] * error).mean().detach()}
 
     def pipeline() -> StableDiffusionPipeline:
         vae = AutoencoderKL.from_pretrained(output / "vae").eval()
-        return models.new_pipeline(vae, encoder, tokenizer, unet.eval())
+        pipe = models.new_pipeline(vae, encoder, tokenizer, unet.eval())
+        if v_prediction:
+            pipe.scheduler.register_to_config(prediction_type="v_prediction")
+        return pipe
 
     def probe() -> str:
         pipe = pipeline()
@@ -318,13 +329,14 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
         sheet = Image.new("RGB", (8 * 64, 4 * 64))
         for index, picture in enumerate(pictures):
             sheet.paste(picture, (index % 8 * 64, index // 8 * 64))
-        file = output / f"teacher-{fit.step:06d}.png"
+        file = output / f"{name}-{fit.step:06d}.png"
         sheet.save(file)
         return str(file)
 
-    fit = Fit("teacher", unet, loss, output, steps, lr=1e-3)
+    fit = Fit(name, unet, loss, output, steps, lr=3e-4 if v_prediction else 1e-3)
     fit.run(probe, probe_steps=1000)
-    pipeline().save_pretrained(output / "teacher")
+    pipeline().save_pretrained(output / name)
+    write_json(output / name / "sid.json", {"kind": "teacher", "world": "emoji", "guidance": 3.0, "steps_trained": steps})
 
 
 def worn(x: Tensor, step: int) -> Tensor:
@@ -389,11 +401,12 @@ def train_clip(output: Path, steps: int, batch: int = 128) -> None:
 
 
 def main() -> None:
-    parts = {
+    parts: dict[str, tuple[Callable[..., None], int]] = {
         "vae": (train_vae, 2600),
         "decoder": (train_decoder, 2500),
         "text": (train_text, 900),
         "teacher": (train_teacher, 8600),
+        "teacher-v": (partial(train_teacher, v_prediction=True), 1000),
         "classifier": (train_classifier, 1000),
         "clip": (train_clip, 450),
     }
