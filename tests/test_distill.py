@@ -121,6 +121,7 @@ def test_a_finished_run_started_again_does_nothing_and_says_the_same(
     first = run(sd_folder, config, tmp_path / "run")
     again = run(sd_folder, config, tmp_path / "run")
     assert (again.step, again.student) == (first.step, first.student)
+    assert first.step == config.steps and again.images == 2 * config.steps * config.batch_size
 
 
 def test_a_folder_in_use_is_refused_with_the_process(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
