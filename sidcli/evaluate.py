@@ -175,8 +175,11 @@ def record(num: int, seed: int, held_out: bool) -> dict[str, object]:
 
 def save_comparison(pictures: Sequence[tuple[str, torch.Tensor]], file: Path) -> None:
     """One row per model, the same prompts and seeds in every column."""
+    # The parts of a name stand under the first images of its row, where one of them alone would not fit.
     labelled = [
-        (Image.fromarray(image.numpy()), name if index == 0 else "") for name, row in pictures for index, image in enumerate(row)
+        (Image.fromarray(image.numpy()), label)
+        for name, row in pictures
+        for image, label in zip(row, [*name.split(", "), *[""] * len(row)], strict=False)
     ]
     columns = min(len(row) for _, row in pictures)
     save_png(contact_sheet([picture for picture, _ in labelled], [label for _, label in labelled], columns), file)
