@@ -146,7 +146,7 @@ def distill(
         size = own.get("batch_size", settings.get("batch_size", DistillConfig.batch_size))
         own["steps"] = max(1, -(-images // max(1, size)))
 
-    with _console(as_json, quiet) as console:
+    with _console(as_json, quiet, training=True) as console:
 
         def resolve(memory: str) -> DistillConfig:
             merged = settings | MEMORY[memory] | own | {"teacher": teacher}
@@ -334,8 +334,12 @@ def _on_gpu(device: str) -> bool:
 
 
 @contextmanager
-def _console(as_json: bool, quiet: bool) -> Iterator[Console]:
+def _console(as_json: bool, quiet: bool, training: bool = False) -> Iterator[Console]:
     """The console of a command; libraries are told to keep quiet before any of them is imported."""
+    if not training:
+        # diffusers imports these where it finds them: two seconds for what only training uses.
+        for name in ("bitsandbytes", "peft"):
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
