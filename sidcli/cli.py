@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,8 @@ import typer
 
 from sidcli import __version__
 from sidcli.config import MEMORY, PRESETS, DistillConfig, preset_for, read_toml, strategy
-from sidcli.errors import EnvironmentProblem, SidError, UsageError
+from sidcli.errors import EnvironmentProblem, InputError, SidError, UsageError
+from sidcli.files import check_writable
 
 if TYPE_CHECKING:
     from sidcli.console import Console
@@ -55,7 +57,9 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command()
 def distill(
-    teacher: Annotated[str, typer.Option(help="Embedded name, diffusers folder, or hub id.")] = "emoji-teacher",
+    teacher: Annotated[
+        str | None, typer.Option(help="Embedded name, diffusers folder, or hub id; by default emoji-teacher.")
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Text file with a prompt a line, or emoji / general for those that ship.")
     ] = None,
@@ -74,7 +78,9 @@ def distill(
     dry_run: Annotated[bool, typer.Option(help="Print settings, memory, time and disk, and stop.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    guidance_strategy: Annotated[str, typer.Option(rich_help_panel=METHOD, help="lsg, long, short, zero-cfg or none.")] = "lsg",
+    guidance_strategy: Annotated[
+        str | None, typer.Option(rich_help_panel=METHOD, help="lsg (by default), long, short, zero-cfg or none.")
+    ] = None,
     kappa1: Annotated[
         float | None, typer.Option(rich_help_panel=METHOD, help="Guidance of the fake score in its own loss.")
     ] = None,
@@ -123,7 +129,7 @@ def distill(
 ) -> None:
     """Distil a teacher into a one-step student; run it again to continue.
 
-    Example: sid distill --teacher runwayml/stable-diffusion-v1-5 --guidance 1.5
+    Example: sid distill --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 1.5
     """
     arguments = dict(locals())
     if processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -132,11 +138,20 @@ def distill(
         sys.exit(launch(processes, sys.argv[1:]))
     if steps is not None and images is not None:
         raise UsageError("--steps and --images say the same thing twice", "give one of them")
+    if images is not None and images < 1:
+        raise UsageError(f"--images must be at least 1, not {images}")
+    if tracker not in (None, "tensorboard", "wandb"):
+        raise UsageError(f"--tracker must be tensorboard or wandb, not {tracker!r}")
+    if tracker and find_spec(tracker) is None:
+        raise EnvironmentProblem(f"--tracker {tracker} needs a package that is not installed", f"pip install {tracker}")
+    if resume and not (resume / "manifest.json").is_file():
+        raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
     from_file = read_toml(config) if config else {}
-    teacher = from_file.pop("teacher", teacher) if teacher == "emoji-teacher" else teacher
+    of_file = from_file.pop("teacher", "emoji-teacher")
+    teacher = of_file if teacher is None else teacher
     settings = PRESETS[preset_for(teacher)] | from_file
-    if guidance is not None or guidance_strategy != "lsg":
-        settings |= strategy(guidance_strategy, guidance)
+    if guidance is not None or guidance_strategy is not None:
+        settings |= strategy(guidance_strategy or "lsg", guidance)
     if memory not in ("auto", *MEMORY):
         raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
     own = {name: value for name, value in arguments.items() if name in SETTINGS and value is not None}
@@ -149,7 +164,10 @@ def distill(
     with _console(as_json, quiet, training=True) as console:
 
         def resolve(memory: str) -> DistillConfig:
-            merged = settings | MEMORY[memory] | own | {"teacher": teacher}
+            recipe = MEMORY[memory]
+            if own.get("shard", settings.get("shard")):  # which spreads the state over the processes instead
+                recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
+            merged = settings | recipe | own | {"teacher": teacher}
             batch = merged.get("batch_size", DistillConfig.batch_size)
             merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
             if merged.get("prompts", "auto") == "auto":
@@ -157,7 +175,11 @@ def distill(
             return DistillConfig(**merged)
 
         resolved = resolve("fast" if memory == "auto" else memory)
-        folder = output or Path("runs") / f"{_slug(teacher)}-g{resolved.kappa4:g}"
+        kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
+        folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
+        from sidcli.prompts import open_prompts
+
+        source = open_prompts(resolved.prompts)
         if dry_run or (memory == "auto" and _on_gpu(device)):
             from sidcli import plan
 
@@ -167,10 +189,7 @@ def distill(
                 made = plan.make(resolved, folder, device, processes, console.note)
                 console.result(made.lines(), made.as_dict())
                 return
-        from sidcli.prompts import open_prompts
-
-        source = open_prompts(resolved.prompts)
-        if prompts is None:
+        if prompts is None and resolved.prompts in ("emoji", "general"):
             console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
         from sidcli import distill as driver
         from sidcli.console import DistillProgress
@@ -180,7 +199,7 @@ def distill(
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
             result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
-        console.note(f"{result.step} steps, {result.images} images, {result.seconds:.0f} s in this session")
+        console.note(f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training in this session")
         console.note(f'draw with it: sid sample "a cat" --model {result.run}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
         console.result([str(result.student)], data | {"seconds": round(result.seconds, 1), "last": result.last})
@@ -193,7 +212,7 @@ def sample(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .png for one image, a folder for more.")] = None,
     num: Annotated[int, typer.Option(min=1, max=100_000, help="Images per prompt, with seeds seed, seed + 1, ...")] = 1,
     seed: SeedOption = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50); a student takes one.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50), or fewer than its own of a student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; by default its own best.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
     batch_size: BatchOption = 16,
@@ -218,6 +237,10 @@ def sample(
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
         raise UsageError("an empty prompt", "describe what to draw")
+    if not all(_is_text(text) for text in texts):
+        raise UsageError("a prompt is not valid UTF-8", "check the encoding of your terminal or script")
+    if output:
+        check_writable(output.parent)
     count = len(texts) * num
     target = output or Path("out.png" if count == 1 else "out")
     with _console(as_json, quiet) as console:
@@ -261,6 +284,8 @@ def evaluate(
     Example: sid eval emoji emoji-teacher --fid --clip
     """
     names = models or ["emoji", "emoji-teacher"]
+    if picture:
+        check_writable(picture.parent)
     with _console(as_json, quiet) as console:
         from sidcli import evaluate as driver
         from sidcli.sampler import pick_device, plan_for
@@ -318,6 +343,15 @@ def export(
             console.note(f"verified: stock diffusers draws the same image, at most {done.difference}/255 apart")
         data = {"folder": str(done.folder), "files": done.files, "difference_255": done.difference}
         console.result([str(done.folder)], data)
+
+
+def _is_text(prompt: str) -> bool:
+    """False for bytes that the shell handed over and that are not UTF-8."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _slug(teacher: str) -> str:

@@ -75,7 +75,7 @@ class DistillConfig:
     tf32: bool = False
     """Let float32 matrix products on the GPU round to TF32."""
     teacher_bf16: bool = False
-    """Keep the frozen teacher in bf16, half the memory."""
+    """Where bf16 is computed in, keep the frozen teacher in it too: half the memory."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     split_backward: bool = False
@@ -107,7 +107,7 @@ class DistillConfig:
             "student-steps": (1 <= self.student_steps <= self.t_init, "at least 1 and at most t-init"),
             "fake-warmup": (self.fake_warmup >= 0, "at least 0"),
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
-            "fake-lora": (self.fake_lora >= 0, "at least 0"),
+            "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
             "shard": (not (self.shard and (self.offload_average or self.offload_optimizer)), "off where state is offloaded"),
         }
         choices = {

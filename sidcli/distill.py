@@ -26,8 +26,8 @@ import torch
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
 from sidcli.diffusion import exit_grid
-from sidcli.engine import Engine, StepResult
-from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
+from sidcli.engine import Engine, StepResult, check_teacher
+from sidcli.errors import EnvironmentProblem, Interrupted, SidError, UsageError
 from sidcli.files import atomic_file, check_writable, locked, write_json
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.pictures import grid, save_png
@@ -112,10 +112,7 @@ def run(
     folder in use, SidError where the loss stops being finite.
     """
     check_writable(output)
-    if teacher.is_student:
-        raise InputError(f"{teacher.source.name} is a one-step student already", "pass the teacher it came from")
-    if config.t_init >= teacher.schedule.steps or config.t_max > teacher.schedule.steps:
-        raise UsageError(f"the teacher's schedule has {teacher.schedule.steps} timesteps; --t-init and --t-max must fit in it")
+    check_teacher(teacher.source.name, teacher.is_student, teacher.schedule.steps, config)
     with StopFlag().installed() as stop, memory_advice(config):
         engine = Engine(teacher, config, prompts, pick_device(device_name))
         with locked(output) if engine.team.leads else nullcontext():
@@ -251,14 +248,12 @@ def peak_memory(engine: Engine) -> float:
 
 @contextmanager
 def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
-    """tensorboard or wandb, through accelerate. Raises EnvironmentProblem where its package is not installed."""
+    """tensorboard or wandb, through accelerate."""
     if name is None:
         yield None
         return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    if name not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
-        raise EnvironmentProblem(f"--tracker {name} needs the package {name}, which is not installed", f"pip install {name}")
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(output.name, logging_dir=str(output)) if kind.requires_logging_directory else kind(output.name)
     tracker.start()

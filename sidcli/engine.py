@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sidcli import randomness
 from sidcli.config import DistillConfig
 from sidcli.diffusion import exit_grid, few_steps, guided
-from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
 from sidcli.parallel import Team, assign, count, whole
@@ -90,7 +90,7 @@ class Engine:
         self.teacher = self.sampler.unet
         self.generator = self._trained_copy(self.teacher)
         self.fake_score = self._with_lora(self.teacher) if config.fake_lora else self._trained_copy(self.teacher)
-        if config.teacher_bf16:
+        if config.teacher_bf16 and self.bf16:
             for value in self.teacher.parameters():
                 if not value.requires_grad:
                     value.data = value.data.bfloat16()
@@ -384,6 +384,14 @@ class Engine:
         _load_optimizer(self.optimizer_fake, files["optimizer_fake"])
         self.skipped_in_row.zero_()
         self.step = step
+
+
+def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillConfig) -> None:
+    """Raises InputError for a model that cannot teach, UsageError for settings that its schedule has no room for."""
+    if is_student:
+        raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
+    if config.t_init >= timesteps or config.t_max > timesteps:
+        raise UsageError(f"the teacher's schedule has {timesteps} timesteps; --t-init and --t-max must fit in it")
 
 
 def add_adapters(net: UNet2DConditionModel, rank: int) -> None:

@@ -35,6 +35,11 @@ def run(model: Model, format_name: str, output: Path, dtype: str, verify: bool, 
         raise UsageError(f"unknown format {format_name!r}", f"one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise UsageError(f"unknown --dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+    if model.card.get("renoise", "ddim") != "ddim" and model.card.get("student_steps", 1) > 1:
+        raise InputError(
+            f"{model.source.name} renoises with {model.card['renoise']} noise, which no stock scheduler does",
+            "draw with `sid sample`, or distil with --renoise ddim",
+        )
     if not model.is_student:
         raise InputError(f"{model.source.name} is not a student", "export a run folder, its student/, or `emoji`")
     check_writable(output)
@@ -66,5 +71,6 @@ def compare(model: Model, folder: Path, dtype: str) -> int:
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype], local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(0)
-    theirs = np.asarray(pipe(PROMPT, num_inference_steps=1, guidance_scale=0, generator=generator).images[0])
+    visits: dict[str, object] = {"num_inference_steps": 1} if plan.steps == 1 else {"timesteps": list(plan.grid)}
+    theirs = np.asarray(pipe(PROMPT, **visits, guidance_scale=0, generator=generator).images[0])
     return int(np.abs(ours.astype(np.int16) - theirs.astype(np.int16)).max())

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _problem(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a path that cannot be written cannot be cleaned either
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -72,8 +73,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def nearest(path: Path) -> Path:
+    """The path itself or the first folder above it that exists."""
+    return next(parent for parent in [path.absolute(), *path.absolute().parents] if os.path.exists(parent))
+
+
 def _problem(path: Path, error: OSError) -> EnvironmentProblem:
-    free = shutil.disk_usage(next(parent for parent in [path, *path.absolute().parents] if parent.exists())).free
+    free = shutil.disk_usage(nearest(path)).free
     return EnvironmentProblem(
         f"cannot write {path}: {error.strerror or error}",
         f"{free / 1e9:.1f} GB are free there; choose another place with --output or make room",
@@ -92,7 +98,7 @@ def sha256(path: Path) -> str:
 
 def check_writable(folder: Path) -> None:
     """Raises EnvironmentProblem, before any work, where `folder` cannot be made or written."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    existing = nearest(folder)
     if not existing.is_dir():
         raise EnvironmentProblem(f"{existing} is a file, not a folder", "choose another --output")
     if not os.access(existing, os.W_OK | os.X_OK):

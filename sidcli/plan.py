@@ -27,10 +27,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
-from sidcli.engine import add_adapters
+from sidcli.engine import add_adapters, check_teacher
 from sidcli.errors import InputError
 from sidcli.sampler import pick_device
-from sidcli.teachers import find
+from sidcli.teachers import find, read_card, read_schedule
 
 RESERVE = 0.06
 """Share of a card's memory left for what no plan sees: workspaces of its libraries, fragmentation."""
@@ -205,7 +205,10 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, note:
     where = pick_device(device)
     if where.type == "cuda" and config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16")
-    folder = find(config.teacher, note).folder
+    source = find(config.teacher, note)
+    folder = source.folder
+    schedule = read_schedule(read(folder, "scheduler", "scheduler_config.json"))
+    check_teacher(source.name, read_card(source).get("kind") == "student", schedule.steps, config)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read(folder, "unet", "config.json"))
         vae = AutoencoderKL.from_config(read(folder, "vae", "config.json"))
@@ -229,7 +232,7 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, note:
     ]
     generator_step = max(parts) if config.split_backward else sum(parts)
     memory = {
-        "teacher": weights * (2 if config.teacher_bf16 else 4),
+        "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
         "text encoder": 4 * text_size,
         "generator": 4 * weights,
         "fake score": 4 * trained,

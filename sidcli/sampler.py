@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +21,12 @@ T_INIT = 625
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:i`. Raises EnvironmentProblem for a device this machine lacks."""
+    """`auto`, `cpu`, `cuda` or `cuda:i`. Raises UsageError for another name, EnvironmentProblem for a device this machine
+    lacks."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, not {wanted!r}")
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(f"no device {wanted}: {torch.cuda.device_count()} CUDA devices here", "use --device cpu or auto")
@@ -111,7 +116,11 @@ def plan_for(model: Model, steps: int | None, guidance: float | None, untrained:
         return Plan(1, grid=(T_INIT,))
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise UsageError(f"--guidance must be finite, not {guidance}")
     if not model.is_student:
+        if steps is not None and steps > model.schedule.steps:
+            raise UsageError(f"{model.source.name} has {model.schedule.steps} timesteps; --steps {steps} is not possible")
         return Plan(steps or 50, model.default_guidance if guidance is None else guidance)
     own = int(model.card.get("student_steps", 1))
     if steps is not None and steps > own:

@@ -158,9 +158,15 @@ def _from_hub(name: str, note: Any) -> Source:
 
 
 def read_card(source: Source) -> dict[str, Any]:
-    """The content of sid.json beside a model of ours, {} for others."""
+    """The content of sid.json beside a model of ours, {} for others. Raises InputError where it cannot be read."""
     file = source.folder / "sid.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {error}", "write the model again, or take another copy of it") from error
+    if not isinstance(card, dict):
+        raise InputError(f"{file} is damaged: not a JSON object", "write the model again, or take another copy of it")
+    return card
 
 
 def load(source: Source) -> Model:

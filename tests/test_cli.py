@@ -53,6 +53,15 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         (["sample", "a cat", "--model", "weights.ckpt"], 3, "pickled weights"),
         (["distill", "--prompts", "missing.txt"], 3, "missing.txt"),
         (["distill", "--device", "cuda:7"], 4, "no device cuda:7"),
+        (["sample", "a cat", "--device", "gpu"], 2, "--device must be auto, cpu, cuda or cuda:INDEX, not 'gpu'"),
+        (["sample", "a cat", "--model", "emoji-teacher", "--guidance", "nan"], 2, "--guidance must be finite"),
+        (["sample", "cat \udcff"], 2, "not valid UTF-8"),
+        (["distill", "--images", "-5"], 2, "--images must be at least 1, not -5"),
+        (["distill", "--tracker", "foo"], 2, "--tracker must be tensorboard or wandb, not 'foo'"),
+        (["distill", "--resume", "nowhere"], 3, "nowhere is not a checkpoint"),
+        (["distill", "--dry-run", "--t-init", "1000"], 2, "the teacher's schedule has 1000 timesteps"),
+        (["distill", "--dry-run", "--teacher", "emoji"], 3, "student already"),
+        (["distill", "--dry-run", "--prompts", "missing.txt"], 3, "missing.txt"),
         (["export", "emoji-teacher", "-o", "x"], 3, "not a student"),
         (["export", "emoji", "-o", "x", "--format", "gif"], 2, "unknown format"),
     ],
@@ -83,6 +92,8 @@ def test_sample_needs_no_more_than_a_prompt_and_signs_the_picture(tmp_path: Path
     assert made["prompt"] == "a cat" and made["seed"] == 0 and made["model"] == "embedded:emoji"
     again = sid("sample", "a cat", "-o", "out.png", cwd=tmp_path)
     assert again.returncode == 4 and "exists already" in again.stderr
+    below = sid("sample", "a cat", "-o", "out.png/below.png", cwd=tmp_path)
+    assert below.returncode == 4 and "is a file, not a folder" in below.stderr and "Traceback" not in below.stderr
 
 
 def test_several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it(tmp_path: Path) -> None:
@@ -111,10 +122,21 @@ def test_eval_prints_a_table_with_the_floor_and_the_models(tmp_path: Path) -> No
     assert (tmp_path / "rows.png").is_file()
 
 
+def test_what_is_typed_wins_over_the_config_file(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('teacher = "emoji"\nkappa1 = 1\nkappa4 = 3\n')
+    typed = ["--teacher", "emoji-teacher", "--guidance-strategy", "lsg"]
+    done = sid("distill", "--config", "own.toml", *typed, "--dry-run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)["config"]
+    assert config["teacher"] == "emoji-teacher" and [config[f"kappa{n}"] for n in (1, 2, 3, 4)] == [2.0] * 4
+
+
 def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch-size", "2", "--json"]
     dry = sid("distill", *small, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0 and json.loads(dry.stdout)["config"]["kappa1"] == 2.0
+    sharded = sid("distill", *small, "--dry-run", "--shard", cwd=tmp_path)
+    assert sharded.returncode == 0, sharded.stderr
     assert list(tmp_path.iterdir()) == []
     done = sid("distill", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

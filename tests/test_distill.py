@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sidcli import checkpoint, distill
+from sidcli import checkpoint, distill, export
 from sidcli.config import DistillConfig, read_toml
 from sidcli.engine import Engine, StepResult
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
@@ -192,6 +192,7 @@ def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: Dis
         generator = torch.Generator("cpu").manual_seed(3)
         theirs = np.asarray(pipe("a cat", timesteps=list(plan.grid), guidance_scale=0, generator=generator).images[0])
         assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1, steps
+    assert export.run(model, "diffusers", tmp_path / "export", "fp32", True, False).difference in (0, 1)
     with pytest.raises(UsageError, match="4 steps at most, not 5"):
         plan_for(model, 5, None)
 
@@ -216,6 +217,14 @@ def test_running_out_of_memory_names_the_switches_to_try(
     with pytest.raises(EnvironmentProblem, match=r"Tried to allocate 20\.00 MiB") as stopped:
         run(sd_folder, config, tmp_path / "run")
     assert "--micro-batch" in stopped.value.hint and "--memory 24gb" in stopped.value.hint
+
+
+def test_a_damaged_card_is_refused_with_its_file(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    result = run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
+    for content in ("{", "[]"):
+        (result.student / "sid.json").write_text(content)
+        with pytest.raises(InputError, match=r"sid\.json is damaged"):
+            load(find(str(result.student)))
 
 
 def test_a_student_cannot_be_distilled_again(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sidcli.config import DistillConfig, strategy
+from sidcli.config import MEMORY, DistillConfig, strategy
 from sidcli.diffusion import exit_grid, few_steps
 from sidcli.engine import Draw, Engine, ema_beta
 from sidcli.prompts import open_prompts
@@ -237,6 +237,18 @@ def test_the_fake_score_learns_the_generators_score(sd: Model, config: DistillCo
     for _ in range(30):
         built.fake_score_step()
     assert built.fake_score_step().item() < 0.9 * first
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_every_memory_recipe_takes_a_step_in_every_precision(sd: Model, config: DistillConfig, memory: str, precision: str) -> None:
+    pytest.importorskip("peft")
+    recipe = {**MEMORY[memory], "precision": precision, "fake_lora": min(4, MEMORY[memory].get("fake_lora", 0))}
+    built = engine(sd, dataclasses.replace(config, **recipe))
+    kinds = {value.dtype for value in built.teacher.parameters()}
+    assert kinds == {torch.bfloat16 if recipe.get("teacher_bf16") and precision == "bf16" else torch.float32}
+    result = built.advance()
+    assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
 def test_a_warm_up_step_moves_the_fake_score_alone(sd: Model, config: DistillConfig) -> None:

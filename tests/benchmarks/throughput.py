@@ -49,6 +49,7 @@ class Naive:
         self.average = copy.deepcopy(self.phi)
         self.adams = [torch.optim.Adam(net.parameters(), 1e-6, betas=(0.0, 0.999)) for net in (self.psi, self.theta)]
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        self.scheduler.set_timesteps(1000)
         self.prompts, self.position = open_prompts(config.prompts), 0
 
     def encode(self, prompts: list[str]) -> torch.Tensor:
