@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,7 +161,7 @@ def distill(
         size = own.get("batch_size", settings.get("batch_size", DistillConfig.batch_size))
         own["steps"] = max(1, -(-images // max(1, size)))
 
-    with _console(as_json, quiet, training=True) as console:
+    with _console(as_json, quiet, unused=()) as console:
 
         def resolve(memory: str) -> DistillConfig:
             recipe = MEMORY[memory]
@@ -243,7 +243,7 @@ def sample(
         check_writable(output.parent)
     count = len(texts) * num
     target = output or Path("out.png" if count == 1 else "out")
-    with _console(as_json, quiet) as console:
+    with _console(as_json, quiet, unused=("bitsandbytes", "peft", "scipy")) as console:
         loaded = _load(model, device, console)
         from sidcli import sample as driver
         from sidcli.sampler import pick_device, plan_for
@@ -368,12 +368,10 @@ def _on_gpu(device: str) -> bool:
 
 
 @contextmanager
-def _console(as_json: bool, quiet: bool, training: bool = False) -> Iterator[Console]:
+def _console(as_json: bool, quiet: bool, unused: Sequence[str] = ("bitsandbytes", "peft")) -> Iterator[Console]:
     """The console of a command; libraries are told to keep quiet before any of them is imported."""
-    if not training:
-        # diffusers imports these where it finds them: two seconds for what only training uses.
-        for name in ("bitsandbytes", "peft"):
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    for name in unused:  # diffusers and transformers import these where they find them, which takes seconds
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
