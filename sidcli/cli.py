@@ -199,7 +199,9 @@ def distill(
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
             result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
-        console.note(f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training in this session")
+        console.note(
+            f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training since the command began"
+        )
         console.note(f'draw with it: sid sample "a cat" --model {result.run}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
         console.result([str(result.student)], data | {"seconds": round(result.seconds, 1), "last": result.last})

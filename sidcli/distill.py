@@ -144,7 +144,7 @@ class Loop:
         self.returned = False
 
     def run(self) -> tuple[float, dict[str, Any]]:
-        """Returns the seconds of this session and the last record. Raises Interrupted after saving, SidError where it diverges."""
+        """Returns the seconds it took and the last record. Raises Interrupted after saving, SidError where it diverges."""
         engine, rhythm = self.engine, self.rhythm
         started, done = time.monotonic(), 0
         while engine.step < engine.config.steps:

@@ -44,15 +44,20 @@ def sd15_text() -> CLIPTextConfig:
     return CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
 
-def sd15_vae() -> AutoencoderKL:
+def new_vae(widths: tuple[int, ...], layers: int, groups: int, size: int) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
-        layers_per_block=2,
-        sample_size=512,
+        layers_per_block=layers,
+        norm_num_groups=groups,
+        sample_size=size,
     )
+
+
+def sd15_vae() -> AutoencoderKL:
+    return new_vae((128, 256, 512, 512), 2, 32, 512)
 
 
 def sd15() -> Model:
@@ -96,15 +101,7 @@ def write_sd(folder: Path, prediction: str = "epsilon", size: int = 8) -> Path:
         cross_attention_dim=32,
         attention_head_dim=2,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=8 * size,
-    )
+    vae = new_vae((8, 8, 8, 8), 1, 4, 8 * size)
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
