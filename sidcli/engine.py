@@ -405,29 +405,29 @@ def add_adapters(net: UNet2DConditionModel, rank: int) -> None:
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
+def _states(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Each trained tensor and what the optimizer remembers about it; accelerate may have wrapped the optimizer."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return [(value, inner.state[value]) for group in inner.param_groups for value in group["params"]]
+
+
+def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
     return {
-        f"{index}.{key}": whole(value)
-        for index, entry in state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
+        f"{index}.{name}": whole(entry if isinstance(entry, Tensor) else torch.tensor(entry))
+        for index, (_, state) in enumerate(_states(optimizer))
+        for name, entry in state.items()
     }
 
 
 def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
-    inner = getattr(optimizer, "optimizer", optimizer)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    states = _states(optimizer)
+    for name, saved in tensors.items():
         index, entry = name.split(".", 1)
-        state.setdefault(int(index), {})[entry] = tensor
-    if not isinstance(inner, SecondMomentAdam):
-        inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
-        return
-    values = [value for group in inner.param_groups for value in group["params"]]
-    for position, value in enumerate(values):
-        for entry, target in inner.state[value].items():
-            assign(target, state[position][entry])
+        value, state = states[int(index)]
+        if isinstance(state.get(entry), Tensor):
+            assign(state[entry], saved)
+        else:  # the 8-bit optimizer counts steps in a plain number, and makes its state only when it first steps
+            state[entry] = saved.item() if saved.ndim == 0 else saved.to(value.device)
 
 
 def ema_beta(images: int, config: DistillConfig) -> float:

@@ -251,6 +251,25 @@ def test_every_memory_recipe_takes_a_step_in_every_precision(sd: Model, config: 
     assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
+def test_an_engine_loaded_from_its_tensors_goes_on_as_if_it_had_never_stopped(
+    sd_folder: Path, config: DistillConfig, optimizer: str
+) -> None:
+    if optimizer == "adam8bit":
+        pytest.importorskip("bitsandbytes")
+    settings = dataclasses.replace(config, optimizer=optimizer)
+    whole, again = (engine(load(find(str(sd_folder))), settings) for _ in range(2))
+    for _ in range(2):
+        whole.advance()
+    again.load(2, snapshot(whole))
+    for built in (whole, again):
+        built.advance()
+    one, other = snapshot(whole), snapshot(again)
+    for file, tensors in one.items():
+        assert tensors.keys() == other[file].keys() and len(tensors) > 100
+        assert all(torch.equal(value, other[file][name]) for name, value in tensors.items()), file
+
+
 def test_a_warm_up_step_moves_the_fake_score_alone(sd: Model, config: DistillConfig) -> None:
     built = engine(sd, dataclasses.replace(config, fake_warmup=1))
     before = snapshot(built)
