@@ -84,7 +84,18 @@ def test_several_processes_train_what_one_trains(sd_folder: Path, tmp_path: Path
 
 def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
     output = tmp_path / "run"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    # Its CPU mode starts one process unless MPI is there; the launcher for GPUs starts two anywhere, and --device cpu does the rest.
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     launch += ["--dynamo_backend", "no", "--main_process_port", "29617", "-m"]
     assert_same(alone, distilled(launch + command(sd_folder, output)[1:], output), sd_folder)
 
