@@ -132,7 +132,7 @@ def distill(
     Example: sid distill --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 1.5
     """
     arguments = dict(locals())
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
         from sidcli.launch import launch
 
         sys.exit(launch(processes, sys.argv[1:]))

@@ -207,7 +207,8 @@ class Loop:
             )
         self.engine.load(found.step, checkpoint.read(found))
         self.returned = True
-        forget_after(self.output / "metrics.jsonl", found.step)
+        if self.engine.team.leads:
+            forget_after(self.output / "metrics.jsonl", found.step)
         self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
 
     def save(self) -> None:

@@ -78,8 +78,7 @@ class Engine:
 
     def __init__(self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device):
         self.config, self.prompts = config, prompts
-        if config.batch_size % count():
-            raise UsageError(f"--batch-size {config.batch_size} does not split over {count()} processes evenly")
+        check_split(config.batch_size, count())
         self.team = Team(device, config.shard)
         self.device = self.team.device
         self.bf16 = pick_bf16(config.precision, self.device)
@@ -92,8 +91,7 @@ class Engine:
         self.fake_score = self._with_lora(self.teacher) if config.fake_lora else self._trained_copy(self.teacher)
         if config.teacher_bf16 and self.bf16:
             for value in self.teacher.parameters():
-                if not value.requires_grad:
-                    value.data = value.data.bfloat16()
+                value.data = value.data.bfloat16()
         for net in (self.teacher, self.generator, self.fake_score):
             self._arrange(net)
         self.team.split(self.generator)
@@ -384,6 +382,12 @@ class Engine:
         _load_optimizer(self.optimizer_fake, files["optimizer_fake"])
         self.skipped_in_row.zero_()
         self.step = step
+
+
+def check_split(batch_size: int, processes: int) -> None:
+    """Raises UsageError where a batch does not give each process the same number of images."""
+    if batch_size % processes:
+        raise UsageError(f"--batch-size {batch_size} does not split over {processes} processes evenly")
 
 
 def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillConfig) -> None:

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
-from sidcli.engine import add_adapters, check_teacher
+from sidcli.engine import add_adapters, check_split, check_teacher
 from sidcli.errors import InputError
 from sidcli.sampler import pick_device
 from sidcli.teachers import find, read_card, read_schedule
@@ -205,6 +205,8 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, note:
     where = pick_device(device)
     if where.type == "cuda" and config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16")
+    check_split(config.batch_size, processes)
+    config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     source = find(config.teacher, note)
     folder = source.folder
     schedule = read_schedule(read(folder, "scheduler", "scheduler_config.json"))

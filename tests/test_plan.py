@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from sidcli import plan
 from sidcli.config import MEMORY, DistillConfig
 from sidcli.engine import Engine
+from sidcli.errors import UsageError
 from sidcli.prompts import open_prompts
 from sidcli.teachers import Model
 from tests import tiny
@@ -76,3 +77,12 @@ def test_time_is_known_once_the_run_folder_has_measured_a_rate(sd_folder: Path, 
     assert plan.make(config, tmp_path, "cpu", 1, print).seconds is None
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10, "images_per_second": 8.0}) + "\n")
     assert plan.make(config, tmp_path, "cpu", 1, print).seconds == 50.0
+
+
+def test_a_process_computes_no_more_at_once_than_its_share_of_the_batch(sd_folder: Path, config: DistillConfig) -> None:
+    config = dataclasses.replace(config, teacher=str(sd_folder))
+    alone, four = (plan.make(config, Path("run"), "cpu", processes, print) for processes in (1, 4))
+    assert "batch         4 = micro-batch 1 x 1 in turn x 4 processes" in four.lines()
+    assert four.device_memory["activations"] < alone.device_memory["activations"]
+    with pytest.raises(UsageError, match="batch-size 4 does not split over 3 processes"):
+        plan.make(config, Path("run"), "cpu", 3, print)
