@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -163,8 +163,7 @@ def distill(
 
     with _console(as_json, quiet, unused=()) as console:
 
-        def resolve(memory: str) -> DistillConfig:
-            recipe = MEMORY[memory]
+        def resolve(recipe: dict[str, Any]) -> DistillConfig:
             if own.get("shard", settings.get("shard")):  # which spreads the state over the processes instead
                 recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
             merged = settings | recipe | own | {"teacher": teacher}
@@ -174,19 +173,23 @@ def distill(
                 merged["prompts"] = "emoji" if preset_for(teacher) == "emoji" else "general"
             return DistillConfig(**merged)
 
-        resolved = resolve("fast" if memory == "auto" else memory)
+        resolved = resolve(MEMORY["fast" if memory == "auto" else memory])
         kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
         folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
+        begun = memory == "auto" and (folder / "config.toml").is_file()
+        if begun:  # however full the device is today, the run goes on as it began
+            resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
         from sidcli.prompts import open_prompts
 
         source = open_prompts(resolved.prompts)
-        if dry_run or (memory == "auto" and _on_gpu(device)):
+        choose = memory == "auto" and not begun and _on_gpu(device)
+        if dry_run or choose:
             from sidcli import plan
 
-            if memory == "auto":
-                resolved = plan.choose({name: resolve(name) for name in MEMORY}, device, console.note)
+            if choose:
+                resolved = plan.choose({name: resolve(recipe) for name, recipe in MEMORY.items()}, device, console)
             if dry_run:
-                made = plan.make(resolved, folder, device, processes, console.note)
+                made = plan.make(resolved, folder, device, processes, console)
                 console.result(made.lines(), made.as_dict())
                 return
         if prompts is None and resolved.prompts in ("emoji", "general"):
@@ -269,7 +272,12 @@ def evaluate(
     fid: Annotated[bool, typer.Option(help="Frechet distance to 10,000 scenes.")] = False,
     clip: Annotated[bool, typer.Option(help="CLIP score.")] = False,
     accuracy: Annotated[bool, typer.Option(help="Noun and colour accuracy.")] = False,
-    untrained: Annotated[bool, typer.Option(help="Also measure each teacher in one step, where a distillation starts.")] = False,
+    untrained: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, help="Also measure each teacher as a student of this many steps, where a distillation starts."
+        ),
+    ] = 0,
     held_out: Annotated[bool, typer.Option(help="Only noun and colour pairs that no model was shown.")] = False,
     num: Annotated[int, typer.Option(min=2, max=1_000_000, help="Images per model.")] = 500,
     steps: Annotated[int | None, typer.Option(help="Steps of the teachers (50).")] = None,
@@ -290,7 +298,7 @@ def evaluate(
         check_writable(picture.parent)
     with _console(as_json, quiet) as console:
         from sidcli import evaluate as driver
-        from sidcli.sampler import pick_device, plan_for
+        from sidcli.sampler import pick_device, plan_for, untrained_plan
 
         chosen = driver.Metrics(fid, clip, accuracy) if fid or clip or accuracy else driver.Metrics(True, True, True)
         where = pick_device(device)
@@ -302,7 +310,7 @@ def evaluate(
             driver.check(model)
             plans = [plan_for(model, steps, guidance) if not model.is_student else plan_for(model, None, None)]
             if untrained and not model.is_student:
-                plans.append(plan_for(model, None, None, untrained=True))
+                plans.append(untrained_plan(untrained))
             for plan in plans:
                 with console.progress(f"{name}, {plan.describe()}", num, "images") as advance:
                     row, shown = driver.measure(model, plan, where, chosen, num, seed, held_out, batch_size, advance)
@@ -391,7 +399,7 @@ def _load(name: str, device: str, console: Console) -> Model:
 
     pick_device(device)
     quiet_libraries()
-    return load(find(name, console.note))
+    return load(find(name, console))
 
 
 def main() -> None:

@@ -11,7 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -81,28 +91,37 @@ class Console:
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
         """A bar on a terminal, a line now and then elsewhere. The block calls `advance(count, text)`."""
         if not self.live:
-            yield Advance(self, None, None, what, total)
+            yield Advance(self, None, None, what, total, unit)
             return
+        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
+            *amount,
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
         )
         with Progress(*columns, console=self.err) as bar:
-            yield Advance(self, bar, bar.add_task(what, total=total, text=""), what, total)
+            yield Advance(self, bar, bar.add_task(what, total=total, text=""), what, total, unit)
 
 
 class Advance:
     """What a progress block calls: how much more is done, and what to say beside it."""
 
-    def __init__(self, console: Console, bar: Progress | None, task: TaskID | None, what: str, total: int):
-        self.console, self.bar, self.task, self.what, self.total = console, bar, task, what, total
-        self.done = 0
-        self.spoken = time.monotonic()
+    def __init__(self, console: Console, bar: Progress | None, task: TaskID | None, what: str, total: int, unit: str):
+        self.console, self.bar, self.task, self.what, self.total, self.unit = console, bar, task, what, total, unit
+        self.done = self.first = 0
+        self.spoken = self.begun = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        """What was done before this command counts as done, but not for the time that is left."""
+        self(done)
+        self.first = done
+
+    def left(self) -> str:
+        took, made = time.monotonic() - self.begun, self.done - self.first
+        return f"about {took / made * (self.total - self.done) / 60:.0f} min left" if made else ""
 
     def __call__(self, count: int, text: str = "") -> None:
         self.done += count
@@ -110,7 +129,8 @@ class Advance:
             self.bar.update(self.task, completed=self.done, text=text)
         elif time.monotonic() - self.spoken > LINE_SECONDS and not self.console.as_json:
             self.spoken = time.monotonic()
-            self.console.note(f"{self.what} {self.done}/{self.total} {text}".rstrip())
+            amount = f"{self.done / 1e6:.0f}/{self.total / 1e6:.0f} MB" if self.unit == "bytes" else f"{self.done}/{self.total}"
+            self.console.note(" ".join(part for part in (self.what, amount, text, self.left()) if part))
 
 
 class DistillProgress:
@@ -120,10 +140,10 @@ class DistillProgress:
         self.console, self.advance = console, advance
 
     def started(self, step: int, steps: int) -> None:
-        self.advance(step)
+        self.advance.begin(step)
 
     def stepped(self, record: dict[str, Any]) -> None:
-        shown = {"img/s": "images_per_second", "fake": "fake_loss", "gen": "generator_loss", "ratio": "ratio"}
+        shown = {"img/s": "images_per_second", "fake": "fake_loss", "gen": "generator_loss", "ratio": "ratio", "GB": "memory_gb"}
         text = " ".join(f"{label} {record[key]:.3g}" for label, key in shown.items() if key in record)
         self.advance(record["step"] - self.advance.done, text)
 

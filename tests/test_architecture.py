@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
     {"errors", "randomness", "optimizer", "parallel", "launch", "__init__"},
-    {"files", "config", "diffusion", "objectives.sid", "emoji.nouns"},
+    {"files", "config", "hub", "diffusion", "objectives.sid", "emoji.nouns"},
     {"emoji.world", "emoji.sprites"},
     {"prompts", "emoji.classifier", "emoji.clip", "emoji.models", "teachers", "pictures", "metrics.fid"},
     {"sampler", "checkpoint", "metrics.features", "formats.diffusers_folder"},

