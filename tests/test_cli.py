@@ -116,9 +116,11 @@ def test_export_verifies_itself_against_sample(tmp_path: Path) -> None:
 
 
 def test_eval_prints_a_table_with_the_floor_and_the_models(tmp_path: Path) -> None:
-    done = sid("eval", "emoji", "--num", "20", "--picture", "rows.png", "--fid", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
+    asked = ["eval", "emoji", "emoji-teacher", "--num", "10", "--steps", "2", "--untrained", "4", "--picture", "rows.png", "--fid"]
+    done = sid(*asked, cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
     assert done.returncode == 0, done.stderr
     assert "| scenes (floor)" in done.stdout and "| emoji " in done.stdout and "CLIP" not in done.stdout
+    assert "4 steps at t = 625, 468, 312, 156" in done.stdout
     assert (tmp_path / "rows.png").is_file()
 
 
@@ -142,3 +144,13 @@ def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_ru
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["student"] == "runs/emoji-teacher-g2/student"
     assert (tmp_path / "runs/emoji-teacher-g2/student/model_index.json").is_file()
+
+
+def test_a_continued_run_keeps_the_memory_recipe_it_began_with(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text('optimizer = "adam8bit"\nfake_lora = 4\nmicro_batch = 3\nkappa1 = 7.0\n')
+    asked = ["distill", "-o", "run", "--dry-run", "--json"]
+    config = json.loads(sid(*asked, cwd=tmp_path).stdout)["config"]
+    assert (config["fake_lora"], config["micro_batch"], config["kappa1"]) == (4, 3, 2.0)
+    typed = json.loads(sid(*asked, "--memory", "fast", "--micro-batch", "2", cwd=tmp_path).stdout)["config"]
+    assert (typed["fake_lora"], typed["micro_batch"]) == (0, 2)

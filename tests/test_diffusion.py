@@ -3,6 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from sidcli.diffusion import Schedule, few_steps, guided, many_steps
+from sidcli.errors import InputError
 from sidcli.teachers import read_schedule
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -52,11 +53,10 @@ def test_the_one_step_generator_feeds_sigma_z_at_t_init_and_returns_the_clean_la
     torch.testing.assert_close(drawn, 2.5017056 * z - 0.928564 / 0.3711724 * 0.5, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_many_steps_equal_the_ddim_of_diffusers(prediction: str) -> None:
-    scheduler = DDIMScheduler(
-        **SD, prediction_type=prediction, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
-    )
+@pytest.mark.parametrize(("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+def test_many_steps_equal_the_ddim_of_diffusers(prediction: str, zero_snr: bool) -> None:
+    rule = SD | {"prediction_type": prediction, "rescale_betas_zero_snr": zero_snr}
+    scheduler = DDIMScheduler(**rule, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x) * (t.view(-1, 1, 1, 1) / 1000 + 0.1)
@@ -66,7 +66,12 @@ def test_many_steps_equal_the_ddim_of_diffusers(prediction: str) -> None:
     x = noise
     for t in scheduler.timesteps:
         x = scheduler.step(denoise(x, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(many_steps(denoise, noise, schedule(prediction), 10), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(many_steps(denoise, noise, read_schedule(rule), 10), x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_that_ends_in_nothing_but_noise_is_refused_for_epsilon() -> None:
+    with pytest.raises(InputError, match="zero terminal SNR needs a teacher that predicts v"):
+        read_schedule(SD | {"prediction_type": "epsilon", "rescale_betas_zero_snr": True})
 
 
 def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional_prediction() -> None:
