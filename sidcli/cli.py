@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sidcli import __version__
-from sidcli.config import MEMORY, PRESETS, DistillConfig, preset_for, read_toml, strategy
+from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
 from sidcli.errors import EnvironmentProblem, InputError, SidError, UsageError
 from sidcli.files import check_writable
 
@@ -41,6 +41,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX."
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")]
+PredictionOption = Annotated[str, typer.Option(help="What the model predicts, if its files do not say: epsilon or v_prediction.")]
+ConfigOption = Annotated[str, typer.Option(help="Diffusers folder whose JSON files describe a model in a single file.")]
 BatchOption = Annotated[int, typer.Option(min=1, max=4096, help="Images computed at once.")]
 
 
@@ -60,6 +62,14 @@ def distill(
     teacher: Annotated[
         str | None, typer.Option(help="Embedded name, diffusers folder, or hub id; by default emoji-teacher.")
     ] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="What the teacher predicts, if its files do not say: epsilon or v_prediction.")
+    ] = None,
+    model_config: Annotated[
+        str | None, typer.Option(help="Diffusers folder whose JSON files describe a teacher in a single file.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels; by default the teacher's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Text file with a prompt a line, or emoji / general for those that ship.")
     ] = None,
@@ -197,7 +207,8 @@ def distill(
         from sidcli import distill as driver
         from sidcli.console import DistillProgress
 
-        model = _load(teacher, device, console)
+        known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
+        model = _load(teacher, device, console, **known)
         rhythm = driver.Rhythm(save_every, sample_every)
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
@@ -220,6 +231,10 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50), or fewer than its own of a student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; by default its own best.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
+    width: Annotated[int, typer.Option(min=0, help="Width in pixels; 0: the model's own.")] = 0,
+    height: Annotated[int, typer.Option(min=0, help="Height in pixels; 0: the model's own.")] = 0,
+    prediction_type: PredictionOption = "auto",
+    model_config: ConfigOption = "",
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
@@ -249,7 +264,8 @@ def sample(
     count = len(texts) * num
     target = output or Path("out.png" if count == 1 else "out")
     with _console(as_json, quiet, unused=("bitsandbytes", "peft", "scipy")) as console:
-        loaded = _load(model, device, console)
+        known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
+        loaded = _load(model, device, console, **known)
         from sidcli import sample as driver
         from sidcli.sampler import pick_device, plan_for
 
@@ -391,15 +407,18 @@ def _console(as_json: bool, quiet: bool, unused: Sequence[str] = ("bitsandbytes"
     yield Console(as_json, quiet)
 
 
-def _load(name: str, device: str, console: Console) -> Model:
+def _load(name: str, device: str, console: Console, **overrides: Any) -> Model:
     """A model by name, after making sure that the device exists: a download for nothing would be worse than an error."""
+    if overrides.get("prediction_type", "auto") not in PREDICTIONS:
+        raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {overrides['prediction_type']!r}")
     console.note(f"loading {name}")
     from sidcli.sampler import pick_device
-    from sidcli.teachers import find, load, quiet_libraries
+    from sidcli.sources import find
+    from sidcli.teachers import Overrides, load, quiet_libraries
 
     pick_device(device)
     quiet_libraries()
-    return load(find(name, console))
+    return load(find(name, console), Overrides(**overrides))
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from sidcli.errors import InputError, UsageError
 
+PREDICTIONS = ("auto", "epsilon", "v_prediction")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
@@ -20,6 +22,14 @@ class DistillConfig:
 
     teacher: str = "emoji-teacher"
     """Embedded name, diffusers folder, run folder or hub id."""
+    prediction_type: str = "auto"
+    """What the teacher predicts: epsilon or v_prediction; auto: as its files say."""
+    model_config: str = ""
+    """Diffusers folder whose JSON files describe a teacher in a single file, where it does not describe itself."""
+    width: int = 0
+    """Width in pixels of the images trained on; 0: the teacher's own."""
+    height: int = 0
+    """Height in pixels; 0: the teacher's own."""
     prompts: str = "auto"
     """Path of a prompt list, or `emoji` or `general` for those that ship; `auto` picks by teacher."""
     kappa1: float = 2.0
@@ -91,6 +101,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         rules = {
+            "width": (self.width >= 0, "at least 0"),
+            "height": (self.height >= 0, "at least 0"),
             "steps": (self.steps >= 1, "at least 1"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
             "micro-batch": (self.micro_batch >= 1, "at least 1"),
@@ -111,12 +123,14 @@ class DistillConfig:
             "shard": (not (self.shard and (self.offload_average or self.offload_optimizer)), "off where state is offloaded"),
         }
         choices = {
+            "prediction-type": PREDICTIONS,
             "renoise": ("ddim", "fixed", "fresh"),
             "optimizer": ("adam", "adam8bit"),
             "precision": ("auto", "fp32", "bf16"),
             "compile": ("auto", "on", "off"),
         }
-        rules |= {name: (getattr(self, name) in values, f"one of {', '.join(values)}") for name, values in choices.items()}
+        for name, values in choices.items():
+            rules[name] = (getattr(self, name.replace("-", "_")) in values, f"one of {', '.join(values)}")
         rules |= {f"kappa{n}": (math.isfinite(getattr(self, f"kappa{n}")), "finite") for n in (1, 2, 3, 4)}
         for name, (holds, wanted) in rules.items():
             if not holds:
@@ -230,6 +244,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], given: DistillConfig) -> list[str]:
-    """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings."""
+    """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings.
+
+    A field that the run did not know yet had the value that is now its default.
+    """
     now = dataclasses.asdict(given)
+    saved = {field.name: field.default for field in dataclasses.fields(given)} | saved
     return [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]

@@ -21,7 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sidcli import randomness
+from sidcli import randomness, text
 from sidcli.config import DistillConfig
 from sidcli.diffusion import exit_grid, few_steps, guided
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
@@ -31,6 +31,7 @@ from sidcli.parallel import Team, assign, count, whole
 from sidcli.prompts import Prompts
 from sidcli.sampler import Sampler
 from sidcli.teachers import Model
+from sidcli.text import Condition
 
 FAKE, GENERATOR = "fake", "generator"
 
@@ -172,12 +173,12 @@ class Engine:
         total = torch.zeros((), device=self.device)
         for samples, last in self._micro_batches():
             draw = self._draw(FAKE, update, samples)
-            states = self.sampler.encode(draw.prompts)
+            told = self.sampler.encode(draw.prompts)
             with torch.no_grad():
-                x = self._generate(self.generator, draw, states)
+                x = self._generate(self.generator, draw, told)
             x_t = self.schedule.noised(x, draw.noise, draw.t)
             with self.team.gradients(self.fake_call, last):
-                predicted = self._predict(self.fake_call, x_t, draw.t, states, (config.kappa1,))[0]
+                predicted = self._predict(self.fake_call, x_t, draw.t, told, (config.kappa1,))[0]
                 loss = sid.fake_score_loss(self.schedule.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
                 # Processes average their gradients; the loss is normalised by the global batch already.
                 (loss * self.team.count).backward()
@@ -192,13 +193,13 @@ class Engine:
             value.requires_grad_(False)
         for samples, last in self._micro_batches():
             draw = self._draw(GENERATOR, 0, samples)
-            states = self.sampler.encode(draw.prompts)
+            told = self.sampler.encode(draw.prompts)
             with self.team.gradients(self.generator_call, last):
                 with torch.set_grad_enabled(not self.config.split_backward):
-                    x = self._generate(self.generator_call, draw, states)
-                gradient, measured = self._score_gradient(x.detach(), draw, states)
+                    x = self._generate(self.generator_call, draw, told)
+                gradient, measured = self._score_gradient(x.detach(), draw, told)
                 if self.config.split_backward:
-                    x = self._generate(self.generator_call, draw, states)
+                    x = self._generate(self.generator_call, draw, told)
                 x.backward(gradient * self.team.count)
             totals += measured
         for value in own:
@@ -207,7 +208,7 @@ class Engine:
         self._update(self.optimizer_generator, totals[0])
         return totals[0], totals[1], totals[2]
 
-    def _score_gradient(self, x: Tensor, draw: Draw, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_gradient(self, x: Tensor, draw: Draw, told: Condition) -> tuple[Tensor, Tensor]:
         """d loss / d x of the generator loss, through both score networks, and (loss, ratio, spread) of these samples.
 
         The chain rule is taken apart at the clean predictions: d loss / d y first, then one pull-back through each network. With
@@ -217,7 +218,7 @@ class Engine:
 
         def clean(net: nn.Module, scales: tuple[float, ...]) -> list[Tensor]:
             x_t = self.schedule.noised(x, draw.noise, draw.t)
-            return [self.schedule.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, states, scales)]
+            return [self.schedule.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, told, scales)]
 
         networks: list[Callable[[], list[Tensor]]] = [
             lambda: clean(self.fake_score, (config.kappa2, config.kappa3)),
@@ -313,34 +314,34 @@ class Engine:
 
     # Networks
 
-    def _generate(self, net: nn.Module, draw: Draw, states: Tensor) -> Tensor:
+    def _generate(self, net: nn.Module, draw: Draw, told: Condition) -> Tensor:
         """Samples [b, C, h, w] of the generator, which stops where the draw says."""
         grid = exit_grid(self.config.t_init, self.config.student_steps)[: len(draw.latents)]
         return few_steps(
-            lambda x, t: self.denoise(net, x, t, states),
+            lambda x, t: self.denoise(net, x, t, told),
             lambda visit: draw.latents[visit],
             self.schedule,
             grid,
             self.config.renoise,  # type: ignore[arg-type]
         )
 
-    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, told: Condition) -> Tensor:
         """The network's prediction in float32, computed in bf16 where that was chosen."""
         with self._autocast():
-            return net(x, t, states).sample.float()
+            return text.denoise(net, x, t, told).float()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # A weight is used once a forward: caching its bf16 copy would cost its memory and save nothing.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
 
-    def _predict(self, net: nn.Module, x_t: Tensor, t: Tensor, states: Tensor, scales: tuple[float, ...]) -> list[Tensor]:
+    def _predict(self, net: nn.Module, x_t: Tensor, t: Tensor, told: Condition, scales: tuple[float, ...]) -> list[Tensor]:
         """Guided predictions for each scale from one call: the unconditional half only runs if a scale is not 1, and vice versa."""
-        empty = self.empty.expand_as(states)
+        empty = self.empty.expanded(len(told))
         if all(scale == 1.0 for scale in scales):
-            return [self.denoise(net, x_t, t, states)] * len(scales)
+            return [self.denoise(net, x_t, t, told)] * len(scales)
         if all(scale == 0.0 for scale in scales):
             return [self.denoise(net, x_t, t, empty)] * len(scales)
-        both = self.denoise(net, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([states, empty]))
+        both = self.denoise(net, torch.cat([x_t, x_t]), torch.cat([t, t]), told.beside(empty))
         conditional, unconditional = both.chunk(2)
         return [guided(conditional, unconditional, scale) for scale in scales]
 

@@ -18,20 +18,20 @@ from unittest import mock
 
 import psutil
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
 from sidcli.engine import add_adapters, check_split, check_teacher
-from sidcli.errors import InputError
 from sidcli.hub import Listener, Silence
 from sidcli.sampler import pick_device
-from sidcli.teachers import find, read_card, read_schedule
+from sidcli.sources import find
+from sidcli.teachers import Description, Overrides, describe, latent_shape, new_network
+from sidcli.text import Condition, denoise, sizes
 
 RESERVE = 0.06
 """Share of a card's memory left for what no plan sees: workspaces of its libraries, fragmentation."""
@@ -98,16 +98,13 @@ def storage(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def activations(unet: UNet2DConditionModel, rows: int, config: DistillConfig, states: tuple[int, int], trained: bool) -> int:
-    """Bytes one forward of `rows` latents keeps; `states` are the tokens and width of the text."""
+def activations(unet: UNet2DConditionModel, rows: int, config: DistillConfig, told: Condition, trained: bool) -> int:
+    """Bytes one forward of `rows` latents keeps; `told` is what one prompt becomes."""
     net = copy.deepcopy(unet).to(torch.bfloat16 if config.precision == "bf16" else torch.float32).requires_grad_(trained)
     kind = next(net.parameters()).dtype
-    size = net.config.sample_size
-    x = torch.empty(rows, net.config.in_channels, size, size, dtype=kind, device="meta", requires_grad=True)
-    text = torch.empty(rows, *states, dtype=kind, device="meta")
     meter = Activations(net, config.gradient_checkpointing)
     with meter.counted():
-        net(x, torch.empty(rows, dtype=torch.long, device="meta"), text)
+        forward(net, rows, told, kind)
     # Under autocast the bf16 copy of each weight is kept with the graph that used it, except where the graph is computed again.
     copies = (
         sum(value.numel() * 2 for value in net.parameters()) if kind == torch.bfloat16 and not config.gradient_checkpointing else 0
@@ -115,11 +112,12 @@ def activations(unet: UNet2DConditionModel, rows: int, config: DistillConfig, st
     return meter.total + copies
 
 
-def read(folder: Path, *parts: str) -> dict[str, Any]:
-    try:
-        return json.loads(folder.joinpath(*parts).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {folder.joinpath(*parts)}: {error}", "pass a Stable Diffusion folder or a hub id") from error
+def forward(net: UNet2DConditionModel, rows: int, told: Condition, kind: torch.dtype) -> None:
+    """Run the network on the meta device."""
+    x = torch.empty(rows, *latent_shape(net.config), dtype=kind, device="meta", requires_grad=True)
+    many = told.expanded(rows)  # as tensors of their own: a view would be copied by each layer that reads it
+    many = Condition(many.states.to(kind).contiguous(), {name: value.to(kind) for name, value in many.added.items()})
+    denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
 def size_of(values: Any) -> int:
@@ -189,18 +187,26 @@ def branches(*scales: float) -> int:
     return 1 if set(scales) in ({1.0}, {0.0}) else 2
 
 
-def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, states: tuple[int, int]) -> int:
+def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, told: Condition) -> int:
     """Model FLOP of one image in one step, recomputation not counted: 18 forwards of the UNet under guidance, 11 without (method 1.9).
 
     A backward costs two forwards, or one where only the input's gradient is wanted.
     """
-    size = unet.config.sample_size
-    x = torch.empty(1, unet.config.in_channels, size, size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, torch.empty(1, dtype=torch.long, device="meta"), torch.empty(1, *states, device="meta"))
+        forward(unet, 1, told, torch.float32)
     fake_step = 1 + 3 * branches(config.kappa1)
     generator_step = 3 + 2 * branches(config.kappa2, config.kappa3) + 2 * branches(config.kappa4)
     return counter.get_total_flops() * (fake_step * config.fake_updates + generator_step)
+
+
+def condition(known: Description) -> Condition:
+    """What one prompt becomes, on the meta device."""
+    texts = [known.networks[name] for name in known.texts]
+    states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
+    if len(texts) == 1:
+        return Condition(states)
+    pooled = torch.empty(1, texts[-1]["projection_dim"], device="meta")
+    return Condition(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
 
 
 def make(config: DistillConfig, output: Path, device: str, processes: int, listener: Listener) -> Plan:
@@ -211,23 +217,21 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, liste
     check_split(config.batch_size, processes)
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     source = find(config.teacher, listener, descriptions_only=True)
-    folder = source.folder
-    schedule = read_schedule(read(folder, "scheduler", "scheduler_config.json"))
-    check_teacher(source.name, read_card(source).get("kind") == "student", schedule.steps, config)
+    known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height))
+    check_teacher(source.name, known.card.get("kind") == "student", known.schedule.steps, config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read(folder, "unet", "config.json"))
-        vae = AutoencoderKL.from_config(read(folder, "vae", "config.json"))
-        text = CLIPTextConfig(**read(folder, "text_encoder", "config.json"))
-        text_size = size_of(CLIPTextModel(text).parameters())
+        nets = {name: new_network(name, settings) for name, settings in known.networks.items()}
+        unet, vae = nets["unet"], nets["vae"]
+        text_size = sum(size_of(nets[name].parameters()) for name in known.texts)
         trained = size_of(unet.parameters())
         if config.fake_lora:
             add_adapters(lora := copy.deepcopy(unet).requires_grad_(False), config.fake_lora)
             trained = size_of(value for value in lora.parameters() if value.requires_grad)
-    states, weights, pieces = (text.max_position_embeddings, text.hidden_size), size_of(unet.parameters()), config.micro_batch
+    told, weights, pieces = condition(known), size_of(unet.parameters()), config.micro_batch
     state = {"adam": 4, "adam8bit": 2}[config.optimizer] * (weights + trained)
 
     def graph(rows: int, trained: bool = False) -> int:
-        return activations(unet, rows, config, states, trained)
+        return activations(unet, rows, config, told, trained)
 
     fake_step = graph(pieces * branches(config.kappa1), True)
     parts = [
@@ -259,7 +263,7 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, liste
         device_memory=memory,
         main_memory=away,
         peak=sum(memory.values()),
-        flops_per_image=flops_per_image(config, unet, states),
+        flops_per_image=flops_per_image(config, unet, told),
         disk=(checkpoint.KEEP + 1) * (8 * weights + 4 * trained + state) + 4 * (weights + text_size + size_of(vae.parameters())),
         seconds=config.steps * config.batch_size / pace if pace else None,
         downloads=dict(source.missing),

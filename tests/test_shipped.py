@@ -10,7 +10,8 @@ from sidcli.emoji import world
 from sidcli.metrics.accuracy import Accuracy
 from sidcli.metrics.features import EmojiExtractor
 from sidcli.sampler import Sampler, draw, plan_for
-from sidcli.teachers import WEIGHTS, find, load
+from sidcli.sources import WEIGHTS, find
+from sidcli.teachers import load
 
 CPU = torch.device("cpu")
 ALL = evaluate.Metrics(True, True, True)
@@ -64,7 +65,7 @@ def test_the_shipped_folders_open_in_stock_diffusers(name: str, tmp_path: Path) 
     from diffusers import StableDiffusionPipeline
 
     # Stored in half precision; transformers 5 would keep the text encoder so unless told otherwise.
-    pipe = StableDiffusionPipeline.from_pretrained(find(name).folder, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(find(name).path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     options = (
         {"num_inference_steps": 1, "guidance_scale": 0} if name == "emoji" else {"num_inference_steps": 2, "guidance_scale": 2.0}

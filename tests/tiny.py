@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sidcli.teachers import Model, Source, read_schedule
+from sidcli.sources import Source
+from sidcli.teachers import Model, read_schedule
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -68,7 +70,7 @@ def sd15() -> Model:
     for net in (unet, vae, text):
         net.eval().requires_grad_(False)
     source = Source("sd15", Path(), "random weights")
-    return Model(source, unet, vae, text, clip_tokenizer(), read_schedule(SD15_SCHEDULER), SD15_SCHEDULER)
+    return Model(source, unet, vae, (text,), (clip_tokenizer(),), read_schedule(SD15_SCHEDULER), SD15_SCHEDULER)
 
 
 def write_sd15_configs(folder: Path) -> Path:
@@ -80,7 +82,9 @@ def write_sd15_configs(folder: Path) -> Path:
     sd15_text().save_pretrained(folder / "text_encoder")
     clip_tokenizer().save_pretrained(folder / "tokenizer")
     PNDMScheduler(**SD15_SCHEDULER).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text("{}")
+    stock = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    index = {"_class_name": "StableDiffusionPipeline"} | {name: ["stock", kind] for name, kind in stock.items()}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -17,7 +17,8 @@ from sidcli.emoji import models
 from sidcli.emoji.clip import CONFIG
 from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline, write_student
-from sidcli.teachers import WEIGHTS, Source, load
+from sidcli.sources import WEIGHTS, Source
+from sidcli.teachers import load
 
 
 def half(source: Path, target: Path) -> None:

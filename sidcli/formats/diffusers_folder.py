@@ -65,23 +65,24 @@ def write_student(path: Path, model: Model, card: dict[str, Any], dtype: str = "
         write_pipeline(folder, model, student_scheduler(model.scheduler_config, card["t_init"]), card, dtype)
 
 
-def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], dtype: str) -> None:
+def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], dtype: str, variant: str | None = None) -> None:
+    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    tokenizers = {"tokenizer": model.tokenizers[0]}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    for name, network in (("unet", model.unet), ("vae", model.vae), ("text_encoder", model.text_encoder)):
+    if model.is_xl:
+        networks["text_encoder_2"], tokenizers["tokenizer_2"] = model.text_encoders[1], model.tokenizers[1]
+        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": model.empty_is_zero}
+    else:
+        index["safety_checker"] = [None, None]
+    for name, network in networks.items():
         # A copy changes precision; the caller's network stays as it is.
-        copy.deepcopy(network).to("cpu", DTYPES[dtype]).save_pretrained(folder / name)
+        copy.deepcopy(network).to("cpu", DTYPES[dtype]).save_pretrained(folder / name, variant=variant)
+        index[name] = [type(network).__module__.split(".")[0], type(network).__name__]
+    for name, tokenizer in tokenizers.items():
+        save_tokenizer(tokenizer, folder / name)
+        index[name] = ["transformers", "CLIPTokenizer"]
     scheduler.save_pretrained(folder / "scheduler")
-    save_tokenizer(model.tokenizer, folder / "tokenizer")
-    index |= {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-    }
+    index |= {"scheduler": ["diffusers", type(scheduler).__name__], "feature_extractor": [None, None], "image_encoder": [None, None]}
     write_json(folder / "model_index.json", index)
     write_json(folder / "sid.json", card)
     for licence in model.source.folder.glob("LICENSE*"):

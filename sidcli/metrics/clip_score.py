@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sidcli.errors import InputError
-from sidcli.teachers import WEIGHTS
+from sidcli.sources import WEIGHTS
 
 PHOTO_MODEL = ("ViT-g-14", "laion2b_s12b_b42k")
 """The model of the paper's CLIP scores (method 2.1)."""

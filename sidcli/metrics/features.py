@@ -18,7 +18,7 @@ from sidcli.emoji.classifier import Classifier
 from sidcli.errors import InputError
 from sidcli.files import atomic_file, cache_folder, sha256
 from sidcli.metrics.fid import Statistics, statistics
-from sidcli.teachers import WEIGHTS
+from sidcli.sources import WEIGHTS
 
 INCEPTION = "inception-2015-12-05.pt"
 

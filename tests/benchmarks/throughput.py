@@ -30,7 +30,8 @@ from sidcli import plan
 from sidcli.config import MEMORY, PRESETS, DistillConfig
 from sidcli.engine import Engine
 from sidcli.prompts import open_prompts
-from sidcli.teachers import Model, find, load, quiet_libraries
+from sidcli.sources import find
+from sidcli.teachers import Model, load, quiet_libraries
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests import tiny
@@ -43,7 +44,7 @@ class Naive:
 
     def __init__(self, teacher: Model, config: DistillConfig, device: torch.device):
         self.config, self.device, self.model = config, device, teacher
-        self.text = teacher.text_encoder.to(device)
+        self.text = teacher.text_encoders[0].to(device)
         self.phi = teacher.unet.to(device)
         self.psi, self.theta = (copy.deepcopy(self.phi).requires_grad_(True) for _ in range(2))
         self.average = copy.deepcopy(self.phi)
@@ -53,7 +54,7 @@ class Naive:
         self.prompts, self.position = open_prompts(config.prompts), 0
 
     def encode(self, prompts: list[str]) -> torch.Tensor:
-        tokenizer = self.model.tokenizer
+        tokenizer = self.model.tokenizers[0]
         ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
         with torch.no_grad():
             return self.text(ids.input_ids.to(self.device)).last_hidden_state

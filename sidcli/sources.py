@@ -1,0 +1,89 @@
+"""Where a model is: embedded name | run folder | diffusers folder | single file | hub id -> Source."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidcli.errors import InputError
+from sidcli.hub import Listener, Silence, fetch
+
+EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
+WEIGHTS = Path(__file__).parent / "emoji" / "weights"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was found: `path`, a folder or a single file on this disk; `name` as asked for, `origin` and `revision` as
+    actually used."""
+
+    name: str
+    path: Path
+    origin: str
+    revision: str = ""
+    missing: tuple[tuple[str, int], ...] = ()
+    """Files of a hub model, with their bytes, that are not on this disk; empty unless only descriptions were asked for."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+    @property
+    def folder(self) -> Path:
+        """Where what lies beside the weights is to be found: licence, card."""
+        return self.path.parent if self.is_file else self.path
+
+
+def find(name: str, listener: Listener | None = None, descriptions_only: bool = False) -> Source:
+    """Resolve a model name; of a hub model that is not in the cache, `descriptions_only` fetches no weights.
+
+    Raises InputError where nothing is found or what is found could run code, with the ways out.
+    """
+    if name in EMBEDDED:
+        return Source(name, WEIGHTS / EMBEDDED[name], f"embedded:{name}")
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".pkl":
+        raise InputError(
+            f"{name}: a pickle can run code and is not read as a model",
+            "sid export FILE.pkl --teacher ID, if it is a released SiD-LSG generator",
+        )
+    if path.suffix.lower() in PICKLES:
+        raise InputError(f"{name}: pickled weights can run code and are not read", "convert the model to safetensors first")
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InputError(f"{name} is neither a .safetensors file nor a folder", "pass a model in safetensors")
+        return Source(name, path, str(path))
+    if path.is_dir():
+        for folder in (path, path / "student"):
+            if (folder / "model_index.json").is_file():
+                return Source(name, folder, str(folder))
+        raise InputError(
+            f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/", "runs/")):
+        fetched = fetch(name, listener or Silence(), descriptions_only)
+        return Source(name, fetched.folder, f"hub:{fetched.repo}", fetched.revision, fetched.missing)
+    raise InputError(
+        f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError where it is not there or not one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}: {error}", "write the model again, or take another copy of it") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged: not a JSON object", "write the model again, or take another copy of it")
+    return content
+
+
+def read_card(source: Source) -> dict[str, Any]:
+    """The content of sid.json beside a model of ours, {} for others. Raises InputError where it cannot be read."""
+    file = source.path / "sid.json"
+    return read_json(file) if file.is_file() else {}
