@@ -21,6 +21,8 @@ from sidcli.files import check_writable
 
 if TYPE_CHECKING:
     from sidcli.console import Console
+    from sidcli.sampler import Drawer, Plan
+    from sidcli.sources import Source
     from sidcli.teachers import Model
 
 EPILOG = (
@@ -235,6 +237,7 @@ def sample(
     height: Annotated[int, typer.Option(min=0, help="Height in pixels; 0: the model's own.")] = 0,
     prediction_type: PredictionOption = "auto",
     model_config: ConfigOption = "",
+    backend: Annotated[str, typer.Option(help="auto, torch, onnx or openvino; the last two draw with an export.")] = "auto",
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
@@ -265,21 +268,17 @@ def sample(
     target = output or Path("out.png" if count == 1 else "out")
     with _console(as_json, quiet, unused=("bitsandbytes", "peft", "scipy")) as console:
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
-        loaded = _load(model, device, console, **known)
+        found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver
-        from sidcli.sampler import pick_device, plan_for
 
-        plan = plan_for(loaded, steps, guidance)
-        console.note(f"drawing with {loaded.source.name} ({plan.describe()}); another model: --model NAME")
+        console.note(f"drawing with {found.name} ({plan.describe()}); another model: --model NAME")
         with console.progress("draw", count, "images") as advance:
-            drawn, sheet, cut = driver.run(
-                loaded, pick_device(device), plan, texts, num, seed, target, batch_size, overwrite, advance
-            )
+            drawn, sheet, cut = driver.run(found, drawer, plan, texts, num, seed, target, batch_size, overwrite, advance)
         if cut:
             console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
         if sheet:
             console.note(f"contact sheet: {sheet}")
-        console.result([str(item.file) for item in drawn], driver.summary(drawn, sheet, loaded, plan))
+        console.result([str(item.file) for item in drawn], driver.summary(drawn, sheet, found, plan))
 
 
 @app.command(name="eval")
@@ -324,7 +323,7 @@ def evaluate(
         for name in names:
             model = _load(name, device, console)
             driver.check(model)
-            plans = [plan_for(model, steps, guidance) if not model.is_student else plan_for(model, None, None)]
+            plans = [plan_for(model, steps, guidance) if not model.is_student else plan_for(model)]
             if untrained and not model.is_student:
                 plans.append(untrained_plan(untrained))
             for plan in plans:
@@ -347,11 +346,22 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A run folder, a student folder, or emoji.")],
+    model: Annotated[str, typer.Argument(help="A run folder, a student folder or file, emoji, or the authors' FILE.pkl.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    format: Annotated[str, typer.Option("--format", help="diffusers.")] = "diffusers",
+    format: Annotated[
+        str, typer.Option("--format", help="diffusers, single-file, onnx, openvino, torch-export or lora.")
+    ] = "diffusers",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    verify: Annotated[bool, typer.Option(help="Draw with stock diffusers and compare before the folder appears.")] = True,
+    variant: Annotated[str | None, typer.Option(help="Put into the names of diffusers' weight files, such as fp16.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The model that a LoRA or a .pkl belongs to; by default the student's own.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="Of a LoRA.")] = 64,
+    verify: Annotated[bool, typer.Option(help="Draw with the export and compare before the folder appears.")] = True,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option(help="Make a repository that is made by this upload public.")] = False,
+    prediction_type: PredictionOption = "auto",
+    model_config: ConfigOption = "",
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -360,14 +370,40 @@ def export(
 
     Example: sid export runs/emoji-teacher-g2 --format diffusers -o cat-drawer
     """
-    with _console(as_json, quiet) as console:
-        loaded = _load(model, "cpu", console)
+    is_pickle = Path(model).suffix.lower() == ".pkl"
+    if is_pickle and teacher is None:
+        raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
+    if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
+        raise UsageError(f"--push-to-hub wants OWNER/NAME, not {push_to_hub!r}")
+    with _console(as_json, quiet, unused=() if format == "lora" else ("bitsandbytes", "peft")) as console:
         from sidcli import export as driver
+        from sidcli.formats.order import Order
 
-        done = driver.run(loaded, format, output, dtype, verify, overwrite)
+        driver.check(format, output, overwrite)
+        order = Order(dtype, variant, rank)
+        known = {"prediction_type": prediction_type, "model_config": model_config}
+        if is_pickle:
+            base = _load(str(teacher), "cpu", console, **known)
+            console.note(f"reading {model} in a process of its own")
+            loaded = driver.imported(Path(model), base)
+        else:
+            loaded = _load(model, "cpu", console, **known)
+            if format == "lora":
+                base = _load(teacher or driver.teacher_of(loaded), "cpu", console)
+        if format == "lora":
+            order = Order(dtype, variant, rank, base)
+        with console.progress(f"export {format}", 3, "stages") as advance:
+            done = driver.run(loaded, format, output, order, verify, advance)
         if done.difference is not None:
-            console.note(f"verified: stock diffusers draws the same image, at most {done.difference}/255 apart")
-        data = {"folder": str(done.folder), "files": done.files, "difference_255": done.difference}
+            console.note(f"verified: the export draws the same image as sid, at most {done.difference}/255 apart")
+        if done.loss is not None:
+            console.note(f"the LoRA's image is at most {done.loss}/255 from the student's own; a higher --rank keeps more")
+        if push_to_hub:
+            from sidcli.hub import upload
+
+            url = upload(done.folder, push_to_hub, not public, console)
+            console.note(f"uploaded to {url} ({'public' if public else 'private, if it was made now'})")
+        data = {"folder": str(done.folder), "files": done.files, "difference_255": done.difference, "lora_loss_255": done.loss}
         console.result([str(done.folder)], data)
 
 
@@ -419,6 +455,41 @@ def _load(name: str, device: str, console: Console, **overrides: Any) -> Model:
     pick_device(device)
     quiet_libraries()
     return load(find(name, console), Overrides(**overrides))
+
+
+def _drawer(
+    name: str, backend: str, device: str, steps: int | None, guidance: float | None, console: Console, **overrides: Any
+) -> tuple[Source, Drawer, Plan]:
+    """Whatever draws for `sid sample`: networks in torch, or the graphs of an export."""
+    backends = ("auto", "torch", "onnx", "openvino")
+    if backend not in backends:
+        raise UsageError(f"--backend must be one of {', '.join(backends)}, not {backend!r}")
+    from sidcli.sources import find, graph_format, read_card
+
+    graphs = graph_format(Path(name)) if Path(name).is_dir() else None
+    if graphs is None and backend in ("onnx", "openvino"):
+        raise UsageError(
+            f"--backend {backend} draws with an export, which {name} is not", f"sid export {name} --format {backend} -o FOLDER"
+        )
+    from sidcli.sampler import Sampler, pick_device, plan_for, student_plan
+
+    if graphs is None:
+        loaded = _load(name, device, console, **overrides)
+        plan = plan_for(loaded, steps, guidance)
+        return loaded.source, Sampler(loaded, pick_device(device)), plan
+    if backend == "torch" or graphs not in backends:
+        raise UsageError(
+            f"{name} holds {graphs} graphs, which --backend {backend} does not run", "draw with the model it was made from"
+        )
+    console.note(f"loading {name}")
+    from sidcli.formats.runtime import open_graphs
+
+    source = find(name, console)
+    card = read_card(source)
+    plan = student_plan(card, None, guidance, name)
+    if steps not in (None, plan.steps):
+        raise UsageError(f"the graphs of {name} draw in {plan.steps} steps, not {steps}", "leave --steps out")
+    return source, open_graphs(source.path, graphs if backend == "auto" else backend), plan
 
 
 def main() -> None:

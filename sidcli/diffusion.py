@@ -5,8 +5,10 @@ Everything here is pure and in the paper's terms: x_t = a_t x + sigma_t eps with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,6 +18,8 @@ Prediction = Literal["epsilon", "v_prediction"]
 Renoise = Literal["ddim", "fixed", "fresh"]
 NoiseAt = Callable[[int], Tensor]
 """visit -> standard normal noise [B, C, h, w]."""
+Timestep = Tensor | int
+"""One for each latent, int64 [B], or one for all."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, h, w], t int64 [B]) -> the network's raw prediction [B, C, h, w]."""
 
@@ -35,24 +39,31 @@ class Schedule:
     def steps(self) -> int:
         return len(self.abar)
 
-    def scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and sigma_t for t [B], float32 [B, 1, 1, 1] on t's device; square roots are taken in float64."""
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """abar as plain numbers, which a graph that is exported keeps as constants."""
+        return tuple(self.abar.tolist())
+
+    def scale(self, t: Timestep) -> tuple[Tensor | float, Tensor | float]:
+        """a_t and sigma_t: float32 [B, 1, 1, 1] on t's device for t [B], numbers for one t; square roots are taken in float64."""
+        if isinstance(t, int):
+            return math.sqrt(self.values[t]), math.sqrt(1.0 - self.values[t])
         abar = self.abar.to(t.device)[t].view(-1, 1, 1, 1)
         return abar.sqrt().float(), (1.0 - abar).sqrt().float()
 
-    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def noised(self, x: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """x_t = a_t x + sigma_t eps."""
         a, sigma = self.scale(t)
         return a * x + sigma * noise
 
-    def clean(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def clean(self, predicted: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """The clean latent a prediction stands for: (x_t - sigma eps) / a, or a x_t - sigma v."""
         a, sigma = self.scale(t)
         if self.prediction == "epsilon":
             return (x_t - sigma * predicted) / a
         return a * x_t - sigma * predicted
 
-    def noise(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def noise(self, predicted: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """The noise a prediction stands for: eps itself, or sigma x_t + a v."""
         if self.prediction == "epsilon":
             return predicted
@@ -89,15 +100,19 @@ def denoise_along(
     last = len(grid) - 1
     with torch.no_grad():
         for visit in range(last):
-            t = torch.full((len(x_t),), grid[visit], device=x_t.device)
-            predicted = denoise(x_t, t).float()
+            t = grid[visit]
+            predicted = denoise(x_t, every(t, x_t)).float()
             if noise_at is None or renoise == "ddim":
                 noise = schedule.noise(predicted, x_t, t)
             else:
                 noise = noise_at(visit + 1 if renoise == "fresh" else 0)
-            x_t = schedule.noised(schedule.clean(predicted, x_t, t), noise, torch.full_like(t, grid[visit + 1]))
-    t = torch.full((len(x_t),), grid[last], device=x_t.device)
-    return schedule.clean(denoise(x_t, t).float(), x_t, t)
+            x_t = schedule.noised(schedule.clean(predicted, x_t, t), noise, grid[visit + 1])
+    return schedule.clean(denoise(x_t, every(grid[last], x_t)).float(), x_t, grid[last])
+
+
+def every(t: int, x: Tensor) -> Tensor:
+    """Timestep t for each latent of x, int64 [B]."""
+    return torch.full((x.shape[0],), t, device=x.device)
 
 
 def few_steps(denoise: Denoiser, noise_at: NoiseAt, schedule: Schedule, grid: Sequence[int], renoise: Renoise = "ddim") -> Tensor:
@@ -107,7 +122,7 @@ def few_steps(denoise: Denoiser, noise_at: NoiseAt, schedule: Schedule, grid: Se
     (standard deviation 0.9286 for Stable Diffusion at 625), neither z nor 2.5 z. Latents are float32 [B, C, h, w].
     """
     z = noise_at(0)
-    _, sigma = schedule.scale(torch.full((len(z),), grid[0], device=z.device))
+    _, sigma = schedule.scale(grid[0])
     return denoise_along(denoise, sigma * z, schedule, grid, renoise, noise_at)
 
 

@@ -29,6 +29,7 @@ from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
 from sidcli.errors import EnvironmentProblem, Interrupted, SidError, UsageError
 from sidcli.files import atomic_file, check_writable, locked, write_json
+from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.pictures import grid, save_png
 from sidcli.prompts import Prompts
@@ -315,10 +316,6 @@ def write_record(output: Path, teacher: Model, config: DistillConfig, engine: En
             "bf16": engine.bf16,
         },
     )
-
-
-def provenance(teacher: Model) -> dict[str, str]:
-    return {"name": teacher.source.name, "origin": teacher.source.origin, "revision": teacher.source.revision}
 
 
 def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:

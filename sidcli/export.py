@@ -1,24 +1,40 @@
-"""`sid export`: a student for other programs. Whatever is written is read back and compared before it gets its name."""
+"""`sid export`: a student for other programs. Whatever is written is drawn with and compared before it gets its name."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 
+from sidcli import __version__
 from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
 from sidcli.files import atomic_folder, check_writable, sha256
-from sidcli.formats.diffusers_folder import DTYPES, student_scheduler, write_pipeline
-from sidcli.sampler import Sampler, plan_for
+from sidcli.formats import lora, official_pkl
+from sidcli.formats.card import provenance
+from sidcli.formats.order import Order
+from sidcli.sampler import T_INIT, Progress, Sampler, plan_for
 from sidcli.teachers import Model
 
-FORMATS = ("diffusers",)
+FORMATS = {
+    "diffusers": "diffusers_folder",
+    "single-file": "single_file_folder",
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "torch-export": "torch_export",
+    "lora": "lora",
+}
+"""Format -> its module in sidcli.formats, with write() and draw(). Imported when asked for: some need an extra."""
+
 PROMPT = "a cat on a blue background"
-TOLERANCE = {"fp32": 1, "fp16": 16, "bf16": 64}
-"""Largest difference allowed between the exported model's image and ours, in 1/255."""
+TOLERANCE = {"fp32": 2, "fp16": 16, "bf16": 64}
+"""Largest difference allowed between the exported model's image and ours, in 1/255; 1 where diffusers draws in fp32."""
 
 
 @dataclass(frozen=True)
@@ -26,51 +42,102 @@ class Exported:
     folder: Path
     files: dict[str, dict[str, object]]
     difference: int | None
-    """Largest pixel difference between stock diffusers and `sid sample`, in 1/255; None if it was not verified."""
+    """Largest pixel difference between the exported model's image and `sid sample`'s, in 1/255; None if it was not verified."""
+    loss: int | None
+    """The same between a LoRA's image and the student's own: what the rank gives away; None for other formats."""
 
 
-def run(model: Model, format_name: str, output: Path, dtype: str, verify: bool, overwrite: bool) -> Exported:
-    """Write the student. Raises GateError where stock diffusers draws something else; nothing is left behind then."""
+def check(format_name: str, output: Path, overwrite: bool) -> None:
+    """Raises UsageError or EnvironmentProblem before a model is loaded."""
     if format_name not in FORMATS:
         raise UsageError(f"unknown format {format_name!r}", f"one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown --dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+    check_writable(output)
+    if output.exists() and not overwrite:
+        raise EnvironmentProblem(f"{output} exists already", "choose another --output, or pass --overwrite")
+
+
+def run(model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress) -> Exported:
+    """Write the student. Raises GateError where the other program draws something else; nothing is left behind then."""
+    if not model.is_student:
+        raise InputError(f"{model.source.name} is not a student", "export a run folder, its student/, or `emoji`")
     if model.card.get("renoise", "ddim") != "ddim" and model.card.get("student_steps", 1) > 1:
         raise InputError(
             f"{model.source.name} renoises with {model.card['renoise']} noise, which no stock scheduler does",
             "draw with `sid sample`, or distil with --renoise ddim",
         )
-    if not model.is_student:
-        raise InputError(f"{model.source.name} is not a student", "export a run folder, its student/, or `emoji`")
-    check_writable(output)
-    if output.exists() and not overwrite:
-        raise EnvironmentProblem(f"{output} exists already", "choose another --output, or pass --overwrite")
-    difference = None
+    room = importlib.import_module(f"sidcli.formats.{FORMATS[format_name]}")
+    difference = loss = None
     with atomic_folder(output) as folder:
-        write_pipeline(folder, model, student_scheduler(model.scheduler_config, int(model.card["t_init"])), model.card, dtype)
+        room.write(folder, model, order)
+        advance(1)
         if verify:
-            difference = compare(model, folder, dtype)
-            if difference > TOLERANCE[dtype]:
+            difference, loss = compare(model, folder, order, room)
+            if difference > TOLERANCE[order.dtype]:
                 raise GateError(
-                    f"stock diffusers draws another image from the export: {difference}/255 apart, {TOLERANCE[dtype]}/255 allowed",
+                    f"the export draws another image: {difference}/255 apart, {TOLERANCE[order.dtype]}/255 allowed",
                     "please report this model; nothing was written",
                 )
+        advance(1)
     files = {
         str(file.relative_to(output)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(output.rglob("*"))
         if file.is_file()
     }
-    return Exported(output, files, difference)
+    advance(1)
+    return Exported(output, files, difference, loss)
 
 
-def compare(model: Model, folder: Path, dtype: str) -> int:
-    """Draw one prompt with stock diffusers and with our sampler, from the same noise; the largest difference in 1/255."""
-    sampler = Sampler(model, torch.device("cpu"))
-    plan = plan_for(model, None, None)
-    ours = sampler.decode(sampler.latents([PROMPT], sampler.noise([0], plan.noises), plan))[0].numpy()
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype], local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(0)
-    visits: dict[str, object] = {"num_inference_steps": 1} if plan.steps == 1 else {"timesteps": list(plan.grid)}
-    theirs = np.asarray(pipe(PROMPT, **visits, guidance_scale=0, generator=generator).images[0])
-    return int(np.abs(ours.astype(np.int16) - theirs.astype(np.int16)).max())
+def teacher_of(model: Model) -> str:
+    """The name under which a student's teacher can be loaded again. Raises UsageError where its card does not say."""
+    teacher = model.card.get("teacher", {})
+    origin = str(teacher.get("origin", ""))
+    kind, _, name = origin.partition(":")
+    if kind == "hub":
+        return f"{name}@{teacher['revision']}" if teacher.get("revision") else name
+    if not origin:
+        raise UsageError(f"{model.source.name} does not say which teacher it came from", "--teacher NAME")
+    return name if kind == "embedded" else origin
+
+
+def imported(file: Path, teacher: Model) -> Model:
+    """One of the authors' released generators (.pkl) as a student around the networks of the teacher it came from.
+
+    Raises InputError for a file that is no such generator, or does not fit the teacher.
+    """
+    weights = official_pkl.tensors(file)
+    official_pkl.matching(weights, teacher.unet)
+    unet = copy.deepcopy(teacher.unet)
+    unet.load_state_dict(weights, assign=True)
+    t_init = re.search(r"_t(\d+)_", file.name)
+    card = {
+        "kind": "student",
+        "method": "SiD-LSG (arXiv 2406.01561), released by its authors",
+        "t_init": int(t_init[1]) if t_init else T_INIT,
+        "student_steps": 1,
+        "renoise": "ddim",
+        "teacher": provenance(teacher),
+        "imported": {"file": file.name, "sha256": sha256(file)},
+        "sid": __version__,
+    }
+    return dataclasses.replace(teacher, unet=unet.requires_grad_(False), card=card)
+
+
+def compare(model: Model, folder: Path, order: Order, room: ModuleType) -> tuple[int, int | None]:
+    """Draw one prompt with the export and with our sampler, from the same noise; the largest difference in 1/255.
+
+    A LoRA stands for its merged weights; how far their image is from the student's is the second number.
+    """
+    theirs = room.draw(folder, model, order, PROMPT, 0)
+    ours = picture(model)
+    if order.teacher is None or room is not lora:
+        return apart(ours, theirs), None
+    approximated = picture(lora.merged(model, order.teacher, order.rank))
+    return apart(approximated, theirs), apart(approximated, ours)
+
+
+def picture(model: Model) -> np.ndarray:
+    return Sampler(model, torch.device("cpu")).images([PROMPT], [0], plan_for(model))[0].numpy()
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())

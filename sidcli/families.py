@@ -24,8 +24,23 @@ MAX_TOKENS = 77
 WORDS = 49408
 
 TEXT_KEYS = frozenset(
-    "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads max_position_embeddings hidden_act "
-    "layer_norm_eps attention_dropout initializer_range initializer_factor pad_token_id bos_token_id eos_token_id".split()
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "projection_dim",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "hidden_act",
+        "layer_norm_eps",
+        "attention_dropout",
+        "initializer_factor",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    }
 )
 """All that a text encoder's description may set. Others choose implementations, and some of those are downloaded code."""
 
@@ -44,7 +59,6 @@ class Family:
 
 def _unet(**differences: Any) -> dict[str, Any]:
     return {
-        "_class_name": "UNet2DConditionModel",
         "sample_size": 64,
         "in_channels": 4,
         "out_channels": 4,
@@ -69,7 +83,6 @@ def _unet(**differences: Any) -> dict[str, Any]:
 
 def _vae(**differences: Any) -> dict[str, Any]:
     return {
-        "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * 4,

@@ -62,7 +62,8 @@ def needed(names: Sequence[str]) -> list[str]:
     there are none those of half precision."""
     chosen = [name for name in names if DESCRIPTIONS.fullmatch(name)]
     for network in NETWORKS:
-        plain, half = [], []
+        plain: list[str] = []
+        half: list[str] = []
         for name in names:
             folder, _, file = name.partition("/")
             found = WEIGHTS.fullmatch(file) if folder == network else None
@@ -175,7 +176,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
 def unreachable(named: str, error: Exception) -> InputError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return InputError(
-        f"cannot download {named}, and the cache has no complete copy: {reason}",
+        f"cannot reach {named} on the hub, and the cache has no complete copy: {reason}",
         "run again to go on where it stopped, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",
     )
 
@@ -193,3 +194,29 @@ def counter(advance: Callable[[int], None]) -> Any:
             advance(int(count or 0))
 
     return Counter
+
+
+def upload(folder: Path, repo: str, private: bool, listener: Listener) -> str:
+    """Upload an exported folder as a model, and return its address. A repository that is not there is made, private unless told.
+
+    Raises InputError where the hub refuses or cannot be reached; uploads start anew where they stopped.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    listener.note(f"uploading {size / 1e9:.2f} GB to {repo}")
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a student made with sid")
+        return f"{api.endpoint}/{repo}"
+    except HfHubHTTPError as error:
+        refused = error.response is not None and error.response.status_code in (401, 403)
+        hint = "set HF_TOKEN to a token that may write there" if refused else "run it again; what arrived is kept"
+        raise InputError(
+            f"the hub did not take {repo}: {(str(error).strip().splitlines() or ['no reason given'])[0]}", hint
+        ) from error
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise unreachable(repo, error) from error

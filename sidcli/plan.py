@@ -27,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
 from sidcli.engine import add_adapters, check_split, check_teacher
+from sidcli.families import build
 from sidcli.hub import Listener, Silence
 from sidcli.sampler import pick_device
 from sidcli.sources import find
-from sidcli.teachers import Description, Overrides, describe, latent_shape, new_network
+from sidcli.teachers import Description, Overrides, describe, latent_shape
 from sidcli.text import Condition, denoise, sizes
 
 RESERVE = 0.06
@@ -220,7 +221,7 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, liste
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height))
     check_teacher(source.name, known.card.get("kind") == "student", known.schedule.steps, config)
     with torch.device("meta"):
-        nets = {name: new_network(name, settings) for name, settings in known.networks.items()}
+        nets = {name: build(name, settings) for name, settings in known.networks.items()}
         unet, vae = nets["unet"], nets["vae"]
         text_size = sum(size_of(nets[name].parameters()) for name in known.texts)
         trained = size_of(unet.parameters())

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, PngImagePlugin
 
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.pictures import contact_sheet, save_png
-from sidcli.sampler import Plan, Progress, Sampler, draw
-from sidcli.teachers import Model
+from sidcli.sampler import Drawer, Plan, Progress, draw
+from sidcli.sources import Source
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,14 @@ class Drawn:
     seed: int
 
 
-def png_info(prompt: str, seed: int, model: Model, plan: Plan) -> PngImagePlugin.PngInfo:
+def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
     """What made the image, as one JSON text chunk named `sid`."""
     info = PngImagePlugin.PngInfo()
     made = {
         "prompt": prompt,
         "seed": seed,
-        "model": model.source.origin,
-        "revision": model.source.revision,
+        "model": source.origin,
+        "revision": source.revision,
         "sampling": plan.describe(),
     }
     info.add_itxt("sid", json.dumps(made, ensure_ascii=False))
@@ -39,8 +38,8 @@ def png_info(prompt: str, seed: int, model: Model, plan: Plan) -> PngImagePlugin
 
 
 def run(
-    model: Model,
-    device: torch.device,
+    source: Source,
+    drawer: Drawer,
     plan: Plan,
     prompts: Sequence[str],
     num: int,
@@ -65,25 +64,24 @@ def run(
         for file in [*files, *([sheet] if sheet else [])]:
             if file.exists() or file.is_symlink():
                 raise EnvironmentProblem(f"{file} exists already", "choose another --output, or pass --overwrite")
-    sampler = Sampler(model, device)
     drawn: list[Drawn] = []
     thumbnails: list[Image.Image] = []
-    batches = draw(sampler, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
+    batches = draw(drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
     images = (image for batch in batches for image in batch)
     for (prompt, image_seed), file, pixels in zip(jobs, files, images, strict=True):
         picture = Image.fromarray(pixels.numpy())
-        save_png(picture, file, png_info(prompt, image_seed, model, plan))
+        save_png(picture, file, png_info(prompt, image_seed, source, plan))
         drawn.append(Drawn(file, prompt, image_seed))
         if sheet and len(thumbnails) < 100:
             thumbnails.append(picture)
     if sheet:
         save_png(contact_sheet(thumbnails, [f"{item.prompt} ({item.seed})" for item in drawn]), sheet)
-    return drawn, sheet, sampler.encode.truncated
+    return drawn, sheet, drawer.truncated
 
 
-def summary(drawn: Sequence[Drawn], sheet: Path | None, model: Model, plan: Plan) -> dict[str, Any]:
+def summary(drawn: Sequence[Drawn], sheet: Path | None, source: Source, plan: Plan) -> dict[str, Any]:
     return {
-        "model": model.source.origin,
+        "model": source.origin,
         "sampling": plan.describe(),
         "images": [{"file": str(item.file), "prompt": item.prompt, "seed": item.seed} for item in drawn],
         "sheet": str(sheet) if sheet else None,

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,15 @@ class Plan:
         return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
 
 
+def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
+    """Standard normal latents [B, *shape] for image seeds, `draws` of them, as `torch.Generator("cpu").manual_seed(seed)` has them.
+
+    That is what stock diffusers draws for `generator=`, so a seed means the same image there and here.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return [torch.cat([torch.randn((1, *shape), generator=one) for one in generators]) for _ in range(draws)]
+
+
 class Sampler:
     """One model on one device: prompts -> text states, text states and noise -> latents -> images. The VAE moves when it is used."""
 
@@ -63,13 +73,8 @@ class Sampler:
         self.unet = model.unet.to(device)
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
-        """Standard normal latents [B, C, h, w] for image seeds, `draws` of them, as `torch.Generator("cpu").manual_seed(seed)` has them.
-
-        That is what stock diffusers draws for `generator=`, so a seed means the same image there and here.
-        """
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        shape = (1, *self.model.latent_shape)
-        return [torch.cat([torch.randn(shape, generator=one) for one in generators]).to(self.device) for _ in range(draws)]
+        """Standard normal latents [B, C, h, w] for image seeds, `draws` of them, on the device."""
+        return [value.to(self.device) for value in seeded_noise(self.model.latent_shape, seeds, draws)]
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan) -> Tensor:
@@ -96,38 +101,62 @@ class Sampler:
         images = vae.decode(latents / vae.config.scaling_factor).sample
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
+        """uint8 [B, H, W, 3] of prompts and image seeds."""
+        return self.decode(self.latents(prompts, self.noise(seeds, plan.noises), plan))
+
+    @property
+    def truncated(self) -> int:
+        return self.encode.truncated
+
 
 def untrained_plan(steps: int) -> Plan:
     """A teacher used as if it were a student of `steps` steps: the point from which a distillation starts."""
     return Plan(steps, grid=exit_grid(T_INIT, steps))
 
 
-def plan_for(model: Model, steps: int | None, guidance: float | None) -> Plan:
+def plan_for(model: Model, steps: int | None = None, guidance: float | None = None) -> Plan:
     """The model's own way of drawing, with the user's wishes. Raises UsageError for wishes it cannot fulfil."""
+    if model.is_student:
+        return student_plan(model.card, steps, guidance, model.source.name)
+    check_wishes(steps, guidance)
+    if steps is not None and steps > model.schedule.steps:
+        raise UsageError(f"{model.source.name} has {model.schedule.steps} timesteps; --steps {steps} is not possible")
+    return Plan(steps or 50, model.default_guidance if guidance is None else guidance)
+
+
+def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:
+    """The same for a student by its card alone."""
+    check_wishes(steps, guidance)
+    own = int(card.get("student_steps", 1))
+    if steps is not None and steps > own:
+        raise UsageError(f"{name} was trained to draw in {own} steps at most, not {steps}", "leave --steps out")
+    if guidance not in (None, 0, 1):
+        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
+    wanted = steps or own
+    return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
+
+
+def check_wishes(steps: int | None, guidance: float | None) -> None:
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     if guidance is not None and not math.isfinite(guidance):
         raise UsageError(f"--guidance must be finite, not {guidance}")
-    if not model.is_student:
-        if steps is not None and steps > model.schedule.steps:
-            raise UsageError(f"{model.source.name} has {model.schedule.steps} timesteps; --steps {steps} is not possible")
-        return Plan(steps or 50, model.default_guidance if guidance is None else guidance)
-    own = int(model.card.get("student_steps", 1))
-    if steps is not None and steps > own:
-        raise UsageError(f"{model.source.name} was trained to draw in {own} steps at most, not {steps}", "leave --steps out")
-    if guidance not in (None, 0, 1):
-        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
-    wanted = steps or own
-    return Plan(wanted, grid=exit_grid(int(model.card["t_init"]), own)[:wanted], renoise=model.card.get("renoise", "ddim"))
+
+
+class Drawer(Protocol):
+    """What draws: networks in torch, or exported graphs. `truncated` counts prompts longer than its text encoder reads."""
+
+    @property
+    def truncated(self) -> int: ...
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor: ...
 
 
 def draw(
-    sampler: Sampler, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, advance: Progress
+    sampler: Drawer, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, advance: Progress
 ) -> Iterator[Tensor]:
     """Images uint8 [B, H, W, 3] batch by batch; memory does not grow with the number of prompts."""
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        noise = sampler.noise(seeds[start : start + batch_size], plan.noises)
-        latents = sampler.latents(chunk, noise, plan)
-        yield sampler.decode(latents)
+        yield sampler.images(chunk, seeds[start : start + batch_size], plan)
         advance(len(chunk))

@@ -59,7 +59,7 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
         return Source(name, path, str(path))
     if path.is_dir():
         for folder in (path, path / "student"):
-            if (folder / "model_index.json").is_file():
+            if any((folder / name).is_file() for name in ("model_index.json", "generator.onnx", "generator.xml")):
                 return Source(name, folder, str(folder))
         raise InputError(
             f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
@@ -87,3 +87,9 @@ def read_card(source: Source) -> dict[str, Any]:
     """The content of sid.json beside a model of ours, {} for others. Raises InputError where it cannot be read."""
     file = source.path / "sid.json"
     return read_json(file) if file.is_file() else {}
+
+
+def graph_format(folder: Path) -> str | None:
+    """`onnx`, `openvino` or `torch-export` for a folder of exported graphs, None for any other."""
+    file = folder / "sid.json"
+    return read_json(file).get("graph", {}).get("format") if file.is_file() else None

@@ -7,6 +7,7 @@ can run.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sidcli.diffusion import Schedule
 from sidcli.errors import InputError, UsageError
-
-try:
-    from sidcli.families import clip_tokenizer
-    from sidcli.formats import single_file
-except ImportError:
-    pass
+from sidcli.families import FAMILIES, build, clip_tokenizer
+from sidcli.formats import single_file
 from sidcli.sources import Source, read_card, read_json
 
 CLASSES: dict[str, Any] = {
@@ -144,8 +141,8 @@ def describe(source: Source, overrides: Overrides | None = None) -> Description:
     if source.is_file:
         prediction = None if wishes.prediction_type == "auto" else wishes.prediction_type
         file = single_file.read(source.path, Path(wishes.model_config) if wishes.model_config else None, prediction)
-        networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), dict(file.card)
-        empty_is_zero = file.empty_is_zero
+        networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), _card_in(file)
+        empty_is_zero = bool(FAMILIES[file.family].pipeline.get("force_zeros_for_empty_prompt", False))
     else:
         if wishes.model_config:
             raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
@@ -172,7 +169,9 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], bool]:
         raise InputError(f"{source.name} brings code of its own ({kind}), which is never run", "use a model of stock classes")
     names = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
     if not kind.startswith("StableDiffusion") or "transformer" in index or index.get("text_encoder", [None])[0] is None:
-        raise InputError(f"{source.name} is a {kind}, which is not supported", "use a Stable Diffusion 1, 2 or XL text-to-image model")
+        raise InputError(
+            f"{source.name} is a {kind}, which is not supported", "use a Stable Diffusion 1, 2 or XL text-to-image model"
+        )
     networks = {}
     for name in names:
         asked = index.get(name, [None, None])[-1]
@@ -204,7 +203,9 @@ def load(source: Source, overrides: Overrides | None = None) -> Model:
         tokenizers = [_tokenizer(known, name) for name in known.texts]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source.name} is not a Stable Diffusion model in safetensors: {reason}", "see `sid distill --help`") from error
+        raise InputError(
+            f"{source.name} is not a Stable Diffusion model in safetensors: {reason}", "see `sid distill --help`"
+        ) from error
     for net in nets.values():
         net.eval().requires_grad_(False)
     nets["unet"].register_to_config(sample_size=known.networks["unet"]["sample_size"])
@@ -221,17 +222,19 @@ def load(source: Source, overrides: Overrides | None = None) -> Model:
     )
 
 
-def new_network(name: str, config: dict[str, Any]) -> Any:
-    """A network of this configuration with weights yet to be read."""
-    if name.startswith("text"):
-        return CLASSES[name](CLIPTextConfig(**config))
-    return CLASSES[name].from_config(config)
+def _card_in(file: single_file.SingleFile) -> dict[str, Any]:
+    """The sid.json that our own single files carry in their header; {} for others."""
+    try:
+        card = json.loads(file.metadata.get("sid.card", "{}"))
+    except ValueError:
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _network(known: Description, name: str) -> Any:
     if known.file:
         with init_empty_weights():  # parameters alone stay empty; buffers that no file holds, such as position ids, are made
-            net = new_network(name, known.networks[name])
+            net = build(name, known.networks[name])
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
     folder = known.source.path / name
@@ -241,7 +244,7 @@ def _network(known: Description, name: str) -> Any:
 def _tokenizer(known: Description, name: str) -> CLIPTokenizer:
     folder = name.replace("text_encoder", "tokenizer")
     if known.file:
-        return clip_tokenizer(known.file.pad_tokens[name])
+        return clip_tokenizer(FAMILIES[known.file.family].tokenizers[folder]["pad_token"])
     return CLIPTokenizer.from_pretrained(known.source.path / folder, local_files_only=True)
 
 

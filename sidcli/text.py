@@ -66,7 +66,8 @@ class TextEncoder:
     def tokens(self, prompts: Sequence[str], index: int) -> Tensor:
         """Token ids int64 [B, length] for one encoder."""
         tokenizer: Any = self.tokenizers[index]
-        length = min(tokenizer.model_max_length, self.encoders[index].config.max_position_embeddings)
+        config: Any = self.encoders[index].config
+        length = min(tokenizer.model_max_length, config.max_position_embeddings)
         if index == 0:
             self.truncated += sum(len(row) > length for row in tokenizer(list(prompts)).input_ids)
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}

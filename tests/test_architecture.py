@@ -5,12 +5,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__"},
-    {"files", "config", "hub", "diffusion", "objectives.sid", "emoji.nouns"},
-    {"emoji.world", "emoji.sprites"},
+    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "formats.inert_pickle"},
+    {"files", "config", "hub", "diffusion", "families", "formats.ldm", "formats.comfyui", "objectives.sid", "emoji.nouns"},
+    {"sources", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
     {"prompts", "emoji.classifier", "emoji.clip", "emoji.models", "teachers", "pictures", "metrics.fid"},
-    {"sampler", "checkpoint", "metrics.features", "formats.diffusers_folder"},
-    {"engine", "metrics.accuracy", "metrics.clip_score", "emoji.train", "emoji.pack"},
+    {"sampler", "checkpoint", "metrics.features", "formats.order", "formats.card"},
+    {"engine", "metrics.accuracy", "metrics.clip_score", "formats.diffusers_folder"},
+    {"formats.graph", "formats.lora", "formats.single_file_folder", "emoji.train", "emoji.pack"},
+    {"formats.runtime"},
+    {"formats.onnx", "formats.torch_export"},
+    {"formats.openvino"},
     {"distill", "sample", "evaluate", "export", "plan"},
     {"console"},
     {"cli"},

@@ -16,6 +16,7 @@ from sidcli.config import DistillConfig, read_toml
 from sidcli.engine import Engine, StepResult
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import locked
+from sidcli.formats.order import Order
 from sidcli.prompts import open_prompts
 from sidcli.sampler import Sampler, plan_for
 from sidcli.sources import find
@@ -84,7 +85,7 @@ def test_the_student_equals_sid_sample_in_stock_diffusers(sd_folder: Path, confi
     generator = torch.Generator("cpu").manual_seed(3)
     theirs = np.asarray(pipe("a cat", num_inference_steps=1, guidance_scale=0, generator=generator).images[0])
     model = load(find(str(tmp_path / "run")))
-    sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model, None, None)
+    sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model)
     ours = sampler.decode(sampler.latents(["a cat"], sampler.noise([3]), plan))[0].numpy()
     assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
     assert theirs.std() > 1
@@ -194,7 +195,7 @@ def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: Dis
         generator = torch.Generator("cpu").manual_seed(3)
         theirs = np.asarray(pipe("a cat", timesteps=list(plan.grid), guidance_scale=0, generator=generator).images[0])
         assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1, steps
-    assert export.run(model, "diffusers", tmp_path / "export", "fp32", True, False).difference in (0, 1)
+    assert export.run(model, "diffusers", tmp_path / "export", Order(), True, lambda count: None).difference in (0, 1)
     with pytest.raises(UsageError, match="4 steps at most, not 5"):
         plan_for(model, 5, None)
 
@@ -202,7 +203,7 @@ def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: Dis
 def test_fresh_noise_between_steps_belongs_to_the_seed(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
     run(sd_folder, dataclasses.replace(config, student_steps=2, renoise="fresh"), tmp_path / "run")
     model = load(find(str(tmp_path / "run")))
-    sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model, None, None)
+    sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model)
     together = sampler.latents(["a cat", "a dog"], sampler.noise([3, 4], plan.noises), plan)
     alone = sampler.latents(["a dog"], sampler.noise([4], plan.noises), plan)
     assert plan.noises == 2

@@ -45,7 +45,7 @@ def test_the_clip_score_falls_when_captions_are_shuffled() -> None:
 
 def test_the_shipped_student_draws_what_it_is_asked_for() -> None:
     student = load(find("emoji"))
-    row, shown = evaluate.measure(student, plan_for(student, None, None), CPU, ALL, 100, 0, False, 50, lambda _: None)
+    row, shown = evaluate.measure(student, plan_for(student), CPU, ALL, 100, 0, False, 50, lambda _: None)
     assert row.noun_accuracy is not None and row.noun_accuracy > 0.7
     assert row.colour_accuracy is not None and row.colour_accuracy > 0.9
     assert shown.shape == (evaluate.SHOWN, 64, 64, 3)
@@ -53,7 +53,7 @@ def test_the_shipped_student_draws_what_it_is_asked_for() -> None:
 
 def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None:
     student = load(find("emoji"))
-    sampler, plan = Sampler(student, CPU), plan_for(student, None, None)
+    sampler, plan = Sampler(student, CPU), plan_for(student)
     prompts, seeds = ["a cat", "a dog on red", "a bus"], [5, 6, 7]
     together = torch.cat(list(draw(sampler, plan, prompts, seeds, 3, lambda _: None)))
     alone = torch.cat(list(draw(sampler, plan, prompts, seeds, 1, lambda _: None)))

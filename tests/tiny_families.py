@@ -52,9 +52,7 @@ def write_sd2(folder: Path, prediction: str = "v_prediction") -> Path:
         text_encoder=CLIPTextModel(openclip_text(32, 16)),
         tokenizer=clip_tokenizer("!"),
         unet=unet,
-        scheduler=DDIMScheduler(
-            **BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, steps_offset=1
-        ),
+        scheduler=DDIMScheduler(**BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -17,6 +17,7 @@ from sidcli.emoji import models
 from sidcli.emoji.clip import CONFIG
 from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline, write_student
+from sidcli.formats.order import Order
 from sidcli.sources import WEIGHTS, Source
 from sidcli.teachers import load
 
@@ -33,7 +34,7 @@ def pack_nets(build: Path, guidance: float) -> None:
     trained = json.loads((build / "teacher.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     card = {"kind": "teacher", "world": "emoji", "guidance": guidance, "steps_trained": trained["step"]}
     with atomic_folder(WEIGHTS / "teacher") as folder:
-        write_pipeline(folder, model, models.new_scheduler(), card, "fp16")
+        write_pipeline(folder, model, models.new_scheduler(), card, Order("fp16"))
     half(build / "classifier.safetensors", WEIGHTS / "classifier.safetensors")
     half(build / "clip.safetensors", WEIGHTS / "clip" / "open_clip_model.safetensors")
     write_json(WEIGHTS / "clip" / "open_clip_config.json", CONFIG)

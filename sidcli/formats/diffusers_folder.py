@@ -7,19 +7,31 @@ sigma_t_init z and steps straight to the clean latent, which is what the one-ste
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 from sidcli.files import atomic_folder, write_json
+from sidcli.formats.card import write_card
+from sidcli.formats.order import Order
+from sidcli.sampler import Plan, plan_for, student_plan
 from sidcli.teachers import Model
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+USAGE = """```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("FOLDER_OR_ID"{variant})
+pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")
+```
+
+Leave the scheduler as it is: its schedule ends where this model begins. `guidance_scale=0` keeps the pipeline from adding guidance
+that is in the weights already."""
 
 
 def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscreteScheduler:
@@ -62,10 +74,36 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 def write_student(path: Path, model: Model, card: dict[str, Any], dtype: str = "fp32") -> None:
     """Write `model` with its truncated scheduler as a pipeline folder; `path` appears whole or not at all."""
     with atomic_folder(path) as folder:
-        write_pipeline(folder, model, student_scheduler(model.scheduler_config, card["t_init"]), card, dtype)
+        write(folder, dataclasses.replace(model, card=card), Order(dtype))
 
 
-def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], dtype: str, variant: str | None = None) -> None:
+def write(folder: Path, model: Model, order: Order) -> None:
+    """A student's pipeline with the scheduler that stands for it, into an empty folder."""
+    scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
+    write_pipeline(folder, model, scheduler, model.card, order)
+
+
+def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
+    """One image, uint8 [H, W, 3], by stock diffusers."""
+    kind = StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
+    pipe = kind.from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
+    return run_pipeline(pipe, plan_for(model), prompt, seed)
+
+
+def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int) -> np.ndarray:
+    """One image, uint8 [H, W, 3], of a stock pipeline that holds a student."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return np.asarray(pipe(prompt, **visits(plan), guidance_scale=0, generator=generator).images[0])
+
+
+def visits(plan: Plan) -> dict[str, Any]:
+    """The arguments that make a stock pipeline visit the student's timesteps."""
+    return {"num_inference_steps": 1} if plan.steps == 1 else {"timesteps": list(plan.grid)}
+
+
+def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
+    """A pipeline folder with any scheduler; without `weights` only what describes it."""
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     tokenizers = {"tokenizer": model.tokenizers[0]}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
@@ -75,15 +113,26 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
     else:
         index["safety_checker"] = [None, None]
     for name, network in networks.items():
-        # A copy changes precision; the caller's network stays as it is.
-        copy.deepcopy(network).to("cpu", DTYPES[dtype]).save_pretrained(folder / name, variant=variant)
+        if weights:
+            # A copy changes precision; the caller's network stays as it is.
+            copy.deepcopy(network).to("cpu", order.torch_dtype).save_pretrained(folder / name, variant=order.variant)
+        else:
+            network.save_config(folder / name) if name in ("unet", "vae") else network.config.save_pretrained(folder / name)
         index[name] = [type(network).__module__.split(".")[0], type(network).__name__]
     for name, tokenizer in tokenizers.items():
         save_tokenizer(tokenizer, folder / name)
         index[name] = ["transformers", "CLIPTokenizer"]
     scheduler.save_pretrained(folder / "scheduler")
-    index |= {"scheduler": ["diffusers", type(scheduler).__name__], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    index |= {
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
     write_json(folder / "model_index.json", index)
-    write_json(folder / "sid.json", card)
-    for licence in model.source.folder.glob("LICENSE*"):
-        shutil.copyfile(licence, folder / licence.name)
+    usage = ""
+    if card.get("kind") == "student":
+        calls = ", ".join(f"{name}={value}" for name, value in visits(student_plan(card)).items())
+        usage = USAGE.format(
+            pipeline=index["_class_name"], variant=f', variant="{order.variant}"' if order.variant else "", visits=calls
+        )
+    write_card(folder, model, card, usage)

@@ -1,0 +1,90 @@
+"""A ComfyUI workflow to put beside a single file: the ordinary KSampler would begin at another noise level than the student expects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+COLUMN, ROW = 380, 200
+"""Pixels from one node to the next."""
+TYPES = {"output": "LATENT", "denoised_output": "LATENT"}
+"""Of outputs that are not called after their type."""
+
+
+def workflow(
+    checkpoint: str,
+    sigmas: Sequence[float],
+    width: int,
+    height: int,
+    prompt: str,
+    seed: int,
+    prediction: str = "epsilon",
+    zero_snr: bool = False,
+) -> dict[str, Any]:
+    """A workflow of core nodes that ComfyUI's editor opens: Euler without guidance, from sigmas[0] over the others to 0.
+
+    ComfyUI guesses from the weights what a Stable Diffusion 2 model predicts, and takes every SD 1 for epsilon; ModelSamplingDiscrete
+    tells it. ManualSigmas reads plain decimals only.
+    """
+    steps = ", ".join([*(f"{sigma:.6f}" for sigma in sigmas), "0"])
+    sampling = "eps" if prediction == "epsilon" else prediction
+    sources = [("model", 2, 0), ("positive", 3, 0), ("negative", 4, 0), ("sampler", 6, 0), ("sigmas", 7, 0), ("latent_image", 5, 0)]
+    return graph(
+        # column, type, widgets, (input, number of the node it comes from, output there), outputs
+        (0, "CheckpointLoaderSimple", [checkpoint], [], ["MODEL", "CLIP", "VAE"]),
+        (1, "ModelSamplingDiscrete", [sampling, zero_snr], [("model", 1, 0)], ["MODEL"]),
+        (1, "CLIPTextEncode", [prompt], [("clip", 1, 1)], ["CONDITIONING"]),
+        (1, "CLIPTextEncode", [""], [("clip", 1, 1)], ["CONDITIONING"]),
+        (0, "EmptyLatentImage", [width, height, 1], [], ["LATENT"]),
+        (0, "KSamplerSelect", ["euler"], [], ["SAMPLER"]),
+        (0, "ManualSigmas", [steps], [], ["SIGMAS"]),
+        # add_noise, noise_seed, what to do with the seed after a run, cfg
+        (2, "SamplerCustom", [True, seed, "fixed", 1.0], sources, ["output", "denoised_output"]),
+        (3, "VAEDecode", [], [("samples", 8, 0), ("vae", 1, 2)], ["IMAGE"]),
+        (4, "SaveImage", ["sid"], [("images", 9, 0)], []),
+    )
+
+
+def graph(*specifications: tuple[int, str, list[Any], list[tuple[str, int, int]], list[str]]) -> dict[str, Any]:
+    """The editor's own format (version 0.4). A link is [number, from node, its output, to node, its input, type]."""
+    nodes: list[dict[str, Any]] = []
+    links: list[list[Any]] = []
+    heights = [0] * (1 + max(column for column, *_ in specifications))
+    for number, (column, kind, widgets, inputs, outputs) in enumerate(specifications, 1):
+        slots = []
+        for slot, (name, source, output) in enumerate(inputs):
+            what = specifications[source - 1][4][output]
+            what = TYPES.get(what, what)
+            links.append([len(links) + 1, source, output, number, slot, what])
+            slots.append({"name": name, "type": what, "link": len(links)})
+        nodes.append(
+            {
+                "id": number,
+                "type": kind,
+                "pos": [COLUMN * column, ROW * heights[column]],
+                "size": [320, 120],
+                "flags": {},
+                "order": number - 1,
+                "mode": 0,
+                "inputs": slots,
+                "outputs": [
+                    {"name": name, "type": TYPES.get(name, name), "links": [], "slot_index": slot}
+                    for slot, name in enumerate(outputs)
+                ],
+                "properties": {"Node name for S&R": kind},
+                "widgets_values": widgets,
+            }
+        )
+        heights[column] += 1
+    for link, source, output, *_ in links:
+        nodes[source - 1]["outputs"][output]["links"].append(link)
+    return {
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }

@@ -1,0 +1,62 @@
+"""ONNX graphs of a student, run by onnxruntime or by OpenVINO. The extra `onnx` brings what is needed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sidcli.formats.graph import write_graphs
+from sidcli.formats.order import Order
+from sidcli.formats.runtime import open_graphs
+from sidcli.sampler import plan_for
+from sidcli.teachers import Model
+
+USAGE = """```bash
+sid sample "a cat" --model FOLDER
+```
+
+`text_encoder.onnx` turns token ids into states; `generator.onnx` turns normal noise and states into images in 0..1, of any batch and
+size. Everything the student was trained with (timestep, schedule, VAE scale) is inside."""
+
+
+def write_one(
+    module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], file: Path, axes: dict[str, dict[int, str]]
+) -> None:
+    """One module as FILE.onnx, weights beside it where they pass the 2 GB that a protobuf holds."""
+    symbols: dict[str, torch.export.Dim] = {}
+    for name in {name for axis in axes.values() for name in axis.values()}:
+        symbols[name] = torch.export.Dim.DYNAMIC
+    shapes = {name: {axis: symbols[title] for axis, title in axes.get(name, {}).items()} for name in inputs}
+    weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            program: Any = torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes=tuple(shapes.values()),
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+    program.save(file.with_suffix(".onnx"), external_data=weights > 1.5e9)
+
+
+def write(folder: Path, model: Model, order: Order) -> None:
+    write_graphs(folder, model, order, write_one, "onnx", USAGE)
+
+
+def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
+    """One image, uint8 [H, W, 3], by onnxruntime."""
+    return open_graphs(folder, "onnx").images([prompt], [seed], plan_for(model))[0].numpy()

@@ -1,0 +1,35 @@
+"""OpenVINO's own files (.xml and .bin) of a student, made from its ONNX graphs. The extra `openvino` brings what is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from sidcli.formats import onnx
+from sidcli.formats.graph import write_graphs
+from sidcli.formats.order import Order
+from sidcli.formats.runtime import need, open_graphs
+from sidcli.sampler import plan_for
+from sidcli.teachers import Model
+
+
+def write_one(
+    module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], file: Path, axes: dict[str, dict[int, str]]
+) -> None:
+    openvino = need("openvino", "openvino")
+    onnx.write_one(module, inputs, outputs, file, axes)
+    graph = file.with_suffix(".onnx")
+    openvino.save_model(openvino.Core().read_model(str(graph)), str(file.with_suffix(".xml")), compress_to_fp16=False)
+    for left in graph.parent.glob(f"{graph.name}*"):
+        left.unlink()
+
+
+def write(folder: Path, model: Model, order: Order) -> None:
+    write_graphs(folder, model, order, write_one, "openvino", onnx.USAGE.replace(".onnx", ".xml"))
+
+
+def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
+    """One image, uint8 [H, W, 3], by OpenVINO."""
+    return open_graphs(folder, "openvino").images([prompt], [seed], plan_for(model))[0].numpy()

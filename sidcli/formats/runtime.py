@@ -1,0 +1,64 @@
+"""Running exported graphs without torch doing the arithmetic: onnxruntime and OpenVINO, each an extra, imported when asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import CLIPTokenizer
+
+from sidcli.errors import EnvironmentProblem, InputError
+from sidcli.formats.graph import GENERATOR, GraphSampler, Run
+from sidcli.sources import read_json
+
+SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
+"""Files that a runtime reads, the best first."""
+
+
+def need(module: str, extra: str) -> Any:
+    """Import a library of an extra. Raises EnvironmentProblem that names the extra."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise EnvironmentProblem(f"this needs {module}, which is not installed", f"pip install 'sidcli[{extra}]'") from error
+
+
+def open_graphs(folder: Path, backend: str) -> GraphSampler:
+    """A folder of graphs, ready to draw on the CPU. Raises InputError for a folder that this backend cannot read."""
+    card = read_json(folder / "sid.json")
+    opener = {"onnx": _onnxruntime, "openvino": _openvino}[backend]
+    opened: dict[str, Run] = {}
+    names = [name for name in ("text_encoder", "text_encoder_2") if (folder / name.replace("text_encoder", "tokenizer")).is_dir()]
+    for name in [*names, GENERATOR]:
+        found = [file for suffix in SUFFIXES[backend] if (file := folder / f"{name}{suffix}").is_file()]
+        if not found:
+            raise InputError(f"{folder} has no {name}{SUFFIXES[backend][0]}", f"sid export MODEL --format {backend} writes one")
+        opened[name] = opener(found[0])
+    tokenizers = [
+        CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"), local_files_only=True) for name in names
+    ]
+    return GraphSampler(card, tokenizers, opened)
+
+
+def _onnxruntime(file: Path) -> Run:
+    runtime = need("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)
+
+
+def _openvino(file: Path) -> Run:
+    openvino = need("openvino", "openvino")
+    # Its own choice on a CPU with bf16 would be to compute in it.
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    order = [output.get_any_name() for output in compiled.outputs]
+
+    def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        results = compiled(inputs)
+        return [results[name] for name in order]
+
+    return run

@@ -1,0 +1,56 @@
+"""The same graphs as torch.export programs (.pt2), which torch loads without this package."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sidcli.formats.graph import GraphSampler, Run, write_graphs
+from sidcli.formats.order import Order
+from sidcli.sampler import plan_for
+from sidcli.sources import read_json
+from sidcli.teachers import Model
+
+USAGE = """```python
+import torch
+
+draw = torch.export.load("FOLDER/generator.pt2").module()
+images = draw(torch.randn(1, *LATENT_SHAPE), states)   # states: text_encoder.pt2 of token ids; images in 0..1
+```"""
+
+
+def write_one(
+    module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], file: Path, axes: dict[str, dict[int, str]]
+) -> None:
+    shapes = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.AUTO) for name in inputs}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=tuple(shapes.values()))
+        torch.export.save(program, file.with_suffix(".pt2"))
+
+
+def write(folder: Path, model: Model, order: Order) -> None:
+    usage = USAGE.replace("LATENT_SHAPE", str(list(model.latent_shape)))
+    write_graphs(folder, model, order, write_one, "torch-export", usage)
+
+
+def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
+    """One image, uint8 [H, W, 3], by torch alone."""
+
+    def opened(name: str) -> Run:
+        module = torch.export.load(folder / f"{name}.pt2").module()
+
+        def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            with torch.no_grad():
+                outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
+            return [value.numpy() for value in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+        return run
+
+    names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
+    sampler = GraphSampler(read_json(folder / "sid.json"), model.tokenizers, {name: opened(name) for name in [*names, "generator"]})
+    return sampler.images([prompt], [seed], plan_for(model))[0].numpy()
