@@ -28,6 +28,10 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     cuts: set[str] = field(default_factory=set)
     url: str = ""
+    created: list[dict[str, object]] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    committed: list[str] = field(default_factory=list)
+    """Of uploads: repositories made, large files by their sha256, paths of a commit."""
 
     @contextmanager
     def running(self) -> Iterator[Hub]:
@@ -86,10 +90,56 @@ class Requests(BaseHTTPRequestHandler):
             rows = [
                 {"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": etag(folder / name)} for name in names
             ]
-            return self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
+            return self.reply(rows)
         siblings = [{"rfilename": name, "size": (folder / name).stat().st_size} for name in names]
         info = {"id": named[1], "modelId": named[1], "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-        return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
+        return self.reply(info)
+
+    def body(self) -> bytes:
+        """What was sent, with a length or in chunks."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def do_PUT(self) -> None:
+        self.server_hub.objects[self.path.rsplit("/", 1)[-1]] = self.body()
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        """What an upload of a folder asks for: make a repository, which files are large, where to, commit."""
+        hub, content = self.server_hub, self.body()
+        hub.requests.append(f"POST {self.path}")
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.answer(401, b'{"error": "Unauthorized"}')
+        if self.path == "/api/repos/create":
+            hub.created.append(json.loads(content))
+            return self.reply({"url": f"{hub.url}/someone/new", "id": "someone/new"})
+        if self.path == "/api/validate-yaml":
+            return self.reply({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            asked = json.loads(content)["files"]
+            mode = {True: "lfs", False: "regular"}
+            rows = [
+                {"path": row["path"], "uploadMode": mode[row["path"].endswith(".safetensors")], "shouldIgnore": False}
+                for row in asked
+            ]
+            return self.reply({"files": rows})
+        if self.path.endswith("/objects/batch"):
+            objects = json.loads(content)["objects"]
+            for row in objects:
+                row["actions"] = {"upload": {"href": f"{hub.url}/lfs/{row['oid']}"}}
+            return self.reply({"transfer": "basic", "objects": objects})
+        lines = [json.loads(line) for line in content.splitlines()]
+        hub.committed += [line["value"]["path"] for line in lines if line["key"] in ("file", "lfsFile")]
+        return self.reply({"commitUrl": f"{hub.url}/someone/new/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def reply(self, content: object) -> None:
+        self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
 
     def file(self, file: Path) -> None:
         hub = self.server_hub

@@ -5,8 +5,19 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "formats.inert_pickle"},
-    {"files", "config", "hub", "diffusion", "families", "formats.ldm", "formats.comfyui", "objectives.sid", "emoji.nouns"},
+    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text"},
+    {
+        "files",
+        "config",
+        "hub",
+        "formats.inert_pickle",
+        "diffusion",
+        "families",
+        "formats.ldm",
+        "formats.comfyui",
+        "objectives.sid",
+        "emoji.nouns",
+    },
     {"sources", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
     {"prompts", "emoji.classifier", "emoji.clip", "emoji.models", "teachers", "pictures", "metrics.fid"},
     {"sampler", "checkpoint", "metrics.features", "formats.order", "formats.card"},

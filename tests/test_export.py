@@ -83,7 +83,7 @@ def test_a_single_file_student_is_a_model_like_any_other(student: Model, tmp_pat
     export.run(student, "single-file", tmp_path / "out", Order(), False, lambda count: None)
     again = load(find(str(tmp_path / "out" / "student.safetensors")))
     assert again.is_student and again.card["t_init"] == 625
-    np.testing.assert_array_equal(export.picture(again), export.picture(student))
+    assert export.apart(export.picture(again), export.picture(student)) <= 1
     workflow = json.loads((tmp_path / "out" / "comfyui_workflow.json").read_text())
     assert any("2.5017" in str(node["widgets_values"]) for node in workflow["nodes"])
 

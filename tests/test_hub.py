@@ -1,5 +1,6 @@
 """Ids of the hub, against a hub on this machine."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -114,3 +115,17 @@ def test_a_gated_model_says_so_and_a_token_opens_a_private_one(repository: Path,
         drawn = fetch(hub, tmp_path / "home", "someone/sd", HF_TOKEN="hf_secret")
         assert drawn.returncode == 0, drawn.stderr
         assert "hf_secret" not in drawn.stderr
+
+
+def test_an_upload_makes_a_private_repository_and_sends_every_file(tmp_path: Path) -> None:
+    exported = ("export", "emoji", "--dtype", "fp16", "-o", "student", "--push-to-hub", "someone/new", "--json")
+    with Hub({}, token="hf_secret").running() as hub:
+        settings = environment(hub, tmp_path / "home", "0")
+        done = sid(*exported, cwd=tmp_path, HF_TOKEN="hf_secret", **settings)
+        assert done.returncode == 0, done.stderr
+        assert hub.created[0]["visibility"] == "private" and "hf_secret" not in done.stderr
+        assert set(hub.committed) == set(json.loads(done.stdout)["files"])
+        unet = (tmp_path / "student" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        assert hub.objects[hashlib.sha256(unet).hexdigest()] == unet
+        refused = sid(*exported, "--overwrite", cwd=tmp_path, HF_TOKEN="wrong", **settings)
+        assert refused.returncode == 3 and "HF_TOKEN" in refused.stderr.splitlines()[-1], refused.stderr

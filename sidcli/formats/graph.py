@@ -78,7 +78,9 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
             f"{model.source.name} draws fresh noise at each step, which a fixed graph cannot", "distil with --renoise ddim"
         )
     names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
-    inputs: dict[str, Tensor] = {"noise": torch.zeros(2, *model.latent_shape)}
+    channels, height, width = model.latent_shape
+    # Traced at twice the size: a dimension that is 1 somewhere inside the network would be taken for a constant.
+    inputs: dict[str, Tensor] = {"noise": torch.zeros(2, channels, 2 * height, 2 * width)}
     states = []
     for name, encoder, tokenizer in zip(names, model.text_encoders, model.tokenizers, strict=True):
         text = Text(encoder, model.is_xl)
