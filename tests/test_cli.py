@@ -2,12 +2,19 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+
+from sidcli.sources import find
+from sidcli.teachers import load
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
 
@@ -64,6 +71,13 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         (["distill", "--dry-run", "--prompts", "missing.txt"], 3, "missing.txt"),
         (["export", "emoji-teacher", "-o", "x"], 3, "not a student"),
         (["export", "emoji", "-o", "x", "--format", "gif"], 2, "unknown format"),
+        (["export", "their.pkl", "-o", "x"], 2, "--teacher ID"),
+        (["export", "emoji", "-o", "x", "--push-to-hub", "me"], 2, "OWNER/NAME"),
+        (["export", "emoji", "-o", "x", "--dtype", "int4"], 2, "unknown --dtype 'int4'"),
+        (["sample", "a cat", "--model", "their.pkl"], 3, "sid export FILE.pkl --teacher ID"),
+        (["sample", "a cat", "--backend", "onnx"], 2, "sid export emoji --format onnx"),
+        (["sample", "a cat", "--width", "63"], 2, "--width must be a multiple of 4 for this model, not 63"),
+        (["sample", "a cat", "--prediction-type", "x0"], 2, "--prediction-type must be one of"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
@@ -113,6 +127,36 @@ def test_export_verifies_itself_against_sample(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["difference_255"] <= 1 and "unet/diffusion_pytorch_model.safetensors" in report["files"]
     assert (tmp_path / "student" / "sid.json").is_file()
+
+
+def test_sample_draws_with_an_exported_graph_and_draws_the_same(tmp_path: Path) -> None:
+    done = sid("export", "emoji", "--format", "onnx", "-o", "graphs", cwd=tmp_path)
+    assert done.returncode == 0 and "at most" in done.stderr, done.stderr
+    for backend in ("onnx", "openvino", "torch"):
+        model = "emoji" if backend == "torch" else "graphs"
+        drawn = sid("sample", "a cat", "--backend", backend, "--model", model, "-o", f"{backend}.png", cwd=tmp_path)
+        assert drawn.returncode == 0, drawn.stderr
+    wanted = np.asarray(Image.open(tmp_path / "torch.png")).astype(int)
+    for backend in ("onnx", "openvino"):
+        assert np.abs(np.asarray(Image.open(tmp_path / f"{backend}.png")) - wanted).max() <= 2
+
+
+def test_a_released_pickle_becomes_a_student_and_a_hostile_one_an_error(sd_folder: Path, tmp_path: Path) -> None:
+    own = load(find(str(sd_folder))).unet
+    unet = UNet2DConditionModel.from_config(own.config)
+    unet.load_state_dict(own.state_dict())
+    (tmp_path / "batch512_cfg1.51.51.5_t600_8806_v2.pkl").write_bytes(pickle.dumps({"ema": unet}))
+    released = ["export", "batch512_cfg1.51.51.5_t600_8806_v2.pkl", "--teacher", str(sd_folder), "-o", "student"]
+    done = sid(*released, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "student" / "sid.json").read_text())
+    assert card["t_init"] == 600 and card["imported"]["file"] == released[1]
+    exported = load(find(str(tmp_path / "student"))).unet.state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in unet.state_dict().items())
+    (tmp_path / "bad.pkl").write_bytes(b"cposix\nsystem\n(S'touch canary'\ntR.")
+    refused = sid("export", "bad.pkl", "--teacher", str(sd_folder), "-o", "other", cwd=tmp_path)
+    assert refused.returncode == 3 and "posix.system" in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    assert not (tmp_path / "canary").exists() and not (tmp_path / "other").exists()
 
 
 def test_eval_prints_a_table_with_the_floor_and_the_models(tmp_path: Path) -> None:

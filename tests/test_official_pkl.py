@@ -236,7 +236,7 @@ def extensions() -> Iterator[None]:
 def test_an_attack_that_works_on_pickle_is_refused_and_nothing_of_it_runs(attack: str, tmp_path: Path, extensions: None) -> None:
     canary = tmp_path / "canary"
     content = LIVE[attack](str(canary))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="refused"):
         network(content)
     assert not canary.exists()
     with suppress(Exception):  # after the damage
@@ -272,6 +272,12 @@ def test_the_refused_name_is_said(name: str) -> None:
     module, _, last = name.rpartition(".")
     with pytest.raises(InputError, match=f"{name}, which is refused".replace(".", r"\.")):
         Reader(b"\x80\x04" + text(module) + text(last) + b"\x93.").load()
+
+
+@pytest.mark.parametrize(("module", "name"), [("torch.nn", "Module.__init__.__globals__"), ("torch.nn.", "a"), ("diffusers", "")])
+def test_a_name_is_one_word_in_a_module(module: str, name: str) -> None:
+    with pytest.raises(InputError, match="is refused"):
+        Reader(b"\x80\x04" + text(module) + text(name) + b"\x93.").load()
 
 
 def test_a_name_cannot_write_to_the_terminal() -> None:
@@ -422,6 +428,7 @@ BLOBS = {
     "longer": (BLOB + b"\0", "length"),
     "another count": (BLOB[:-32] + struct.pack("<q", 5) + BLOB[-24:], "length"),
     "a negative count": (BLOB[:-32] + struct.pack("<q", -1) + BLOB[-24:], "length"),
+    "more elements than bytes": (BLOB.replace(b"cpuq\x03K\x06", b"cpuq\x03K\x07"), "length"),
     "another type": (BLOB.replace(b"FloatStorage", b"LongStorage"), "length"),
     "an unknown type": (BLOB.replace(b"FloatStorage", b"EvilStorage"), "torch.EvilStorage, which is refused"),
     "another key": (BLOB[:KEY] + b"x" + BLOB[KEY + 1 :], "holds something else"),

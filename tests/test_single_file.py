@@ -1,3 +1,4 @@
+import inspect
 import json
 import resource
 import signal
@@ -6,9 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -130,7 +134,7 @@ def test_a_file_of_another_program_is_read_by_a_folder_of_descriptions(
 
 
 def test_the_shipped_student_survives_in_half_precision(tmp_path: Path) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(STUDENT, torch_dtype=torch.float16)
+    pipe = StableDiffusionPipeline.from_pretrained(STUDENT, dtype=torch.float16)
     found = read(save(tmp_path / "emoji.safetensors", pipe, {"sid.t_init": "625"}, torch.float16))
     for name, network in networks(pipe).items():
         tensors = found.tensors(name)
@@ -151,6 +155,22 @@ def test_text_encoders_of_older_transformers_get_the_same_names(pipes: dict[str,
         new, old = (single_file.stored(family, "text_encoder", network, torch.float32) for network in (text, Wrapped(text)))
         assert equal(new, old)
         assert set(new) <= set(load_file(files[family]))
+
+
+def test_open_clip_itself_reads_the_second_text_encoder_and_computes_the_same(
+    pipes: dict[str, Any], files: dict[str, Path]
+) -> None:
+    prefix = "conditioner.embedders.1.model."
+    text = {"context_length": 77, "vocab_size": families.WORDS, "width": 24, "heads": 2, "layers": 2, "mlp_ratio": 2.0}
+    vision = {"image_size": 8, "patch_size": 8, "width": 8, "head_width": 8, "layers": 1}
+    theirs = open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=text).eval()
+    tensors = {name.removeprefix(prefix): value for name, value in load_file(files["sdxl"]).items() if name.startswith(prefix)}
+    outcome = theirs.load_state_dict(tensors, strict=False)
+    assert not outcome.unexpected_keys
+    assert all(name == "logit_scale" or name.startswith("visual.") for name in outcome.missing_keys)
+    ids = clip_tokenizer("!")(["a photo of a cat", "sky"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode_text(ids), pipes["sdxl"].text_encoder_2(ids).text_embeds, rtol=1e-4, atol=1e-4)
 
 
 def test_text_encoders_are_found_under_the_prefixes_of_other_programs(
@@ -242,6 +262,14 @@ def test_published_models_are_recognised_by_their_tensors(tmp_path: Path) -> Non
     for family in FAMILIES:
         found = read(full(family, tmp_path / f"{family}.safetensors"), prediction="epsilon")
         assert (found.family, found.configs) == (family, FAMILIES[family].components)
+
+
+def test_stock_diffusers_takes_written_files_of_full_size_for_what_they_are() -> None:
+    kinds = {"sd1": "v1", "sd2": "v2", "sdxl": "xl_base"}
+    for family, kind in kinds.items():
+        assert (
+            infer_diffusers_model_type({name: torch.empty(shape, device="meta") for name, shape in shapes(family).items()}) == kind
+        )
 
 
 def test_stable_diffusion_1_and_xl_predict_epsilon_unless_the_file_says_v(tmp_path: Path) -> None:
@@ -479,7 +507,7 @@ def test_well_known_tensors_have_their_well_known_names(family: str, component: 
     assert place is not None and place.key == prefix + key
 
 
-def test_descriptions_are_importable_without_torch_and_copies_are_free_to_change() -> None:
+def test_copies_of_descriptions_are_free_to_change() -> None:
     changed = describe("sd1", "v_prediction")
     changed.components["unet"]["sample_size"] = 1
     assert FAMILIES["sd1"].components["unet"]["sample_size"] == 64
@@ -491,15 +519,29 @@ def test_descriptions_are_importable_without_torch_and_copies_are_free_to_change
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_schedulers_are_built_from_their_descriptions_without_leftovers(family: str) -> None:
-    import diffusers
-
+def test_schedulers_know_every_setting_of_their_descriptions(family: str) -> None:
     for prediction, zero_snr in (("epsilon", False), ("v_prediction", False), ("v_prediction", True)):
         config = describe(family, prediction, zero_snr).scheduler
-        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        assert {key: scheduler.config[key] for key in config if key != "_class_name"} == {
-            key: value for key, value in config.items() if key != "_class_name"
-        }
+        kind = getattr(diffusers, config.pop("_class_name"))
+        assert set(config) <= set(inspect.signature(kind).parameters)
+        assert kind(**config).config.prediction_type == prediction
+
+
+def test_what_no_parameter_shows_is_as_published() -> None:
+    unets = {name: family.components["unet"] for name, family in FAMILIES.items()}
+    assert unets["sd1"]["attention_head_dim"] == 8
+    for name in ("sd2", "sdxl"):
+        sides = zip(unets[name]["block_out_channels"], unets[name]["attention_head_dim"], strict=True)
+        assert {width / heads for width, heads in sides} == {64}
+    assert {name: family.components["vae"]["scaling_factor"] for name, family in FAMILIES.items()} == {
+        "sd1": 0.18215,
+        "sd2": 0.18215,
+        "sdxl": 0.13025,
+    }
+    texts = {(name, key): config for name, family in FAMILIES.items() for key, config in family.components.items() if "text" in key}
+    assert {key for key, config in texts.items() if config["hidden_act"] == "gelu"} == ldm.OPENCLIP
+    assert {config["hidden_size"] / config["num_attention_heads"] for config in texts.values()} == {64}
+    assert {name: unet["sample_size"] for name, unet in unets.items()} == {"sd1": 64, "sd2": 64, "sdxl": 128}
 
 
 def test_the_tokenizers_are_those_of_clip() -> None:
@@ -520,6 +562,19 @@ def test_the_comfyui_workflow_connects_outputs_to_inputs_of_the_same_type() -> N
         assert number in nodes[source]["outputs"][output]["links"] and nodes[target]["inputs"][slot]["link"] == number
         assert nodes[source]["order"] < nodes[target]["order"]
     assert len(made["links"]) == sum(len(node["inputs"]) for node in made["nodes"]) == made["last_link_id"]
+    types = {slot["name"]: slot["type"] for node in made["nodes"] for slot in node["inputs"]}
+    assert types == {
+        "model": "MODEL",
+        "clip": "CLIP",
+        "vae": "VAE",
+        "positive": "CONDITIONING",
+        "negative": "CONDITIONING",
+        "sampler": "SAMPLER",
+        "sigmas": "SIGMAS",
+        "latent_image": "LATENT",
+        "samples": "LATENT",
+        "images": "IMAGE",
+    }
     widgets = {node["type"]: node["widgets_values"] for node in made["nodes"] if node["widgets_values"] != [""]}
     assert widgets["CheckpointLoaderSimple"] == ["student.safetensors"]
     assert widgets["ManualSigmas"] == ["2.501706, 0"]
