@@ -594,6 +594,15 @@ def test_the_child_sees_no_token_and_no_folder_of_the_user(tmp_path: Path, monke
     assert "secret" not in official_pkl.environment().values()
 
 
+def test_neither_torch_nor_diffusers_is_there_in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$1" "$2" "$3" -c "import torch"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(InputError, match="No module named 'torch'"):
+        tensors(dump(tmp_path / "g.pkl", {"ema": nn.Linear(2, 2)}))
+
+
 @pytest.mark.parametrize(
     ("script", "reason"), [("kill -9 $$", "SIGKILL"), ("kill -24 $$", "SIGXCPU"), ("echo no; exit 1", "failed: 1")]
 )

@@ -66,9 +66,8 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     write_json(RESULT, {"model": given.model, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows})
     base = [float(str(rows[0][f"seconds_per_image_batch_{batch}"])) for batch in (1, 16)]
-    print(
-        "\n| backend | ms an image, one at a time | x | ms an image, batch 16 | x | difference |\n| --- | ---: | ---: | ---: | ---: | ---: |"
-    )
+    print("\n| backend | ms an image, one at a time | x | ms an image, batch 16 | x | difference |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         one, many = (float(str(row[f"seconds_per_image_batch_{batch}"])) for batch in (1, 16))
         cells = [
