@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, sha256, write_json
+from sidcli.files import atomic_folder, save_tensors, sha256, write_json
 
 FORMAT = 1
 KEEP = 2
@@ -51,7 +51,7 @@ def write(
         entries = {}
         for name, tensors in files.items():
             file = folder / f"{name}.safetensors"
-            save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+            save_tensors(tensors, file)
             entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         manifest = {"format": FORMAT, "step": step, "config": config, "prompts": prompts_digest, "files": entries}
         write_json(folder / "manifest.json", manifest)

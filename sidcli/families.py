@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
 END = "<|endoftext|>"
 MAX_TOKENS = 77
@@ -230,10 +230,17 @@ def build(component: str, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import AutoencoderKL
 
         return AutoencoderKL.from_config(dict(config))
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    text = CLIPTextConfig(**{key: value for key, value in config.items() if key in TEXT_KEYS})
+    text = text_config(config)
     return CLIPTextModelWithProjection(text) if component == "text_encoder_2" else CLIPTextModel(text)
+
+
+def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    """A text encoder's description without what would choose an implementation."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(**{key: value for key, value in config.items() if key in TEXT_KEYS})
 
 
 @cache

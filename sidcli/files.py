@@ -8,12 +8,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidcli.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fsync_path(path: Path) -> None:
@@ -89,6 +92,17 @@ def _problem(path: Path, error: OSError) -> EnvironmentProblem:
 def write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, in place. Raises OSError where the disk refuses, which safetensors reports as an error of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sidcli.diffusion import Schedule
 from sidcli.errors import InputError, UsageError
-from sidcli.families import FAMILIES, build, clip_tokenizer
+from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
 from sidcli.formats import single_file
 from sidcli.sources import Source, read_card, read_json
 
@@ -238,7 +238,10 @@ def _network(known: Description, name: str) -> Any:
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
     folder = known.source.path / name
-    return CLASSES[name].from_pretrained(folder, dtype=torch.float32, **_stored(folder))
+    options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder)}
+    if name in known.texts:  # whose description may also choose an implementation, even one to be downloaded
+        options |= {"config": text_config(known.networks[name]), "attn_implementation": "sdpa"}
+    return CLASSES[name].from_pretrained(folder, **options)
 
 
 def _tokenizer(known: Description, name: str) -> CLIPTokenizer:

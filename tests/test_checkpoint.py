@@ -56,7 +56,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_half_of_the_new(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(EnvironmentProblem, match="No space left"):
         write(tmp_path, 2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]

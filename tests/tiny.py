@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from functools import cache
 from pathlib import Path
 
-import open_clip
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from sidcli.families import clip_tokenizer
 from sidcli.sources import Source
 from sidcli.teachers import Model, read_schedule
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
-
-
-@cache
-def clip_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of SD 1.5, from the word list that open_clip ships."""
-    packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    words = gzip.decompress(packed).decode().split("\n")
-    merges = [tuple(line.split()) for line in words[1 : 49152 - 256 - 2 + 1]]
-    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
 SD15_UNET = {

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sidcli.errors import InputError
 from sidcli.families import FAMILIES, TEXT_KEYS, build, describe, family_of
-from sidcli.files import atomic_file
+from sidcli.files import atomic_file, save_tensors
 from sidcli.formats.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -315,10 +314,7 @@ def write(
         **metadata,
     }
     with atomic_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, header)
-        except SafetensorError as error:  # a full disk reads so
-            raise OSError(str(error)) from error
+        save_tensors(tensors, temporary, header)
 
 
 def stored(family: str, component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
