@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.test_distill import Silent
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "sd1": tiny.write_sd,
+    "sd1": partial(tiny.write_sd, size=16),
     "sd2": tiny_families.write_sd2,
     "sdxl": tiny_families.write_sdxl,
 }
@@ -39,15 +40,20 @@ def student_of(folder: Path, config: DistillConfig, teacher: str, **changes: obj
     return load(find(str(result.run)))
 
 
+def through_a_single_file(folder: Path, file: Path) -> Model:
+    """A pipeline's folder written as a single file, and the model read again from there alone."""
+    model = load(find(str(folder)))
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
+    single_file.write(file, networks, model.scheduler_config, {}, torch.float32)
+    return load(find(str(file)))
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A pipeline that went into a single file and was read again from there alone."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = load(find(str(FAMILIES[request.param](folder / "teacher"))))
-    names = ("unet", "vae", "text_encoder", "text_encoder_2")
-    networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
-    single_file.write(folder / "teacher.safetensors", networks, model.scheduler_config, {}, torch.float32)
-    return load(find(str(folder / "teacher.safetensors")))
+    return through_a_single_file(FAMILIES[request.param](folder / "teacher"), folder / "teacher.safetensors")
 
 
 @pytest.fixture(scope="module")

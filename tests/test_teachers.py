@@ -43,6 +43,15 @@ def test_a_model_that_cannot_teach_is_refused_with_the_reason(copied: Path, file
         load(find(str(copied)))
 
 
+def test_a_folder_cannot_choose_how_its_text_encoder_is_computed(copied: Path) -> None:
+    change(
+        copied / "text_encoder" / "config.json",
+        attn_implementation="someone/their-kernel",
+        _attn_implementation="someone/their-kernel",
+    )
+    assert load(find(str(copied))).text_encoders[0].config._attn_implementation == "sdpa"
+
+
 def test_weights_in_pickles_are_not_read_even_where_there_is_nothing_else(copied: Path) -> None:
     (copied / "unet" / "diffusion_pytorch_model.safetensors").rename(copied / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):

@@ -78,9 +78,7 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
             f"{model.source.name} draws fresh noise at each step, which a fixed graph cannot", "distil with --renoise ddim"
         )
     names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
-    channels, height, width = model.latent_shape
-    # Traced at twice the size: a dimension that is 1 somewhere inside the network would be taken for a constant.
-    inputs: dict[str, Tensor] = {"noise": torch.zeros(2, channels, 2 * height, 2 * width)}
+    inputs: dict[str, Tensor] = {"noise": torch.zeros(2, *model.latent_shape)}
     states = []
     for name, encoder, tokenizer in zip(names, model.text_encoders, model.tokenizers, strict=True):
         text = Text(encoder, model.is_xl)
@@ -96,7 +94,9 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
     if model.is_xl:
         inputs |= {"text_embeds": pooled, "time_ids": torch.tensor(sizes(*model.size)).repeat(2, 1)}
     axes = {name: {0: "batch"} for name in inputs}
-    axes["noise"] |= {2: "height", 3: "width"}
+    halvings = len(model.unet.config.block_out_channels) - 1
+    if min(model.latent_shape[1:]) >> halvings > 1:  # a side of 1 inside the network is taken for a constant
+        axes["noise"] |= {2: "height", 3: "width"}
     drawing = Drawing(model, plan, order.torch_dtype)
     write_one(drawing, inputs, ["images"], folder / GENERATOR, axes)
     facts = {"format": kind, "latent_shape": model.latent_shape, "size": model.size, "empty_is_zero": model.empty_is_zero}

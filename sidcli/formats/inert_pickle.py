@@ -5,8 +5,8 @@ BUILDERS; any other name becomes an inert Name, any object an Inert. It needs th
 
 Why not a pickle.Unpickler whose find_class has a list: there REDUCE calls and BUILD alters whatever was let in, EXT1 to EXT4 ask
 copyreg's cache before they ask find_class, and lengths are allocated before they are checked. Here the list of names is not the wall,
-it tells a hostile file from an unknown one. Speed speaks for neither: the network of SD 1.5 takes 100,000 instructions, a tenth of a
-second, and its weights stay where they are.
+it tells a hostile file from an unknown one. Speed speaks for neither: the network of SD 1.5 takes 100,000 instructions, a fifth of
+a second, and its weights stay where they are.
 """
 
 from __future__ import annotations
@@ -348,7 +348,7 @@ def tensor(held: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks:
     """Raises InputError for a view that leaves its storage or repeats its elements."""
     if type(held) is not Storage or type(size) is not tuple or type(stride) is not tuple or metadata:
         raise ValueError("a tensor of an unknown form")
-    if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in (offset, *size, *stride)):
         raise ValueError("a tensor whose offset, size or stride is no count")
     axes = list(zip(size, stride, strict=True))
     if len(axes) > AXES:

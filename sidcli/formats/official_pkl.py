@@ -95,7 +95,7 @@ def network(data: bytes | memoryview) -> dict[str, View]:
     if type(content) is not dict:
         raise InputError(f"holds a {typename(content)}, not a dict with the key 'ema'", HINT)
     if "ema" not in content:
-        found = ", ".join(shown(str(key)) for key in itertools.islice(content, 10)) or "none"
+        found = ", ".join(shown(key) if type(key) is str else typename(key) for key in itertools.islice(content, 10)) or "none"
         raise InputError(f"has no key 'ema'; its keys: {found}", HINT)
     root = content["ema"]
     if type(root) is not Inert or "_modules" not in root.state:
@@ -191,7 +191,7 @@ def tensors(path: Path, scratch: Path | None = None) -> dict[str, Tensor]:
             free, needed = shutil.disk_usage(folder).free, path.stat().st_size
             if free < needed:
                 raise EnvironmentProblem(f"{folder} has {free} bytes free; reading {path} takes {needed}", ROOM)
-            target = Path(folder) / "ema.safetensors"
+            target = Path(folder).absolute() / "ema.safetensors"
             run_child(path, target)
             # load_file maps, so the content outlives the file: a float32 network is never copied.
             return {name: value.float() for name, value in load_file(target).items()}
