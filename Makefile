@@ -18,7 +18,7 @@ demo: .venv/ready
 	@echo "run folder: runs/demo"
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

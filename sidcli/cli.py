@@ -360,6 +360,9 @@ def export(
     verify: Annotated[bool, typer.Option(help="Draw with the export and compare before the folder appears.")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME.")] = None,
     public: Annotated[bool, typer.Option(help="Make a repository that is made by this upload public.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the teacher, such as openrail++, where its files do not say.")
+    ] = None,
     prediction_type: PredictionOption = "auto",
     model_config: ConfigOption = "",
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
@@ -392,6 +395,7 @@ def export(
                 base = _load(teacher or driver.teacher_of(loaded), "cpu", console)
         if format == "lora":
             order = Order(dtype, variant, rank, base)
+        loaded = driver.licensed(loaded, license, needed=push_to_hub is not None)
         with console.progress(f"export {format}", 3, "stages") as advance:
             done = driver.run(loaded, format, output, order, verify, advance)
         if done.difference is not None:

@@ -17,7 +17,7 @@ from sidcli import __version__
 from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
 from sidcli.files import atomic_folder, check_writable, sha256
 from sidcli.formats import lora, official_pkl
-from sidcli.formats.card import provenance
+from sidcli.formats.card import provenance, terms_of
 from sidcli.formats.order import Order
 from sidcli.sampler import T_INIT, Progress, Sampler, plan_for
 from sidcli.teachers import Model
@@ -97,6 +97,19 @@ def teacher_of(model: Model) -> str:
     if not origin:
         raise UsageError(f"{model.source.name} does not say which teacher it came from", "--teacher NAME")
     return name if kind == "embedded" else origin
+
+
+def licensed(model: Model, name: str | None, needed: bool) -> Model:
+    """The student with the licence that the user names. Raises UsageError where one is needed and nobody says which."""
+    if name is not None:
+        teacher = model.card.get("teacher", {}) | {"license": name}
+        model = dataclasses.replace(model, card=model.card | {"teacher": teacher})
+    if needed and not terms_of(model):
+        raise UsageError(
+            f"nothing says under which licence the teacher of {model.source.name} is; a student passes it on",
+            "--license NAME, as the teacher's page on the hub gives it",
+        )
+    return model
 
 
 def imported(file: Path, teacher: Model) -> Model:

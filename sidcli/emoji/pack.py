@@ -33,6 +33,7 @@ def pack_nets(build: Path, guidance: float) -> None:
     model.vae = AutoencoderKL.from_pretrained(build / "vae").eval()
     trained = json.loads((build / "teacher.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     card = {"kind": "teacher", "world": "emoji", "guidance": guidance, "steps_trained": trained["step"]}
+    card["license"] = "apache-2.0"
     with atomic_folder(WEIGHTS / "teacher") as folder:
         write_pipeline(folder, model, models.new_scheduler(), card, Order("fp16"))
     half(build / "classifier.safetensors", WEIGHTS / "classifier.safetensors")

@@ -6,6 +6,7 @@ restrictions are passed on.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from sidcli.files import write_json
 from sidcli.teachers import Model
 
 PAPER = "2406.01561"
+TERMS = ("license", "license_name", "license_link")
 RESTRICTED = ("openrail", "rail++", "bigscience")
 
 
@@ -26,13 +28,19 @@ def licence(folder: Path) -> dict[str, str]:
         content = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError):
         return {}
-    return {key: str(content[key]) for key in ("license", "license_name", "license_link") if content.get(key)}
+    return {key: str(content[key]) for key in TERMS if content.get(key)}
 
 
 def provenance(model: Model) -> dict[str, Any]:
     """The part of sid.json that says which teacher a student comes from and under which licence."""
     source = model.source
-    return {"name": source.name, "origin": source.origin, "revision": source.revision} | licence(source.folder)
+    return {"name": source.name, "origin": source.origin, "revision": source.revision} | terms_of(model)
+
+
+def terms_of(model: Model) -> dict[str, str]:
+    """The licence that goes with a model: as its own sid.json has it from its teacher, else as the card beside it says."""
+    known = model.card.get("teacher", {}) if model.is_student else model.card
+    return {key: str(known[key]) for key in TERMS if known.get(key)} or licence(model.source.folder)
 
 
 def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) -> None:
@@ -45,9 +53,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
     teacher = card.get("teacher", {})
     origin = teacher.get("origin", "unknown")
     base = origin.removeprefix("hub:") if origin.startswith("hub:") else None
-    terms = {key: teacher[key] for key in ("license", "license_name", "license_link") if key in teacher} or licence(
-        model.source.folder
-    )
+    terms = terms_of(dataclasses.replace(model, card=dict(card)))
     data = ModelCardData(
         base_model=base,
         base_model_relation="finetune" if base else None,
