@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from sidcli import distill, export
 from sidcli.config import DistillConfig
-from sidcli.errors import GateError, InputError
+from sidcli.errors import GateError, InputError, UsageError
 from sidcli.formats import lora, single_file
 from sidcli.formats.order import Order
 from sidcli.prompts import open_prompts
@@ -129,3 +129,12 @@ def test_a_teacher_distils_and_draws_at_another_size(
 def test_words_of_its_own_keep_a_student_out_of_single_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokenizer of its own"):
         export.run(load(find("emoji")), "single-file", tmp_path / "out", Order(), True, lambda count: None)
+
+
+def test_an_upload_needs_a_licence_which_the_card_then_names(student: Model, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="under which licence"):
+        export.licensed(student, None, needed=True)
+    named = export.licensed(student, "openrail++", needed=True)
+    export.run(named, "diffusers", tmp_path / "out", Order(), False, lambda count: None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: openrail++" in card and "use-based restrictions" in card

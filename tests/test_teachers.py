@@ -81,14 +81,17 @@ def test_a_size_that_the_vae_cannot_make_is_refused(copied: Path) -> None:
         load(find(str(copied)), Overrides(height=60))
 
 
-def test_an_sdxl_teacher_draws_what_its_stock_pipeline_draws(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 64)])
+def test_an_sdxl_teacher_draws_what_its_stock_pipeline_draws(width: int, height: int, tmp_path: Path) -> None:
     folder = tiny_families.write_sdxl(tmp_path / "xl")
-    model = load(find(str(folder)))
+    model = load(find(str(folder)), Overrides(width=width, height=height))
     ours = Sampler(model, torch.device("cpu")).images(["a cat"], [5], Plan(4, 3.0))[0].numpy()
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
     options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
-    theirs = np.asarray(pipe("a cat", num_inference_steps=4, guidance_scale=3.0, generator=generator).images[0])
+    theirs = np.asarray(
+        pipe("a cat", num_inference_steps=4, guidance_scale=3.0, generator=generator, width=width, height=height).images[0]
+    )
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1

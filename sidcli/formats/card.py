@@ -53,7 +53,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
     teacher = card.get("teacher", {})
     origin = teacher.get("origin", "unknown")
     base = origin.removeprefix("hub:") if origin.startswith("hub:") else None
-    terms = terms_of(dataclasses.replace(model, card=dict(card)))
+    terms: dict[str, Any] = dict(terms_of(dataclasses.replace(model, card=dict(card))))
     data = ModelCardData(
         base_model=base,
         base_model_relation="finetune" if base else None,

@@ -1,7 +1,7 @@
 """Tiny random SD 1, SD 2 (v) and SDXL pipelines: folder -> single file -> teacher -> two steps of distillation -> every format, and
 how far the image that each format's own library draws is from `sid sample`'s.
 
-    python tests/benchmarks/exports.py             (needs the extras lora, onnx and openvino)
+    python -m tests.benchmarks.exports             (needs the extras lora, onnx and openvino)
 
 Writes tests/benchmarks/results/exports.json and prints the table of the README.
 """
