@@ -34,8 +34,8 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """Where what lies beside the weights is to be found: licence, card."""
-        return self.path.parent if self.is_file else self.path
+        """Where licence and card of the model are to be found. What lies beside a single file is its own only where we wrote it."""
+        return self.path.parent if self.is_file and (self.path.parent / "sid.json").is_file() else self.path
 
 
 def find(name: str, listener: Listener | None = None, descriptions_only: bool = False) -> Source:

@@ -90,6 +90,7 @@ def test_a_single_file_student_is_a_model_like_any_other(student: Model, tmp_pat
     again = load(find(str(tmp_path / "out" / "student.safetensors")))
     assert again.is_student and again.card["t_init"] == 625
     assert export.apart(export.picture(again), export.picture(student)) <= 1
+    assert again.source.folder == tmp_path / "out"
     workflow = json.loads((tmp_path / "out" / "comfyui_workflow.json").read_text())
     assert any("2.5017" in str(node["widgets_values"]) for node in workflow["nodes"])
 
