@@ -127,6 +127,11 @@ def test_a_teacher_distils_and_draws_at_another_size(
     assert export.picture(drawn).shape == (height, width, 3)
 
 
+def test_a_teacher_of_256_pixels_distils_at_its_own_size(config: DistillConfig, tmp_path: Path) -> None:
+    teacher = tiny.write_sd(tmp_path / "teacher", size=32)
+    assert student_of(tmp_path, config, str(teacher)).size == (256, 256)
+
+
 def test_words_of_its_own_keep_a_student_out_of_single_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokenizer of its own"):
         export.run(load(find("emoji")), "single-file", tmp_path / "out", Order(), True, lambda count: None)
