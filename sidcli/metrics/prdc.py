@@ -1,0 +1,49 @@
+"""Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of drawn images, by nearest neighbours of features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 5
+CHUNK = 1000
+"""Rows of a distance matrix held at once: memory grows with the number of images, not with its square."""
+
+
+@dataclass(frozen=True)
+class Prdc:
+    """`precision`: drawn images that could be real; `recall`: real ones that could be drawn; `density`: how many real neighbourhoods a
+    drawn image is in, over k (may pass 1); `coverage`: real images with a drawn one nearby."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def radii(features: Tensor, k: int) -> Tensor:
+    """Distance [n] of each of n features [n, D] to its k-th nearest other one. Raises ValueError where n is not above k."""
+    if len(features) <= k:
+        raise ValueError(f"{len(features)} images have no {k} neighbours each")
+    return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(CHUNK)])
+
+
+def prdc(real: Tensor, drawn: Tensor, k: int = NEIGHBOURS) -> Prdc:
+    """Of features float [n, D] and [m, D], n and m above k. A neighbourhood is the ball around an image to its k-th neighbour."""
+    real, drawn = real.double(), drawn.double()  # two equal images must be at no distance, whatever the chunks
+    real_radii, drawn_radii = radii(real, k), radii(drawn, k)
+    inside = torch.zeros(len(drawn), dtype=torch.long)
+    reached, covered = [], []
+    for rows, limits in zip(real.split(CHUNK), real_radii.split(CHUNK), strict=True):
+        distances = torch.cdist(rows, drawn)
+        inside += (distances < limits[:, None]).sum(0)
+        covered.append(distances.min(1).values < limits)
+        reached.append((distances < drawn_radii[None, :]).any(1))
+    return Prdc(
+        precision=float((inside > 0).double().mean()),
+        recall=float(torch.cat(reached).double().mean()),
+        density=float(inside.double().mean() / k),
+        coverage=float(torch.cat(covered).double().mean()),
+    )
