@@ -1,0 +1,27 @@
+"""What a command says where no terminal watches."""
+
+import pytest
+
+from sidcli import console
+
+
+def test_a_log_gets_lines_with_the_amount_the_losses_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", -1.0)
+    now = iter(range(0, 100_000, 60))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(now)))
+    with console.Console().progress("distil", 100, "steps") as advance:
+        listener = console.DistillProgress(console.Console(), advance)
+        listener.started(40, 100)
+        capsys.readouterr()
+        listener.stepped({"step": 50, "images_per_second": 12.5, "fake_loss": 0.25, "memory_gb": 1.5})
+    line = capsys.readouterr().err
+    assert "distil 50/100 img/s 12.5 fake 0.25 GB 1.5" in line
+    # Ten steps took at least two of this clock's minutes, and fifty are left.
+    minutes = int(line.split("about ")[1].split(" min left")[0])
+    assert 10 <= minutes <= 40
+
+
+def test_control_characters_of_a_prompt_are_made_visible() -> None:
+    assert console.printable("cat\x1b]0;x\u202e") == "cat\\u001b]0;x\\u202e"
