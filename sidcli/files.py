@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidcli.errors import EnvironmentProblem
+from sidcli.errors import EnvironmentProblem, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +92,17 @@ def _problem(path: Path, error: OSError) -> EnvironmentProblem:
 def write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path, hint: str = "write the model again, or take another copy of it") -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError where it is not there or not one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}", hint) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged: not a JSON object", hint)
+    return content
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError
+from sidcli.files import read_json
 from sidcli.hub import Listener, Silence, fetch
 
 EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
@@ -70,17 +70,6 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
     raise InputError(
         f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError where it is not there or not one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}", "write the model again, or take another copy of it") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged: not a JSON object", "write the model again, or take another copy of it")
-    return content
 
 
 def read_card(source: Source) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sidcli.diffusion import Schedule
 from sidcli.errors import InputError, UsageError
 from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
+from sidcli.files import read_json
 from sidcli.formats import single_file
-from sidcli.sources import Source, read_card, read_json
+from sidcli.sources import Source, read_card
 
 CLASSES: dict[str, Any] = {
     "unet": UNet2DConditionModel,

@@ -9,8 +9,8 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 from sidcli.errors import EnvironmentProblem, InputError
+from sidcli.files import read_json
 from sidcli.formats.graph import GENERATOR, GraphSampler, Run
-from sidcli.sources import read_json
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 """Files that a runtime reads, the best first."""

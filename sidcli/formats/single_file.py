@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sidcli.errors import InputError
 from sidcli.families import FAMILIES, TEXT_KEYS, build, describe, family_of
-from sidcli.files import atomic_file, save_tensors
+from sidcli.files import atomic_file, read_json, save_tensors
 from sidcli.formats.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -243,14 +243,7 @@ def from_folder(folder: Path) -> Description:
     """The descriptions in the JSON files of a diffusers folder."""
 
     def content(name: str, file: str = "config.json") -> dict[str, Any]:
-        path = folder / name / file
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read: {error}", "pass a diffusers folder of the same architecture") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{path} is not a JSON object", "pass a diffusers folder of the same architecture")
-        return found
+        return read_json(folder / name / file, "pass a diffusers folder of the same architecture")
 
     components = PREFIXES[family_of(content("unet"))]
     return {name: settings(name, content(name)) for name in components}, content("scheduler", "scheduler_config.json")

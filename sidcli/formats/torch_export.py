@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sidcli.files import read_json
 from sidcli.formats.graph import GraphSampler, Run, write_graphs
 from sidcli.formats.order import Order
 from sidcli.sampler import plan_for
-from sidcli.sources import read_json
 from sidcli.teachers import Model
 
 USAGE = """```python
