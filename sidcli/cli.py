@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 @app.command()
 def distill(
     teacher: Annotated[
-        str | None, typer.Option(help="Embedded name, diffusers folder, or hub id; by default emoji-teacher.")
+        str | None,
+        typer.Option(help="Embedded name, diffusers folder, single file, or hub id (@revision); by default emoji-teacher."),
     ] = None,
     prediction_type: Annotated[
         str | None, typer.Option(help="What the teacher predicts, if its files do not say: epsilon or v_prediction.")
@@ -226,7 +228,9 @@ def distill(
 @app.command()
 def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
-    model: Annotated[str, typer.Option(help="Embedded name, run folder, diffusers folder, or hub id.")] = "emoji",
+    model: Annotated[
+        str, typer.Option(help="Embedded name, run folder, diffusers folder, single file, graphs, or hub id (@revision).")
+    ] = "emoji",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .png for one image, a folder for more.")] = None,
     num: Annotated[int, typer.Option(min=1, max=100_000, help="Images per prompt, with seeds seed, seed + 1, ...")] = 1,
     seed: SeedOption = 0,
@@ -382,17 +386,21 @@ def export(
         from sidcli import export as driver
         from sidcli.formats.order import Order
 
-        driver.check(format, output, overwrite)
         order = Order(dtype, variant, rank)
+        output = Path(os.path.abspath(output)) if output.name in ("", "..") else output
+        driver.check(format, output, overwrite, order)
         known = {"prediction_type": prediction_type, "model_config": model_config}
         if is_pickle:
             base = _load(str(teacher), "cpu", console, **known)
             console.note(f"reading {model} in a process of its own")
             loaded = driver.imported(Path(model), base)
         else:
-            loaded = _load(model, "cpu", console, **known)
+            of_teacher = known if teacher and teacher.endswith(".safetensors") else {}
+            loaded = _load(model, "cpu", console, **({} if of_teacher else known))
             if format == "lora":
-                base = _load(teacher or driver.teacher_of(loaded), "cpu", console)
+                recorded = loaded.card.get("config", {})
+                again = {name: recorded[name] for name in known if name in recorded}
+                base = _load(teacher or driver.teacher_of(loaded), "cpu", console, **(of_teacher if teacher else again))
         if format == "lora":
             order = Order(dtype, variant, rank, base)
         loaded = driver.licensed(loaded, license, needed=push_to_hub is not None)
@@ -482,9 +490,7 @@ def _drawer(
         plan = plan_for(loaded, steps, guidance)
         return loaded.source, Sampler(loaded, pick_device(device)), plan
     if backend == "torch" or graphs not in backends:
-        raise UsageError(
-            f"{name} holds {graphs} graphs, which --backend {backend} does not run", "draw with the model it was made from"
-        )
+        raise UsageError(f"{name} holds {graphs} graphs, for programs other than this one", "draw with the model it was made from")
     console.note(f"loading {name}")
     from sidcli.formats.runtime import open_graphs
 
@@ -493,11 +499,17 @@ def _drawer(
     plan = student_plan(card, None, guidance, name)
     if steps not in (None, plan.steps):
         raise UsageError(f"the graphs of {name} draw in {plan.steps} steps, not {steps}", "leave --steps out")
-    return source, open_graphs(source.path, graphs if backend == "auto" else backend), plan
+    if overrides["prediction_type"] != "auto" or overrides["model_config"] or device not in ("auto", "cpu"):
+        raise UsageError(f"{name} holds graphs: they run on the CPU, and what they predict is inside", "leave those options out")
+    drawer = open_graphs(source.path, graphs if backend == "auto" else backend)
+    drawer.resize(overrides["height"], overrides["width"])
+    return source, drawer, plan
 
 
 def main() -> None:
     """Entry point of `sid`: errors of ours become one line and their exit code, others a traceback and 1."""
+    # A command that is asked to stop unwinds, so that nothing half-written stays; a training saves first.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except SidError as error:

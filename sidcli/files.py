@@ -32,6 +32,16 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def _open_to_others(path: Path) -> None:
+    """The permissions that a new file has here; safetensors keeps its files to their owner."""
+    if path.is_file():
+        path.chmod(0o666 & ~_UMASK)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write; on success it becomes `path` durably, on any error nothing of it is left.
@@ -42,6 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _open_to_others(temporary)
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -60,6 +71,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            _open_to_others(file)
             fsync_path(file)
         fsync_path(temporary)
         if path.exists():
@@ -123,7 +135,13 @@ def sha256(path: Path) -> str:
 
 def check_writable(folder: Path) -> None:
     """Raises EnvironmentProblem, before any work, where `folder` cannot be made or written."""
-    existing = nearest(folder)
+    try:
+        folder.exists()
+        existing = nearest(folder)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{str(folder)[:80]} is no place for files: {error.strerror}", "choose another --output"
+        ) from error
     if not existing.is_dir():
         raise EnvironmentProblem(f"{existing} is a file, not a folder", "choose another --output")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -219,4 +219,8 @@ def upload(folder: Path, repo: str, private: bool, listener: Listener) -> str:
             f"the hub did not take {repo}: {(str(error).strip().splitlines() or ['no reason given'])[0]}", hint
         ) from error
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise unreachable(repo, error) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{folder} is written, but was not uploaded to {repo}: {reason}",
+            f"hf upload {repo} {folder}, when there is a connection",
+        ) from error

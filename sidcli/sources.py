@@ -58,6 +58,8 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
             raise InputError(f"{name} is neither a .safetensors file nor a folder", "pass a model in safetensors")
         return Source(name, path, str(path))
     if path.is_dir():
+        if (path / "student.safetensors").is_file():
+            return Source(name, path / "student.safetensors", str(path))
         for folder in (path, path / "student"):
             if any((folder / name).is_file() for name in ("model_index.json", "generator.onnx", "generator.xml")):
                 return Source(name, folder, str(folder))

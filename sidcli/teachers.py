@@ -22,8 +22,10 @@ from sidcli.errors import InputError, UsageError
 from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
 from sidcli.files import read_json
 from sidcli.formats import single_file
-from sidcli.sources import Source, read_card
+from sidcli.sources import Source, graph_format, read_card
 
+LARGEST = 8192
+"""Pixels on a side; more is a slip of the finger."""
 CLASSES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
@@ -145,6 +147,10 @@ def describe(source: Source, overrides: Overrides | None = None) -> Description:
         networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), _card_in(file)
         empty_is_zero = bool(FAMILIES[file.family].pipeline.get("force_zeros_for_empty_prompt", False))
     else:
+        if graph_format(source.path):
+            raise InputError(
+                f"{source.name} holds exported graphs, which only draw", "`sid sample`, or the run that they came from"
+            )
         if wishes.model_config:
             raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
         file = None
@@ -156,6 +162,12 @@ def describe(source: Source, overrides: Overrides | None = None) -> Description:
     if channels != networks["vae"].get("latent_channels", 4):
         raise InputError(
             f"{source.name} takes {channels} channels in: an inpainting or editing model", "use a plain text-to-image model"
+        )
+    heard = networks["unet"].get("cross_attention_dim")
+    told = sum(networks[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2") if name in networks)
+    if heard != told:
+        raise InputError(
+            f"{source.name}: the UNet listens to text {heard} wide, its text encoders give {told}", "take another copy of the model"
         )
     size = _size(wishes, networks, height, width)
     schedule = read_schedule(scheduler_config)
@@ -189,8 +201,8 @@ def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], height: int, w
     factor = vae_factor(networks["vae"])
     wanted = (wishes.height or height * factor, wishes.width or width * factor)
     for name, side in zip(("height", "width"), wanted, strict=True):
-        if side < factor or side % factor:
-            raise UsageError(f"--{name} must be a multiple of {factor} for this model, not {side}")
+        if not factor <= side <= LARGEST or side % factor:
+            raise UsageError(f"--{name} must be a multiple of {factor} for this model, at most {LARGEST}, not {side}")
     inner = [side // factor for side in wanted]
     networks["unet"] = networks["unet"] | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
     return wanted
@@ -265,7 +277,10 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
     if prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
     known = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
-    scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in known})
+    try:
+        scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in known})
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"the scheduler's description makes no schedule: {error}", "take another copy of the model") from error
     schedule = Schedule.from_betas(scheduler.betas, prediction)
     if prediction == "epsilon" and schedule.abar[-1] == 0:
         raise InputError(

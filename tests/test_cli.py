@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +72,16 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         (["distill", "--dry-run", "--prompts", "missing.txt"], 3, "missing.txt"),
         (["export", "emoji-teacher", "-o", "x"], 3, "not a student"),
         (["export", "emoji", "-o", "x", "--format", "gif"], 2, "unknown format"),
+        (["export", "emoji", "-o", "x", "--format", "onnx", "--dtype", "bf16"], 2, "fp32 or fp16"),
+        (["export", "emoji", "-o", "x", "--variant", "../x"], 2, "--variant must be fp16"),
+        (["export", "emoji", "-o", "n" * 300], 4, "no place for files"),
+        (["export", "emoji", "-o", ".", "--overwrite"], 4, "is not an export, and --overwrite replaces nothing else"),
         (["export", "their.pkl", "-o", "x"], 2, "--teacher ID"),
         (["export", "emoji", "-o", "x", "--push-to-hub", "me"], 2, "OWNER/NAME"),
         (["export", "emoji", "-o", "x", "--dtype", "int4"], 2, "unknown --dtype 'int4'"),
         (["sample", "a cat", "--model", "their.pkl"], 3, "sid export FILE.pkl --teacher ID"),
         (["sample", "a cat", "--backend", "onnx"], 2, "sid export emoji --format onnx"),
-        (["sample", "a cat", "--width", "63"], 2, "--width must be a multiple of 4 for this model, not 63"),
+        (["sample", "a cat", "--width", "63"], 2, "--width must be a multiple of 4 for this model, at most 8192, not 63"),
         (["sample", "a cat", "--prediction-type", "x0"], 2, "--prediction-type must be one of"),
     ],
 )
@@ -136,9 +141,23 @@ def test_sample_draws_with_an_exported_graph_and_draws_the_same(tmp_path: Path) 
         model = "emoji" if backend == "torch" else "graphs"
         drawn = sid("sample", "a cat", "--backend", backend, "--model", model, "-o", f"{backend}.png", cwd=tmp_path)
         assert drawn.returncode == 0, drawn.stderr
+    wide = sid("sample", "a cat", "--model", "graphs", "--width", "96", "-o", "wide.png", cwd=tmp_path)
+    assert wide.returncode == 0 and Image.open(tmp_path / "wide.png").size == (96, 64), wide.stderr
+    other = sid("sample", "a cat", "--model", "graphs", "--prediction-type", "epsilon", "-o", "x.png", cwd=tmp_path)
+    assert other.returncode == 2 and "what they predict is inside" in other.stderr
     wanted = np.asarray(Image.open(tmp_path / "torch.png")).astype(int)
     for backend in ("onnx", "openvino"):
         assert np.abs(np.asarray(Image.open(tmp_path / f"{backend}.png")) - wanted).max() <= 2
+
+
+def test_an_export_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sidcli", "export", "emoji", "--format", "onnx", "-o", "graphs"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as export:
+        while not any(tmp_path.glob(".tmp-*")) and export.poll() is None:
+            time.sleep(0.05)
+        export.terminate()
+        assert export.wait(timeout=60) == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_released_pickle_becomes_a_student_and_a_hostile_one_an_error(sd_folder: Path, tmp_path: Path) -> None:

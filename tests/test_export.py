@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from sidcli import distill, export
 from sidcli.config import DistillConfig
-from sidcli.errors import GateError, InputError, UsageError
+from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
 from sidcli.formats import lora, single_file
 from sidcli.formats.order import Order
 from sidcli.prompts import open_prompts
@@ -38,6 +39,11 @@ def student_of(folder: Path, config: DistillConfig, teacher: str, **changes: obj
     model = load(find(teacher), known)
     result = distill.run(model, settings, open_prompts("general"), folder / "run", "cpu", rhythm, None, Silent())
     return load(find(str(result.run)))
+
+
+def strip_header(file: Path) -> None:
+    """Leave the tensors alone, as other programs write them."""
+    save_file({name: value for name, value in load_file(file).items() if name != "v_pred"}, file)
 
 
 def through_a_single_file(folder: Path, file: Path) -> Model:
@@ -85,9 +91,16 @@ def test_stock_pipelines_run_the_folder_as_its_card_says(student: Model, tmp_pat
     assert kind.__name__ in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_exported_files_may_be_read_by_others(student: Model, tmp_path: Path) -> None:
+    export.run(student, "diffusers", tmp_path / "out", Order(), False, lambda count: None)
+    (tmp_path / "any").touch()
+    usual = (tmp_path / "any").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()} == {usual}
+
+
 def test_a_single_file_student_is_a_model_like_any_other(student: Model, tmp_path: Path) -> None:
     export.run(student, "single-file", tmp_path / "out", Order(), False, lambda count: None)
-    again = load(find(str(tmp_path / "out" / "student.safetensors")))
+    again = load(find(str(tmp_path / "out")))
     assert again.is_student and again.card["t_init"] == 625
     assert export.apart(export.picture(again), export.picture(student)) <= 1
     assert again.source.folder == tmp_path / "out"
@@ -130,6 +143,31 @@ def test_a_teacher_distils_and_draws_at_another_size(
 def test_a_teacher_of_256_pixels_distils_at_its_own_size(config: DistillConfig, tmp_path: Path) -> None:
     teacher = tiny.write_sd(tmp_path / "teacher", size=32)
     assert student_of(tmp_path, config, str(teacher)).size == (256, 256)
+
+
+def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
+    for kept in ("run/config.toml", "run/sid.json", "project/code.py"):
+        (tmp_path / kept).parent.mkdir(exist_ok=True)
+        (tmp_path / kept).write_text("{}")
+    for folder in ("run", "project"):
+        with pytest.raises(EnvironmentProblem, match="is not an export"):
+            export.check("diffusers", tmp_path / folder, True, Order())
+    (tmp_path / "run" / "config.toml").unlink()
+    export.check("diffusers", tmp_path / "run", True, Order())
+
+
+def test_a_lora_is_taken_from_a_teacher_that_needs_to_be_described(config: DistillConfig, tmp_path: Path) -> None:
+    folder = tiny_families.write_sd2(tmp_path / "teacher")
+    model = load(find(str(folder)))
+    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    file = tmp_path / "bare.safetensors"
+    single_file.write(file, networks, model.scheduler_config, {}, torch.float32)
+    strip_header(file)
+    described = {"model_config": str(folder), "prediction_type": "v_prediction"}
+    student = student_of(tmp_path, config, str(file), **described)
+    teacher = load(find(export.teacher_of(student)), Overrides(**{name: student.card["config"][name] for name in described}))
+    done = export.run(student, "lora", tmp_path / "out", Order(teacher=teacher), True, lambda count: None)
+    assert done.difference is not None and done.difference <= 1
 
 
 def test_words_of_its_own_keep_a_student_out_of_single_files(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def change(file: Path, **entries: object) -> None:
         ("unet/config.json", {"auto_map": {"AutoModel": "mine.Model"}}, "brings code of its own"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels in: an inpainting or editing model"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample' is not supported"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "makes no schedule"),
+        ("unet/config.json", {"cross_attention_dim": 64}, "listens to text 64 wide, its text encoders give 32"),
     ],
 )
 def test_a_model_that_cannot_teach_is_refused_with_the_reason(copied: Path, file: str, entries: dict, said: str) -> None:
@@ -58,6 +60,12 @@ def test_weights_in_pickles_are_not_read_even_where_there_is_nothing_else(copied
         load(find(str(copied)))
 
 
+def test_exported_graphs_are_no_model(copied: Path) -> None:
+    (copied / "sid.json").write_text(json.dumps({"graph": {"format": "onnx"}}))
+    with pytest.raises(InputError, match="which only draw"):
+        load(find(str(copied)))
+
+
 def test_half_precision_files_serve_where_there_are_no_others(copied: Path) -> None:
     for name in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         (copied / f"{name}.safetensors").rename(copied / f"{name}.fp16.safetensors")
@@ -77,7 +85,7 @@ def test_a_model_draws_at_the_size_that_is_wished(copied: Path, width: int, heig
 
 
 def test_a_size_that_the_vae_cannot_make_is_refused(copied: Path) -> None:
-    with pytest.raises(UsageError, match="--height must be a multiple of 8 for this model, not 60"):
+    with pytest.raises(UsageError, match="--height must be a multiple of 8 for this model, at most 8192, not 60"):
         load(find(str(copied)), Overrides(height=60))
 
 

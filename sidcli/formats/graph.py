@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sidcli.diffusion import few_steps
-from sidcli.errors import InputError
+from sidcli.errors import InputError, UsageError
 from sidcli.formats.card import write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import Order
@@ -95,11 +95,18 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
         inputs |= {"text_embeds": pooled, "time_ids": torch.tensor(sizes(*model.size)).repeat(2, 1)}
     axes = {name: {0: "batch"} for name in inputs}
     halvings = len(model.unet.config.block_out_channels) - 1
-    if min(model.latent_shape[1:]) >> halvings > 1:  # a side of 1 inside the network is taken for a constant
+    any_size = min(model.latent_shape[1:]) >> halvings > 1  # a side of 1 inside the network is taken for a constant
+    if any_size:
         axes["noise"] |= {2: "height", 3: "width"}
     drawing = Drawing(model, plan, order.torch_dtype)
     write_one(drawing, inputs, ["images"], folder / GENERATOR, axes)
-    facts = {"format": kind, "latent_shape": model.latent_shape, "size": model.size, "empty_is_zero": model.empty_is_zero}
+    facts = {
+        "format": kind,
+        "any_size": any_size,
+        "latent_shape": model.latent_shape,
+        "size": model.size,
+        "empty_is_zero": model.empty_is_zero,
+    }
     write_card(folder, model, model.card | {"graph": facts}, usage)
 
 
@@ -117,6 +124,17 @@ class GraphSampler:
         self.card, self.tokenizers, self.opened = card, tokenizers, opened
         self.shape, self.size = tuple(card["graph"]["latent_shape"]), tuple(card["graph"]["size"])
         self.truncated = 0
+
+    def resize(self, height: int, width: int) -> None:
+        """Draw at this size in pixels; 0: as before. Raises UsageError where the graphs do not go that way."""
+        factor = self.size[0] // self.shape[1]
+        wanted = (height or self.size[0], width or self.size[1])
+        if wanted == self.size:
+            return
+        if not self.card["graph"]["any_size"] or any(side % factor for side in wanted):
+            hint = f"multiples of {factor}, or leave --width and --height out"
+            raise UsageError(f"these graphs do not draw at {wanted[1]}x{wanted[0]}", hint)
+        self.size, self.shape = wanted, (self.shape[0], wanted[0] // factor, wanted[1] // factor)
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
         """uint8 [B, H, W, 3] of prompts and image seeds; the same noise as every other sampler takes for a seed."""

@@ -87,7 +87,8 @@ def write(folder: Path, model: Model, order: Order) -> None:
     kind.save_lora_weights(folder, unet_lora_layers={name: value.to(order.torch_dtype) for name, value in weights.items()})
     student_scheduler(model.scheduler_config, int(model.card["t_init"])).save_pretrained(folder / "scheduler")
     calls = ", ".join(f"{name}={value}" for name, value in visits(plan_for(model)).items())
-    origin = teacher.source.origin.removeprefix("hub:")
+    origin = teacher.source.origin
+    origin = origin.removeprefix("hub:") if origin.startswith("hub:") else f"FOLDER_OF_{Path(teacher.source.name).name}"
     usage = USAGE.format(pipeline=kind.__name__, teacher=origin, visits=calls, rank=order.rank, kept=kept)
     write_card(folder, model, model.card | {"lora": {"rank": order.rank, "kept": round(kept, 6), "teacher": origin}}, usage)
 

@@ -24,6 +24,8 @@ class Order:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown --dtype {self.dtype!r}", f"one of {', '.join(DTYPES)}")
+        if self.variant not in (None, "fp16"):
+            raise UsageError(f"--variant must be fp16, the one that is read back everywhere, not {self.variant!r}", "leave it out")
 
     @property
     def torch_dtype(self) -> torch.dtype:

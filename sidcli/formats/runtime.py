@@ -36,7 +36,13 @@ def open_graphs(folder: Path, backend: str) -> GraphSampler:
         found = [file for suffix in SUFFIXES[backend] if (file := folder / f"{name}{suffix}").is_file()]
         if not found:
             raise InputError(f"{folder} has no {name}{SUFFIXES[backend][0]}", f"sid export MODEL --format {backend} writes one")
-        opened[name] = opener(found[0])
+        try:
+            opened[name] = opener(found[0])
+        except EnvironmentProblem:
+            raise
+        except Exception as error:  # each runtime has errors of its own
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{found[0]} cannot be opened: {reason}", "export the model again") from error
     tokenizers = [
         CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"), local_files_only=True) for name in names
     ]
