@@ -199,7 +199,7 @@ def counter(advance: Callable[[int], None]) -> Any:
 def upload(folder: Path, repo: str, private: bool, listener: Listener) -> str:
     """Upload an exported folder as a model, and return its address. A repository that is not there is made, private unless told.
 
-    Raises InputError where the hub refuses or cannot be reached; uploads start anew where they stopped.
+    Raises InputError where the hub refuses or cannot be reached; files that arrived before are not sent again.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi

@@ -85,9 +85,13 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """One image, uint8 [H, W, 3], by stock diffusers."""
-    kind = StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
-    pipe = kind.from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
+    pipe = stock(model).from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
     return run_pipeline(pipe, plan_for(model), prompt, seed)
+
+
+def stock(model: Model) -> Any:
+    """The pipeline class of diffusers that such a model belongs in."""
+    return StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
 
 
 def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sidcli.diffusion import few_steps
-from sidcli.errors import InputError, UsageError
+from sidcli.errors import UsageError
 from sidcli.formats.card import write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import Order
@@ -73,10 +73,6 @@ Writer = Callable[[nn.Module, dict[str, Tensor], list[str], Path, dict[str, dict
 def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, kind: str, usage: str) -> None:
     """One graph for each text encoder and one for the rest, tokenizers beside them. `kind` goes into sid.json."""
     plan = plan_for(model)
-    if plan.noises > 1:
-        raise InputError(
-            f"{model.source.name} draws fresh noise at each step, which a fixed graph cannot", "distil with --renoise ddim"
-        )
     names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
     inputs: dict[str, Tensor] = {"noise": torch.zeros(2, *model.latent_shape)}
     states = []
@@ -100,13 +96,7 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
         axes["noise"] |= {2: "height", 3: "width"}
     drawing = Drawing(model, plan, order.torch_dtype)
     write_one(drawing, inputs, ["images"], folder / GENERATOR, axes)
-    facts = {
-        "format": kind,
-        "any_size": any_size,
-        "latent_shape": model.latent_shape,
-        "size": model.size,
-        "empty_is_zero": model.empty_is_zero,
-    }
+    facts = {"format": kind, "any_size": any_size, "latent_shape": model.latent_shape, "size": model.size}
     write_card(folder, model, model.card | {"graph": facts}, usage)
 
 

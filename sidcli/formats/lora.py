@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sidcli.errors import InputError, UsageError
 from sidcli.formats.card import write_card
-from sidcli.formats.diffusers_folder import run_pipeline, student_scheduler, visits
+from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, visits
 from sidcli.formats.order import Order
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
@@ -83,7 +83,7 @@ def merged(model: Model, teacher: Model, rank: int) -> Model:
 def write(folder: Path, model: Model, order: Order) -> None:
     teacher = _teacher(order)
     weights, kept = layers(model.unet, teacher.unet, order.rank)
-    kind = _pipeline(model)
+    kind = stock(model)
     kind.save_lora_weights(folder, unet_lora_layers={name: value.to(order.torch_dtype) for name, value in weights.items()})
     student_scheduler(model.scheduler_config, int(model.card["t_init"])).save_pretrained(folder / "scheduler")
     calls = ", ".join(f"{name}={value}" for name, value in visits(plan_for(model)).items())
@@ -102,13 +102,9 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
         networks |= {"text_encoder_2": teacher.text_encoders[1], "tokenizer_2": teacher.tokenizers[1]}
     else:
         networks |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = _pipeline(model)(**networks, scheduler=student_scheduler(model.scheduler_config, int(model.card["t_init"])))
+    pipe = stock(model)(**networks, scheduler=student_scheduler(model.scheduler_config, int(model.card["t_init"])))
     pipe.load_lora_weights(folder)
     return run_pipeline(pipe, plan_for(model), prompt, seed)
-
-
-def _pipeline(model: Model) -> Any:
-    return StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
 
 
 def _teacher(order: Order) -> Model:

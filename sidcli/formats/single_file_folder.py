@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from sidcli.errors import InputError
 from sidcli.families import clip_tokenizer
@@ -15,7 +14,7 @@ from sidcli.files import write_json
 from sidcli.formats import single_file
 from sidcli.formats.card import write_card
 from sidcli.formats.comfyui import workflow
-from sidcli.formats.diffusers_folder import run_pipeline, student_scheduler, write_pipeline
+from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, write_pipeline
 from sidcli.formats.order import Order
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
@@ -68,10 +67,9 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """One image, uint8 [H, W, 3], by stock diffusers, told by descriptions without weights what the file holds."""
-    kind = StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
     scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
     with tempfile.TemporaryDirectory() as described:
         write_pipeline(Path(described), model, scheduler, model.card, order, weights=False)
         options = {"config": described, "local_files_only": True, "torch_dtype": order.torch_dtype}
-        pipe = kind.from_single_file(str(folder / FILE), **options, scheduler=scheduler)
+        pipe = stock(model).from_single_file(str(folder / FILE), **options, scheduler=scheduler)
     return run_pipeline(pipe, plan_for(model), prompt, seed)
