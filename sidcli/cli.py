@@ -38,7 +38,7 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 
-METHOD, MACHINE = "Method", "Memory and speed"
+METHOD, MACHINE, METRICS, NETWORKS = "Method", "Memory and speed", "Metrics", "Networks of the metrics"
 SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher"}
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -88,6 +88,9 @@ def distill(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     sample_every: Annotated[int, typer.Option(min=1, help="Steps between sample grids.")] = 50,
+    eval_every: Annotated[
+        int, typer.Option(min=0, help="Steps between quick measurements against the teacher's own images; 0: none.")
+    ] = 0,
     tracker: Annotated[str | None, typer.Option(help="tensorboard or wandb, if installed.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print settings, memory, time and disk, and stop.")] = False,
     as_json: JsonOption = False,
@@ -213,7 +216,7 @@ def distill(
 
         known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
         model = _load(teacher, device, console, **known)
-        rhythm = driver.Rhythm(save_every, sample_every)
+        rhythm = driver.Rhythm(save_every, sample_every, eval=eval_every)
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
             result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
@@ -287,65 +290,130 @@ def sample(
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[str] | None, typer.Argument(help="Models to compare; by default emoji and emoji-teacher.")] = None,
-    fid: Annotated[bool, typer.Option(help="Frechet distance to 10,000 scenes.")] = False,
-    clip: Annotated[bool, typer.Option(help="CLIP score.")] = False,
-    accuracy: Annotated[bool, typer.Option(help="Noun and colour accuracy.")] = False,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL ...]",
+            help="Models, NAME[,steps=N][,guidance=G], or folders and zips of images; by default emoji and emoji-teacher.",
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", rich_help_panel=METRICS, help="Everything that the protocol can measure.")
+    ] = False,
+    fid: Annotated[
+        bool, typer.Option(rich_help_panel=METRICS, help="Frechet distance to the reference, and to a teacher's images.")
+    ] = False,
+    kid: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Kernel distance, unbiased for few images.")] = False,
+    prdc: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Precision, recall, density and coverage.")] = False,
+    clip: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="CLIP score.")] = False,
+    cmmd: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Kernel distance of CLIP embeddings.")] = False,
+    dino: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Frechet distance of DINOv2 features.")] = False,
+    accuracy: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Noun and colour accuracy, on the emoji world.")] = False,
+    composition: Annotated[
+        bool, typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and colour pairs that no model was shown.")
+    ] = False,
+    fid_infinity: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="FID extrapolated to endlessly many images.")] = False,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="emoji, coco2014-30k or custom; by default emoji for emoji models, custom with a --reference or --prompts."
+        ),
+    ] = "auto",
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Images to compare with: a folder or zip, or .npz statistics; COCO's folder for coco2014-30k."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Captions: a line each, or COCO's captions_val2014.json.")] = None,
+    num: Annotated[
+        int | None,
+        typer.Option(min=2, max=1_000_000, help="Images per model; by default 400 of emoji, 30000 of COCO, else all captions."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the teachers (50).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the teachers.")] = None,
     untrained: Annotated[
         int,
         typer.Option(
             min=0, max=100, help="Also measure each teacher as a student of this many steps, where a distillation starts."
         ),
     ] = 0,
-    held_out: Annotated[bool, typer.Option(help="Only noun and colour pairs that no model was shown.")] = False,
-    num: Annotated[int, typer.Option(min=2, max=1_000_000, help="Images per model.")] = 500,
-    steps: Annotated[int | None, typer.Option(help="Steps of the teachers (50).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the teachers.")] = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 50,
     device: DeviceOption = "auto",
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the drawing.")] = 1,
+    images: Annotated[Path | None, typer.Option(help="Keep the drawn images in this folder, not in the cache.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option(rich_help_panel=NETWORKS, help="Inception in TorchScript; by default fetched once.")
+    ] = None,
+    clip_model: Annotated[
+        str | None, typer.Option(rich_help_panel=NETWORKS, help="open_clip folder or ARCHITECTURE:TAG of the CLIP score.")
+    ] = None,
+    cmmd_model: Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="The same for the CMMD.")] = None,
+    dino_model: Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="Folder or hub id of DINOv2.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page to look at (.html).")] = None,
     picture: Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")] = None,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print the table for a paper.")] = False,
+    fail_above: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: exit with 5 if a model's is above.")] = None,
+    fail_below: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: exit with 5 if a model's is below.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure models side by side. Without a metric named, all of them.
+    """Measure models side by side, images drawn once and kept. Without a metric named: FID, CLIP score and accuracy.
 
     Example: sid eval emoji emoji-teacher --fid --clip
     """
-    names = models or ["emoji", "emoji-teacher"]
-    if picture:
-        check_writable(picture.parent)
+    flags = {"fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "cmmd": cmmd, "dino": dino, "accuracy": accuracy}
+    flags |= {"composition": composition, "fid_infinity": fid_infinity}
+    for file in (report, picture, images):
+        if file:
+            check_writable(file.parent)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        from sidcli.launch import launch
+
+        sys.exit(launch(processes, sys.argv[1:]))
     with _console(as_json, quiet) as console:
         from sidcli import evaluate as driver
-        from sidcli.sampler import pick_device, plan_for, untrained_plan
+        from sidcli.entrants import Wish, entrants, look_up
+        from sidcli.parallel import Team
+        from sidcli.protocols import Networks, choose, open_protocol
+        from sidcli.sampler import pick_device
+        from sidcli.teachers import quiet_libraries
 
-        chosen = driver.Metrics(fid, clip, accuracy) if fid or clip or accuracy else driver.Metrics(True, True, True)
-        where = pick_device(device)
-        with console.progress("reference scenes", driver.REFERENCE_SCENES, "images") as advance:
-            driver.prepare(chosen, advance)
-        rows, pictures = [driver.measure_scenes(where, chosen, num, held_out)], []
-        for name in names:
-            model = _load(name, device, console)
-            driver.check(model)
-            plans = [plan_for(model, steps, guidance) if not model.is_student else plan_for(model)]
-            if untrained and not model.is_student:
-                plans.append(untrained_plan(untrained))
-            for plan in plans:
-                with console.progress(f"{name}, {plan.describe()}", num, "images") as advance:
-                    row, shown = driver.measure(model, plan, where, chosen, num, seed, held_out, batch_size, advance)
-                rows.append(row)
-                pictures.append((f"{name}, {plan.describe()}", shown))
-        title = f"emoji world, {num} images a model" + (", held-out pairs" if held_out else "")
-        header, cells = driver.table(rows)
-        console.table(title, header, cells)
+        bounds = driver.limits(fail_above or [], fail_below or [])
+        where = Team(pick_device(device))
+        quiet_libraries()
+        wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
+        found = [one for wish in wishes for one in look_up(wish, untrained, console)]
+        name = choose(protocol, all(one.is_emoji for one in found if one.files is None), bool(reference or prompts))
+        networks = Networks(where.device, console, inception, clip_model, cmmd_model, dino_model)
+        rules = open_protocol(name, networks, reference, prompts)
+        rows_to_be = entrants(found, rules, where.device, num, seed, batch_size, images)
+        metrics = driver.chosen([option for option, given in flags.items() if given], rules, everything, rows_to_be)
+        evaluation = driver.Evaluation(rules, rows_to_be, metrics, num, where)
+        evaluation.fill(console)
+        if not where.leads:
+            return
+        rows = evaluation.rows(console)
+        header, cells = driver.table(rows, metrics)
+        warnings, protocol_record = evaluation.warnings(), evaluation.record(seed)
+        if as_latex and not as_json:
+            console.result(driver.latex(header, cells).splitlines(), {})
+        else:
+            console.table(f"{rules.name}, {evaluation.num} images a model, values ± half of the 95 % interval", header, cells)
+        for warning in warnings:
+            console.note(f"note: {warning}")
         if picture:
-            driver.save_comparison(pictures, picture)
+            driver.save_comparison(driver.pictures(evaluation), picture)
             console.note(f"comparison: {picture}")
+        data: dict[str, Any] = {
+            "protocol": protocol_record,
+            "models": [row.as_dict() for row in rows],
+            "warnings": warnings,
+            "picture": str(picture) if picture else None,
+            "report": str(report) if report else None,
+        }
         if as_json:
-            protocol = driver.record(num, seed, held_out)
-            console.result(
-                [], {"protocol": protocol, "models": [row.as_dict() for row in rows], "picture": str(picture or "") or None}
-            )
+            console.result([], data)
+        driver.gate(rows, bounds)
 
 
 @app.command()

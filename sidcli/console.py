@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -149,3 +149,6 @@ class DistillProgress:
 
     def note(self, text: str) -> None:
         self.console.note(text)
+
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
+        return self.console.progress(what, total, unit)

@@ -12,8 +12,8 @@ import platform
 import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,10 @@ from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.pictures import grid, save_png
 from sidcli.prompts import Prompts
-from sidcli.sampler import Plan, Sampler, pick_device
+from sidcli.proxy import PROXY_IMAGES, Proxy
+from sidcli.report.page import write
+from sidcli.report.run import run_page
+from sidcli.sampler import Plan, Sampler, pick_device, plan_for
 from sidcli.teachers import Model
 
 GRID_IMAGES = 8
@@ -47,6 +50,7 @@ class Listener(Protocol):
     def started(self, step: int, steps: int) -> None: ...
     def stepped(self, record: dict[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]: ...
 
 
 class Tracker(Protocol):
@@ -63,6 +67,8 @@ class Rhythm:
     save: int
     sample: int
     log: int = 10
+    eval: int = 0
+    """0: never."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ class Loop:
         self.engine, self.output, self.rhythm, self.stop = engine, output, rhythm, stop
         self.listener, self.tracker = listener, tracker
         self.painter = Painter(engine, output / "samples")
+        self.proxy = self.open_proxy() if rhythm.eval and engine.team.leads else None
         self.record: dict[str, Any] = {}
         self.returned = False
 
@@ -149,8 +156,10 @@ class Loop:
         engine, rhythm = self.engine, self.rhythm
         started, done = time.monotonic(), 0
         while engine.step < engine.config.steps:
+            if rhythm.eval and engine.step % rhythm.eval == 0:
+                self.evaluate()
             if engine.step % rhythm.sample == 0:
-                self.painter.paint()
+                self.paint()
             result = engine.advance()
             done += 1
             finished = engine.step == engine.config.steps
@@ -167,8 +176,34 @@ class Loop:
                 raise Interrupted(
                     stopped, f"stopped at step {engine.step} of {engine.config.steps}, saved", "run the same command to continue"
                 )
-        self.painter.paint()
+        if rhythm.eval:
+            self.evaluate()
+        self.paint()
         return time.monotonic() - started, self.record
+
+    def open_proxy(self) -> Proxy:
+        engine = self.engine
+        with self.listener.progress("the teacher's images", PROXY_IMAGES, "images") as advance:
+            proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance)
+        self.listener.note(f"the teacher's own CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
+        return proxy
+
+    def evaluate(self) -> None:
+        """Proxies of the student as it is now, as a line of metrics.jsonl of their own."""
+        student = self.engine.student()
+        if self.proxy is None:
+            return
+        found = self.proxy.measure(student, student_plan_of(self.engine.config))
+        student.vae.to("cpu")
+        self.write({"step": self.engine.step, **found})
+        self.listener.note(
+            f"step {self.engine.step}: CMMD to the teacher {found['proxy_cmmd']:.4f}, CLIP score {found['proxy_clip']:.4f}"
+        )
+
+    def paint(self) -> None:
+        self.painter.paint()
+        if self.engine.team.leads:
+            write(run_page(self.output), self.output / "report.html")
 
     def report(self, result: StepResult, rate: float) -> None:
         """One line of metrics.jsonl; a value that is not finite becomes null."""
@@ -179,12 +214,14 @@ class Loop:
             "images_per_second": round(rate, 3),
             "memory_gb": peak_memory(self.engine),
         }
-        if not self.engine.team.leads:
-            return
+        if self.engine.team.leads:
+            self.write(self.record)
+
+    def write(self, record: dict[str, Any]) -> None:
         with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(self.record) + "\n")
+            metrics.write(json.dumps(record) + "\n")
         if self.tracker:
-            self.tracker.log({name: value for name, value in self.record.items() if value is not None}, self.engine.step)
+            self.tracker.log({name: value for name, value in record.items() if value is not None}, self.engine.step)
 
     def stopped(self) -> int:
         """The signal that asks to stop, 0 for none; all processes agree on it."""
@@ -290,9 +327,10 @@ def restore(engine: Engine, output: Path, resume: Path | None, listener: Listene
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be taken again."""
+    """Drop the lines of steps that will be taken again, and the proxies of this one, which are measured before the next."""
     if metrics.exists():
-        kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] < step + ("proxy_clip" not in json.loads(line))]
         with atomic_file(metrics) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -343,16 +381,31 @@ class Painter:
 
     def __init__(self, engine: Engine, folder: Path):
         self.engine, self.folder = engine, folder
-        self.texts = [engine.prompts.at(engine.config.seed, -1 - index) for index in range(GRID_IMAGES)]
+        self.texts = prompts_for(engine, 0, GRID_IMAGES)
+        if engine.team.leads:
+            write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
     def paint(self) -> None:
-        config, team = self.engine.config, self.engine.team
         student = self.engine.student()
-        if not team.leads:
+        if not self.engine.team.leads:
             return
-        sampler = Sampler(student, self.engine.device)
-        grid_of_steps = exit_grid(config.t_init, config.student_steps)
-        plan = Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]
-        images = sampler.decode(sampler.latents(self.texts, sampler.noise(range(GRID_IMAGES), plan.noises), plan))
+        if not (self.folder / "teacher.png").exists():
+            plan = plan_for(self.engine.sampler.model)
+            self.save(self.engine.teacher_images(self.texts, range(GRID_IMAGES), plan), "teacher")
+        images = Sampler(student, self.engine.device).images(self.texts, range(GRID_IMAGES), student_plan_of(self.engine.config))
         student.vae.to("cpu")  # training never decodes
-        save_png(grid([images]), self.folder / f"{self.engine.step:08d}.png")
+        self.save(images, f"{self.engine.step:08d}")
+
+    def save(self, images: torch.Tensor, name: str) -> None:
+        save_png(grid([images]), self.folder / f"{name}.png")
+
+
+def prompts_for(engine: Engine, first: int, count: int) -> list[str]:
+    """Prompts to look at, which stand before those that are trained on."""
+    return [engine.prompts.at(engine.config.seed, -1 - index) for index in range(first, first + count)]
+
+
+def student_plan_of(config: DistillConfig) -> Plan:
+    """How the student in training draws."""
+    grid_of_steps = exit_grid(config.t_init, config.student_steps)
+    return Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]

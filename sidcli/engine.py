@@ -29,7 +29,7 @@ from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
 from sidcli.parallel import Team, assign, count, whole
 from sidcli.prompts import Prompts
-from sidcli.sampler import Sampler
+from sidcli.sampler import Plan, Sampler
 from sidcli.teachers import Model
 from sidcli.text import Condition
 
@@ -346,6 +346,14 @@ class Engine:
         return [guided(conditional, unconditional, scale) for scale in scales]
 
     # State
+
+    @torch.no_grad()
+    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
+        """uint8 [B, H, W, 3] that the teacher itself draws, in the precision of the run."""
+        with self._autocast():
+            images = self.sampler.images(prompts, seeds, plan)
+        self.sampler.model.vae.to("cpu")  # training never decodes
+        return images
 
     def student(self) -> Model:
         """The model the run is about: the teacher's text encoder and VAE around the averaged generator, on the CPU.

@@ -1,185 +1,342 @@
-"""`sid eval`: draw from each model once, feed every metric from that one pass, and put all models in one table.
-
-On the emoji world the protocol is fixed: prompt i is the caption of scene (PROMPT_SEED, i), worded as no model was trained on and
-always naming the background; image i has seed `seed + i`; the FID compares with 10,000 scenes of REFERENCE_SEED. The scenes'
-own FID against other scenes is the floor.
-"""
+"""`sid eval`: one pass over the images of each model, every metric from that pass, all models in one table."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from sidcli import __version__
 from sidcli.emoji import world
-from sidcli.errors import InputError
-from sidcli.metrics.accuracy import Accuracy
-from sidcli.metrics.clip_score import ClipScore
-from sidcli.metrics.features import EmojiExtractor, extract, scene_statistics
-from sidcli.metrics.fid import frechet_distance, statistics
+from sidcli.entrants import FLOOR, Entrant
+from sidcli.errors import GateError, UsageError
+from sidcli.hub import Listener
+from sidcli.imagesets import Collection, DrawnSet
+from sidcli.metrics.catalogue import METRICS, Measured
+from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
+from sidcli.metrics.fid import Statistics, fid, fid_infinity, statistics
+from sidcli.metrics.intervals import mean, share
+from sidcli.metrics.kid import cmmd, kid
+from sidcli.metrics.prdc import NEIGHBOURS, prdc
+from sidcli.parallel import Team
 from sidcli.pictures import contact_sheet, save_png
-from sidcli.sampler import Plan, Progress, Sampler, draw
-from sidcli.teachers import Model
+from sidcli.protocols import Protocol, scenes
 
-REFERENCE_SCENES = 10_000
 SHOWN = 12
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Which metrics were asked for."""
-
-    fid: bool
-    clip: bool
-    accuracy: bool
+PRDC = ("precision", "recall", "density", "coverage")
+ASKED = {
+    "fid": ("fid", "fid_teacher"),
+    "fid_infinity": ("fid_infinity",),
+    "kid": ("kid",),
+    "prdc": PRDC,
+    "dino": ("fd_dinov2",),
+    "cmmd": ("cmmd",),
+    "clip": ("clip",),
+    "accuracy": ("noun", "colour"),
+    "composition": ("composition",),
+}
+"""Metrics by the option that asks for them."""
+JUDGE = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "colour", "composition"), "features") | {
+    "clip": "clip",
+    "cmmd": "embeddings",
+    "fd_dinov2": "dino",
+}
+"""The network of the protocol that a metric looks through."""
+COMPARED = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
+EMOJI_ONLY = ("noun", "colour", "composition")
+FEWEST = {"fid": 2, "fid_teacher": 2, "fd_dinov2": 2, "kid": 3, "fid_infinity": 100, "composition": 4}
+FEWEST |= dict.fromkeys(PRDC, NEIGHBOURS + 1)
+"""Images without which a metric has no value."""
+PER_DIMENSION = 10
+"""Images per feature dimension below which a Frechet distance is mostly the bias of a small sample."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model; None for what was not asked for. `seconds_per_image` is the drawing alone."""
+    """What was measured of one entrant. `seconds_per_image` is the drawing alone, None where nothing was drawn."""
 
     model: str
     sampling: str
     n: int
-    fid: float | None
-    clip: float | None
-    noun_accuracy: float | None
-    colour_accuracy: float | None
+    metrics: dict[str, Measured]
     seconds_per_image: float | None
 
-    def as_dict(self) -> dict[str, object]:
-        return {key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(self).items()}
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {name: {key: float(f"{value:.7g}") for key, value in asdict(one).items()} for name, one in self.metrics.items()}
+        seconds = None if self.seconds_per_image is None else round(self.seconds_per_image, 5)
+        return {"model": self.model, "sampling": self.sampling, "n": self.n, "metrics": numbers, "seconds_per_image": seconds}
 
 
-def protocol(num: int, seed: int, held_out: bool = False) -> tuple[list[world.Scene], list[str], list[int]]:
-    """Scenes, captions and image seeds of the emoji protocol; with `held_out`, only (noun, colour) pairs no model was shown."""
-    scenes = [world.scene(world.PROMPT_SEED, index, held_out) for index in range(num)]
-    prompts = [world.caption(scene, world.PROMPT_SEED, index, "eval", 1.0).text for index, scene in enumerate(scenes)]
-    return scenes, prompts, [seed + index for index in range(num)]
+def chosen(asked: Iterable[str], protocol: Protocol, everything: bool, entered: Sequence[Entrant]) -> list[str]:
+    """Metrics to compute, in the catalogue's order, for the names of options in `asked`.
+
+    With `everything`, all that this protocol can give. Raises UsageError for what was asked for by name and cannot be given.
+    """
+    wanted = {name for option in asked for name in ASKED[option]}
+    impossible: dict[str, str] = {}
+    if protocol.reference is None:
+        impossible |= dict.fromkeys(COMPARED, "--reference FOLDER to compare with")
+    elif isinstance(protocol.reference, Statistics):
+        only = "a reference of images; an .npz holds the statistics of one FID alone"
+        impossible |= {name: only for name in COMPARED if not name.startswith("fid")}
+    if protocol.captions is None:
+        impossible["clip"] = "--prompts FILE with the captions of the images"
+    if not protocol.is_emoji:
+        impossible |= dict.fromkeys(EMOJI_ONLY, "the emoji world, whose images have a ground truth")
+    if everything:
+        optional = {"fid_infinity"} | ({"fd_dinov2"} if protocol.is_emoji else set())
+        wanted |= set(METRICS) - optional - set(impossible)
+    elif not wanted:
+        wanted = {name for option in ("fid", "clip", "accuracy") for name in ASKED[option]} - set(impossible)
+    for name in sorted(wanted & set(impossible)):
+        raise UsageError(f"{METRICS[name].label} needs {impossible[name]}")
+    if not any(entrant.is_teacher for entrant in entered) or len(entered) - protocol.is_emoji < 2:
+        wanted -= {"fid_teacher"}
+    if not wanted:
+        raise UsageError("nothing to measure: neither a reference nor captions are given", "--reference FOLDER, --prompts FILE")
+    return [name for name in METRICS if name in wanted]
 
 
-def check(model: Model) -> None:
-    """Raises InputError, before any work, for a model that no protocol fits."""
-    if not model.is_emoji:
-        raise InputError(
-            f"{model.source.name} does not draw the emoji world; other protocols are not available yet",
-            "evaluate an emoji model, or a student distilled from one",
-        )
+class Evaluation:
+    """Metrics of entrants under one protocol. `fill` is the work that processes share; rows are computed by the one that leads."""
+
+    def __init__(self, protocol: Protocol, entered: Sequence[Entrant], metrics: Sequence[str], num: int | None, team: Team):
+        self.protocol, self.entered, self.metrics, self.team = protocol, entered, metrics, team
+        self.num = num or protocol.default_num
+        self.judges: dict[str, Extractor] = {name: getattr(protocol.judges, name) for name in {JUDGE[metric] for metric in metrics}}
+        for entrant in entered:
+            for metric in metrics:
+                if self.count(entrant) < FEWEST.get(metric, 1):
+                    raise UsageError(
+                        f"{METRICS[metric].label} of {self.count(entrant)} images has no value", f"--num {FEWEST[metric]} or more"
+                    )
+
+    def count(self, entrant: Entrant) -> int:
+        return min(value for value in (self.num, entrant.limit, float("inf")) if value is not None)  # type: ignore[return-value]
+
+    def collection(self, entrant: Entrant) -> Collection:
+        protocol, count = self.protocol, self.count(entrant)
+        captions = protocol.captions.first(count) if protocol.captions else []
+        return Collection(entrant.images, count, captions, protocol.prepare, protocol.prepared)
+
+    def held_out(self, entrant: Entrant) -> Collection | None:
+        if entrant.held_out is None or "composition" not in self.metrics:
+            return None
+        return Collection(entrant.held_out, self.count(entrant) // 4)
+
+    @property
+    def reference(self) -> Collection | None:
+        compared = any(metric in COMPARED for metric in self.metrics)
+        return self.protocol.reference if compared and isinstance(self.protocol.reference, Collection) else None
+
+    def fill(self, listener: Listener) -> None:
+        """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn."""
+        work: list[tuple[str, list[tuple[Collection, list[Extractor]]]]] = []
+        if self.reference is not None:
+            work.append(("reference", [(self.reference, [self.judges[name] for name in self.judges if name != "clip"])]))
+        for entrant in self.entered:
+            parts = [(self.collection(entrant), list(self.judges.values()))]
+            held_out = self.held_out(entrant)
+            if held_out:
+                parts.append((held_out, [self.judges["features"]]))
+            work.append((f"{entrant.name}, {entrant.sampling}", parts))
+        for judge in {judge for _, parts in work for part, judges in parts for judge in judges if part.lacks(judge)}:
+            judge([np.zeros((8, 8, 3), np.uint8)], ["a"])
+        for name, parts in work:
+            with listener.progress(name, sum(part.count for part, _ in parts), "images") as advance:
+                for part, judges in parts:
+                    part.fill(judges, self.team.part, advance)
+        self.team.wait()
+
+    def rows(self, listener: Listener) -> list[Row]:
+        with listener.progress("metrics", len(self.entered) * len(self.metrics), "numbers") as advance:
+            return [self.row(entrant, advance) for entrant in self.entered]
+
+    def row(self, entrant: Entrant, advance: Callable[[int], None]) -> Row:
+        found: dict[str, Measured] = {}
+        for metric in self.metrics:
+            value = self.measure(entrant, metric, found)
+            if value is not None:
+                found[metric] = value
+            advance(1)
+        seconds = entrant.images.seconds_per_image if isinstance(entrant.images, DrawnSet) else None
+        return Row(entrant.name, entrant.sampling, self.count(entrant), found, seconds)
+
+    def measure(self, entrant: Entrant, metric: str, found: dict[str, Measured]) -> Measured | None:
+        """One number of one entrant, None where it has no such number; `found` are those measured before."""
+        judge = JUDGE[metric]
+        features = self.collection(entrant).features(self.judges[judge])
+        if metric in ("fid", "fd_dinov2"):
+            return fid(features, self.statistics[judge])
+        if metric == "fid_infinity":
+            return fid_infinity(features, self.statistics[judge], found.get("fid") or fid(features, self.statistics[judge]))
+        if metric == "fid_teacher":
+            return None if entrant is self.teacher or entrant.name == FLOOR else fid(features, self.statistics["teacher"])
+        if metric == "kid":
+            unit = self.kid_unit
+            return kid(features / unit, self.compared(judge) / unit)
+        if metric in PRDC:
+            if metric == PRDC[0]:
+                self.neighbours = prdc(torch.from_numpy(self.compared(judge, len(features))), torch.from_numpy(features))
+            return getattr(self.neighbours, metric)
+        if metric == "cmmd":
+            return cmmd(features, self.compared(judge))
+        if metric == "clip":
+            return mean(features[:, 0])
+        if metric == "composition":
+            held_out = self.held_out(entrant)
+            return share(np.all(self.right(held_out.features(self.judges[judge]), True), axis=1)) if held_out else None
+        return share(self.right(features, False)[:, ("noun", "colour").index(metric)])
+
+    def right(self, features: np.ndarray, held_out: bool) -> np.ndarray:
+        """Whether noun and background colour are those that were asked for, bool [n, 2]."""
+        judge = self.judges["features"]
+        assert isinstance(judge, EmojiFeatures)
+        nouns, colours = judge.answers(features)
+        asked = scenes(len(features), held_out)
+        right_nouns = [world.NOUN_LIST[seen] == scene.noun for seen, scene in zip(nouns, asked, strict=True)]
+        right_colours = [world.COLOUR_LIST[seen] == scene.colour for seen, scene in zip(colours, asked, strict=True)]
+        return np.stack([right_nouns, right_colours], 1)
+
+    def compared(self, judge: str, count: int | None = None) -> np.ndarray:
+        """Features of the reference; with `count`, of so many of its images, evenly spaced."""
+        assert self.reference is not None
+        features = self.reference.features(self.judges[judge])
+        return features if count is None else features[np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)]
+
+    @property
+    def teacher(self) -> Entrant | None:
+        return next((entrant for entrant in self.entered if entrant.is_teacher), None)
+
+    @cached_property
+    def kid_unit(self) -> float:
+        """The cubic kernel is made for features of size about 1, as Inception's are; those of the emoji classifier are divided by this."""
+        return float(np.sqrt(np.mean(self.compared("features") ** 2))) if self.protocol.is_emoji else 1.0
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistics]:
+        """What Frechet distances are taken to: the reference through each network, and the first teacher's own images."""
+        given = self.protocol.reference
+        found = {"features": given} if isinstance(given, Statistics) else {}
+        if self.reference is not None:
+            found |= {name: statistics(self.compared(name)) for name in self.judges if name in ("features", "dino")}
+        if self.teacher and "fid_teacher" in self.metrics:
+            found["teacher"] = statistics(self.collection(self.teacher).features(self.judges["features"]))
+        return found
+
+    def warnings(self) -> list[str]:
+        """What makes these numbers worth less than they look."""
+        said = []
+        counts = {self.count(entrant) for entrant in self.entered}
+        if len(counts) > 1:
+            said.append(f"rows of {min(counts)} and of {max(counts)} images: distances of different n do not compare")
+        for metric in self.metrics:
+            if metric in ("fid", "fd_dinov2"):
+                dimensions = len(self.statistics[JUDGE[metric]].mean)
+                if min(counts) < PER_DIMENSION * dimensions:
+                    said.append(
+                        f"{METRICS[metric].label} of {min(counts)} images in {dimensions} dimensions is too high by a bias; "
+                        f"--num {PER_DIMENSION * dimensions} or more, or --fid-infinity; compare only rows of one n"
+                    )
+        judge = self.judges.get("features")
+        if isinstance(judge, InceptionFeatures) and not judge.published:
+            said.append(f"{judge.file} is not the Inception of published numbers: this FID compares with nobody else's")
+        return said
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """What the numbers depend on, for whoever compares them."""
+        protocol = self.protocol
+        return {
+            "name": protocol.name,
+            "images": self.num,
+            "seed": seed,
+            "seeds_on": "cpu",
+            "captions": {"name": protocol.captions.name, "key": protocol.captions.key} if protocol.captions else None,
+            "prepared": protocol.prepared or "as it is",
+            **protocol.facts,
+            "networks": {name: judge.name for name, judge in sorted(self.judges.items())},
+            "resize": "clean-fid, PIL bicubic per channel in float",
+            "intervals": "95 %, over the drawn images",
+            "sid": __version__,
+        }
 
 
-def prepare(metrics: Metrics, advance: Progress) -> None:
-    """Fill the cache of reference statistics, so that it is done once and under a progress bar of its own."""
-    if metrics.fid:
-        scene_statistics(EmojiExtractor(), world.REFERENCE_SEED, REFERENCE_SCENES, advance)
+def table(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells for people, values with half the width of their interval; a wide table is turned, metrics downwards."""
+
+    def write(metric: str, row: Row) -> str:
+        one = row.metrics.get(metric)
+        return "-" if one is None else f"{METRICS[metric].write(one.value)} ± {METRICS[metric].write(one.half_width)}"
+
+    header = ["model", "sampling", "n", *(METRICS[metric].label for metric in metrics)]
+    cells = [[row.model, row.sampling, str(row.n), *(write(metric, row) for metric in metrics)] for row in rows]
+    if any(row.seconds_per_image is not None for row in rows):
+        header.append("s/image")
+        for line, row in zip(cells, rows, strict=True):
+            line.append("-" if row.seconds_per_image is None else f"{row.seconds_per_image:.3f}")
+    if len(metrics) > len(rows):
+        turned = [list(line) for line in zip(header, *cells, strict=True)]
+        return turned[0], turned[1:]
+    return header, cells
 
 
-class Scorer:
-    """Feeds every metric from one pass over images that answer `prompts`, in order."""
-
-    def __init__(self, scenes: Sequence[world.Scene], prompts: Sequence[str], metrics: Metrics, device: torch.device):
-        self.scenes, self.prompts, self.metrics = scenes, prompts, metrics
-        self.extractor = EmojiExtractor()
-        self.accuracy = Accuracy(self.extractor)
-        self.clip = ClipScore(True, device) if metrics.clip else None
-        self.features: list[np.ndarray] = []
-        self.done = 0
-
-    def add(self, images: torch.Tensor) -> None:
-        """The next images, uint8 [B, H, W, 3]."""
-        here = slice(self.done, self.done + len(images))
-        self.features.append(extract(self.extractor, images))
-        self.accuracy.add(images, self.scenes[here])
-        if self.clip:
-            self.clip.add(images, self.prompts[here])
-        self.done += len(images)
-
-    def row(self, name: str, sampling: str, seconds: float | None) -> Row:
-        fid = None
-        if self.metrics.fid:
-            reference = scene_statistics(self.extractor, world.REFERENCE_SEED, REFERENCE_SCENES)
-            fid = frechet_distance(statistics(np.concatenate(self.features)), reference)
-        nouns, colours = (hits / self.done for hits in (self.accuracy.nouns, self.accuracy.colours))
-        judged = self.metrics.accuracy
-        clip = self.clip.value if self.clip else None
-        return Row(name, sampling, self.done, fid, clip, nouns if judged else None, colours if judged else None, seconds)
+def latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """The same table for a paper, with booktabs' rules."""
+    special = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
+    special |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    lines = [" & ".join("".join(special.get(c, c) for c in cell) for cell in line) + r" \\" for line in [header, *cells]]
+    columns = "l" + "r" * (len(header) - 1)
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+    )
 
 
-def measure(
-    model: Model,
-    plan: Plan,
-    device: torch.device,
-    metrics: Metrics,
-    num: int,
-    seed: int,
-    held_out: bool,
-    batch_size: int,
-    advance: Progress,
-) -> tuple[Row, torch.Tensor]:
-    """One row of the table, `num` images of the emoji protocol drawn by `model`, and the first of those images."""
-    scenes, prompts, seeds = protocol(num, seed, held_out)
-    scorer = Scorer(scenes, prompts, metrics, device)
-    shown: list[torch.Tensor] = []
-    drawing, mark = 0.0, time.monotonic()
-    for images in draw(Sampler(model, device), plan, prompts, seeds, batch_size, advance):
-        drawing += time.monotonic() - mark
-        shown = shown or [images[:SHOWN]]
-        scorer.add(images)
-        mark = time.monotonic()
-    return scorer.row(model.source.name, plan.describe(), drawing / num), shown[0]
+def limits(above: Sequence[str], below: Sequence[str]) -> dict[tuple[str, bool], float]:
+    """`METRIC=VALUE` options of a gate as {(metric, above?): value}. Raises UsageError for others."""
+    found = {}
+    for texts, is_above in ((above, True), (below, False)):
+        for text in texts:
+            name, _, value = text.partition("=")
+            try:
+                bound = float(value)
+            except ValueError:
+                bound = float("nan")
+            if name not in METRICS or bound != bound:
+                option = "--fail-above" if is_above else "--fail-below"
+                raise UsageError(f"{option} wants METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
+            found[name, is_above] = bound
+    return found
 
 
-def measure_scenes(device: torch.device, metrics: Metrics, num: int, held_out: bool) -> Row:
-    """The floor: scenes themselves in place of drawn images, the same captions, other seeds than the reference."""
-    scenes, prompts, _ = protocol(num, 0, held_out)
-    scorer = Scorer(scenes, prompts, metrics, device)
-    for start in range(0, num, 200):
-        scorer.add(torch.from_numpy(np.stack([world.render(scene) for scene in scenes[start : start + 200]])))
-    return scorer.row("scenes (floor)", "real", None)
+def gate(rows: Sequence[Row], bounds: dict[tuple[str, bool], float]) -> None:
+    """Raises GateError for a row beyond a bound; the floor is nobody's result and is not asked."""
+    for (metric, is_above), bound in bounds.items():
+        for row in rows:
+            one = row.metrics.get(metric)
+            if row.model != FLOOR and one is not None and (one.value > bound if is_above else one.value < bound):
+                side = "above" if is_above else "below"
+                raise GateError(f"{METRICS[metric].label} of {row.model} ({row.sampling}) is {one.value:.5g}, {side} {bound:g}")
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells for people; columns nobody asked for are left out."""
-    columns = [
-        ("emoji-FID", "fid", "{:.2f}"),
-        ("CLIP", "clip", "{:.4f}"),
-        ("noun", "noun_accuracy", "{:.1%}"),
-        ("colour", "colour_accuracy", "{:.1%}"),
-        ("s/image", "seconds_per_image", "{:.3f}"),
+def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
+    """The first images of each entrant, the same captions and seeds in every row."""
+    count = min(SHOWN, *(evaluation.count(entrant) for entrant in evaluation.entered))
+    return [
+        (f"{entrant.name}, {entrant.sampling}", [Image.fromarray(image) for image in entrant.images.read(range(count))])
+        for entrant in evaluation.entered
     ]
-    used = [column for column in columns if any(getattr(row, column[1]) is not None for row in rows)]
-    cells = []
-    for row in rows:
-        values = ((form, getattr(row, name)) for _, name, form in used)
-        cells.append([row.model, row.sampling, *("-" if value is None else form.format(value) for form, value in values)])
-    return ["model", "sampling", *(title for title, _, _ in used)], cells
 
 
-def record(num: int, seed: int, held_out: bool) -> dict[str, object]:
-    """What the numbers depend on, for whoever compares them."""
-    return {
-        "name": "emoji",
-        "images": num,
-        "seed": seed,
-        "held_out_pairs": held_out,
-        "world": world.digest(),
-        "reference_scenes": REFERENCE_SCENES,
-        "features": "emoji classifier, 128 dimensions (an emoji-FID is not a COCO FID)",
-        "clip": "emoji open_clip, cosine as a fraction",
-    }
-
-
-def save_comparison(pictures: Sequence[tuple[str, torch.Tensor]], file: Path) -> None:
+def save_comparison(rows: Sequence[tuple[str, list[Image.Image]]], file: Path) -> None:
     """One row per model, the same prompts and seeds in every column."""
     # The parts of a name stand under the first images of its row, where one of them alone would not fit.
     labelled = [
-        (Image.fromarray(image.numpy()), label)
-        for name, row in pictures
-        for image, label in zip(row, [*name.split(", "), *[""] * len(row)], strict=False)
+        (image, label) for name, row in rows for image, label in zip(row, [*name.split(", "), *[""] * len(row)], strict=False)
     ]
-    columns = min(len(row) for _, row in pictures)
-    save_png(contact_sheet([picture for picture, _ in labelled], [label for _, label in labelled], columns), file)
+    save_png(contact_sheet([image for image, _ in labelled], [label for _, label in labelled], len(rows[0][1])), file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,14 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@dataclass(frozen=True)
+class Share:
+    """One of `count` equal parts of some work."""
+
+    rank: int = 0
+    count: int = 1
+
+
 class Team:
     """This process among `count`; `shard` splits weights, gradients and optimizer state over all of them (FSDP2)."""
 
@@ -39,6 +48,11 @@ class Team:
             kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
             self.accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[kwargs])
             self.device = self.accelerator.device
+
+    @property
+    def part(self) -> Share:
+        """The part of any work that this process does."""
+        return Share(self.rank, self.count)
 
     @property
     def leads(self) -> bool:

@@ -3,7 +3,8 @@
 - `emoji`: captions of the emoji world, endless;
 - `general`: a grammar of everyday subjects, attributes, places, styles, light and lenses (`prompts/general.json`), over a million
   distinct prompts;
-- a path: a .txt list, one prompt a line, shuffled anew each time it has been read through.
+- a path: a .txt list, one prompt a line, or a .json: COCO's captions or a list of strings; shuffled anew each time it has been
+  read through.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import math
 import stat
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,6 +28,7 @@ from sidcli.randomness import numpy_generator
 
 MAX_BYTES = 1 << 30
 MAX_LINE = 10_000
+JSON_HINT = "give COCO's captions_val2014.json or a JSON list of strings"
 
 
 class Prompts(Protocol):
@@ -106,34 +110,85 @@ class Grammar:
 
 
 def read_list(path: Path) -> PromptList:
-    """A prompt file: UTF-8 text, one prompt a line; blank lines are skipped, a byte order mark and CRLF are fine.
+    """A prompt file: UTF-8 text, one prompt a line; blank lines are skipped, a byte order mark and CRLF are fine. Or a .json.
 
     Raises InputError with file, line and byte for anything else.
     """
+    if path.suffix.lower() == ".json":
+        return read_captions(path)
+    lines = []
+    for number, line in enumerate(_content(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: byte {error.start} is not UTF-8", "save the list as UTF-8 text") from error
+        lines.append(_checked(text, f"{path}:{number}"))
+    return _prompt_list(path, lines)
+
+
+def read_captions(path: Path) -> PromptList:
+    """COCO's captions_val2014.json, or a JSON list of strings. White space in a caption becomes single spaces.
+
+    Of COCO's, one caption for each image, in the order of image ids: of its captions that are not blank, the one with the lowest id.
+
+    Raises InputError with file and annotation for anything else.
+    """
+    try:
+        content = json.loads(_content(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}", JSON_HINT) from error
+    if isinstance(content, list):
+        return _prompt_list(path, [_caption(text, f"{path}: item {number}") for number, text in enumerate(content, 1)])
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise InputError(f"{path} has no list of annotations", JSON_HINT)
+    for number, annotation in enumerate(annotations, 1):
+        if not (isinstance(annotation, dict) and all(type(annotation.get(key)) is int for key in ("image_id", "id"))):
+            raise InputError(f"{path}: annotation number {number} has no image_id and id that are whole numbers", JSON_HINT)
+    captions: dict[int, str] = {}
+    for annotation in sorted(annotations, key=itemgetter("image_id", "id")):
+        if not captions.get(annotation["image_id"]):
+            captions[annotation["image_id"]] = _caption(annotation.get("caption"), f"{path}: annotation {annotation['id']}")
+    return _prompt_list(path, captions.values())
+
+
+def _content(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is not a regular file", "give a text file with one prompt a line")
         if status.st_size > MAX_BYTES:
             raise InputError(f"{path} has {status.st_size} bytes; prompt lists may have {MAX_BYTES}")
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the prompts {path}: {error.strerror}", "give a text file with one prompt a line") from error
-    lines = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: byte {error.start} is not UTF-8", "save the list as UTF-8 text") from error
-        if "\0" in text:
-            raise InputError(f"{path}:{number}: a NUL character", "save the list as plain UTF-8 text")
-        if len(text) > MAX_LINE:
-            raise InputError(f"{path}:{number}: a prompt of {len(text)} characters; at most {MAX_LINE} are read")
-        if text:
-            lines.append(text)
+
+
+def _caption(text: Any, place: str) -> str:
+    """A text from JSON on one line. Raises InputError where it is none, or holds half a character (a lone surrogate)."""
+    if not isinstance(text, str):
+        raise InputError(f"{place} has no text", JSON_HINT)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: character {error.start} is half a surrogate pair", "save the list as UTF-8 text") from error
+    return _checked(" ".join(text.split()), place)
+
+
+def _checked(text: str, place: str) -> str:
+    if "\0" in text:
+        raise InputError(f"{place}: a NUL character", "save the list as plain UTF-8 text")
+    if len(text) > MAX_LINE:
+        raise InputError(f"{place}: a prompt of {len(text)} characters; at most {MAX_LINE} are read")
+    return text
+
+
+def _prompt_list(path: Path, texts: Iterable[str]) -> PromptList:
+    """Of the texts that are not empty. Raises InputError where there is none."""
+    lines = tuple(filter(None, texts))
     if not lines:
         raise InputError(f"{path} holds no prompt", "give a text file with one prompt a line")
-    return PromptList(str(path), tuple(lines))
+    return PromptList(str(path), lines)
 
 
 def open_prompts(source: str) -> Prompts:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.pictures import contact_sheet, save_png
-from sidcli.sampler import Drawer, Plan, Progress, draw
+from sidcli.sampler import Drawer, Plan, Progress, draw, png_info
 from sidcli.sources import Source
 
 
@@ -21,20 +20,6 @@ class Drawn:
     file: Path
     prompt: str
     seed: int
-
-
-def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
-    """What made the image, as one JSON text chunk named `sid`."""
-    info = PngImagePlugin.PngInfo()
-    made = {
-        "prompt": prompt,
-        "seed": seed,
-        "model": source.origin,
-        "revision": source.revision,
-        "sampling": plan.describe(),
-    }
-    info.add_itxt("sid", json.dumps(made, ensure_ascii=False))
-    return info
 
 
 def run(

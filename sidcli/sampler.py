@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import PngImagePlugin
 from torch import Tensor
 
 from sidcli.diffusion import Renoise, exit_grid, few_steps, guided, many_steps
 from sidcli.errors import EnvironmentProblem, UsageError
-from sidcli.teachers import Model
+from sidcli.sources import Source
+from sidcli.teachers import Description, Model
 from sidcli.text import TextEncoder, denoise
 
 Progress = Callable[[int], None]
@@ -115,7 +118,7 @@ def untrained_plan(steps: int) -> Plan:
     return Plan(steps, grid=exit_grid(T_INIT, steps))
 
 
-def plan_for(model: Model, steps: int | None = None, guidance: float | None = None) -> Plan:
+def plan_for(model: Model | Description, steps: int | None = None, guidance: float | None = None) -> Plan:
     """The model's own way of drawing, with the user's wishes. Raises UsageError for wishes it cannot fulfil."""
     if model.is_student:
         return student_plan(model.card, steps, guidance, model.source.name)
@@ -142,6 +145,20 @@ def check_wishes(steps: int | None, guidance: float | None) -> None:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     if guidance is not None and not math.isfinite(guidance):
         raise UsageError(f"--guidance must be finite, not {guidance}")
+
+
+def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
+    """What made the image, as one JSON text chunk named `sid`."""
+    info = PngImagePlugin.PngInfo()
+    made = {
+        "prompt": prompt,
+        "seed": seed,
+        "model": source.origin,
+        "revision": source.revision,
+        "sampling": plan.describe(),
+    }
+    info.add_itxt("sid", json.dumps(made, ensure_ascii=False))
+    return info
 
 
 class Drawer(Protocol):

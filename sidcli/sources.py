@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError
-from sidcli.files import read_json
-from sidcli.hub import Listener, Silence, fetch
+from sidcli.files import read_json, sha256
+from sidcli.hub import Listener, Silence, fetch, needed
 
 EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
 WEIGHTS = Path(__file__).parent / "emoji" / "weights"
@@ -72,6 +73,16 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
     raise InputError(
         f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
     )
+
+
+def fingerprint(source: Source) -> str:
+    """Hex digest of what a model draws with: the content of the files that it is read from, wherever they lie."""
+    if source.is_file:
+        return sha256(source.path)
+    names = sorted(file.relative_to(source.path).as_posix() for file in source.path.rglob("*") if file.is_file())
+    chosen = names if graph_format(source.path) else needed(names)
+    content = [(name, sha256(source.path / name)) for name in sorted(chosen)]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def read_card(source: Source) -> dict[str, Any]:

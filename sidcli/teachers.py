@@ -45,8 +45,27 @@ class Overrides:
     height: int = 0
 
 
+class Known:
+    """What a model's card, the content of its sid.json, says of it; the card of a model that is not ours is empty."""
+
+    card: dict[str, Any]
+
+    @property
+    def is_student(self) -> bool:
+        return self.card.get("kind") == "student"
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether the model draws the emoji world, whose ground truth we can then measure against."""
+        return self.card.get("world") == "emoji"
+
+    @property
+    def default_guidance(self) -> float:
+        return float(self.card.get("guidance", 7.5))
+
+
 @dataclass(frozen=True)
-class Description:
+class Description(Known):
     """What is known of a model before a weight is read: the configuration of each network and of its scheduler."""
 
     source: Source
@@ -65,7 +84,7 @@ class Description:
 
 
 @dataclass(eq=False)
-class Model:
+class Model(Known):
     """The networks of one text-to-image model, float32 and in eval mode, and what is known about it."""
 
     source: Source
@@ -76,26 +95,12 @@ class Model:
     schedule: Schedule
     scheduler_config: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
-    """The content of sid.json: empty for models that are not ours."""
     empty_is_zero: bool = False
     """Whether the empty prompt is given as zeros, as SDXL has it."""
 
     @property
-    def is_student(self) -> bool:
-        return self.card.get("kind") == "student"
-
-    @property
-    def is_emoji(self) -> bool:
-        """Whether the model draws the emoji world, whose ground truth we can then measure against."""
-        return self.card.get("world") == "emoji"
-
-    @property
     def is_xl(self) -> bool:
         return len(self.text_encoders) == 2
-
-    @property
-    def default_guidance(self) -> float:
-        return float(self.card.get("guidance", 7.5))
 
     def with_unet(self, unet: UNet2DConditionModel) -> Model:
         """The same model around another drawing network."""

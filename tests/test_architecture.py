@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text"},
+    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "metrics.catalogue"},
     {
         "files",
         "config",
@@ -17,8 +17,9 @@ FLOORS = [
         "formats.comfyui",
         "objectives.sid",
         "emoji.nouns",
+        "metrics.intervals",
     },
-    {"sources", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
+    {"sources", "imagefiles", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
     {
         "prompts",
         "emoji.classifier",
@@ -27,14 +28,16 @@ FLOORS = [
         "teachers",
         "pictures",
         "metrics.fid",
+        "metrics.transforms",
         "metrics.kid",
         "metrics.prdc",
+        "metrics.weights",
     },
-    {"sampler", "checkpoint", "metrics.features", "formats.order", "formats.card"},
-    {"engine", "metrics.accuracy", "metrics.clip_score", "formats.diffusers_folder"},
-    {"formats.graph", "formats.lora", "formats.single_file_folder", "emoji.train", "emoji.pack"},
-    {"formats.runtime"},
-    {"formats.onnx", "formats.torch_export"},
+    {"sampler", "checkpoint", "metrics.features", "formats.order", "formats.card", "report.charts"},
+    {"engine", "metrics.clip", "imagesets", "formats.diffusers_folder", "report.page"},
+    {"formats.graph", "formats.lora", "formats.single_file_folder", "emoji.train", "emoji.pack", "report.run"},
+    {"formats.runtime", "protocols"},
+    {"formats.onnx", "formats.torch_export", "entrants", "proxy"},
     {"formats.openvino"},
     {"distill", "sample", "evaluate", "export", "plan"},
     {"console"},

@@ -1,105 +1,156 @@
-"""Feature extractors for the FID: clean-fid's resizer in front of a network that takes float32 [B, 3, S, S] in 0..255."""
+"""Networks that turn images into features. Inception sees them through clean-fid's resizer, so that an FID is the one others report."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from cleanfid.resize import make_resizer
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidcli.emoji import world
 from sidcli.emoji.classifier import Classifier
+from sidcli.emoji.world import SIZE
 from sidcli.errors import InputError
-from sidcli.files import atomic_file, cache_folder, sha256
-from sidcli.metrics.fid import Statistics, statistics
+from sidcli.files import sha256
+from sidcli.metrics.weights import INCEPTION
 from sidcli.sources import WEIGHTS
 
-INCEPTION = "inception-2015-12-05.pt"
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+DINO_SIZE = 224
+IMAGENET = (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32))
 
 
 class Extractor(Protocol):
-    """`name` for the record, `size` of the square input, and the network itself."""
+    """Images uint8 [H, W, 3], of any sizes, and their captions -> float32 [B, D].
 
-    name: str
-    size: int
-
-    def __call__(self, pixels: Tensor) -> Tensor: ...
-
-
-class EmojiExtractor:
-    """Features [B, 128] of the emoji world's classifier."""
-
-    name, size = "emoji-classifier", world.SIZE
-
-    def __init__(self) -> None:
-        self.net = Classifier().eval()
-        self.net.load_state_dict(load_file(WEIGHTS / "classifier.safetensors"))
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return self.net.features(pixels)
-
-
-class InceptionExtractor:
-    """Features [B, 2048] of clean-fid's Inception. The file is looked for in our cache and never fetched here.
-
-    Raises InputError that says which file to put where.
+    Equal `name`s give equal features; what does not read captions may be given none.
     """
 
-    name, size = "inception-2015-12-05", 299
+    reads_captions: bool
+
+    @property
+    def name(self) -> str: ...
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray: ...
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> float32 [size, size, 3] in 0..255 by clean-fid's resizer (PIL bicubic per channel, not quantised)."""
+    if image.shape[:2] == (size, size):
+        return image.astype(np.float32)
+    return make_resizer("PIL", False, "bicubic", (size, size))(image)
+
+
+def batch(images: Sequence[np.ndarray], size: int) -> Tensor:
+    """float32 [B, 3, size, size] in 0..255: what clean-fid gives its networks."""
+    return torch.from_numpy(np.stack(in_threads(lambda image: resize(image, size), images))).permute(0, 3, 1, 2)
+
+
+def in_threads(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
+    """The same work on each item, in order; decoding and resizing release the interpreter, so the cores share them."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(work, items))
+
+
+class EmojiFeatures:
+    """Features [B, 128] of the emoji world's classifier; `answers` are read off them."""
+
+    reads_captions = False
 
     def __init__(self) -> None:
-        folder = Path(os.environ.get("SID_INCEPTION", cache_folder() / INCEPTION)).parent
-        if not (folder / INCEPTION).is_file():
-            raise InputError(
-                f"the FID of photographs needs {INCEPTION}, which is not in {folder}",
-                "download it from NVIDIA's StyleGAN2-ADA metrics, or point SID_INCEPTION at the file",
-            )
-        from cleanfid.inception_torchscript import InceptionV3W
-
-        self.net = InceptionV3W(str(folder), download=False, resize_inside=False).eval()
+        file = WEIGHTS / "classifier.safetensors"
+        self.net = Classifier().eval()
+        self.net.load_state_dict(load_file(file))
+        self.name = f"emoji classifier {sha256(file)[:12]}"
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return self.net(pixels)
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:
+        return self.net.features(batch(images, SIZE)).numpy()
+
+    @torch.no_grad()
+    def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Noun and colour, as indices [n] into NOUN_LIST and COLOUR_LIST, that the classifier names for features [n, 128]."""
+        seen = torch.from_numpy(features)
+        return self.net.noun(seen).argmax(1).numpy(), self.net.colour(seen).argmax(1).numpy()
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in 0..255 by clean-fid's resizer (PIL bicubic per channel, not quantised)."""
-    if images.shape[1:3] == (size, size):
-        return images.permute(0, 3, 1, 2).float()
-    resizer = make_resizer("PIL", False, "bicubic", (size, size))
-    return torch.from_numpy(np.stack([resizer(image) for image in images.numpy()])).permute(0, 3, 1, 2)
+class InceptionFeatures:
+    """Features [B, 2048] of the Inception network in a TorchScript file, called as clean-fid calls it.
+
+    `published` says whether these are the weights that published FIDs are computed with. Raises InputError for another kind of file.
+    """
+
+    reads_captions = False
+
+    def __init__(self, file: Path, device: torch.device):
+        if not file.is_file():
+            raise InputError(f"no file {file}", f"--inception takes {INCEPTION.name} in TorchScript, or leave it out to fetch it")
+        self.file, self.device = file, device
+        digest = sha256(file)
+        self.published = digest == INCEPTION.sha256
+        self.name = f"inception {digest[:12]}"
+
+    @cached_property
+    def net(self) -> Any:
+        from cleanfid.inception_torchscript import InceptionV3W
+
+        with tempfile.TemporaryDirectory() as folder:  # clean-fid takes a folder in which the file has this name
+            (Path(folder) / "inception-2015-12-05.pt").symlink_to(self.file.absolute())
+            try:
+                return InceptionV3W(folder, download=False, resize_inside=False).eval().to(self.device)
+            except (RuntimeError, AttributeError) as error:
+                reason = (str(error).strip().splitlines() or [""])[0]
+                raise InputError(
+                    f"{self.file} is no Inception in TorchScript: {reason}", f"--inception takes {INCEPTION.name}"
+                ) from error
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:
+        return self.net(batch(images, 299).to(self.device)).float().cpu().numpy()
 
 
-def extract(extractor: Extractor, images: Tensor) -> np.ndarray:
-    """Features float32 [B, D] of images uint8 [B, H, W, 3]."""
-    return extractor(resize(images, extractor.size)).numpy()
+@dataclass(frozen=True)
+class DinoFeatures:
+    """The normalised class token [B, D] of DINOv2, of images resized to 224 x 224 (PIL bicubic), as in arXiv 2306.04675.
 
+    `model` is a folder or a hub id that transformers reads. Raises InputError where there is none.
+    """
 
-def scene_statistics(extractor: Extractor, seed: int, count: int, advance: Callable[[int], None] = lambda _: None) -> Statistics:
-    """Statistics of `count` scenes of the emoji world, computed once and cached by what they depend on."""
-    version = f"{world.digest()}-{extractor.name}-{_weights_digest()}-{seed}-{count}"
-    file = cache_folder() / "statistics" / f"{version}.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as kept:
-            return Statistics(kept["mean"], kept["covariance"], int(kept["n"]))
-    features = []
-    for start in range(0, count, 200):
-        scenes = range(start, min(start + 200, count))
-        features.append(extract(extractor, torch.from_numpy(world.render_many(seed, scenes))))
-        advance(len(scenes))
-    found = statistics(np.concatenate(features))
-    with atomic_file(file) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, mean=found.mean, covariance=found.covariance, n=found.n)
-    return found
+    model: str
+    device: torch.device
+    reads_captions = False
 
+    @property
+    def name(self) -> str:
+        file = Path(self.model) / "model.safetensors"
+        return f"dinov2 {sha256(file)[:12] if file.is_file() else self.model}, {DINO_SIZE} pixels"
 
-def _weights_digest() -> str:
-    return sha256(WEIGHTS / "classifier.safetensors")[:12]
+    @cached_property
+    def net(self) -> Any:
+        from transformers import Dinov2Model
+
+        try:
+            return Dinov2Model.from_pretrained(self.model, use_safetensors=True, dtype=torch.float32).eval().to(self.device)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"FD-DINOv2 needs {self.model}, which cannot be read: {reason}",
+                "put its config.json and model.safetensors into a folder and pass --dino-model FOLDER",
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:
+        mean, deviation = IMAGENET
+        small = [Image.fromarray(image).resize((DINO_SIZE, DINO_SIZE), Image.Resampling.BICUBIC) for image in images]
+        pixels = np.stack([(np.asarray(image, np.float32) / 255 - mean) / deviation for image in small])
+        return self.net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)).pooler_output.float().cpu().numpy()

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.intervals import Z, around, jackknife
+from sidcli.randomness import numpy_generator
+
+GROUPS = 20
+"""Parts of the drawn images that are left out in turn for an interval."""
+POINTS = 15
+"""Sample sizes that an extrapolation goes through, as in arXiv 1911.07023."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,6 +24,12 @@ class Statistics:
     mean: np.ndarray
     covariance: np.ndarray
     n: int
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0.0))) @ vectors.T
 
 
 def statistics(features: np.ndarray) -> Statistics:
@@ -29,6 +45,38 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     singular covariances do no harm.
     """
     eigenvalues = np.linalg.eigvals(a.covariance @ b.covariance)
-    root = np.sqrt(eigenvalues.astype(np.complex128)).real.sum()
+    return _distance(a, b, np.sqrt(eigenvalues.astype(np.complex128)).real.sum())
+
+
+def _quick_distance(a: Statistics, b: Statistics) -> float:
+    """The same from the eigenvalues of the symmetric b^(1/2) C_a b^(1/2): ten times as fast once b's root is known, and less exact
+    by some 1e-6 where a covariance is singular."""
+    eigenvalues = np.linalg.eigvalsh(b.root @ a.covariance @ b.root)
+    return _distance(a, b, np.sqrt(eigenvalues.clip(0.0)).sum())
+
+
+def _distance(a: Statistics, b: Statistics, root: float) -> float:
     difference = a.mean - b.mean
     return max(0.0, float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * root))
+
+
+def fid(features: np.ndarray, reference: Statistics) -> Measured:
+    """Frechet distance of drawn features [n, D] to the reference, with the interval of a jackknife over groups of drawn images."""
+    count = len(features)
+    groups = np.array_split(numpy_generator(0, "jackknife").permutation(count), min(GROUPS, count - 1))
+    left_out = [_quick_distance(statistics(np.delete(features, group, axis=0)), reference) for group in groups]
+    return jackknife(frechet_distance(statistics(features), reference), np.array(left_out))
+
+
+def fid_infinity(features: np.ndarray, reference: Statistics, measured: Measured) -> Measured:
+    """The FID's limit for endlessly many drawn images: a line through FIDs of random parts over 1 / size (arXiv 1911.07023).
+
+    `measured` is the FID of all of them; the interval adds its spread to that of the line.
+    """
+    count = len(features)
+    sizes = np.linspace(count // 5, count, POINTS).astype(int)
+    parts = [numpy_generator(0, "extrapolation", int(size)).choice(count, size, replace=False) for size in sizes]
+    distances = [_quick_distance(statistics(features[part]), reference) for part in parts]
+    (_, limit), spread = np.polyfit(1 / sizes, distances, 1, cov=True)
+    own = measured.half_width / Z
+    return around(float(limit), float(np.hypot(own, spread[1, 1] ** 0.5)))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.intervals import mean, share
+
 NEIGHBOURS = 5
 CHUNK = 1000
 """Rows of a distance matrix held at once: memory grows with the number of images, not with its square."""
@@ -15,12 +18,13 @@ CHUNK = 1000
 @dataclass(frozen=True)
 class Prdc:
     """`precision`: drawn images that could be real; `recall`: real ones that could be drawn; `density`: how many real neighbourhoods a
-    drawn image is in, over k (may pass 1); `coverage`: real images with a drawn one nearby."""
+    drawn image is in, over k (may pass 1); `coverage`: real images with a drawn one nearby. The intervals count images of the one
+    set while the other's neighbourhoods stay as they are."""
 
-    precision: float
-    recall: float
-    density: float
-    coverage: float
+    precision: Measured
+    recall: Measured
+    density: Measured
+    coverage: Measured
 
 
 def radii(features: Tensor, k: int) -> Tensor:
@@ -42,8 +46,8 @@ def prdc(real: Tensor, drawn: Tensor, k: int = NEIGHBOURS) -> Prdc:
         covered.append(distances.min(1).values < limits)
         reached.append((distances < drawn_radii[None, :]).any(1))
     return Prdc(
-        precision=float((inside > 0).double().mean()),
-        recall=float(torch.cat(reached).double().mean()),
-        density=float(inside.double().mean() / k),
-        coverage=float(torch.cat(covered).double().mean()),
+        precision=share((inside > 0).numpy()),
+        recall=share(torch.cat(reached).numpy()),
+        density=mean(inside.double().numpy() / k),
+        coverage=share(torch.cat(covered).numpy()),
     )

@@ -1,0 +1,173 @@
+"""Who takes part in an evaluation: models and exported graphs by name, folders and zips of images, and how each of them draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidcli.emoji import world
+from sidcli.errors import InputError, UsageError
+from sidcli.hub import Listener
+from sidcli.imagefiles import ImageFiles, open_images
+from sidcli.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
+from sidcli.protocols import Captions, Protocol
+from sidcli.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
+from sidcli.sources import Source, find, graph_format, read_card
+from sidcli.teachers import Description, describe, load
+
+FLOOR = "scenes (floor)"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A model or a set of images to measure, as the command line names it, and how it is to draw."""
+
+    name: str
+    steps: int | None = None
+    guidance: float | None = None
+    untrained: int = 0
+
+    @classmethod
+    def parse(cls, text: str, steps: int | None, guidance: float | None) -> Wish:
+        """`NAME[,steps=N][,guidance=G]`. Raises UsageError for anything else behind a comma."""
+        name, *settings = text.split(",")
+        if Path(text).exists():  # a path may have commas of its own
+            name, settings = text, []
+        wish = cls(name, steps, guidance)
+        kinds: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            try:
+                wish = replace(wish, **{key.strip(): kinds[key.strip()](value)})
+            except (KeyError, ValueError) as error:
+                raise UsageError(
+                    f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"
+                ) from error
+        return wish
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a wish's name stands for: a model that can be described, exported graphs, or images."""
+
+    wish: Wish
+    source: Source | None = None
+    known: Description | None = None
+    files: ImageFiles | None = None
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.known is not None and not self.known.is_student
+
+    @property
+    def is_emoji(self) -> bool:
+        return self.source is not None and (self.known.card if self.known else read_card(self.source)).get("world") == "emoji"
+
+
+def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
+    """What a wish names; with `untrained`, a teacher and then the same as if it were a student of so many steps.
+
+    Raises InputError where there is neither a model nor an image of that name.
+    """
+    path = Path(wish.name)
+    models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
+    if path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models)):
+        return [Found(wish, files=open_images(path))]
+    source = find(wish.name, listener)
+    found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source))
+    return [found, replace(found, wish=replace(wish, untrained=untrained))] if untrained and found.is_teacher else [found]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One row of the table before it is measured: images that answer the protocol's captions, and those of its held-out pairs."""
+
+    name: str
+    sampling: str
+    images: ImageSet
+    limit: int | None = None
+    held_out: ImageSet | None = None
+    is_teacher: bool = False
+
+
+def entrants(
+    found: Sequence[Found],
+    protocol: Protocol,
+    device: torch.device,
+    num: int | None,
+    seed: int,
+    batch_size: int,
+    place: Path | None,
+) -> list[Entrant]:
+    """Everything to measure, drawn nowhere yet; on the emoji world after the floor, real scenes in place of drawn images."""
+    rows = (
+        [Entrant(FLOOR, "real", SceneSet(world.PROMPT_SEED), None, SceneSet(world.PROMPT_SEED, True))] if protocol.is_emoji else []
+    )
+    for one in found:
+        if one.files is not None:
+            rows.append(Entrant(one.wish.name, f"{len(one.files)} images", FileSet(one.files), len(one.files)))
+            continue
+        if protocol.is_emoji and not one.is_emoji:
+            raise InputError(
+                f"{one.wish.name} does not draw the emoji world",
+                "--protocol coco2014-30k, or --protocol custom with --prompts FILE",
+            )
+        captions = protocol.captions
+        if captions is None:
+            raise UsageError(f"{one.wish.name} needs captions to draw", "--prompts FILE")
+        count = captions.limit if captions.limit is not None else num or protocol.default_num or 0
+        rows.append(_model(one, captions, protocol.held_out, count, device, seed, batch_size, place))
+    return rows
+
+
+def _model(
+    one: Found,
+    captions: Captions,
+    held_out: Captions | None,
+    count: int,
+    device: torch.device,
+    seed: int,
+    batch_size: int,
+    place: Path | None,
+) -> Entrant:
+    source, wish = one.source, one.wish
+    assert source is not None
+    opened: list[Drawer] = []
+    if one.known is None:
+        plan = student_plan(read_card(source), None, None, wish.name)
+    elif wish.untrained:
+        plan = untrained_plan(wish.untrained)
+    elif one.known.is_student:
+        plan = plan_for(one.known)
+    else:
+        plan = plan_for(one.known, wish.steps, wish.guidance)
+
+    def open_drawer() -> Drawer:
+        if not opened:
+            opened.append(_drawer(one, device))
+        return opened[0]
+
+    def drawn(asked: Captions) -> DrawnSet:
+        return DrawnSet(source, plan, asked.first(count), asked.key, seed, open_drawer, batch_size, place)
+
+    return Entrant(
+        wish.name,
+        plan.describe(),
+        drawn(captions),
+        captions.limit,
+        drawn(held_out) if held_out else None,
+        one.is_teacher and not wish.untrained,
+    )
+
+
+def _drawer(one: Found, device: torch.device) -> Drawer:
+    assert one.source is not None
+    if one.known is None:
+        from sidcli.formats.runtime import open_graphs
+
+        return open_graphs(one.source.path, str(graph_format(one.source.path)))
+    return Sampler(load(one.source), device)

@@ -1,0 +1,50 @@
+"""Every metric by the name it has in options, JSON and tables: what it is called, which way is better, and how it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`form` formats the value; `scale` is multiplied in for people only (JSON keeps fractions as fractions)."""
+
+    label: str
+    lower_is_better: bool
+    decimals: int
+    meaning: str
+    percent: bool = False
+
+    def write(self, value: float) -> str:
+        return f"{100 * value:.{self.decimals}f} %" if self.percent else f"{value:.{self.decimals}f}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value and its 95 % interval, in the metric's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+METRICS = {
+    "fid": Metric("FID", True, 2, "Frechet distance of features to the reference images (arXiv 1706.08500)"),
+    "fid_infinity": Metric("FID infinity", True, 2, "FID extrapolated to endlessly many drawn images (arXiv 1911.07023)"),
+    "fid_teacher": Metric("FID to teacher", True, 2, "Frechet distance to the teacher's images of the same captions"),
+    "kid": Metric("KID", True, 5, "kernel distance of features to the reference images, unbiased (arXiv 1801.01401)"),
+    "precision": Metric("precision", False, 3, "share of drawn images that could be reference images (arXiv 1904.06991)"),
+    "recall": Metric("recall", False, 3, "share of reference images that could be drawn (arXiv 1904.06991)"),
+    "density": Metric("density", False, 3, "reference neighbourhoods a drawn image is in, over k; may pass 1 (arXiv 2002.09797)"),
+    "coverage": Metric("coverage", False, 3, "share of reference images with a drawn one nearby (arXiv 2002.09797)"),
+    "fd_dinov2": Metric("FD-DINOv2", True, 2, "Frechet distance in the features of DINOv2 (arXiv 2306.04675)"),
+    "cmmd": Metric("CMMD", True, 3, "kernel distance of CLIP image embeddings, times 1000 (arXiv 2401.09603)"),
+    "clip": Metric("CLIP score", False, 4, "mean cosine of image and caption, as a fraction (arXiv 2104.08718)"),
+    "noun": Metric("noun", False, 1, "images whose noun the emoji classifier sees", percent=True),
+    "colour": Metric("colour", False, 1, "images whose background colour the emoji classifier sees", percent=True),
+    "composition": Metric("composition", False, 1, "images of noun and colour pairs no model was shown, both right", percent=True),
+}

@@ -1,0 +1,109 @@
+"""What open_clip's models see: embeddings of images, and how near an image is to its caption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from sidcli.errors import InputError
+from sidcli.files import sha256
+
+PREFIX = "A photo depicts "
+"""Stands before every caption in the paper's CLIP scores, as in arXiv 2104.08718."""
+
+
+class Clip:
+    """An open_clip model, read when it is first used.
+
+    `model` is a folder with open_clip_config.json and open_clip_model.safetensors, or ARCHITECTURE:WEIGHTS, where WEIGHTS is a tag of
+    open_clip's or a file; `hint` is the user's way out. Raises InputError where there is no such model.
+    """
+
+    def __init__(self, model: str, device: torch.device, hint: str):
+        self.model, self.device, self.hint = model, device, hint
+        self.folder = Path(model) if Path(model).is_dir() else None
+        self.name = f"open_clip {sha256(self._in_folder('open_clip_model.safetensors'))[:12]}" if self.folder else model
+
+    def _in_folder(self, name: str) -> Path:
+        file = Path(self.model) / name
+        if not file.is_file():
+            raise InputError(f"{self.model} has no {name}", self.hint)
+        return file
+
+    @cached_property
+    def opened(self) -> tuple[Any, Any, Any]:
+        """Network, preprocessing and tokenizer."""
+        architecture, _, tag = self.model.rpartition(":")
+        try:
+            if self.folder:
+                net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{self.folder}")
+                config = json.loads(self._in_folder("open_clip_config.json").read_text(encoding="utf-8"))
+                length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+                tokenizer = open_clip.SimpleTokenizer(context_length=length)
+            else:
+                net, _, preprocess = open_clip.create_model_and_transforms(architecture, tag)
+                tokenizer = open_clip.get_tokenizer(architecture)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            repo = str(open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")).rstrip("/")
+            place = f"put open_clip_model.safetensors of {repo} into the hub's cache (HF_HOME), or " if repo else ""
+            raise InputError(
+                f"cannot load the CLIP model {self.model}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+                f"{place}{self.hint}",
+            ) from error
+        return net.to(self.device).eval(), preprocess, tokenizer
+
+    @torch.no_grad()
+    def see(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Embeddings of length 1, float32 [B, D], of images uint8 [H, W, 3] of any size."""
+        net, preprocess, _ = self.opened
+        pixels = torch.stack([preprocess(Image.fromarray(image)) for image in images]).to(self.device)
+        return F.normalize(net.encode_image(pixels).float(), dim=1)
+
+    @torch.no_grad()
+    def read(self, captions: Sequence[str]) -> Tensor:
+        """The same of texts."""
+        net, _, tokenizer = self.opened
+        return F.normalize(net.encode_text(tokenizer(list(captions)).to(self.device)).float(), dim=1)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Image embeddings [B, D], for the CMMD."""
+
+    clip: Clip
+    reads_captions = False
+
+    @property
+    def name(self) -> str:
+        return f"embeddings of {self.clip.name}"
+
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        return self.clip.see(images).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Cosine [B, 1] of each image with `prefix` and its caption, for the CLIP score."""
+
+    clip: Clip
+    prefix: str = ""
+    reads_captions = True
+
+    @property
+    def name(self) -> str:
+        return f"similarity by {self.clip.name}, captions after {self.prefix!r}"
+
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+        told = self.clip.read([self.prefix + caption for caption in captions])
+        return (self.clip.see(images) * told).sum(1, keepdim=True).cpu().numpy()

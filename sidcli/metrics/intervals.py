@@ -1,0 +1,38 @@
+"""95 % intervals of what is averaged over images. They speak of the images that were counted, not of another training run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sidcli.metrics.catalogue import Measured
+
+Z = 1.959964
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+def mean(values: np.ndarray) -> Measured:
+    """Mean of one number per image, [n], with the interval of the normal approximation."""
+    centre = float(values.mean())
+    return around(centre, float(values.std(ddof=1) / len(values) ** 0.5))
+
+
+def share(hits: np.ndarray) -> Measured:
+    """Share of images that have a property, bool [n], with Wilson's interval, which keeps a width at 0 and at 1."""
+    count, value = len(hits), float(hits.mean())
+    centre = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * (value * (1 - value) / count + Z**2 / (4 * count**2)) ** 0.5
+    return Measured(value, min(value, centre - half), max(value, centre + half))
+
+
+def jackknife(value: float, left_out: np.ndarray) -> Measured:
+    """Of any statistic, from its values [g] with one of g equal groups of images left out each time.
+
+    It does not underestimate the spread (Efron and Stein 1981), and unlike a bootstrap it shows no metric the same image twice.
+    """
+    groups = len(left_out)
+    return around(value, float(((groups - 1) / groups * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5))
+
+
+def around(value: float, error: float) -> Measured:
+    """A value and its standard error."""
+    return Measured(value, value - Z * error, value + Z * error)

@@ -1,0 +1,278 @@
+"""What an evaluation asks and compares with, by name: captions, reference images, what is done to an image, and which networks look.
+
+- `emoji`: caption i is that of scene (PROMPT_SEED, i), worded as no model was trained on and always naming the background; the
+  reference are 10,000 scenes of REFERENCE_SEED;
+- `coco2014-30k`: the GigaGAN protocol of the paper's numbers (method 2.1): 30,000 captions of COCO's validation set of 2014, its
+  images as the reference, all of them; of every image the centre square, by Lanczos to 256;
+- `custom`: your captions, your reference, images as they are.
+
+Image i answers caption i with seed `seed + i`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from typing import Protocol as Shape
+
+import numpy as np
+import torch
+
+from sidcli.emoji import world
+from sidcli.errors import InputError, UsageError
+from sidcli.hub import Listener
+from sidcli.imagefiles import open_images
+from sidcli.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_is
+from sidcli.metrics.clip import PREFIX, Clip, Embeddings, Similarity
+from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, InceptionFeatures
+from sidcli.metrics.fid import Statistics
+from sidcli.metrics.transforms import square
+from sidcli.metrics.weights import INCEPTION, fetch
+from sidcli.prompts import read_list
+from sidcli.sources import WEIGHTS
+
+REFERENCE_SCENES = 10_000
+COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
+COCO_IMAGES = Path("val2014")
+COCO_SIZE = 256
+PHOTO_CLIP, CMMD_CLIP, DINO = "ViT-g-14:laion2b_s12b_b42k", "ViT-L-14-336-quickgelu:openai", "facebook/dinov2-large"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Which files the networks of the metrics come from, where they run, and who hears of downloads; None: the usual ones."""
+
+    device: torch.device
+    listener: Listener
+    inception: Path | None = None
+    clip: str | None = None
+    cmmd: str | None = None
+    dino: str | None = None
+
+
+def hint(option: str) -> str:
+    return f"{option} FOLDER with open_clip_config.json and open_clip_model.safetensors, or {option} ARCHITECTURE:TAG"
+
+
+class Judges(Shape):
+    """The networks that look at images, each made when a metric asks for it."""
+
+    @property
+    def features(self) -> Extractor:
+        """For FID, KID, precision, recall, density and coverage."""
+        ...
+
+    @property
+    def clip(self) -> Extractor: ...
+    @property
+    def embeddings(self) -> Extractor:
+        """For the CMMD."""
+        ...
+
+    @property
+    def dino(self) -> Extractor: ...
+
+
+@dataclass(frozen=True)
+class EmojiJudges:
+    """The classifier and the open_clip model that ship with the emoji world; DINOv2 where it is given."""
+
+    networks: Networks
+
+    @cached_property
+    def features(self) -> EmojiFeatures:
+        return EmojiFeatures()
+
+    @cached_property
+    def _clip(self) -> Clip:
+        return Clip(self.networks.clip or str(WEIGHTS / "clip"), self.networks.device, hint("--clip-model"))
+
+    @property
+    def clip(self) -> Similarity:
+        return Similarity(self._clip)
+
+    @property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(self._clip)
+
+    @cached_property
+    def dino(self) -> DinoFeatures:
+        return DinoFeatures(self.networks.dino or DINO, self.networks.device)
+
+
+@dataclass(frozen=True)
+class PhotoJudges:
+    """The networks of published numbers."""
+
+    networks: Networks
+    prefix: str
+
+    @cached_property
+    def features(self) -> InceptionFeatures:
+        file = self.networks.inception or fetch(INCEPTION, self.networks.listener)
+        return InceptionFeatures(file, self.networks.device)
+
+    @cached_property
+    def clip(self) -> Similarity:
+        return Similarity(Clip(self.networks.clip or PHOTO_CLIP, self.networks.device, hint("--clip-model")), self.prefix)
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(Clip(self.networks.cmmd or CMMD_CLIP, self.networks.device, hint("--cmmd-model")))
+
+    @cached_property
+    def dino(self) -> DinoFeatures:
+        return DinoFeatures(self.networks.dino or DINO, self.networks.device)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Caption i of as many as are asked for; `key` stands for all of them, `limit` is how many there are, if they end."""
+
+    name: str
+    key: str
+    first: Callable[[int], list[str]]
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One evaluation's questions and yardsticks. `reference` is None where there is nothing to compare with."""
+
+    name: str
+    captions: Captions | None
+    reference: Collection | Statistics | None
+    judges: Judges
+    default_num: int | None
+    prepare: Prepare = as_it_is
+    prepared: str = ""
+    held_out: Captions | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_emoji(self) -> bool:
+        return self.name == "emoji"
+
+
+def scenes(count: int, held_out: bool = False) -> list[world.Scene]:
+    """The scenes that the emoji protocol's captions describe."""
+    return [world.scene(world.PROMPT_SEED, index, held_out) for index in range(count)]
+
+
+def emoji_captions(count: int, held_out: bool = False) -> list[str]:
+    return [world.caption(scene, world.PROMPT_SEED, index, "eval", 1.0).text for index, scene in enumerate(scenes(count, held_out))]
+
+
+def emoji(networks: Networks) -> Protocol:
+    def captions(held_out: bool) -> Captions:
+        name = "emoji world, held-out pairs" if held_out else "emoji world, evaluation captions"
+        return Captions(name, f"emoji {world.digest()} {held_out}", partial(emoji_captions, held_out=held_out))
+
+    return Protocol(
+        "emoji",
+        captions(False),
+        Collection(SceneSet(world.REFERENCE_SEED), REFERENCE_SCENES),
+        EmojiJudges(networks),
+        400,
+        held_out=captions(True),
+        facts={"reference": f"{REFERENCE_SCENES} scenes of the emoji world", "world": world.digest()},
+    )
+
+
+def listed(file: Path) -> Captions:
+    """Captions of a file, in its order."""
+    prompts = read_list(file)
+    return Captions(prompts.name, prompts.digest, lambda count: list(prompts.lines[:count]), len(prompts.lines))
+
+
+def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Protocol:
+    """`folder` holds annotations/captions_val2014.json and val2014/, as COCO's archives unpack."""
+    if folder is None:
+        raise UsageError(
+            "the protocol coco2014-30k needs COCO's validation set of 2014",
+            f"--reference FOLDER with {COCO_IMAGES}/ and {COCO_CAPTIONS}, unpacked from val2014.zip and annotations_trainval2014.zip",
+        )
+    for needed in (folder / COCO_IMAGES, *([] if prompts else [folder / COCO_CAPTIONS])):
+        if not needed.exists():
+            raise InputError(
+                f"{folder} is not COCO 2014: {needed} is missing", "unpack val2014.zip and annotations_trainval2014.zip there"
+            )
+    files = open_images(folder / COCO_IMAGES)
+    prepare, prepared = partial(square, size=COCO_SIZE), f"centre square, Lanczos to {COCO_SIZE}"
+    return Protocol(
+        "coco2014-30k",
+        listed(prompts or folder / COCO_CAPTIONS),
+        Collection(FileSet(files), len(files), prepare=prepare, prepared=prepared),
+        PhotoJudges(networks, PREFIX),
+        30_000,
+        prepare,
+        prepared,
+        facts={"reference": f"{len(files)} images of {COCO_IMAGES}", "reference_files": files.fingerprint},
+    )
+
+
+def custom(networks: Networks, reference: Path | None, prompts: Path | None) -> Protocol:
+    compared: Collection | Statistics | None = None
+    facts: dict[str, Any] = {"reference": "none"}
+    if reference and reference.suffix.lower() == ".npz":
+        compared = read_statistics(reference)
+        facts = {
+            "reference": f"statistics of {reference.name}",
+            "reference_files": hashlib.sha256(reference.read_bytes()).hexdigest(),
+        }
+    elif reference:
+        files = open_images(reference)
+        compared = Collection(FileSet(files), len(files))
+        facts = {"reference": f"{len(files)} images of {reference.name}", "reference_files": files.fingerprint}
+    captions = listed(prompts) if prompts else None
+    return Protocol("custom", captions, compared, PhotoJudges(networks, ""), None, facts=facts)
+
+
+def read_statistics(file: Path) -> Statistics:
+    """`mu` and `sigma` of Inception features, as clean-fid and others keep them. Raises InputError for other files."""
+    hint = "--reference takes a folder or zip of images, or an .npz with `mu` [D] and `sigma` [D, D]"
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            mean, covariance = kept["mu"].astype(np.float64), kept["sigma"].astype(np.float64)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{file} holds no statistics: {error}", hint) from error
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
+        raise InputError(f"{file}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit", hint)
+    return Statistics(mean, covariance, 0)
+
+
+PROTOCOLS = ("emoji", "coco2014-30k", "custom")
+
+
+def choose(name: str, all_emoji: bool, own: bool) -> str:
+    """The protocol that `auto` stands for: `custom` where the user brings captions or a reference, `emoji` for emoji models.
+
+    Raises UsageError where neither is the case.
+    """
+    if name != "auto":
+        return name
+    if own:
+        return "custom"
+    if not all_emoji:
+        raise UsageError(
+            "there is nothing to compare these images with",
+            "--protocol coco2014-30k --reference COCO_FOLDER, or --reference FOLDER and --prompts FILE of your own",
+        )
+    return "emoji"
+
+
+def open_protocol(name: str, networks: Networks, reference: Path | None, prompts: Path | None) -> Protocol:
+    """The protocol of a name. Raises UsageError for a name there is none of, or where something it needs is not given."""
+    if name == "emoji":
+        if reference or prompts:
+            raise UsageError("the protocol emoji has captions and a reference of its own", "--protocol custom, for yours")
+        return emoji(networks)
+    if name == "coco2014-30k":
+        return coco(networks, reference, prompts)
+    if name == "custom":
+        return custom(networks, reference, prompts)
+    raise UsageError(f"--protocol must be one of {', '.join(PROTOCOLS)}, not {name!r}")

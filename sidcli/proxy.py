@@ -1,0 +1,63 @@
+"""Numbers that show progress while a student is trained, which the losses of SiD do not: no dataset, only the teacher's own images.
+
+The teacher draws PROXY_IMAGES once, kept in the cache; the student draws the same prompts and seeds whenever it is measured. An open_clip
+model looks at both: the CMMD between them should fall, the CLIP score should rise to the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sidcli.engine import Engine
+from sidcli.imagesets import Collection, DrawnSet
+from sidcli.metrics.clip import Clip, Embeddings, Similarity
+from sidcli.metrics.kid import cmmd
+from sidcli.parallel import Share
+from sidcli.sampler import Plan, Progress, Sampler, draw, plan_for
+from sidcli.sources import WEIGHTS
+from sidcli.teachers import Model
+
+PROXY_IMAGES = 128
+BATCH = 16
+PHOTO_CLIP = "ViT-B-32-quickgelu:openai"
+"""The smallest CLIP that is in wide use: a proxy has to be cheap, and is compared with itself alone."""
+
+
+@dataclass(frozen=True)
+class TeacherDrawer:
+    """The teacher inside an engine, as what draws."""
+
+    engine: Engine
+    truncated = 0
+
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> torch.Tensor:
+        return self.engine.teacher_images(prompts, seeds, plan)
+
+
+class Proxy:
+    """Opened once a run. Raises InputError where the CLIP model is not to be had."""
+
+    def __init__(self, engine: Engine, texts: list[str], advance: Progress):
+        model = engine.sampler.model
+        self.device, self.texts = engine.device, texts
+        hint = "--eval-every 0 trains without measuring"
+        clip = Clip(str(WEIGHTS / "clip") if model.is_emoji else PHOTO_CLIP, self.device, hint)
+        self.embeddings, self.similarity = Embeddings(clip), Similarity(clip)
+        key = f"proxy {engine.prompts.digest} {engine.config.seed} {engine.bf16} {model.size}"
+        drawn = DrawnSet(model.source, plan_for(model), texts, key, 0, lambda: TeacherDrawer(engine), BATCH)
+        samples = Collection(drawn, len(texts), texts)
+        samples.fill([self.embeddings, self.similarity], Share(), advance)
+        self.teacher = samples.features(self.embeddings)
+        self.goal = float(samples.features(self.similarity).mean())
+
+    def measure(self, student: Model, plan: Plan) -> dict[str, float]:
+        """`proxy_cmmd` to the teacher's images and `proxy_clip`, of the student's images."""
+        batches = draw(Sampler(student, self.device), plan, self.texts, range(len(self.texts)), BATCH, lambda count: None)
+        images = [image for drawn in batches for image in drawn.numpy()]
+        found = cmmd(self.embeddings(images, ()), self.teacher)
+        score = float(np.mean(self.similarity(images, self.texts)))
+        return {"proxy_cmmd": round(found.value, 5), "proxy_clip": round(score, 5)}

@@ -1,0 +1,230 @@
+"""A run folder as a page, from its files alone. A file that is missing, damaged or half-written costs its own part of the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sidcli.errors import InputError
+from sidcli.files import read_json
+from sidcli.report.charts import evenly, number
+from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
+
+FRAMES = 24
+PROXIES: Mapping[str, tuple[str, bool | None]] = {
+    "proxy_kid": ("KID, proxy", True),
+    "proxy_clip": ("CLIP score, proxy", False),
+    "ratio": ("Ratio", None),
+    "sample_std": ("Spread of the latents", None),
+}
+COSTS: Mapping[str, tuple[str, bool | None]] = {
+    "images_per_second": ("Images per second", False),
+    "memory_gb": ("Peak memory, GB", True),
+}
+COUNTS = ("step", "skipped", "skipped_in_row")
+NO_SIGNAL = (
+    "The losses of SiD hover and are no signal of progress: look at the pictures and at the proxies, which are measured on a few"
+    " images and compare steps of this run only."
+)
+RATIO = "The ratio is |y_teacher - y_fake| / |y_teacher - x|: how much the two denoisers differ, beside what the teacher would change in x."
+
+
+@dataclass(frozen=True)
+class Run:
+    """What can be read of a run folder. `records`: the finite numbers of metrics.jsonl, by step, in order."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    record: Mapping[str, Any]
+    student: Mapping[str, Any]
+    records: Mapping[float, Mapping[str, float]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        student = _json(folder / "student" / "sid.json")
+        return cls(folder, _toml(folder / "config.toml"), _json(folder / "run.json"), student, _records(folder / "metrics.jsonl"))
+
+    @property
+    def teacher(self) -> str:
+        return str(self.config.get("teacher", ""))
+
+    @property
+    def student_steps(self) -> int:
+        return _whole(self.student, "student_steps") or _whole(self.config, "student_steps") or 1
+
+
+def run_page(folder: Path) -> Page:
+    """The page of a run, finished or not. Raises InputError for a folder in which no run left a readable file."""
+    run = Run.read(folder)
+    sections = _sections(run)
+    if not sections:
+        raise InputError(f"{folder} holds no run that can be read", "give the folder that sid distill wrote")
+    steps = f"{run.student_steps} step{'s' * (run.student_steps > 1)}"
+    subtitle = f"{run.teacher or 'a teacher'} distilled into a student that draws in {steps}"
+    return Page(folder.resolve().name, subtitle, _summary(run), sections)
+
+
+def run_sections(folder: Path) -> tuple[Section, ...]:
+    """What a run folder has to show: pictures, proxies, losses, how to run the student, settings and provenance."""
+    return _sections(Run.read(folder))
+
+
+def _sections(run: Run) -> tuple[Section, ...]:
+    keys = dict.fromkeys(key for record in run.records.values() for key in record if key not in COUNTS)
+    curves = {key: [(step, record[key]) for step, record in run.records.items() if key in record] for key in keys}
+    losses = {key: (key.replace("_", " ").capitalize(), None) for key in curves if key not in PROXIES and key not in COSTS}
+    sections = (
+        _timeline(run.folder / "samples"),
+        _curves("Progress", PROXIES, curves, (NO_SIGNAL, RATIO)),
+        _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
+        _curves("Speed and memory", COSTS, curves),
+        _commands(run),
+        _facts("Settings", run.config),
+        _facts("Student", {key: value for key, value in run.student.items() if key not in ("config", "teacher", "kind")}),
+        _facts("Provenance", run.record),
+    )
+    return tuple(section for section in sections if section is not None)
+
+
+def _summary(run: Run) -> str:
+    done = max(run.records, default=_whole(run.student, "steps_trained") or 0)
+    last = run.records.get(done, {})
+    planned, images = _whole(run.config, "steps"), _whole(run.student, "images")
+    parts = [
+        f"Step {number(done)}" + (f" of {number(planned)}" if planned else ""),
+        f"{number(images)} images seen" if images else "",
+        f"{number(last['images_per_second'])} images per second" if "images_per_second" in last else "",
+        f"{number(last['skipped'])} updates left out" if last.get("skipped") else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _timeline(folder: Path) -> Timeline | None:
+    files = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda file: int(file.stem))
+    known = _json(folder / "prompts.json")
+    prompts, seeds = (value if isinstance(value, list) else [] for value in (known.get("prompts"), known.get("seeds")))
+    strips = {int(file.stem): strip for file in evenly(files, FRAMES) if (strip := _strip(file, len(prompts)))}
+    if not strips:
+        return None
+    count = len(next(iter(strips.values())))
+    strips = {step: strip for step, strip in strips.items() if len(strip) == count}
+    teacher = _strip(folder / "teacher.png", len(prompts))
+    return Timeline(
+        "Pictures over training",
+        [str(prompt) for prompt in prompts] if len(prompts) == count else [f"Picture {index + 1}" for index in range(count)],
+        list(strips),
+        list(strips.values()),
+        teacher if len(teacher) == count else None,
+        seeds if len(seeds) == count else None,
+        ("The same prompts and noise at every step.",),
+    )
+
+
+def _strip(file: Path, count: int) -> list[Image.Image]:
+    """The `count` pictures of equal width that stand in a row in a file, else as many as are square; none where it is damaged."""
+    try:
+        with Image.open(file) as opened:
+            row = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's words for damaged
+        return []
+    if not count or row.width % count:
+        count = max(1, round(row.width / row.height))
+    width = row.width // count
+    return [row.crop((index * width, 0, (index + 1) * width, row.height)) for index in range(count)]
+
+
+def _curves(
+    title: str,
+    shown: Mapping[str, tuple[str, bool | None]],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    notes: Sequence[str] = (),
+) -> Curves | None:
+    found = [Curve(label, lower, curves[key]) for key, (label, lower) in shown.items() if key in curves]
+    return Curves(title, found, notes) if found else None
+
+
+def _commands(run: Run) -> Commands | None:
+    t_init, steps = _whole(run.student, "t_init"), run.student_steps
+    if t_init is None:
+        return None
+    visits = "num_inference_steps=1"
+    if steps > 1:
+        from sidcli.diffusion import exit_grid  # brings torch along
+
+        visits = f"timesteps={list(exit_grid(t_init, steps))}"
+    code = (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(run.folder / 'student'))})\n"
+        f'pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")'
+    )
+    model = shlex.quote(str(run.folder))
+    return Commands(
+        "How to run the student",
+        [
+            ("On the command line:", f'sid sample "a cat" --model {model}'),
+            ("In stock diffusers, where no guidance may be added to that in the weights:", code),
+            ("Measured beside its teacher:", " ".join(["sid eval", model] + [shlex.quote(run.teacher)] * bool(run.teacher))),
+        ],
+    )
+
+
+def _facts(title: str, content: Mapping[str, Any]) -> Facts | None:
+    pairs = _flat(content)
+    return Facts(title, pairs) if pairs else None
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested tables with their names joined; what is empty says nothing and is left out."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key} ")
+        elif value not in ("", None):
+            pairs.append((prefix + key, value if isinstance(value, str) else json.dumps(value, default=str)))
+    return pairs
+
+
+def _records(file: Path) -> dict[float, dict[str, float]]:
+    """Lines that are not a JSON object with a step, and values that are not finite numbers, are skipped."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return {}
+    found: dict[float, dict[str, float]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line, parse_int=float)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            numbers = {key: value for key, value in record.items() if isinstance(value, float) and math.isfinite(value)}
+            if "step" in numbers:
+                found.setdefault(numbers["step"], {}).update(numbers)
+    return dict(sorted(found.items()))
+
+
+def _whole(content: Mapping[str, Any], key: str) -> int | None:
+    value = content.get(key)
+    return value if isinstance(value, int) else None
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except InputError:
+        return {}
