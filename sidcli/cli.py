@@ -401,9 +401,15 @@ def evaluate(
             console.table(f"{rules.name}, {evaluation.num} images a model, values ± half of the 95 % interval", header, cells)
         for warning in warnings:
             console.note(f"note: {warning}")
+        drawn = driver.pictures(evaluation) if picture or report else []
         if picture:
-            driver.save_comparison(driver.pictures(evaluation), picture)
+            driver.save_comparison(drawn, picture)
             console.note(f"comparison: {picture}")
+        if report:
+            from sidcli.report.page import write
+
+            write(driver.page(evaluation, rows, drawn, seed), report)
+            console.note(f"report: {report}")
         data: dict[str, Any] = {
             "protocol": protocol_record,
             "models": [row.as_dict() for row in rows],

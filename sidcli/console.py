@@ -25,12 +25,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from sidcli.printable import printable
+
 LINE_SECONDS = 15.0
-
-
-def printable(text: str) -> str:
-    """Control and direction-changing characters made visible, so that a prompt cannot drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
 
 
 class Console:

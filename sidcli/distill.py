@@ -134,6 +134,7 @@ def run(
             finished = engine.student()
             if engine.team.leads:
                 write_student(student, finished, student_card(engine, prompts))
+                write(run_page(output), output / "report.html")
             engine.team.wait()
     return Result(output, student, engine.step, engine.images, seconds, record)
 
@@ -154,17 +155,18 @@ class Loop:
     def run(self) -> tuple[float, dict[str, Any]]:
         """Returns the seconds it took and the last record. Raises Interrupted after saving, SidError where it diverges."""
         engine, rhythm = self.engine, self.rhythm
-        started, done = time.monotonic(), 0
+        done, self.begun = 0, time.monotonic()
         while engine.step < engine.config.steps:
-            if rhythm.eval and engine.step % rhythm.eval == 0:
-                self.evaluate()
-            if engine.step % rhythm.sample == 0:
-                self.paint()
+            with self.aside():
+                if rhythm.eval and engine.step % rhythm.eval == 0:
+                    self.evaluate()
+                if engine.step % rhythm.sample == 0:
+                    self.paint()
             result = engine.advance()
             done += 1
             finished = engine.step == engine.config.steps
             if engine.step % rhythm.log == 0 or engine.step == 1 or finished:
-                self.report(result, done * engine.config.batch_size / (time.monotonic() - started))
+                self.report(result, done * engine.config.batch_size / (time.monotonic() - self.begun))
             self.listener.stepped({**self.record, "step": engine.step})
             if engine.step % rhythm.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
                 self.go_back()
@@ -176,10 +178,18 @@ class Loop:
                 raise Interrupted(
                     stopped, f"stopped at step {engine.step} of {engine.config.steps}, saved", "run the same command to continue"
                 )
-        if rhythm.eval:
-            self.evaluate()
-        self.paint()
-        return time.monotonic() - started, self.record
+        with self.aside():
+            if rhythm.eval:
+                self.evaluate()
+            self.paint()
+        return time.monotonic() - self.begun, self.record
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Looking at the student is no training: the time it takes is not counted as such."""
+        paused = time.monotonic()
+        yield
+        self.begun += time.monotonic() - paused
 
     def open_proxy(self) -> Proxy:
         engine = self.engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ from sidcli.metrics.prdc import NEIGHBOURS, prdc
 from sidcli.parallel import Team
 from sidcli.pictures import contact_sheet, save_png
 from sidcli.protocols import Protocol, scenes
+from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table
+from sidcli.report.run import run_sections
 
 SHOWN = 12
 PRDC = ("precision", "recall", "density", "coverage")
@@ -267,8 +270,8 @@ class Evaluation:
         }
 
 
-def table(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells for people, values with half the width of their interval; a wide table is turned, metrics downwards."""
+def listed(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, a line per row: model, sampling, n, and values with half the width of their interval."""
 
     def write(metric: str, row: Row) -> str:
         one = row.metrics.get(metric)
@@ -280,6 +283,12 @@ def table(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[
         header.append("s/image")
         for line, row in zip(cells, rows, strict=True):
             line.append("-" if row.seconds_per_image is None else f"{row.seconds_per_image:.3f}")
+    return header, cells
+
+
+def table(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The same for a terminal: with more metrics than models, metrics go downwards."""
+    header, cells = listed(rows, metrics)
     if len(metrics) > len(rows):
         turned = [list(line) for line in zip(header, *cells, strict=True)]
         return turned[0], turned[1:]
@@ -331,6 +340,47 @@ def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
         (f"{entrant.name}, {entrant.sampling}", [Image.fromarray(image) for image in entrant.images.read(range(count))])
         for entrant in evaluation.entered
     ]
+
+
+def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str, list[Image.Image]]], seed: int) -> Page:
+    """The results to look at: the table, intervals side by side, the same captions and seeds, and the runs that students came from."""
+    names, metrics, protocol = [name for name, _ in drawn], evaluation.metrics, evaluation.protocol
+    header, cells = listed(rows, metrics)
+    captions = protocol.captions.first(SHOWN) if protocol.captions else [f"image {index}" for index in range(SHOWN)]
+    scores = [
+        Intervals(
+            METRICS[metric], [(name, row.metrics[metric]) for name, row in zip(names, rows, strict=True) if metric in row.metrics]
+        )
+        for metric in metrics
+    ]
+    best = [_best(rows, metric) for metric in metrics]
+    table_rows = [
+        [Cell(name), *(Cell(cell, emphasis=index < len(best) and best[index] is row) for index, cell in enumerate(line[3:]))]
+        for name, row, line in zip(names, rows, cells, strict=True)
+    ]
+    sections: list[Section] = [
+        Table("Scores", ["", *header[3:]], table_rows, evaluation.warnings()),
+        Scores(
+            "Scores with their 95 % intervals",
+            scores,
+            [f"{METRICS[metric].label}: {METRICS[metric].meaning}." for metric in metrics],
+        ),
+        Gallery("The same captions and seeds", captions[: len(drawn[0][1])], drawn),
+        Facts("Protocol", [(name, json.dumps(value, ensure_ascii=False)) for name, value in evaluation.record(seed).items()]),
+    ]
+    for entrant in evaluation.entered:
+        if (Path(entrant.name) / "metrics.jsonl").is_file():
+            sections += run_sections(Path(entrant.name))
+    summary = f"{len(rows)} rows, {evaluation.num} images each, values with half the width of their 95 % interval"
+    return Page("Evaluation", f"protocol {protocol.name}", summary, sections)
+
+
+def _best(rows: Sequence[Row], metric: str) -> Row | None:
+    """The row to be pointed out in a column, where there are several; the floor does not compete."""
+    judged = [row for row in rows if row.model != FLOOR and metric in row.metrics]
+    if len(judged) < 2:
+        return None
+    return (min if METRICS[metric].lower_is_better else max)(judged, key=lambda row: row.metrics[metric].value)
 
 
 def save_comparison(rows: Sequence[tuple[str, list[Image.Image]]], file: Path) -> None:

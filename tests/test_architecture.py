@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "metrics.catalogue"},
+    {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "metrics.catalogue", "printable"},
     {
         "files",
         "config",

@@ -1,10 +1,28 @@
+"""Distances and scores, against closed forms, other libraries, and what they are for: telling worse images from better ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sidcli.emoji import world
-from sidcli.metrics.features import EmojiExtractor, extract, resize, scene_statistics
-from sidcli.metrics.fid import frechet_distance, statistics
+from sidcli.imagefiles import open_images
+from sidcli.imagesets import Collection, FileSet
+from sidcli.metrics.features import EmojiFeatures, InceptionFeatures, resize
+from sidcli.metrics.fid import fid, fid_infinity, frechet_distance, statistics
+from sidcli.metrics.intervals import share
+from sidcli.metrics.kid import kid
+from sidcli.metrics.prdc import prdc
+from sidcli.parallel import Share
+from tests.stand_ins import write_inception
+
+CPU = torch.device("cpu")
 
 
 def test_the_frechet_distance_of_gaussians_equals_its_closed_form() -> None:
@@ -14,50 +32,178 @@ def test_the_frechet_distance_of_gaussians_equals_its_closed_form() -> None:
     assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(10.0, rel=0.01)
 
 
-def test_the_frechet_distance_equals_clean_fid() -> None:
-    fid = pytest.importorskip("cleanfid.fid")
-    rng = np.random.default_rng(1)
-    a, b = (statistics(rng.normal(size=(300, 16)) @ rng.normal(size=(16, 16))) for _ in range(2))
-    try:
-        theirs = fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-    except TypeError:
-        pytest.skip("clean-fid calls an option that scipy 1.18 removed")
-    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6)
-
-
 def test_a_set_is_at_no_distance_from_itself_even_with_fewer_images_than_dimensions() -> None:
     features = np.random.default_rng(2).normal(size=(20, 64))
     assert frechet_distance(statistics(features), statistics(features)) < 1e-6
 
 
-def test_images_at_the_extractors_size_are_not_resized_and_others_go_through_clean_fids_resizer() -> None:
+def test_images_at_the_networks_size_are_not_resized_and_others_go_through_clean_fids_resizer() -> None:
     from cleanfid.resize import build_resizer
 
-    images = torch.from_numpy(world.render_many(0, range(2)))
-    assert torch.equal(resize(images, 64), images.permute(0, 3, 1, 2).float())
-    theirs = build_resizer("clean")(images[0].numpy()).transpose(2, 0, 1)
-    np.testing.assert_array_equal(resize(images, 299)[0].numpy(), theirs)
+    image = world.render(world.scene(0, 0))
+    assert np.array_equal(resize(image, 64), image.astype(np.float32))
+    np.testing.assert_array_equal(resize(image, 299), build_resizer("clean")(image))
 
 
-def test_the_emoji_fid_is_small_between_scenes_and_grows_with_noise_blur_wrong_colours_and_missing_nouns() -> None:
-    extractor = EmojiExtractor()
-    reference = scene_statistics(extractor, world.REFERENCE_SEED, 600)
-    scenes = torch.from_numpy(world.render_many(world.FLOOR_SEED, range(600)))
-
-    def distance(images: torch.Tensor) -> float:
-        return frechet_distance(statistics(extract(extractor, images)), reference)
-
-    floor = distance(scenes)
-    noise = (scenes.float() + 30 * torch.randn(scenes.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
-    small = scenes.permute(0, 3, 1, 2).float()
-    blur = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(small, 4), scale_factor=4).permute(0, 2, 3, 1).byte()
-    few = torch.stack([scenes[index % 60] for index in range(600)])
-    for worse in (noise, blur, scenes.flip(3), few):
-        assert distance(worse) > 1.5 * floor
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of 60 photographs each, as it were: scenes of several sizes, the second set with noise."""
+    rng, root = np.random.default_rng(3), tmp_path_factory.mktemp("photos")
+    for name, strength in (("a", 0), ("b", 40)):
+        (root / name).mkdir()
+        for index in range(60):
+            image = Image.fromarray(world.render(world.scene(len(name) + strength, index)))
+            image = image.resize([(320, 240), (240, 320), (299, 299)][index % 3], Image.Resampling.BICUBIC)
+            pixels = np.asarray(image) + rng.normal(0, strength, (*image.size[::-1], 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{index:03d}.png")
+    return root / "a", root / "b"
 
 
-def test_scene_statistics_are_cached_and_come_back_the_same() -> None:
-    extractor = EmojiExtractor()
-    first, second = (scene_statistics(extractor, 0, 50) for _ in range(2))
-    np.testing.assert_array_equal(first.covariance, second.covariance)
-    assert second.n == 50
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> InceptionFeatures:
+    return InceptionFeatures(write_inception(tmp_path_factory.mktemp("nets") / "inception.pt"), CPU)
+
+
+def features_of(folder: Path, inception: InceptionFeatures) -> np.ndarray:
+    files = open_images(folder)
+    collection = Collection(FileSet(files), len(files))
+    collection.fill([inception], Share(), lambda count: None)
+    return collection.features(inception)
+
+
+def test_the_fid_of_two_folders_equals_clean_fids(folders: tuple[Path, Path], inception: InceptionFeatures) -> None:
+    from cleanfid.fid import compute_fid
+
+    ours = frechet_distance(*(statistics(features_of(folder, inception)) for folder in folders))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = compute_fid(
+                *(str(folder) for folder in folders),
+                custom_feat_extractor=inception.net,
+                num_workers=0,
+                device=CPU,
+                use_dataparallel=False,
+                verbose=False,
+            )
+    except TypeError:
+        pytest.skip("clean-fid calls an option that scipy 1.18 removed")
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_fid_and_kid_equal_those_of_torchmetrics_up_to_its_other_resize(
+    folders: tuple[Path, Path], inception: InceptionFeatures
+) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Behind(torch.nn.Module):
+        """torchmetrics hands over uint8 of any size; here torch resizes, antialiased, where clean-fid lets PIL do it."""
+
+        num_features = 2048
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return inception.net(
+                torch.nn.functional.interpolate(images.float(), (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
+            )
+
+    theirs_fid = FrechetInceptionDistance(feature=Behind(), input_img_size=(3, 64, 64))
+    theirs_kid = KernelInceptionDistance(feature=Behind(), subsets=1, subset_size=60)
+    for folder, real in zip(folders, (False, True), strict=True):
+        for file in sorted(folder.iterdir()):
+            image = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None]
+            theirs_fid.update(image, real=real)
+            theirs_kid.update(image, real=real)
+    a, b = (features_of(folder, inception) for folder in folders)
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(float(theirs_fid.compute()), rel=2e-3)
+    # float32 inside torchmetrics, and the resize.
+    assert kid(a, b).value == pytest.approx(float(theirs_kid.compute()[0]), rel=2e-3)
+
+
+def test_the_interval_of_an_fid_is_about_as_wide_as_fids_of_fresh_samples_spread() -> None:
+    rng = np.random.default_rng(4)
+    reference = statistics(rng.normal(size=(20_000, 8)))
+    samples = [rng.normal(0.3, 1.2, (300, 8)) for _ in range(40)]
+    spread = np.std([frechet_distance(statistics(sample), reference) for sample in samples], ddof=1)
+    claimed = np.mean([fid(sample, reference).half_width / 1.96 for sample in samples[:10]])
+    assert 0.8 * spread < claimed < 1.6 * spread
+
+
+def test_a_share_keeps_an_interval_where_every_image_is_right() -> None:
+    everything = share(np.ones(100, bool))
+    assert everything.value == everything.high == 1.0
+    assert everything.low == pytest.approx(0.963, abs=1e-3)  # Wilson's, from a table
+
+
+def test_fid_infinity_is_nearer_to_the_truth_than_the_fid_of_few_images() -> None:
+    rng = np.random.default_rng(5)
+    reference = statistics(rng.normal(size=(50_000, 16)))
+    biases = []
+    for _ in range(6):
+        few = rng.normal(0.2, 1.0, (400, 16))  # the truth is 16 * 0.2^2 = 0.64
+        plain = fid(few, reference)
+        limit = fid_infinity(few, reference, plain)
+        assert limit.half_width > plain.half_width
+        biases.append((plain.value - 0.64, limit.value - 0.64))
+    plain_bias, limit_bias = np.mean(biases, 0)
+    assert plain_bias > 0.2 and abs(limit_bias) < 0.3 * plain_bias
+
+
+@pytest.fixture(scope="module")
+def scenes() -> tuple[list[np.ndarray], list[np.ndarray], EmojiFeatures]:
+    """Two halves of 600 real scenes, and the network that looks at them."""
+    images = list(world.render_many(world.FLOOR_SEED, range(1200)))
+    return images[::2], images[1::2], EmojiFeatures()
+
+
+def noise(image: np.ndarray, strength: float) -> np.ndarray:
+    rng = np.random.default_rng(int(image.sum()))
+    return (image + rng.normal(0, 60 * strength, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def blur(image: np.ndarray, strength: float) -> np.ndarray:
+    size = round(64 / (1 + 4 * strength))
+    small = Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
+    return np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
+
+
+def wrong_colours(image: np.ndarray, strength: float) -> np.ndarray:
+    return (image * (1 - strength) + image[..., [2, 0, 1]] * strength).astype(np.uint8)
+
+
+@pytest.mark.parametrize("worse", [noise, blur, wrong_colours])
+def test_fid_and_kid_are_near_zero_between_halves_of_real_scenes_and_rise_as_images_get_worse(
+    worse: Callable[[np.ndarray, float], np.ndarray], scenes: tuple[list[np.ndarray], list[np.ndarray], EmojiFeatures]
+) -> None:
+    half, other, look = scenes
+    real = look(other)
+    unit = float(np.sqrt((real**2).mean()))
+    levels = [look([worse(image, strength) for image in half]) if strength else look(half) for strength in (0, 0.25, 0.5, 1)]
+    fids = [fid(features, statistics(real)) for features in levels]
+    kids = [kid(features / unit, real / unit) for features in levels]
+    for found in (fids, kids):
+        values = [one.value for one in found]
+        assert values == sorted(values) and values[-1] > found[0].high, f"{worse.__name__}: {values}"
+    assert abs(kids[0].value) < 2 * kids[0].half_width
+    assert fids[0].value < 0.3 * fids[-1].value
+
+
+def test_fid_rises_and_recall_and_coverage_fall_as_nouns_are_dropped(
+    scenes: tuple[list[np.ndarray], list[np.ndarray], EmojiFeatures],
+) -> None:
+    half, other, look = scenes
+    real = look(other)
+    nouns = [world.scene(world.FLOOR_SEED, 2 * index).noun for index in range(600)]
+    of_nouns = [
+        [image for image, noun in zip(half, nouns, strict=True) if world.NOUN_LIST.index(noun) % 10 < 10 - dropped]
+        for dropped in (0, 5, 8)
+    ]
+    # The same number of images each time, so that only what they show changes.
+    sets = [look([images[index % len(images)] for index in range(600)]) for images in of_nouns]
+    fids = [fid(features, statistics(real)).value for features in sets]
+    neighbours = [prdc(torch.from_numpy(real), torch.from_numpy(look(images))) for images in of_nouns]
+    assert fids == sorted(fids) and fids[1] > 1.2 * fids[0]
+    for name in ("recall", "coverage"):
+        values = [getattr(found, name).value for found in neighbours]
+        assert values == sorted(values, reverse=True) and values[2] < 0.8 * values[0]
+    assert neighbours[2].precision.value > 0.9 * neighbours[0].precision.value

@@ -157,7 +157,8 @@ RECORDS = [
         "images_per_second": 6.0,
         "skipped": 0.0,
     },
-    {"step": 50, "fake_loss": 70.0, "generator_loss": 9.0, "ratio": 0.5, "proxy_kid": 0.3, "proxy_clip": 0.2, "skipped": 0.0},
+    {"step": 50, "fake_loss": 70.0, "generator_loss": 9.0, "ratio": 0.5, "skipped": 0.0},
+    {"step": 50, "proxy_clip": 0.2, "proxy_cmmd": 0.3},
 ]
 CONFIG = {"teacher": "emoji-teacher", "prompts": "emoji", "steps": 100, "seed": 0, "student_steps": 1}
 CARD = {"kind": "student", "t_init": 625, "student_steps": 1, "images": 1600, "config": CONFIG}
@@ -421,7 +422,7 @@ def test_a_run_shows_pictures_then_proxies_then_losses(folder: Path) -> None:
     progress, losses = section(found.sections, Curves, "Progress"), section(found.sections, Curves, "Losses")
     assert isinstance(progress, Curves) and isinstance(losses, Curves)
     assert [(curve.title, curve.lower_is_better) for curve in progress.curves] == [
-        ("KID, proxy", True),
+        ("CMMD, proxy", True),
         ("CLIP score, proxy", False),
         ("Ratio", None),
     ]
@@ -431,7 +432,7 @@ def test_a_run_shows_pictures_then_proxies_then_losses(folder: Path) -> None:
     assert [curve.title for curve in losses.curves] == ["Fake loss", "Generator loss", "Grad norm"]
     assert ("versions torch", "2.15.0") in section(found.sections, Facts, "Provenance").pairs  # type: ignore[attr-defined]
     text = Document(render(found))
-    assert "KID, proxy" in [heading.text for heading in text.all("h3")]
+    assert "CMMD, proxy" in [heading.text for heading in text.all("h3")]
 
 
 def test_the_timeline_has_prompts_seeds_and_the_teacher(folder: Path) -> None:

@@ -21,7 +21,7 @@ def share(hits: np.ndarray) -> Measured:
     count, value = len(hits), float(hits.mean())
     centre = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * (value * (1 - value) / count + Z**2 / (4 * count**2)) ** 0.5
-    return Measured(value, min(value, centre - half), max(value, centre + half))
+    return Measured(value, max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half)))
 
 
 def jackknife(value: float, left_out: np.ndarray) -> Measured:

@@ -16,6 +16,7 @@ from PIL import Image
 from sidcli import __version__
 from sidcli.files import atomic_file
 from sidcli.metrics.catalogue import Measured, Metric
+from sidcli.printable import printable
 from sidcli.report import charts
 
 LONGEST_SIDE = 256
@@ -154,12 +155,9 @@ def embedded(image: Image.Image) -> Picture:
     return Picture(uri, *picture.size, is_small=max(picture.size) < SMALL_SIDE)
 
 
-def printable(value: object) -> str:
-    """What the template is about to write: control and direction-changing characters become visible."""
-    if isinstance(value, Markup):
-        return value
-    text = str(value)
-    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
+def shown(value: object) -> str:
+    """What the template is about to write."""
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
 def digest(text: str) -> str:
@@ -185,7 +183,7 @@ def render(page: Page) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=printable,
+        finalize=shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -15,13 +15,13 @@ from PIL import Image
 
 from sidcli.errors import InputError
 from sidcli.files import read_json
+from sidcli.metrics.catalogue import METRICS
 from sidcli.report.charts import evenly, number
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
 
 FRAMES = 24
 PROXIES: Mapping[str, tuple[str, bool | None]] = {
-    "proxy_kid": ("KID, proxy", True),
-    "proxy_clip": ("CLIP score, proxy", False),
+    **{f"proxy_{name}": (f"{metric.label}, proxy", metric.lower_is_better) for name, metric in METRICS.items()},
     "ratio": ("Ratio", None),
     "sample_std": ("Spread of the latents", None),
 }
