@@ -19,6 +19,7 @@ from sidcli import __version__
 from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
 from sidcli.errors import EnvironmentProblem, InputError, SidError, UsageError
 from sidcli.files import check_writable
+from sidcli.wishes import Wish, check_protocol, limits
 
 if TYPE_CHECKING:
     from sidcli.console import Console
@@ -248,6 +249,7 @@ def sample(
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+    preview: Annotated[bool, typer.Option(help="Show the image, or the contact sheet of several, in the terminal.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -285,6 +287,11 @@ def sample(
             console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
         if sheet:
             console.note(f"contact sheet: {sheet}")
+        if preview:
+            from PIL import Image
+
+            with Image.open(sheet or drawn[0].file) as picture:
+                console.preview(picture)
         console.result([str(item.file) for item in drawn], driver.summary(drawn, sheet, found, plan))
 
 
@@ -326,7 +333,7 @@ def evaluate(
     prompts: Annotated[Path | None, typer.Option(help="Captions: a line each, or COCO's captions_val2014.json.")] = None,
     num: Annotated[
         int | None,
-        typer.Option(min=2, max=1_000_000, help="Images per model; by default 400 of emoji, 30000 of COCO, else all captions."),
+        typer.Option(min=2, max=1_000_000, help="Images per model; by default 300 of emoji, 30000 of COCO, else all captions."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the teachers (50).")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the teachers.")] = None,
@@ -363,6 +370,9 @@ def evaluate(
     """
     flags = {"fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "cmmd": cmmd, "dino": dino, "accuracy": accuracy}
     flags |= {"composition": composition, "fid_infinity": fid_infinity}
+    check_protocol(protocol)
+    bounds = limits(fail_above or [], fail_below or [])
+    wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
     for file in (report, picture, images):
         if file:
             check_writable(file.parent)
@@ -372,16 +382,14 @@ def evaluate(
         sys.exit(launch(processes, sys.argv[1:]))
     with _console(as_json, quiet) as console:
         from sidcli import evaluate as driver
-        from sidcli.entrants import Wish, entrants, look_up
+        from sidcli.entrants import entrants, look_up
         from sidcli.parallel import Team
         from sidcli.protocols import Networks, choose, open_protocol
         from sidcli.sampler import pick_device
         from sidcli.teachers import quiet_libraries
 
-        bounds = driver.limits(fail_above or [], fail_below or [])
         where = Team(pick_device(device))
         quiet_libraries()
-        wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
         found = [one for wish in wishes for one in look_up(wish, untrained, console)]
         name = choose(protocol, all(one.is_emoji for one in found if one.files is None), bool(reference or prompts))
         networks = Networks(where.device, console, inception, clip_model, cmmd_model, dino_model)

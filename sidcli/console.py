@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.color import Color
 from rich.console import Console as Terminal
 from rich.progress import (
     BarColumn,
@@ -22,10 +23,14 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from sidcli.printable import printable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LINE_SECONDS = 15.0
 
@@ -83,6 +88,21 @@ class Console:
                 else ()
             )
             self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
+
+    def preview(self, picture: Image.Image) -> None:
+        """A picture in the terminal: each character shows two pixels, one above the other. Nothing where nobody watches."""
+        if not self.live:
+            return
+        width = min(picture.width, self.err.width)
+        height = max(1, round(picture.height * width / picture.width / 2))
+        pixels = picture.convert("RGB").resize((width, 2 * height)).tobytes()
+        for row in range(height):
+            line = Text(end="\n")
+            for column in range(width):
+                places = (3 * ((2 * row + below) * width + column) for below in (0, 1))
+                upper, lower = (Color.from_rgb(*pixels[place : place + 3]) for place in places)
+                line.append("\u2580", Style(color=upper, bgcolor=lower))
+            self.err.print(line)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,36 +17,9 @@ from sidcli.protocols import Captions, Protocol
 from sidcli.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
 from sidcli.sources import Source, find, graph_format, read_card
 from sidcli.teachers import Description, describe, load
+from sidcli.wishes import Wish
 
 FLOOR = "scenes (floor)"
-
-
-@dataclass(frozen=True)
-class Wish:
-    """A model or a set of images to measure, as the command line names it, and how it is to draw."""
-
-    name: str
-    steps: int | None = None
-    guidance: float | None = None
-    untrained: int = 0
-
-    @classmethod
-    def parse(cls, text: str, steps: int | None, guidance: float | None) -> Wish:
-        """`NAME[,steps=N][,guidance=G]`. Raises UsageError for anything else behind a comma."""
-        name, *settings = text.split(",")
-        if Path(text).exists():  # a path may have commas of its own
-            name, settings = text, []
-        wish = cls(name, steps, guidance)
-        kinds: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float}
-        for setting in settings:
-            key, _, value = setting.partition("=")
-            try:
-                wish = replace(wish, **{key.strip(): kinds[key.strip()](value)})
-            except (KeyError, ValueError) as error:
-                raise UsageError(
-                    f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"
-                ) from error
-        return wish
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sidcli.metrics.catalogue import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
-from sidcli.metrics.kid import cmmd, kid
+from sidcli.metrics.kid import KernelDistance, cmmd, kid
 from sidcli.metrics.prdc import NEIGHBOURS, prdc
 from sidcli.parallel import Team
 from sidcli.pictures import contact_sheet, save_png
@@ -182,14 +182,13 @@ class Evaluation:
         if metric == "fid_teacher":
             return None if entrant is self.teacher or entrant.name == FLOOR else fid(features, self.statistics["teacher"])
         if metric == "kid":
-            unit = self.kid_unit
-            return kid(features / unit, self.compared(judge) / unit)
+            return self.kid(features / self.kid_unit)
         if metric in PRDC:
             if metric == PRDC[0]:
                 self.neighbours = prdc(torch.from_numpy(self.compared(judge, len(features))), torch.from_numpy(features))
             return getattr(self.neighbours, metric)
         if metric == "cmmd":
-            return cmmd(features, self.compared(judge))
+            return self.cmmd(features)
         if metric == "clip":
             return mean(features[:, 0])
         if metric == "composition":
@@ -221,6 +220,14 @@ class Evaluation:
     def kid_unit(self) -> float:
         """The cubic kernel is made for features of size about 1, as Inception's are; those of the emoji classifier are divided by this."""
         return float(np.sqrt(np.mean(self.compared("features") ** 2))) if self.protocol.is_emoji else 1.0
+
+    @cached_property
+    def kid(self) -> KernelDistance:
+        return kid(self.compared("features") / self.kid_unit)
+
+    @cached_property
+    def cmmd(self) -> KernelDistance:
+        return cmmd(self.compared("embeddings"))
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
@@ -304,23 +311,6 @@ def latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
     )
-
-
-def limits(above: Sequence[str], below: Sequence[str]) -> dict[tuple[str, bool], float]:
-    """`METRIC=VALUE` options of a gate as {(metric, above?): value}. Raises UsageError for others."""
-    found = {}
-    for texts, is_above in ((above, True), (below, False)):
-        for text in texts:
-            name, _, value = text.partition("=")
-            try:
-                bound = float(value)
-            except ValueError:
-                bound = float("nan")
-            if name not in METRICS or bound != bound:
-                option = "--fail-above" if is_above else "--fail-below"
-                raise UsageError(f"{option} wants METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
-            found[name, is_above] = bound
-    return found
 
 
 def gate(rows: Sequence[Row], bounds: dict[tuple[str, bool], float]) -> None:

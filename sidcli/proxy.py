@@ -51,13 +51,13 @@ class Proxy:
         drawn = DrawnSet(model.source, plan_for(model), texts, key, 0, lambda: TeacherDrawer(engine), BATCH)
         samples = Collection(drawn, len(texts), texts)
         samples.fill([self.embeddings, self.similarity], Share(), advance)
-        self.teacher = samples.features(self.embeddings)
+        self.distance = cmmd(samples.features(self.embeddings))
         self.goal = float(samples.features(self.similarity).mean())
 
     def measure(self, student: Model, plan: Plan) -> dict[str, float]:
         """`proxy_cmmd` to the teacher's images and `proxy_clip`, of the student's images."""
         batches = draw(Sampler(student, self.device), plan, self.texts, range(len(self.texts)), BATCH, lambda count: None)
         images = [image for drawn in batches for image in drawn.numpy()]
-        found = cmmd(self.embeddings(images, ()), self.teacher)
+        found = self.distance(self.embeddings(images, ()))
         score = float(np.mean(self.similarity(images, self.texts)))
         return {"proxy_cmmd": round(found.value, 5), "proxy_clip": round(score, 5)}

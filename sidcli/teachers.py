@@ -140,7 +140,7 @@ def quiet_libraries() -> None:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub")
+    warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub|PIL")
 
 
 def describe(source: Source, overrides: Overrides | None = None) -> Description:

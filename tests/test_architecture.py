@@ -19,7 +19,7 @@ FLOORS = [
         "emoji.nouns",
         "metrics.intervals",
     },
-    {"sources", "imagefiles", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
+    {"wishes", "sources", "imagefiles", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
     {
         "prompts",
         "emoji.classifier",

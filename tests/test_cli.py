@@ -178,15 +178,6 @@ def test_a_released_pickle_becomes_a_student_and_a_hostile_one_an_error(sd_folde
     assert not (tmp_path / "canary").exists() and not (tmp_path / "other").exists()
 
 
-def test_eval_prints_a_table_with_the_floor_and_the_models(tmp_path: Path) -> None:
-    asked = ["eval", "emoji", "emoji-teacher", "--num", "10", "--steps", "2", "--untrained", "4", "--picture", "rows.png", "--fid"]
-    done = sid(*asked, cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
-    assert done.returncode == 0, done.stderr
-    assert "| scenes (floor)" in done.stdout and "| emoji " in done.stdout and "CLIP" not in done.stdout
-    assert "4 steps at t = 625, 468, 312, 156" in done.stdout
-    assert (tmp_path / "rows.png").is_file()
-
-
 def test_what_is_typed_wins_over_the_config_file(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('teacher = "emoji"\nkappa1 = 1\nkappa4 = 3\n')
     typed = ["--teacher", "emoji-teacher", "--guidance-strategy", "lsg"]

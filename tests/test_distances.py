@@ -40,20 +40,20 @@ def jackknifed(x: np.ndarray, value: Callable[[np.ndarray], float]) -> float:
 def test_kid_and_its_interval_follow_their_definitions(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", chunk)
     x, y = features(0, 7), features(1, 9, 0.5)
-    found = kid(x, y)
+    found = kid(y)(x)
     assert found.value == pytest.approx(by_pairs(x, y, cubic, selves=False), rel=1e-10)
     assert found.half_width == pytest.approx(jackknifed(x, lambda some: by_pairs(some, y, cubic, selves=False)), rel=1e-8)
 
 
 def test_cmmd_and_its_interval_follow_their_definitions() -> None:
     x, y = (sample / np.linalg.norm(sample, axis=1, keepdims=True) for sample in (features(0, 7), features(1, 9, 0.5)))
-    found = cmmd(x, y)
+    found = cmmd(y)(x)
     assert found.value == pytest.approx(by_pairs(x, y, gaussian, selves=True), rel=1e-8)
     assert found.half_width == pytest.approx(jackknifed(x, lambda some: by_pairs(some, y, gaussian, selves=True)), rel=1e-6)
 
 
 def test_the_kid_of_one_law_is_nothing_within_its_interval_and_of_two_laws_is_not() -> None:
-    same, other = kid(features(0, 400), features(1, 400)), kid(features(0, 400), features(1, 400, 0.5))
+    same, other = kid(features(1, 400))(features(0, 400)), kid(features(1, 400, 0.5))(features(0, 400))
     assert same.low < 0 < same.high and other.low > 0
 
 

@@ -117,7 +117,7 @@ def test_fid_and_kid_equal_those_of_torchmetrics_up_to_its_other_resize(
     a, b = (features_of(folder, inception) for folder in folders)
     assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(float(theirs_fid.compute()), rel=2e-3)
     # float32 inside torchmetrics, and the resize.
-    assert kid(a, b).value == pytest.approx(float(theirs_kid.compute()[0]), rel=2e-3)
+    assert kid(b)(a).value == pytest.approx(float(theirs_kid.compute()[0]), rel=2e-3)
 
 
 def test_the_interval_of_an_fid_is_about_as_wide_as_fids_of_fresh_samples_spread() -> None:
@@ -180,7 +180,7 @@ def test_fid_and_kid_are_near_zero_between_halves_of_real_scenes_and_rise_as_ima
     unit = float(np.sqrt((real**2).mean()))
     levels = [look([worse(image, strength) for image in half]) if strength else look(half) for strength in (0, 0.25, 0.5, 1)]
     fids = [fid(features, statistics(real)) for features in levels]
-    kids = [kid(features / unit, real / unit) for features in levels]
+    kids = [kid(real / unit)(features / unit) for features in levels]
     for found in (fids, kids):
         values = [one.value for one in found]
         assert values == sorted(values) and values[-1] > found[0].high, f"{worse.__name__}: {values}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,37 +22,50 @@ Kernel = Callable[[Tensor], Tensor]
 """From the products x.y of two sets of features."""
 
 
-def kid(drawn: np.ndarray, real: np.ndarray) -> Measured:
-    """KID of features [n, D] and [m, D], n at least 3 and m at least 2: unbiased squared MMD under (x.y / D + 1)^3; may be negative.
+class KernelDistance:
+    """Squared maximum mean discrepancy to reference features [m, D]; `unbiased` leaves out what an image has with itself."""
+
+    def __init__(self, real: np.ndarray, kernel: Kernel, unbiased: bool, scale: float = 1.0):
+        self.real, self.kernel, self.own, self.scale = torch.from_numpy(real).double(), kernel, int(unbiased), scale
+
+    def _without_own(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernel sums [n] of each row with all rows, its own left out if unbiased, and its value with itself."""
+        selves = self.kernel((x * x).sum(1))
+        return _row_sums(x, x, self.kernel) - self.own * selves, selves
+
+    @cached_property
+    def _among_real(self) -> float:
+        count = len(self.real)
+        return float(self._without_own(self.real)[0].sum() / (count * (count - self.own)))
+
+    def __call__(self, drawn: np.ndarray) -> Measured:
+        """Of features [n, D], n at least 3, with the interval of a jackknife that leaves each image out once, for which one pass over
+        the kernel is enough."""
+        x, own = torch.from_numpy(drawn).double(), self.own
+        count = len(x)
+        rows, selves = self._without_own(x)
+        across = _row_sums(x, self.real, self.kernel) / len(self.real)
+        value = rows.sum() / (count * (count - own)) + self._among_real - 2 * across.mean()
+        left = rows.sum() - 2 * rows + (1 - own) * selves
+        left_out = left / ((count - 1) * (count - 1 - own)) + self._among_real - 2 * (across.sum() - across) / (count - 1)
+        return jackknife(self.scale * float(value), self.scale * left_out.numpy())
+
+
+def kid(real: np.ndarray) -> KernelDistance:
+    """KID to features [m, D]: unbiased squared MMD under (x.y / D + 1)^3; may be negative.
 
     Over all pairs, which has the expectation that the usual mean over 100 random subsets of 1000 has, and less noise.
     """
-    width = drawn.shape[1]
-    return _squared_mmd(drawn, real, lambda products: (products / width + 1.0) ** 3, unbiased=True)
+    width = real.shape[1]
+    return KernelDistance(real, lambda products: (products / width + 1.0) ** 3, unbiased=True)
 
 
-def cmmd(drawn: np.ndarray, real: np.ndarray) -> Measured:
-    """CMMD of CLIP image embeddings of length 1, [n, D] and [m, D]: squared MMD under exp(-|x - y|^2 / 2 sigma^2), times 1000.
+def cmmd(real: np.ndarray) -> KernelDistance:
+    """CMMD to CLIP image embeddings of length 1 [m, D]: squared MMD under exp(-|x - y|^2 / 2 sigma^2), times 1000.
 
     As in the paper's code an image is also compared with itself, so few images make it larger.
     """
-    found = _squared_mmd(drawn, real, lambda products: torch.exp((products - 1.0) / SIGMA**2), unbiased=False)
-    return Measured(*(SCALE * value for value in (found.value, found.low, found.high)))
-
-
-def _squared_mmd(drawn: np.ndarray, real: np.ndarray, kernel: Kernel, unbiased: bool) -> Measured:
-    """With the interval of a jackknife that leaves each drawn image out once, for which one pass over the kernel is enough."""
-    x, y = torch.from_numpy(drawn).double(), torch.from_numpy(real).double()
-    count, own = len(x), int(unbiased)
-    rows, selves = _row_sums(x, x, kernel), kernel((x * x).sum(1))
-    rows -= own * selves
-    real_total = _row_sums(y, y, kernel).sum() - own * kernel((y * y).sum(1)).sum()
-    among_real = real_total / (len(y) * (len(y) - own))
-    across = _row_sums(x, y, kernel) / len(y)
-    left = rows.sum() - 2 * rows + (1 - own) * selves
-    left_out = left / ((count - 1) * (count - 1 - own)) + among_real - 2 * (across.sum() - across) / (count - 1)
-    value = rows.sum() / (count * (count - own)) + among_real - 2 * across.mean()
-    return jackknife(float(value), left_out.numpy())
+    return KernelDistance(real, lambda products: torch.exp((products - 1.0) / SIGMA**2), unbiased=False, scale=SCALE)
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

@@ -1,0 +1,64 @@
+"""What `sid eval` is asked for, in words: read before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sidcli.errors import UsageError
+from sidcli.metrics.catalogue import METRICS
+
+PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A model or a set of images to measure, as the command line names it, and how it is to draw."""
+
+    name: str
+    steps: int | None = None
+    guidance: float | None = None
+    untrained: int = 0
+
+    @classmethod
+    def parse(cls, text: str, steps: int | None, guidance: float | None) -> Wish:
+        """`NAME[,steps=N][,guidance=G]`. Raises UsageError for anything else behind a comma."""
+        name, *settings = text.split(",")
+        if Path(text).exists():  # a path may have commas of its own
+            name, settings = text, []
+        wish = cls(name, steps, guidance)
+        kinds: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            try:
+                wish = replace(wish, **{key.strip(): kinds[key.strip()](value)})
+            except (KeyError, ValueError) as error:
+                raise UsageError(
+                    f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"
+                ) from error
+        return wish
+
+
+def limits(above: Sequence[str], below: Sequence[str]) -> dict[tuple[str, bool], float]:
+    """`METRIC=VALUE` options of a gate as {(metric, above?): value}. Raises UsageError for others."""
+    found = {}
+    for texts, is_above in ((above, True), (below, False)):
+        for text in texts:
+            name, _, value = text.partition("=")
+            try:
+                bound = float(value)
+            except ValueError:
+                bound = float("nan")
+            if name not in METRICS or bound != bound:
+                option = "--fail-above" if is_above else "--fail-below"
+                raise UsageError(f"{option} wants METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
+            found[name, is_above] = bound
+    return found
+
+
+def check_protocol(name: str) -> None:
+    """Raises UsageError for a name that no protocol has."""
+    if name not in PROTOCOLS:
+        raise UsageError(f"--protocol must be one of {', '.join(PROTOCOLS)}, not {name!r}")
