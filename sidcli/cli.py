@@ -395,7 +395,8 @@ def evaluate(
         networks = Networks(where.device, console, inception, clip_model, cmmd_model, dino_model)
         rules = open_protocol(name, networks, reference, prompts)
         rows_to_be = entrants(found, rules, where.device, num, seed, batch_size, images)
-        metrics = driver.chosen([option for option, given in flags.items() if given], rules, everything, rows_to_be)
+        asked = [option for option, given in flags.items() if given]
+        metrics = driver.chosen(asked, rules, everything, rows_to_be, [metric for metric, _ in bounds])
         evaluation = driver.Evaluation(rules, rows_to_be, metrics, num, where)
         evaluation.fill(console)
         if not where.leads:
@@ -406,7 +407,7 @@ def evaluate(
         if as_latex and not as_json:
             console.result(driver.latex(header, cells).splitlines(), {})
         else:
-            console.table(f"{rules.name}, {evaluation.num} images a model, values ± half of the 95 % interval", header, cells)
+            console.table(f"protocol {rules.name}, values ± half of the 95 % interval", header, cells)
         for warning in warnings:
             console.note(f"note: {warning}")
         drawn = driver.pictures(evaluation) if picture or report else []

@@ -110,10 +110,12 @@ def _model(
     assert source is not None
     opened: list[Drawer] = []
     if one.known is None:
+        if wish.own:
+            raise UsageError(f"{wish.name} holds graphs, which draw as they were made to", "leave steps= and guidance= out")
         plan = student_plan(read_card(source), None, None, wish.name)
     elif wish.untrained:
         plan = untrained_plan(wish.untrained)
-    elif one.known.is_student:
+    elif one.known.is_student and not wish.own:
         plan = plan_for(one.known)
     else:
         plan = plan_for(one.known, wish.steps, wish.guidance)

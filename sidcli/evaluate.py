@@ -76,11 +76,14 @@ class Row:
         return {"model": self.model, "sampling": self.sampling, "n": self.n, "metrics": numbers, "seconds_per_image": seconds}
 
 
-def chosen(asked: Iterable[str], protocol: Protocol, everything: bool, entered: Sequence[Entrant]) -> list[str]:
-    """Metrics to compute, in the catalogue's order, for the names of options in `asked`.
+def chosen(
+    asked: Iterable[str], protocol: Protocol, everything: bool, entered: Sequence[Entrant], gated: Iterable[str] = ()
+) -> list[str]:
+    """Metrics to compute, in the catalogue's order, for the names of options in `asked` and the metrics of a gate.
 
     With `everything`, all that this protocol can give. Raises UsageError for what was asked for by name and cannot be given.
     """
+    gated = set(gated)
     wanted = {name for option in asked for name in ASKED[option]}
     impossible: dict[str, str] = {}
     if protocol.reference is None:
@@ -97,10 +100,12 @@ def chosen(asked: Iterable[str], protocol: Protocol, everything: bool, entered: 
         wanted |= set(METRICS) - optional - set(impossible)
     elif not wanted:
         wanted = {name for option in ("fid", "clip", "accuracy") for name in ASKED[option]} - set(impossible)
+    if not any(entrant.is_teacher for entrant in entered) or len(entered) - protocol.is_emoji < 2:
+        impossible["fid_teacher"] = "a teacher in the table, and a model beside it"
+        wanted -= {"fid_teacher"}
+    wanted |= gated
     for name in sorted(wanted & set(impossible)):
         raise UsageError(f"{METRICS[name].label} needs {impossible[name]}")
-    if not any(entrant.is_teacher for entrant in entered) or len(entered) - protocol.is_emoji < 2:
-        wanted -= {"fid_teacher"}
     if not wanted:
         raise UsageError("nothing to measure: neither a reference nor captions are given", "--reference FOLDER, --prompts FILE")
     return [name for name in METRICS if name in wanted]
@@ -121,7 +126,13 @@ class Evaluation:
                     )
 
     def count(self, entrant: Entrant) -> int:
-        return min(value for value in (self.num, entrant.limit, float("inf")) if value is not None)  # type: ignore[return-value]
+        limits = (self.num, entrant.limit, self.protocol.captions.limit if self.protocol.captions else None)
+        return min(limit for limit in limits if limit is not None)
+
+    @property
+    def counts(self) -> list[int]:
+        """Images of each entrant."""
+        return [self.count(entrant) for entrant in self.entered]
 
     def collection(self, entrant: Entrant) -> Collection:
         protocol, count = self.protocol, self.count(entrant)
@@ -243,15 +254,15 @@ class Evaluation:
     def warnings(self) -> list[str]:
         """What makes these numbers worth less than they look."""
         said = []
-        counts = {self.count(entrant) for entrant in self.entered}
-        if len(counts) > 1:
-            said.append(f"rows of {min(counts)} and of {max(counts)} images: distances of different n do not compare")
+        fewest, most = min(self.counts), max(self.counts)
+        if fewest < most:
+            said.append(f"rows of {fewest} and of {most} images: distances of different n do not compare")
         for metric in self.metrics:
             if metric in ("fid", "fd_dinov2"):
                 dimensions = len(self.statistics[JUDGE[metric]].mean)
-                if min(counts) < PER_DIMENSION * dimensions:
+                if fewest < PER_DIMENSION * dimensions:
                     said.append(
-                        f"{METRICS[metric].label} of {min(counts)} images in {dimensions} dimensions is too high by a bias; "
+                        f"{METRICS[metric].label} of {fewest} images in {dimensions} dimensions is too high by a bias; "
                         f"--num {PER_DIMENSION * dimensions} or more, or --fid-infinity; compare only rows of one n"
                     )
         judge = self.judges.get("features")
@@ -264,7 +275,7 @@ class Evaluation:
         protocol = self.protocol
         return {
             "name": protocol.name,
-            "images": self.num,
+            "images": max(self.counts),
             "seed": seed,
             "seeds_on": "cpu",
             "captions": {"name": protocol.captions.name, "key": protocol.captions.key} if protocol.captions else None,
@@ -318,14 +329,16 @@ def gate(rows: Sequence[Row], bounds: dict[tuple[str, bool], float]) -> None:
     for (metric, is_above), bound in bounds.items():
         for row in rows:
             one = row.metrics.get(metric)
-            if row.model != FLOOR and one is not None and (one.value > bound if is_above else one.value < bound):
+            if row.model == FLOOR or one is None:
+                continue
+            if not (one.value <= bound if is_above else one.value >= bound):  # which a value that is no number does not pass
                 side = "above" if is_above else "below"
                 raise GateError(f"{METRICS[metric].label} of {row.model} ({row.sampling}) is {one.value:.5g}, {side} {bound:g}")
 
 
 def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
     """The first images of each entrant, the same captions and seeds in every row."""
-    count = min(SHOWN, *(evaluation.count(entrant) for entrant in evaluation.entered))
+    count = min(SHOWN, *evaluation.counts)
     return [
         (f"{entrant.name}, {entrant.sampling}", [Image.fromarray(image) for image in entrant.images.read(range(count))])
         for entrant in evaluation.entered
@@ -361,7 +374,7 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
     for entrant in evaluation.entered:
         if (Path(entrant.name) / "metrics.jsonl").is_file():
             sections += run_sections(Path(entrant.name))
-    summary = f"{len(rows)} rows, {evaluation.num} images each, values with half the width of their 95 % interval"
+    summary = f"{len(rows)} rows of {max(evaluation.counts)} images, values with half the width of their 95 % interval"
     return Page("Evaluation", f"protocol {protocol.name}", summary, sections)
 
 

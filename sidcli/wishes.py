@@ -15,12 +15,16 @@ PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 
 @dataclass(frozen=True)
 class Wish:
-    """A model or a set of images to measure, as the command line names it, and how it is to draw."""
+    """A model or a set of images to measure, as the command line names it, and how it is to draw.
+
+    `own` says that its steps and guidance were given with its name; otherwise they are those of all teachers.
+    """
 
     name: str
     steps: int | None = None
     guidance: float | None = None
     untrained: int = 0
+    own: bool = False
 
     @classmethod
     def parse(cls, text: str, steps: int | None, guidance: float | None) -> Wish:
@@ -33,7 +37,7 @@ class Wish:
         for setting in settings:
             key, _, value = setting.partition("=")
             try:
-                wish = replace(wish, **{key.strip(): kinds[key.strip()](value)})
+                wish = replace(wish, own=True, **{key.strip(): kinds[key.strip()](value)})
             except (KeyError, ValueError) as error:
                 raise UsageError(
                     f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"

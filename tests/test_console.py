@@ -1,6 +1,10 @@
 """What a command says where no terminal watches."""
 
+import sys
+
 import pytest
+from PIL import Image
+from rich.console import Console as Terminal
 
 from sidcli import console
 
@@ -25,3 +29,15 @@ def test_a_log_gets_lines_with_the_amount_the_losses_and_the_time_left(
 
 def test_control_characters_of_a_prompt_are_made_visible() -> None:
     assert console.printable("cat\x1b]0;x\u202e") == "cat\\u001b]0;x\\u202e"
+
+
+def test_a_preview_shows_two_pixels_a_character_on_a_terminal_and_nothing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    picture = Image.new("RGB", (3, 2), (255, 0, 0))
+    picture.putpixel((1, 1), (0, 0, 255))
+    voice = console.Console()
+    voice.preview(picture)
+    assert capsys.readouterr().err == ""
+    voice.live, voice.err = True, Terminal(file=sys.stderr, force_terminal=True, color_system="truecolor", no_color=False, width=40)
+    voice.preview(picture)
+    shown = capsys.readouterr().err
+    assert shown.count("\u2580") == 3 and "38;2;255;0;0;48;2;0;0;255" in shown

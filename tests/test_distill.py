@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ class Silent:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Any]:
+        return nullcontext(lambda count: None)
+
 
 class KillAt(Silent):
     """Sends this process a signal after a given step, as a person or a scheduler would."""
@@ -49,7 +53,7 @@ class KillAt(Silent):
 
 
 def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | None = None, **more: Any) -> distill.Result:
-    rhythm = distill.Rhythm(save=more.pop("save", 2), sample=2, log=1)
+    rhythm = distill.Rhythm(save=more.pop("save", 2), sample=2, log=1, eval=more.pop("eval_every", 0))
     prompts = open_prompts(config.prompts)
     return distill.run(load(find(str(folder))), config, prompts, output, "cpu", rhythm, more.get("resume"), listener or Silent())
 
@@ -105,8 +109,40 @@ def test_a_run_folder_holds_what_the_readme_promises(sd_folder: Path, config: Di
     assert read_toml(tmp_path / "run" / "config.toml") == dataclasses.asdict(config)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["teacher"]["origin"] == str(sd_folder) and record["prompts"]["name"] == "general"
-    assert sorted(file.name for file in (tmp_path / "run" / "samples").iterdir()) == [f"{n:08d}.png" for n in (0, 2, 4)]
+    samples = [*(f"{n:08d}.png" for n in (0, 2, 4)), "prompts.json", "teacher.png"]
+    assert sorted(file.name for file in (tmp_path / "run" / "samples").iterdir()) == samples
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert (
+        "How to run the student" in page and json.loads((tmp_path / "run/samples/prompts.json").read_text())["prompts"][0] in page
+    )
     assert not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "PROXY_IMAGES", 6)
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
+    teacher = load(find("emoji-teacher"))
+    arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Rhythm(save=1, sample=5, log=1, eval=1), None)
+
+    def measured() -> dict[int, float]:
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        proxies = [line for line in lines if "proxy_cmmd" in line]
+        assert len({line["step"] for line in proxies}) == len(proxies)
+        return {line["step"]: line["proxy_clip"] for line in proxies}
+
+    distill.run(teacher, config, *arguments, Silent())
+    first = measured()
+    assert list(first) == [0, 1, 2] and "CMMD, proxy" in (tmp_path / "run" / "report.html").read_text()
+    times = next((tmp_path / "cache").rglob("times.jsonl"))
+    before = times.read_text()
+    listener = Silent()
+    distill.run(load(find("emoji-teacher")), dataclasses.replace(config, steps=3), *arguments, listener)
+    again = measured()
+    assert list(again) == [0, 1, 2, 3] and again[2] == pytest.approx(first[2], abs=1e-5)
+    assert times.read_text() == before, "the teacher's images come from the cache"
+    assert any(note.startswith("step 3: CMMD to the teacher") for note in listener.notes)
 
 
 def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(

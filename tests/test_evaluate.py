@@ -147,8 +147,8 @@ def test_processes_that_share_the_work_compute_what_one_computes(tmp_path: Path,
     ("text", "wish"),
     [
         ("emoji", Wish("emoji", 50, None)),
-        ("emoji-teacher,steps=10,guidance=1.5", Wish("emoji-teacher", 10, 1.5)),
-        ("a/b@main,guidance=2", Wish("a/b@main", 50, 2.0)),
+        ("emoji-teacher,steps=10,guidance=1.5", Wish("emoji-teacher", 10, 1.5, own=True)),
+        ("a/b@main,guidance=2", Wish("a/b@main", 50, 2.0, own=True)),
     ],
 )
 def test_a_model_may_say_how_it_is_to_draw(text: str, wish: Wish) -> None:
@@ -228,6 +228,30 @@ def test_a_gate_names_the_model_and_the_number_and_leaves_the_floor_alone() -> N
         gate(rows, limits(["fid=30"], []))
     with pytest.raises(GateError, match=r"CLIP score of mine .* below 0\.6"):
         gate(rows, limits([], ["clip=0.6"]))
+    with pytest.raises(GateError, match="is nan"):
+        gate([row("mine", fid=float("nan"))], limits(["fid=30"], []))
+
+
+def test_a_gate_asks_for_its_own_metric_and_is_refused_where_there_is_none() -> None:
+    rules, one = emoji(NETWORKS), [Entrant(FLOOR, "", SceneSet(0)), Entrant("s", "", SceneSet(1))]
+    assert chosen(["clip"], rules, False, one, ["kid"]) == ["kid", "clip"]
+    with pytest.raises(UsageError, match="FID to teacher needs a teacher in the table"):
+        chosen(["clip"], rules, False, one, ["fid_teacher"])
+
+
+def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "four.txt").write_text("a cat\na dog\na bus\na car\n")
+    rules = custom(NETWORKS, None, tmp_path / "four.txt")
+    entered = entrants(look_up(Wish(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    assert chosen([], rules, False, entered) == ["clip"]
+    assert Evaluation(rules, entered, [], None, Team(CPU)).counts == [4]
+
+
+def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possible() -> None:
+    rules = emoji(NETWORKS)
+    assert entrants(look_up(Wish("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
+    with pytest.raises(UsageError, match="trained to draw in 1 steps at most, not 4"):
+        entrants(look_up(Wish("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
 
 
 @pytest.mark.parametrize("text", ["fid", "fud=3", "fid=x", "fid=nan"])
@@ -249,7 +273,7 @@ def test_what_a_protocol_cannot_give_is_left_out_of_all_and_refused_by_name(tmp_
         chosen(["kid"], rules, False, one)
     with pytest.raises(UsageError, match="CLIP score needs --prompts"):
         chosen(["clip"], rules, False, one)
-    with pytest.raises(UsageError, match="noun needs the emoji world"):
+    with pytest.raises(UsageError, match="colour needs the emoji world"):
         chosen(["accuracy"], rules, False, one)
     with pytest.raises(UsageError, match="nothing to measure"):
         chosen([], custom(NETWORKS, None, None), False, one)
@@ -310,8 +334,8 @@ def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path
     rows = {(one["model"], one["sampling"]): one for one in result["models"]}
     assert list(rows) == [
         (FLOOR, "real"),
-        ("emoji-teacher,steps=2", "2 steps, guidance 3"),
-        ("emoji-teacher,steps=2", "4 steps at t = 625, 468, 312, 156"),
+        ("emoji-teacher", "2 steps, guidance 3"),
+        ("emoji-teacher", "4 steps at t = 625, 468, 312, 156"),
         ("emoji", "1 step at t = 625"),
     ]
     student = rows["emoji", "1 step at t = 625"]["metrics"]

@@ -27,12 +27,19 @@ def sid(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `sid eval` with its metrics as plain numbers, under the names of this benchmark's files."""
+    names = {"fid": "fid", "clip": "clip", "noun_accuracy": "noun", "colour_accuracy": "colour"}
+    values = {name: row["metrics"][metric]["value"] for name, metric in names.items()}
+    return {name: row[name] for name in ("model", "sampling", "n", "seconds_per_image")} | values
+
+
 def stage(run: Path, steps: int, options: list[str], num: int) -> dict[str, Any]:
     """Distil up to `steps`, measure the student, and return the row."""
     started = time.monotonic()
     distilled = sid("distill", "--output", str(run), "--steps", str(steps), *options)
     seconds = time.monotonic() - started
-    measured = sid("eval", str(run), "--num", str(num))["models"][-1]
+    measured = numbers(sid("eval", str(run), "--num", str(num))["models"][-1])
     return {
         "options": " ".join(options),
         "steps": steps,
@@ -86,7 +93,7 @@ def main() -> None:
     if given.teacher_num and not any(row["options"] == "reference" for row in rows):
         floor, teacher = sid("eval", "emoji-teacher", "--num", str(given.teacher_num))["models"]
         for row in (floor, teacher):
-            rows.append({"options": "reference"} | row)
+            rows.append({"options": "reference"} | numbers(row))
             with file.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(rows[-1]) + "\n")
     if len(given.steps) == 1:  # a table says it better
