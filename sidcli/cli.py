@@ -386,6 +386,7 @@ def evaluate(
         from sidcli.parallel import Team
         from sidcli.protocols import Networks, choose, open_protocol
         from sidcli.sampler import pick_device
+        from sidcli.scores import Evaluation, chosen
         from sidcli.teachers import quiet_libraries
 
         where = Team(pick_device(device))
@@ -396,8 +397,8 @@ def evaluate(
         rules = open_protocol(name, networks, reference, prompts)
         rows_to_be = entrants(found, rules, where.device, num, seed, batch_size, images)
         asked = [option for option, given in flags.items() if given]
-        metrics = driver.chosen(asked, rules, everything, rows_to_be, [metric for metric, _ in bounds])
-        evaluation = driver.Evaluation(rules, rows_to_be, metrics, num, where)
+        metrics = chosen(asked, rules, everything, rows_to_be, [metric for metric, _ in bounds])
+        evaluation = Evaluation(rules, rows_to_be, metrics, num, where)
         evaluation.fill(console)
         if not where.leads:
             return

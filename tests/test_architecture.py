@@ -38,7 +38,7 @@ FLOORS = [
     {"formats.graph", "formats.lora", "formats.single_file_folder", "emoji.train", "emoji.pack", "report.run"},
     {"formats.runtime", "protocols"},
     {"formats.onnx", "formats.torch_export", "entrants", "proxy"},
-    {"formats.openvino"},
+    {"formats.openvino", "scores"},
     {"distill", "sample", "evaluate", "export", "plan"},
     {"console"},
     {"cli"},

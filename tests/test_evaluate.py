@@ -14,15 +14,16 @@ from PIL import Image
 from sidcli.emoji import world
 from sidcli.entrants import FLOOR, Entrant, entrants, look_up
 from sidcli.errors import GateError, InputError, UsageError
-from sidcli.evaluate import ASKED, Evaluation, Row, chosen, gate, latex, page, pictures, table
+from sidcli.evaluate import gate, latex, page, pictures, table
 from sidcli.hub import Silence
 from sidcli.imagefiles import open_images
 from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
 from sidcli.metrics.catalogue import METRICS, Measured
 from sidcli.parallel import Share, Team
 from sidcli.protocols import Networks, choose, custom, emoji
-from sidcli.report.page import render
+from sidcli.report.page import Table, render
 from sidcli.sampler import Plan
+from sidcli.scores import ASKED, Evaluation, Row, chosen
 from sidcli.sources import find
 from sidcli.wishes import Wish, check_protocol, limits
 from tests.test_cli import sid
@@ -214,6 +215,18 @@ def test_a_table_with_more_metrics_than_models_is_turned() -> None:
     header, cells = table([row("a", fid=3.0, clip=0.5)], ["fid", "clip"])
     assert header == ["model", "a"] and ["CLIP score", "0.5000 ± 1.0000"] in cells
     assert table([row("a", fid=3.0), row("b")], ["fid"])[1][1][3] == "-"
+
+
+def test_a_page_points_out_a_model_only_where_it_is_better_than_the_others_beyond_the_intervals() -> None:
+    rules = emoji(NETWORKS)
+    entered = [Entrant(name, "", SceneSet(0), 10) for name in (FLOOR, "a", "b")]
+    evaluation = Evaluation(rules, entered, [], 10, Team(CPU))
+    evaluation.metrics = ["kid", "noun", "clip"]
+    rows = [row(FLOOR, kid=0, noun=9, clip=9), row("a", kid=10, noun=5, clip=5), row("b", kid=7, noun=6, clip=8)]
+    scores = page(evaluation, rows, [(name, []) for name in (FLOOR, "a", "b")], 0).sections[0]
+    assert isinstance(scores, Table)
+    bold = {line[0].text: [cell.emphasis for cell in line[1:]] for line in scores.rows if any(cell.emphasis for cell in line)}
+    assert bold == {"KID": [False, False, True], "CLIP score": [False, False, True]}
 
 
 def test_the_latex_table_escapes_what_latex_would_read() -> None:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from sidcli.emoji import world
 from sidcli.entrants import Entrant, entrants, look_up
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluate import Evaluation, chosen
 from sidcli.hub import Silence
 from sidcli.imagesets import SceneSet
 from sidcli.metrics import weights
@@ -29,6 +28,7 @@ from sidcli.metrics.features import InceptionFeatures
 from sidcli.parallel import Team
 from sidcli.prompts import read_list
 from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji
+from sidcli.scores import Evaluation, chosen
 from sidcli.wishes import Wish
 from tests.coco import write_coco
 from tests.stand_ins import write_clip, write_dino, write_inception
