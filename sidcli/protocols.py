@@ -12,6 +12,8 @@ Image i answers caption i with seed `seed + i`.
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -39,6 +41,8 @@ REFERENCE_SCENES = 10_000
 COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
 COCO_IMAGES = Path("val2014")
 COCO_SIZE = 256
+MAX_STATISTICS = 1 << 30
+"""Bytes that a reference's statistics may unpack to; those of 2048 features take 34 million."""
 PHOTO_CLIP, CMMD_CLIP, DINO = "ViT-g-14:laion2b_s12b_b42k", "ViT-L-14-336-quickgelu:openai", "facebook/dinov2-large"
 
 
@@ -236,9 +240,13 @@ def read_statistics(file: Path) -> Statistics:
     """`mu` and `sigma` of Inception features, as clean-fid and others keep them. Raises InputError for other files."""
     hint = "--reference takes a folder or zip of images, or an .npz with `mu` [D] and `sigma` [D, D]"
     try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_STATISTICS:
+            raise ValueError(f"{size} bytes, unpacked")
         with np.load(file, allow_pickle=False) as kept:
             mean, covariance = kept["mu"].astype(np.float64), kept["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, TypeError) as error:
         raise InputError(f"{file} holds no statistics: {error}", hint) from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
         raise InputError(f"{file}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit", hint)

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,20 @@ def test_statistics_that_are_none_are_refused(
         custom(networks, tmp_path / "x.npz", None)
 
 
+def test_statistics_that_would_unpack_to_more_than_memory_or_are_no_archive_are_refused(networks: Networks, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("mu.npy", "w") as member:
+        for _ in range(1100):
+            member.write(bytes(1 << 20))
+    (tmp_path / "text.npz").write_text("mu sigma")
+    for name, said in (
+        ("bomb.npz", "1153433600 bytes, unpacked"),
+        ("text.npz", "holds no statistics"),
+        ("gone.npz", "No such file"),
+    ):
+        with pytest.raises(InputError, match=said):
+            custom(networks, tmp_path / name, None)
+
+
 def test_coco_without_its_folder_or_with_another_is_told_what_to_unpack(networks: Networks, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs COCO's validation set"):
         coco(networks, None, None)
@@ -211,7 +226,7 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
     photo = custom(plain, None, None).judges
     with pytest.raises(InputError) as caught:
         _ = photo.features
-    assert "inception-2015-12-05.pt" in caught.value.message
+    assert "inception-2015-12-05.pt" in caught.value.message and "HF_HUB_OFFLINE forbids" in caught.value.message
     assert (
         weights.INCEPTION.url in caught.value.hint
         and str(tmp_path / "cache" / "weights") in caught.value.hint
