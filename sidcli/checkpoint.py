@@ -6,6 +6,7 @@ complete manifest is no checkpoint. Only folders named step-NNNNNNNN are ever re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from torch import Tensor
 from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.files import atomic_folder, save_tensors, sha256, write_json
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 
 
@@ -54,7 +55,7 @@ def write(
             save_tensors(tensors, file)
             entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         manifest = {"format": FORMAT, "step": step, "config": config, "prompts": prompts_digest, "files": entries}
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", manifest | {"sha256": _digest(manifest)})
     for old in sorted(numbered(root), reverse=True)[keep:]:
         shutil.rmtree(root / folder_name(old))
     return target
@@ -71,16 +72,23 @@ def verify(folder: Path) -> Checkpoint:
     """Check every size and hash. Raises InputError that names the file at fault."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        entries, version = manifest["files"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        claimed, version = manifest.pop("sha256", None), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a complete checkpoint: manifest.json is missing or broken") from error
     if version != FORMAT:
-        raise InputError(f"{folder} has checkpoint format {version}; this version of sid reads format {FORMAT}")
-    for name, entry in entries.items():
+        raise InputError(f"{folder} has checkpoint format {version}; this version of sid reads format {FORMAT}", "use that version")
+    if claimed != _digest(manifest):
+        raise InputError(f"{folder / 'manifest.json'} is damaged", "continue from an older checkpoint with --resume")
+    for name, entry in manifest["files"].items():
         file = folder / Path(name).name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise InputError(f"{file} is damaged or missing", "continue from an older checkpoint with --resume")
     return Checkpoint(folder, manifest["step"], manifest["config"], manifest["prompts"])
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, by which a flipped bit in the manifest itself is seen."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
-    "4 device, memory, disk or folder, 5 a verification failed, 130/143 stopped by a signal after saving."
+    "4 device, memory, disk or folder, 5 a verification failed, 130, 138 or 143 stopped by a signal, a training after saving."
 )
 app = typer.Typer(
     name="sid",
@@ -593,7 +593,8 @@ def _drawer(
 def main() -> None:
     """Entry point of `sid`: errors of ours become one line and their exit code, others a traceback and 1."""
     # A command that is asked to stop unwinds, so that nothing half-written stays; a training saves first.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except SidError as error:

@@ -28,9 +28,10 @@ from sidcli.config import DistillConfig, differences
 from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
 from sidcli.errors import EnvironmentProblem, Interrupted, SidError, UsageError
-from sidcli.files import atomic_file, check_writable, locked, write_json
+from sidcli.files import atomic_file, check_writable, clear_leftovers, locked, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
+from sidcli.launch import STOPPING
 from sidcli.pictures import grid, save_png
 from sidcli.prompts import Prompts
 from sidcli.proxy import PROXY_IMAGES, Proxy
@@ -82,7 +83,7 @@ class Result:
 
 
 class StopFlag:
-    """Remembers SIGINT and SIGTERM until the loop asks; a second one ends the process at once."""
+    """Remembers a signal of STOPPING until the loop asks; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -94,7 +95,7 @@ class StopFlag:
 
     @contextmanager
     def installed(self) -> Iterator[StopFlag]:
-        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self) for number in STOPPING}
         try:
             yield self
         finally:
@@ -123,6 +124,8 @@ def run(
     with StopFlag().installed() as stop, memory_advice(config):
         engine = Engine(teacher, config, prompts, pick_device(device_name))
         with locked(output) if engine.team.leads else nullcontext():
+            if engine.team.leads:
+                clear_leftovers(output)
             engine.team.wait()
             restore(engine, output, resume, listener)
             if engine.team.leads:
@@ -175,9 +178,7 @@ class Loop:
             if stopped or finished or (engine.step % rhythm.save == 0 and not result.skipped_in_row):
                 self.save()
             if stopped and not finished:
-                raise Interrupted(
-                    stopped, f"stopped at step {engine.step} of {engine.config.steps}, saved", "run the same command to continue"
-                )
+                raise self.interrupted(stopped)
         with self.aside():
             if rhythm.eval:
                 self.evaluate()
@@ -191,10 +192,22 @@ class Loop:
         yield
         self.begun += time.monotonic() - paused
 
-    def open_proxy(self) -> Proxy:
+    def interrupted(self, number: int) -> Interrupted:
         engine = self.engine
+        return Interrupted(
+            number, f"stopped at step {engine.step} of {engine.config.steps}, saved", "run the same command to continue"
+        )
+
+    def open_proxy(self) -> Proxy:
+        """Before the first step, so that a signal that comes now has nothing to save."""
+        engine = self.engine
+
+        def pause() -> None:
+            if self.stop.signal_number:
+                raise self.interrupted(self.stop.signal_number)
+
         with self.listener.progress("the teacher's images", PROXY_IMAGES, "images") as advance:
-            proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance)
+            proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance, pause)
         self.listener.note(f"the teacher's own CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
         return proxy
 

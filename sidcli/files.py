@@ -148,6 +148,15 @@ def check_writable(folder: Path) -> None:
         raise EnvironmentProblem(f"no permission to write in {existing}", "choose another --output")
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed writers left under a folder that this process holds."""
+    for leftover in list(folder.rglob(".tmp-*")):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run folder for this process; the kernel releases the lock even after kill -9.

@@ -14,6 +14,9 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a training to save and leave: of people, of systems, of batch schedulers that are about to take the machine."""
+
 PATIENCE = 60.0
 """Seconds that processes get to stop after another one has failed."""
 
@@ -37,7 +40,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in STOPPING}
     try:
         return _wait(team)
     finally:

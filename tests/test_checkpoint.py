@@ -64,6 +64,6 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_half_of_the_new(
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     manifest = write(tmp_path, 1) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 7'))
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 7'))
     with pytest.raises(InputError, match="format 7"):
         checkpoint.verify(manifest.parent)

@@ -63,7 +63,7 @@ def state(output: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file.stem}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_run_stopped_at_half_and_continued_equals_one_that_was_not(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, number: int
 ) -> None:
@@ -143,6 +143,30 @@ def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_o
     assert list(again) == [0, 1, 2, 3] and again[2] == pytest.approx(first[2], abs=1e-5)
     assert times.read_text() == before, "the teacher's images come from the cache"
     assert any(note.startswith("step 3: CMMD to the teacher") for note in listener.notes)
+
+
+class KillBeforeTheFirstStep(Silent):
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Any]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return super().progress(what, total, unit)
+
+
+def test_a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_drawn_all(tmp_path: Path) -> None:
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
+    arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Rhythm(save=1, sample=5, log=1, eval=1), None)
+    with pytest.raises(Interrupted, match="stopped at step 0 of 2") as stopped:
+        distill.run(load(find("emoji-teacher")), config, *arguments, KillBeforeTheFirstStep())
+    assert stopped.value.exit_code == 138 and not list((tmp_path / "cache").rglob("*.png"))
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away_by_the_next(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / ".tmp-1-abcd-step-00000003").mkdir()
+    (tmp_path / "run" / "samples" / ".tmp-1-abcd-00000002.png").write_bytes(b"half")
+    run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
 
 
 def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(
