@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test soak lint format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The checks of reliability that repeat themselves: twenty runs killed twice each. Half an hour.
+soak: .venv/ready
+	$(BIN)/python -m pytest -m soak --durations 0 tests/test_reliability.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

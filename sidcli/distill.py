@@ -334,6 +334,8 @@ def restore(engine: Engine, output: Path, resume: Path | None, listener: Listene
         for problem in problems:
             listener.note(f"skipped: {problem}")
         if latest is None:
+            if engine.team.leads:
+                forget_after(output / "metrics.jsonl", 0)
             return
         found = latest
     changed = differences(found.config, engine.config)
@@ -350,10 +352,17 @@ def restore(engine: Engine, output: Path, resume: Path | None, listener: Listene
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be taken again, and the proxies of this one, which are measured before the next."""
+    """Drop the lines of steps that will be taken again, the proxies of this one, which are measured before the next, and lines that a
+    crash has cut."""
     if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] < step + ("proxy_clip" not in json.loads(line))]
+        kept = []
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if record["step"] < step + ("proxy_clip" not in record):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
         with atomic_file(metrics) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

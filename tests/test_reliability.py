@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from sidcli import checkpoint
 
+REPOSITORY = Path(__file__).parent.parent
+STEPS = 12
 WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
@@ -74,3 +83,92 @@ def test_check_7_every_flipped_bit_is_seen_before_a_weight_is_used(tmp_path: Pat
             assert found is not None and found.step == 1 and len(problems) == 1, f"byte {place}, bit {bit} of {file.name}"
         file.write_bytes(whole)
     assert checkpoint.verify(folder).step == 2
+
+
+def sid(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """A `sid` command in a session of its own, one thread, nothing from the network."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "sidcli", *arguments],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def training(teacher: Path) -> list[str]:
+    options = {"--teacher": teacher, "--steps": STEPS, "--batch-size": 2, "--lr": 1e-3, "--precision": "fp32", "--device": "cpu"}
+    options |= {"--save-every": 1, "--sample-every": 6, "--output": "run"}
+    return ["distill", *(str(part) for pair in options.items() for part in pair)]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / checkpoint.folder_name(STEPS)
+    return {f"{file.stem}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nobody disturbed, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    begun = time.monotonic()
+    done = sid(*training(sd_folder), cwd=folder)
+    _, said = done.communicate()
+    assert done.returncode == 0, said
+    return folder / "run", time.monotonic() - begun
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed == 0 else pytest.mark.soak) for seed in range(20)])
+def test_check_2_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
+    seed: int, uninterrupted: tuple[Path, float], sd_folder: Path, tmp_path: Path
+) -> None:
+    whole, seconds = uninterrupted
+    rng = random.Random(seed)
+    for _ in range(2):
+        command = sid(*training(sd_folder), cwd=tmp_path)
+        try:
+            command.wait(rng.uniform(0.4, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(command.pid, signal.SIGKILL)
+            assert command.wait() == -signal.SIGKILL
+        command.communicate()
+    last = sid(*training(sd_folder), cwd=tmp_path)
+    _, said = last.communicate()
+    assert last.returncode == 0, said
+    one, two = final_state(whole), final_state(tmp_path / "run")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 10, 12]
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+    student = "student/unet/diffusion_pytorch_model.safetensors"
+    assert (whole / student).read_bytes() == (tmp_path / "run" / student).read_bytes()
+
+
+def in_small_disk(folder: Path, kilobytes: int, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script with `folder` on a disk of its own that holds so much; skips where the system does not allow it."""
+    mount = f"mount -t tmpfs -o size={kilobytes}k small {folder}"
+    probe = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True)
+    if shutil.which("unshare") is None or probe.returncode:
+        pytest.skip("this system lets nobody mount a small disk")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", f"{mount} && cd {folder} && {script}"], capture_output=True, text=True, env=environment
+    )
+
+
+def test_check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_much(
+    uninterrupted: tuple[Path, float], sd_folder: Path, tmp_path: Path
+) -> None:
+    one = sum(file.stat().st_size for file in (uninterrupted[0] / "checkpoints" / checkpoint.folder_name(STEPS)).iterdir())
+    command = " ".join([sys.executable, "-m", "sidcli", *training(sd_folder)])
+    look = "ls -A run/checkpoints; cp -r run/checkpoints $KEEP"
+    kept = tmp_path / "kept"
+    (tmp_path / "disk").mkdir()
+    done = in_small_disk(tmp_path / "disk", round(2.5 * one / 1000), f"{command}; echo exit $?; {look.replace('$KEEP', str(kept))}")
+    assert "exit 4" in done.stdout, done.stderr
+    assert "bytes free; a checkpoint needs" in done.stderr and "--output" in done.stderr
+    found, problems = checkpoint.latest(kept)
+    assert found is not None and not problems and not list(kept.glob(".tmp-*"))
