@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 LINE_SECONDS = 15.0
 
 
+class Bystander(Terminal):
+    """A terminal whose leaving ends nothing; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Console:
     """One command's voice: for people, as one JSON object (`--json`), or nearly silent (`--quiet`)."""
 
@@ -43,19 +50,26 @@ class Console:
         # Of several processes that train together one speaks; the others say only what went wrong with them.
         self.rank = int(os.environ.get("RANK", "0"))
         self.quiet |= self.rank > 0
-        self.err = Terminal(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.out = Terminal(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.live = self.err.is_terminal and not as_json and not self.quiet
 
+    def say(self, line: Text | str) -> None:
+        """A line for people. Where nobody can hear it, a pipe closed or a log on a full disk, the work goes on in silence."""
+        try:
+            self.err.print(line)
+        except OSError:
+            self.err.quiet = True
+
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.err.print(printable(text))
+            self.say(printable(text))
 
     def error(self, message: str, hint: str = "") -> None:
         """One line: what happened, and what to try."""
         message = f"process {self.rank}: {message}" if self.rank else message
         line = Text("error: ", style="bold red") + Text(printable(message))
-        self.err.print(line + Text("; try: ", style="bold") + Text(printable(hint)) if hint else line)
+        self.say(line + Text("; try: ", style="bold") + Text(printable(hint)) if hint else line)
 
     def result(self, lines: Sequence[str], data: dict[str, Any]) -> None:
         """`data` as one JSON object, or `lines` for people and scripts that read lines."""
@@ -102,7 +116,7 @@ class Console:
                 places = (3 * ((2 * row + below) * width + column) for below in (0, 1))
                 upper, lower = (Color.from_rgb(*pixels[place : place + 3]) for place in places)
                 line.append("\u2580", Style(color=upper, bgcolor=lower))
-            self.err.print(line)
+            self.say(line)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:

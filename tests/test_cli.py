@@ -35,6 +35,9 @@ def sid(*arguments: str, cwd: Path | None = None, **environment: str) -> subproc
         ["distill", "--steps", "0"],
         ["distill", "--lr", "-1"],
         ["sample"],
+        ["eval", "--fail-above", "fud=3"],
+        ["eval", "--protocol", "coco"],
+        ["eval", "emoji,steps=x"],
         ["nonsense"],
     ],
 )
@@ -83,6 +86,10 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         (["sample", "a cat", "--backend", "onnx"], 2, "sid export emoji --format onnx"),
         (["sample", "a cat", "--width", "63"], 2, "--width must be a multiple of 4 for this model, at most 8192, not 63"),
         (["sample", "a cat", "--prediction-type", "x0"], 2, "--prediction-type must be one of"),
+        (["eval", "emoji", "--protocol", "coco2014-30k"], 2, "--reference FOLDER with val2014/"),
+        (["eval", "emoji", "--prdc", "--num", "5"], 2, "--num 6 or more"),
+        (["eval", "emoji", "--reference", "nowhere"], 3, "nowhere"),
+        (["eval", "no-such-model"], 3, "no model 'no-such-model'"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sidcli import checkpoint
+from sidcli.config import DistillConfig
+from sidcli.engine import Engine
+from sidcli.prompts import open_prompts
+from sidcli.teachers import Model
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 12
@@ -172,3 +179,108 @@ def test_check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_mu
     assert "bytes free; a checkpoint needs" in done.stderr and "--output" in done.stderr
     found, problems = checkpoint.latest(kept)
     assert found is not None and not problems and not list(kept.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "loading"),
+        (signal.SIGINT, "step 1"),
+        (signal.SIGUSR1, "step 3"),
+        pytest.param(signal.SIGTERM, "step 2", marks=pytest.mark.soak),
+        pytest.param(signal.SIGINT, "loading", marks=pytest.mark.soak),
+    ],
+)
+def test_check_4_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_process_left(
+    number: int, moment: str, sd_folder: Path, tmp_path: Path
+) -> None:
+    command = sid(*training(sd_folder)[:-2], "--steps", "400", "--output", "run", cwd=tmp_path)
+    assert command.stderr is not None
+    if moment == "loading":
+        while "loading" not in command.stderr.readline():
+            assert command.poll() is None
+    else:
+        step = int(moment.split()[1])
+        while step not in checkpoint.numbered(tmp_path / "run" / "checkpoints"):
+            assert command.poll() is None
+            time.sleep(0.01)
+    os.kill(command.pid, number)
+    begun = time.monotonic()
+    command.communicate()
+    assert command.returncode == 128 + number and time.monotonic() - begun < 10
+    with pytest.raises(ProcessLookupError):
+        os.killpg(command.pid, 0)
+    if moment != "loading":
+        found, problems = checkpoint.latest(tmp_path / "run" / "checkpoints")
+        assert found is not None and found.step >= 1 and not problems
+
+
+def test_check_17_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_folder: Path, tmp_path: Path) -> None:
+    words = " ".join([sys.executable, "-m", "sidcli", *training(sd_folder)[:-2], "--steps", "3", "--output"])
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for folder, rest in (("pipe", "2>&1 | head -1"), ("full", "2>/dev/full >/dev/full")):
+        subprocess.run(["sh", "-c", f"{words} {folder} {rest}"], cwd=tmp_path, env=environment, capture_output=True)
+        found, problems = checkpoint.latest(tmp_path / folder / "checkpoints")
+        assert found is not None and found.step == 3 and not problems, folder
+
+
+def test_check_18_a_long_run_keeps_its_memory_and_its_open_files(sd: Model, config: DistillConfig) -> None:
+    engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
+    process = psutil.Process()
+    for _ in range(50):
+        engine.advance()
+    memory, files_open = process.memory_info().rss, process.num_fds()
+    for _ in range(150):
+        engine.advance()
+    assert process.memory_info().rss < 1.05 * memory and process.num_fds() == files_open
+
+
+def test_check_27_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> None:
+    prompts = ["../../x", "/etc/passwd", "C:\\x", "a/b", "cat " * 1250, "\U0001f431", ".", "CON", "a\tb"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    (tmp_path / "inside").mkdir()
+    done = sid("sample", "--prompts", "../prompts.txt", "-o", "out", "--json", cwd=tmp_path / "inside")
+    said, _ = done.communicate()
+    assert done.returncode == 0
+    names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert names == {"prompts.txt", "inside/out/sheet.png", *(f"inside/out/{index:06d}.png" for index in range(len(prompts)))}
+    assert [image["prompt"] for image in json.loads(said)["images"]] == [prompt.strip() for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "a", "--num", "0"],
+        ["sample", "a", "--num", "-1"],
+        ["sample", "a", "--num", "1000000000000000000"],
+        ["sample", "a", "--steps", "0"],
+        ["sample", "a", "--seed", "18446744073709551616"],
+        ["distill", "--steps", "0"],
+        ["distill", "--lr", "nan"],
+        ["distill", "--lr", "-1"],
+        ["eval", "--num", "1"],
+        ["eval", "--batch-size", "0"],
+    ],
+)
+def test_check_29_numbers_that_make_no_sense_are_usage_errors_before_anything_is_loaded(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(77)")
+    done = sid(*arguments, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    _, said = done.communicate()
+    assert done.returncode == 2 and "Traceback" not in said, said
+
+
+def test_check_31_a_token_is_never_shown(tmp_path: Path) -> None:
+    for extra in ({}, {"SID_DEBUG": "1"}):
+        secret = {"HF_TOKEN": "hf_verysecrettoken", "HF_HOME": str(tmp_path / "hub"), **extra}
+        done = sid("distill", "--teacher", "me/private", cwd=tmp_path, **secret)
+        assert "verysecret" not in "".join(done.communicate()) and done.returncode != 0
+
+
+def test_check_32_libraries_with_known_holes_are_too_old(tmp_path: Path) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    floors = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])  # type: ignore[union-attr]
+    safe = {"torch": (2, 10), "diffusers": (0, 38), "safetensors": (0, 8), "pillow": (12, 3), "huggingface_hub": (2, 0)}
+    for name, floor in safe.items():
+        assert tuple(int(part) for part in floors[name].split(".")) >= floor, name
