@@ -45,6 +45,9 @@ class Overrides:
     height: int = 0
 
 
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError)
+
+
 class Known:
     """What a model's card, the content of its sid.json, says of it; the card of a model that is not ours is empty."""
 
@@ -145,7 +148,15 @@ def quiet_libraries() -> None:
 
 def describe(source: Source, overrides: Overrides | None = None) -> Description:
     """Read what describes a model. Raises InputError for what is not Stable Diffusion 1, 2 or XL, or brings code of its own."""
-    wishes = overrides or Overrides()
+    try:
+        return _described(source, overrides or Overrides())
+    except DAMAGE as error:  # an entry that is missing, of another type, or no size that a network can have
+        raise InputError(
+            f"the description of {source.name} is damaged: {type(error).__name__} {error}", "take another copy of the model"
+        ) from error
+
+
+def _described(source: Source, wishes: Overrides) -> Description:
     if source.is_file:
         prediction = None if wishes.prediction_type == "auto" else wishes.prediction_type
         file = single_file.read(source.path, Path(wishes.model_config) if wishes.model_config else None, prediction)
