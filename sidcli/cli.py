@@ -194,6 +194,7 @@ def distill(
         resolved = resolve(MEMORY["fast" if memory == "auto" else memory])
         kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
         folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
+        check_writable(folder)
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
@@ -466,6 +467,7 @@ def export(
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
     if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
         raise UsageError(f"--push-to-hub wants OWNER/NAME, not {push_to_hub!r}")
+    check_writable(output.parent)
     with _console(as_json, quiet, unused=() if format == "lora" else ("bitsandbytes", "peft")) as console:
         from sidcli import export as driver
         from sidcli.formats.order import Order

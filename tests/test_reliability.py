@@ -284,3 +284,112 @@ def test_check_32_libraries_with_known_holes_are_too_old(tmp_path: Path) -> None
     safe = {"torch": (2, 10), "diffusers": (0, 38), "safetensors": (0, 8), "pillow": (12, 3), "huggingface_hub": (2, 0)}
     for name, floor in safe.items():
         assert tuple(int(part) for part in floors[name].split(".")) >= floor, name
+
+
+def test_check_13_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here already")
+    (tmp_path / "torch.py").write_text("raise SystemExit(77)")
+    for arguments in (
+        ["distill", "--output", "file/run"],
+        ["sample", "a cat", "-o", "file/cat.png"],
+        ["eval", "--report", "file/page.html"],
+        ["export", "emoji", "-o", "file/student"],
+    ):
+        done = sid(
+            *arguments,
+            cwd=tmp_path,
+            PYTHONPATH=f"{tmp_path}:{REPOSITORY}" if arguments[0] in ("sample", "eval") else str(REPOSITORY),
+        )
+        _, said = done.communicate()
+        assert done.returncode == 4 and "is a file, not a folder" in said, (arguments, said)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "torch.py"]
+
+
+def test_check_15_everything_that_ships_works_where_there_is_no_network_at_all(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-Urn", "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody be without a network")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_OFFLINE")
+    command = ["unshare", "-Urn", sys.executable, "-m", "sidcli"]
+    done = subprocess.run(
+        [*command, "sample", "a cat", "-o", "cat.png"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "cat.png").is_file(), done.stderr
+    begun = time.monotonic()
+    missing = environment | {"HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [*command, "sample", "a cat", "--model", "me/mine"], cwd=tmp_path, env=missing, capture_output=True, text=True
+    )
+    assert done.returncode == 3 and "me/mine" in done.stderr.splitlines()[-1] and time.monotonic() - begun < 30
+
+
+CHECKS = {
+    1: ["distill/a_run_stopped_at_half_and_continued_equals_one_that_was_not"],
+    2: ["reliability/check_2_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not"],
+    3: ["reliability/check_3_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the_new_checkpoint"],
+    4: [
+        "reliability/check_4_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_process_left",
+        "distill/a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_drawn_all",
+    ],
+    5: [
+        "reliability/check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_much",
+        "checkpoint/a_write_that_fails_leaves_the_old_checkpoint_and_no_half_of_the_new",
+    ],
+    6: ["checkpoint/a_damaged_checkpoint_is_skipped_with_its_name_and_the_one_before_is_used"],
+    7: ["reliability/check_7_every_flipped_bit_is_seen_before_a_weight_is_used"],
+    8: ["checkpoint/only_the_newest_two_are_kept_in_numeric_order_and_foreign_folders_stay"],
+    9: ["distill/a_changed_setting_is_refused_by_name_and_more_steps_are_not"],
+    10: [
+        "distill/a_diverging_run_stops_with_the_step_and_a_finite_checkpoint",
+        "distill/a_run_that_stops_being_finite_returns_to_its_checkpoint_and_ends_as_if_nothing_had_happened",
+    ],
+    11: ["distill/running_out_of_memory_names_the_switches_to_try"],
+    12: ["distill/a_folder_in_use_is_refused_with_the_process"],
+    13: ["reliability/check_13_an_output_that_cannot_be_is_refused_before_a_model_is_loaded"],
+    14: ["cli/an_error_is_one_line_with_its_exit_code"],
+    15: ["reliability/check_15_everything_that_ships_works_where_there_is_no_network_at_all"],
+    16: ["hub/a_cut_connection_goes_on_where_it_was_cut", "hub/what_the_hub_refuses_is_one_line_and_exit_3"],
+    17: ["reliability/check_17_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint"],
+    18: ["reliability/check_18_a_long_run_keeps_its_memory_and_its_open_files"],
+    19: ["shipped/an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch"],
+    20: [
+        "export/every_family_goes_through_every_format_and_draws_the_same",
+        "cli/an_export_that_is_told_to_stop_leaves_nothing_behind",
+    ],
+    21: [
+        "cli/a_released_pickle_becomes_a_student_and_a_hostile_one_an_error",
+        "teachers/weights_in_pickles_are_not_read_even_where_there_is_nothing_else",
+    ],
+    22: ["architecture/nothing_in_the_source_can_load_code_from_a_file"],
+    23: ["teachers/a_model_that_cannot_teach_is_refused_with_the_reason", "fuzz/descriptions_of_models"],
+    24: ["single_file/files_that_are_no_safetensors_are_refused", "fuzz/single_files"],
+    25: [
+        "imagefiles/a_decompression_bomb_is_refused_by_its_header",
+        "protocols/statistics_that_would_unpack_to_more_than_memory_or_are_no_archive_are_refused",
+        "prompts/a_missing_list_and_a_device_are_refused",
+    ],
+    26: [
+        "prompts/a_broken_list_is_refused_with_its_place",
+        "prompts/a_byte_order_mark_windows_line_ends_and_blank_lines_do_no_harm",
+    ],
+    27: ["reliability/check_27_prompts_that_look_like_paths_name_no_file"],
+    28: ["cli/sample_needs_no_more_than_a_prompt_and_signs_the_picture"],
+    29: ["reliability/check_29_numbers_that_make_no_sense_are_usage_errors_before_anything_is_loaded"],
+    30: [
+        "cli/several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it",
+        "console/control_characters_of_a_prompt_are_made_visible",
+    ],
+    31: ["reliability/check_31_a_token_is_never_shown"],
+    32: ["reliability/check_32_libraries_with_known_holes_are_too_old"],
+}
+"""Where each of the 32 checks is kept: file and test, without `test_`."""
+
+
+def test_every_check_has_a_test_that_exists() -> None:
+    assert list(CHECKS) == list(range(1, 33))
+    for number, tests in CHECKS.items():
+        for name in tests:
+            file, _, test = name.partition("/")
+            assert f"def test_{test}(" in (REPOSITORY / "tests" / f"test_{file}.py").read_text(encoding="utf-8"), (
+                f"check {number}: {name}"
+            )
