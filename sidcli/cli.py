@@ -17,7 +17,7 @@ import typer
 
 from sidcli import __version__
 from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
-from sidcli.errors import EnvironmentProblem, InputError, SidError, UsageError
+from sidcli.errors import EnvironmentProblem, GateError, InputError, SidError, UsageError
 from sidcli.files import check_writable
 from sidcli.wishes import Wish, check_protocol, limits
 
@@ -306,7 +306,12 @@ def evaluate(
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", rich_help_panel=METRICS, help="Everything that the protocol can measure.")
+        bool,
+        typer.Option(
+            "--all",
+            rich_help_panel=METRICS,
+            help="Everything that the protocol measures, but FID infinity, and DINOv2 on the emoji world.",
+        ),
     ] = False,
     fid: Annotated[
         bool, typer.Option(rich_help_panel=METRICS, help="Frechet distance to the reference, and to a teacher's images.")
@@ -374,9 +379,9 @@ def evaluate(
     check_protocol(protocol)
     bounds = limits(fail_above or [], fail_below or [])
     wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
-    for file in (report, picture, images):
-        if file:
-            check_writable(file.parent)
+    for folder in (report and report.parent, picture and picture.parent, images):
+        if folder:
+            check_writable(folder)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         from sidcli.launch import launch
 
@@ -393,12 +398,12 @@ def evaluate(
         where = Team(pick_device(device))
         quiet_libraries()
         found = [one for wish in wishes for one in look_up(wish, untrained, console)]
-        name = choose(protocol, all(one.is_emoji for one in found if one.files is None), bool(reference or prompts))
+        name = choose(protocol, {one.is_emoji for one in found if one.files is None} == {True}, bool(reference or prompts))
         networks = Networks(where.device, console, inception, clip_model, cmmd_model, dino_model)
         rules = open_protocol(name, networks, reference, prompts)
         rows_to_be = entrants(found, rules, where.device, num, seed, batch_size, images)
         asked = [option for option, given in flags.items() if given]
-        metrics = chosen(asked, rules, everything, rows_to_be, [metric for metric, _ in bounds])
+        metrics = chosen(asked, rules, everything, rows_to_be, [bound.metric for bound in bounds])
         evaluation = Evaluation(rules, rows_to_be, metrics, num, where)
         evaluation.fill(console)
         if not where.leads:
@@ -409,7 +414,7 @@ def evaluate(
         if as_latex and not as_json:
             console.result(driver.latex(header, cells).splitlines(), {})
         else:
-            console.table(f"protocol {rules.name}, values ± half of the 95 % interval", header, cells)
+            console.table(f"protocol {rules.name}, values with their 95 % intervals", header, cells)
         for warning in warnings:
             console.note(f"note: {warning}")
         drawn = driver.pictures(evaluation) if picture or report else []
@@ -425,12 +430,14 @@ def evaluate(
             "protocol": protocol_record,
             "models": [row.as_dict() for row in rows],
             "warnings": warnings,
+            "beyond": driver.beyond(rows, bounds),
             "picture": str(picture) if picture else None,
             "report": str(report) if report else None,
         }
         if as_json:
             console.result([], data)
-        driver.gate(rows, bounds)
+        if data["beyond"]:
+            raise GateError("; ".join(data["beyond"]))
 
 
 @app.command()
@@ -535,7 +542,8 @@ def _console(as_json: bool, quiet: bool, unused: Sequence[str] = ("bitsandbytes"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice about its own extras, as soon as accelerate sees it
+    if "SID_DEBUG" not in os.environ:
+        logging.disable()  # what libraries advise about their extras, or say of errors that we report ourselves
     from sidcli.console import Console
 
     yield Console(as_json, quiet)

@@ -209,6 +209,7 @@ class Loop:
         with self.listener.progress("the teacher's images", PROXY_IMAGES, "images") as advance:
             proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance, pause)
         self.listener.note(f"the teacher's own CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
+        write_json(self.output / "proxy.json", {"images": PROXY_IMAGES, "teacher_clip": round(proxy.goal, 5)})
         return proxy
 
     def evaluate(self) -> None:

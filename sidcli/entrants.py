@@ -48,7 +48,10 @@ def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
     path = Path(wish.name)
     models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
     if path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models)):
-        return [Found(wish, files=open_images(path))]
+        files = open_images(path)
+        if files.left_out:
+            listener.note(files.left_out)
+        return [Found(wish, files=files)]
     source = find(wish.name, listener)
     found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source))
     return [found, replace(found, wish=replace(wish, untrained=untrained))] if untrained and found.is_teacher else [found]

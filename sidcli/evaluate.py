@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from sidcli.entrants import FLOOR
-from sidcli.errors import GateError
 from sidcli.metrics.catalogue import METRICS
 from sidcli.pictures import contact_sheet, save_png
 from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table
 from sidcli.report.run import run_sections
 from sidcli.scores import Evaluation, Row
+from sidcli.wishes import Bound
 
 SHOWN = 12
 
 
 def listed(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells, a line per row: model, sampling, n, and values with half the width of their interval."""
+    """Header and cells, a line per row: model, sampling, n, and values with their intervals."""
 
     def write(metric: str, row: Row) -> str:
         one = row.metrics.get(metric)
-        return "-" if one is None else f"{METRICS[metric].write(one.value)} ± {METRICS[metric].write(one.half_width)}"
+        return "-" if one is None else METRICS[metric].write_measured(one)
 
     header = ["model", "sampling", "n", *(METRICS[metric].label for metric in metrics)]
     cells = [[row.model, row.sampling, str(row.n), *(write(metric, row) for metric in metrics)] for row in rows]
@@ -58,16 +59,19 @@ def latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def gate(rows: Sequence[Row], bounds: dict[tuple[str, bool], float]) -> None:
-    """Raises GateError for a row beyond a bound; the floor is nobody's result and is not asked."""
-    for (metric, is_above), bound in bounds.items():
+def beyond(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
+    """What is beyond a bound, in words; the floor is nobody's result and is not asked."""
+    said = []
+    for bound in bounds:
         for row in rows:
-            one = row.metrics.get(metric)
+            one = row.metrics.get(bound.metric)
             if row.model == FLOOR or one is None:
                 continue
-            if not (one.value <= bound if is_above else one.value >= bound):  # which a value that is no number does not pass
-                side = "above" if is_above else "below"
-                raise GateError(f"{METRICS[metric].label} of {row.model} ({row.sampling}) is {one.value:.5g}, {side} {bound:g}")
+            # Which a value that is no number does not pass.
+            if not (one.value <= bound.value if bound.is_above else one.value >= bound.value):
+                metric, side = METRICS[bound.metric], "above" if bound.is_above else "below"
+                said.append(f"{metric.label} of {row.model} ({row.sampling}) is {one.value:.5g}, {side} {bound.value:g}")
+    return said
 
 
 def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
@@ -105,8 +109,8 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
     ]
     for entrant in evaluation.entered:
         if (Path(entrant.name) / "metrics.jsonl").is_file():
-            sections += run_sections(Path(entrant.name))
-    summary = f"{len(rows)} rows of {max(evaluation.counts)} images, values with half the width of their 95 % interval"
+            sections += [replace(section, title=f"{entrant.name}: {section.title}") for section in run_sections(Path(entrant.name))]
+    summary = f"{len(rows)} rows of {max(evaluation.counts)} images, values with their 95 % intervals"
     return Page("Evaluation", f"protocol {protocol.name}", summary, sections)
 
 

@@ -97,7 +97,7 @@ def _problem(path: Path, error: OSError) -> EnvironmentProblem:
     free = shutil.disk_usage(nearest(path)).free
     return EnvironmentProblem(
         f"cannot write {path}: {error.strerror or error}",
-        f"{free / 1e9:.1f} GB are free there; choose another place with --output or make room",
+        f"{free / 1e9:.1f} GB are free there; choose another place or make room",
     )
 
 

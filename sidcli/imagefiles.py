@@ -38,6 +38,8 @@ class ImageFiles:
     fingerprint: str
     members: tuple[str, ...]
     opened: Callable[[str], BinaryIO]
+    left_out: str = ""
+    """A sentence for people where the rule of numbers left images out."""
 
     def __len__(self) -> int:
         return len(self.members)
@@ -90,14 +92,17 @@ def open_images(path: Path) -> ImageFiles:
             raise InputError(f"{path} is neither a folder nor a .zip", HINT)
     except OSError as error:
         raise InputError(f"cannot read the images {error.filename or path}: {error.strerror or error}", HINT) from error
+    everything = len(entries)
     entries = _numbered(sorted(entries, key=_order))
+    left_out = f"{path}: only the {len(entries)} images with numbers for names count, not the {everything - len(entries)} others"
     if not entries:
         raise InputError(f"{path} holds no image", HINT)
     for entry in entries:
         if entry.size > MAX_BYTES:
             raise InputError(f"{path}/{entry.name} has {entry.size} bytes; images may have {MAX_BYTES}", "remove it")
     fingerprint = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    return ImageFiles(str(path), fingerprint, tuple(entry.name for entry in entries), opened)
+    names = tuple(entry.name for entry in entries)
+    return ImageFiles(str(path), fingerprint, names, opened, left_out if len(entries) < everything else "")
 
 
 class _Entry(NamedTuple):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,11 @@ class ImageSet(Protocol):
 
     @property
     def key(self) -> str: ...
+    @property
+    def must_exist(self) -> bool:
+        """Whether the images are wanted for themselves, and not only their features."""
+        ...
+
     def read(self, indices: range) -> list[np.ndarray]:
         """Images uint8 [H, W, 3]."""
         ...
@@ -49,6 +55,7 @@ class SceneSet:
 
     seed: int
     held_out: bool = False
+    must_exist = False
 
     @property
     def key(self) -> str:
@@ -63,6 +70,7 @@ class FileSet:
     """Images of a folder or a zip."""
 
     files: ImageFiles
+    must_exist = False
 
     @cached_property
     def key(self) -> str:
@@ -91,7 +99,7 @@ class DrawnSet:
         place: Path | None = None,
     ):
         self.source, self.plan, self.prompts, self.seed = source, plan, prompts, seed
-        self.open_drawer, self.batch_size = open_drawer, batch_size
+        self.open_drawer, self.batch_size, self.must_exist = open_drawer, batch_size, place is not None
         self.key = digest("drawn", __version__, fingerprint(source), repr(plan), prompts_key, seed)
         name = "".join(c if c.isalnum() or c in "-." else "-" for c in source.path.name)
         self.folder = (place or cache_folder() / "images") / f"{name}-{self.key}"
@@ -136,9 +144,12 @@ class DrawnSet:
     @property
     def seconds_per_image(self) -> float | None:
         """Of the drawing alone, over all images of the set; None where nothing was timed."""
-        file = self.folder / "times.jsonl"
-        times = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        return sum(row["seconds"] for row in times) / sum(row["images"] for row in times) if times else None
+        file, times = self.folder / "times.jsonl", []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+            with suppress(ValueError, KeyError, TypeError):  # of a line that a crash has cut
+                row = json.loads(line)
+                times.append((float(row["seconds"]), int(row["images"])))
+        return sum(seconds for seconds, _ in times) / max(1, sum(images for _, images in times)) if times else None
 
 
 def digest(*parts: Any) -> str:
@@ -181,7 +192,7 @@ class Collection:
         for number, unit in enumerate(self.units()):
             if number % share.count == share.rank:
                 todo = [extractor for extractor in extractors if _read(self.file(extractor, unit)) is None]
-                if todo:
+                if todo or self.images.must_exist:
                     images = in_threads(self.prepare, self.images.read(unit))
                 for extractor in todo:
                     _write(self.file(extractor, unit), extractor(images, self.said(unit)))

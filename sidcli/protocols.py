@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,7 +26,7 @@ import torch
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.hub import Listener
-from sidcli.imagefiles import open_images
+from sidcli.imagefiles import DAMAGE, ImageFiles, open_images
 from sidcli.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_is
 from sidcli.metrics.clip import PREFIX, Clip, Embeddings, Similarity
 from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, InceptionFeatures
@@ -205,7 +204,7 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Proto
             raise InputError(
                 f"{folder} is not COCO 2014: {needed} is missing", "unpack val2014.zip and annotations_trainval2014.zip there"
             )
-    files = open_images(folder / COCO_IMAGES)
+    files = _images(folder / COCO_IMAGES, networks.listener)
     prepare, prepared = partial(square, size=COCO_SIZE), f"centre square, Lanczos to {COCO_SIZE}"
     return Protocol(
         "coco2014-30k",
@@ -219,6 +218,13 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Proto
     )
 
 
+def _images(path: Path, listener: Listener) -> ImageFiles:
+    files = open_images(path)
+    if files.left_out:
+        listener.note(files.left_out)
+    return files
+
+
 def custom(networks: Networks, reference: Path | None, prompts: Path | None) -> Protocol:
     compared: Collection | Statistics | None = None
     facts: dict[str, Any] = {"reference": "none"}
@@ -229,7 +235,7 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None) -> 
             "reference_files": hashlib.sha256(reference.read_bytes()).hexdigest(),
         }
     elif reference:
-        files = open_images(reference)
+        files = _images(reference, networks.listener)
         compared = Collection(FileSet(files), len(files))
         facts = {"reference": f"{len(files)} images of {reference.name}", "reference_files": files.fingerprint}
     captions = listed(prompts) if prompts else None
@@ -245,11 +251,15 @@ def read_statistics(file: Path) -> Statistics:
         if size > MAX_STATISTICS:
             raise ValueError(f"{size} bytes, unpacked")
         with np.load(file, allow_pickle=False) as kept:
-            mean, covariance = kept["mu"].astype(np.float64), kept["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+            mean, covariance = (kept[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
+    except (*DAMAGE, KeyError, TypeError, MemoryError) as error:
         raise InputError(f"{file} holds no statistics: {error}", hint) from error
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or len(mean) == 0:
         raise InputError(f"{file}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit", hint)
+    if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+        raise InputError(f"{file} holds values that are no numbers", "take the statistics again")
+    if not np.allclose(covariance, covariance.T) or (np.diag(covariance) < 0).any():
+        raise InputError(f"{file}: sigma is no covariance: not symmetric, or negative on its diagonal", "take the statistics again")
     return Statistics(mean, covariance, 0)
 
 
@@ -262,7 +272,7 @@ def choose(name: str, all_emoji: bool, own: bool) -> str:
         return name
     if own:
         return "custom"
-    if not all_emoji:
+    if not all_emoji:  # which is also what images alone are
         raise UsageError(
             "there is nothing to compare these images with",
             "--protocol coco2014-30k --reference COCO_FOLDER, or --reference FOLDER and --prompts FILE of your own",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -64,7 +65,10 @@ class Row:
     seconds_per_image: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        numbers = {name: {key: float(f"{value:.7g}") for key, value in asdict(one).items()} for name, one in self.metrics.items()}
+        numbers = {
+            name: {key: float(f"{value:.7g}") if math.isfinite(value) else None for key, value in asdict(one).items()}
+            for name, one in self.metrics.items()
+        }
         seconds = None if self.seconds_per_image is None else round(self.seconds_per_image, 5)
         return {"model": self.model, "sampling": self.sampling, "n": self.n, "metrics": numbers, "seconds_per_image": seconds}
 
@@ -111,11 +115,13 @@ class Evaluation:
         self.protocol, self.entered, self.metrics, self.team = protocol, entered, metrics, team
         self.num = num or protocol.default_num
         self.judges: dict[str, Extractor] = {name: getattr(protocol.judges, name) for name in {JUDGE[metric] for metric in metrics}}
-        for entrant in entered:
+        counted = [(entrant.name, self.count(entrant)) for entrant in entered]
+        counted += [("the reference", self.reference.count)] if self.reference is not None else []
+        for name, count in counted:
             for metric in metrics:
-                if self.count(entrant) < FEWEST.get(metric, 1):
+                if count < FEWEST.get(metric, 1):
                     raise UsageError(
-                        f"{METRICS[metric].label} of {self.count(entrant)} images has no value", f"--num {FEWEST[metric]} or more"
+                        f"{METRICS[metric].label} has no value with {count} images of {name}", f"{FEWEST[metric]} images or more"
                     )
 
     def count(self, entrant: Entrant) -> int:
@@ -142,6 +148,15 @@ class Evaluation:
         compared = any(metric in COMPARED for metric in self.metrics)
         return self.protocol.reference if compared and isinstance(self.protocol.reference, Collection) else None
 
+    def check_width(self, features: np.ndarray) -> None:
+        """Raises UsageError where given statistics are those of another network than this protocol's."""
+        given = self.protocol.reference
+        if isinstance(given, Statistics) and features.shape[1] != len(given.mean):
+            raise UsageError(
+                f"the reference's statistics have {len(given.mean)} dimensions, {self.judges['features'].name} has {features.shape[1]}",
+                "statistics of Inception's 2048 features, or a folder of images",
+            )
+
     def fill(self, listener: Listener) -> None:
         """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn."""
         work: list[tuple[str, list[tuple[Collection, list[Extractor]]]]] = []
@@ -153,8 +168,12 @@ class Evaluation:
             if held_out:
                 parts.append((held_out, [self.judges["features"]]))
             work.append((f"{entrant.name}, {entrant.sampling}", parts))
-        for judge in {judge for _, parts in work for part, judges in parts for judge in judges if part.lacks(judge)}:
-            judge([np.zeros((8, 8, 3), np.uint8)], ["a"])
+        lacking = {judge for _, parts in work for part, judges in parts for judge in judges if part.lacks(judge)}
+        for name, judge in self.judges.items():
+            if judge in lacking or (name == "features" and isinstance(self.protocol.reference, Statistics)):
+                seen = judge([np.zeros((8, 8, 3), np.uint8)], ["a"])
+                if name == "features":
+                    self.check_width(seen)
         for name, parts in work:
             with listener.progress(name, sum(part.count for part, _ in parts), "images") as advance:
                 for part, judges in parts:
@@ -254,11 +273,13 @@ class Evaluation:
             if metric in ("fid", "fd_dinov2"):
                 dimensions = len(self.statistics[JUDGE[metric]].mean)
                 if fewest < PER_DIMENSION * dimensions:
-                    instead = ", or --fid-infinity" if metric == "fid" else ""
+                    instead = ", or --fid-infinity" if metric == "fid" and "fid_infinity" not in self.metrics else ""
                     said.append(
                         f"{METRICS[metric].label} of {fewest} images in {dimensions} dimensions is too high by a bias; "
                         f"--num {PER_DIMENSION * dimensions} or more{instead}; compare only rows of one n"
                     )
+        if "fid_teacher" in self.metrics and self.teacher and sum(entrant.is_teacher for entrant in self.entered) > 1:
+            said.append(f"FID to teacher is to the images of {self.teacher.name}, {self.teacher.sampling}")
         judge = self.judges.get("features")
         if isinstance(judge, InceptionFeatures) and not judge.published:
             said.append(f"{judge.file} is not the Inception of published numbers: this FID compares with nobody else's")
@@ -277,6 +298,11 @@ class Evaluation:
             **protocol.facts,
             "networks": {name: judge.name for name, judge in sorted(self.judges.items())},
             "resize": "clean-fid, PIL bicubic per channel in float",
-            "intervals": "95 %, over the drawn images",
+            "intervals": "95 %, over the drawn images; recall and coverage over the reference images",
+            **(
+                {"teacher": f"{self.teacher.name}, {self.teacher.sampling}"}
+                if self.teacher and "fid_teacher" in self.metrics
+                else {}
+            ),
             "sid": __version__,
         }

@@ -45,10 +45,20 @@ class Wish:
         return wish
 
 
-def limits(above: Sequence[str], below: Sequence[str]) -> dict[tuple[str, bool], float]:
-    """`METRIC=VALUE` options of a gate as {(metric, above?): value}. Raises UsageError for others."""
-    found = {}
+@dataclass(frozen=True)
+class Bound:
+    """A gate: the metric may not be above, or not below, the value."""
+
+    metric: str
+    is_above: bool
+    value: float
+
+
+def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
+    """`METRIC=VALUE` options of a gate. Raises UsageError for others, and for a share that is not between 0 and 1."""
+    found = []
     for texts, is_above in ((above, True), (below, False)):
+        option = "--fail-above" if is_above else "--fail-below"
         for text in texts:
             name, _, value = text.partition("=")
             try:
@@ -56,9 +66,10 @@ def limits(above: Sequence[str], below: Sequence[str]) -> dict[tuple[str, bool],
             except ValueError:
                 bound = float("nan")
             if name not in METRICS or bound != bound:
-                option = "--fail-above" if is_above else "--fail-below"
                 raise UsageError(f"{option} wants METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
-            found[name, is_above] = bound
+            if METRICS[name].share and not 0 <= bound <= 1:
+                raise UsageError(f"{option} {text}: {name} is a share, between 0 and 1", f"{name}=0.85 for 85 %")
+            found.append(Bound(name, is_above, bound))
     return found
 
 

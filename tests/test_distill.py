@@ -134,7 +134,10 @@ def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_o
 
     distill.run(teacher, config, *arguments, Silent())
     first = measured()
-    assert list(first) == [0, 1, 2] and "CMMD, proxy" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert list(first) == [0, 1, 2] and "CMMD, proxy" in page
+    goal = json.loads((tmp_path / "run" / "proxy.json").read_text())
+    assert goal["images"] == 6 and f"have a CLIP score of {goal['teacher_clip']:.4f}" in page
     before = [file.read_text() for file in (tmp_path / "cache").rglob("times.jsonl")]
     listener = Silent()
     distill.run(load(find("emoji-teacher")), dataclasses.replace(config, steps=3), *arguments, listener)

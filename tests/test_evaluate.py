@@ -13,8 +13,8 @@ from PIL import Image
 
 from sidcli.emoji import world
 from sidcli.entrants import FLOOR, Entrant, entrants, look_up
-from sidcli.errors import GateError, InputError, UsageError
-from sidcli.evaluate import gate, latex, page, pictures, table
+from sidcli.errors import InputError, UsageError
+from sidcli.evaluate import beyond, latex, page, pictures, table
 from sidcli.hub import Silence
 from sidcli.imagefiles import open_images
 from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
@@ -162,6 +162,46 @@ def test_another_word_behind_a_comma_is_refused(text: str) -> None:
         Wish.parse(text, None, None)
 
 
+def test_the_interval_of_a_share_is_written_by_its_ends() -> None:
+    assert METRICS["noun"].write_measured(Measured(1.0, 0.963, 1.0)) == "100.0 % [96.3, 100.0]"
+    assert METRICS["recall"].write_measured(Measured(0.5, 0.402, 0.598)) == "0.500 [0.402, 0.598]"
+    assert METRICS["fid"].write_measured(Measured(14.8, 12.8, 16.8)) == "14.80 ± 2.00"
+
+
+def test_numbers_that_are_none_are_null_in_json() -> None:
+    broken = Row("a", "", 8, {"kid": Measured(float("nan"), float("-inf"), 1.0)}, None)
+    assert broken.as_dict()["metrics"]["kid"] == {"value": None, "low": None, "high": 1.0}
+
+
+def test_images_wanted_for_themselves_are_drawn_even_where_their_features_are_known(tmp_path: Path) -> None:
+    look = Brightness()
+    filled(Collection(drawn_set(Painter(), 5), 5), look)
+    filled(Collection(drawn_set(Painter(), 5, place=tmp_path / "kept"), 5), look)
+    assert len(list((tmp_path / "kept").rglob("*.png"))) == 5 and look.seen == 5
+
+
+def test_a_cut_line_among_the_times_is_passed_over() -> None:
+    images = drawn_set(Painter(), 5)
+    images.read(range(5))
+    before = images.seconds_per_image
+    with (images.folder / "times.jsonl").open("a") as times:
+        times.write('{"images": 5, "sec')
+    assert images.seconds_per_image == before
+
+
+def test_images_left_out_by_the_rule_of_numbers_are_spoken_of(scenes_folder: Path) -> None:
+    class Listening(Silence):
+        said = ""
+
+        def note(self, text: str) -> None:
+            self.said += text
+
+    Image.new("RGB", (8, 8)).save(scenes_folder / "cat.png")
+    listener = Listening()
+    look_up(Wish(str(scenes_folder)), 0, listener)
+    assert listener.said.endswith("only the 10 images with numbers for names count, not the 1 others")
+
+
 def test_a_path_with_a_comma_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
     assert Wish.parse(str(tmp_path / "a,b"), None, None).name == str(tmp_path / "a,b")
@@ -234,15 +274,16 @@ def test_the_latex_table_escapes_what_latex_would_read() -> None:
     assert r"50\%\_a\&b & 96.0 \% $\pm$ 1.0 \% \\" in text and text.startswith(r"\begin{tabular}{lr}")
 
 
-def test_a_gate_names_the_model_and_the_number_and_leaves_the_floor_alone() -> None:
-    rows = [row(FLOOR, fid=99.0), row("mine", fid=31.25, clip=0.5)]
-    gate(rows, limits(["fid=32"], ["clip=0.4"]))
-    with pytest.raises(GateError, match=r"FID of mine \(1 step\) is 31.25, above 30"):
-        gate(rows, limits(["fid=30"], []))
-    with pytest.raises(GateError, match=r"CLIP score of mine .* below 0\.6"):
-        gate(rows, limits([], ["clip=0.6"]))
-    with pytest.raises(GateError, match="is nan"):
-        gate([row("mine", fid=float("nan"))], limits(["fid=30"], []))
+def test_a_gate_names_every_model_and_number_beyond_it_and_leaves_the_floor_alone() -> None:
+    rows = [row(FLOOR, fid=99.0), row("mine", fid=31.25, clip=0.5), row("yours", fid=40.0)]
+    assert beyond(rows, limits(["fid=41"], ["clip=0.4"])) == []
+    assert beyond(rows, limits(["fid=30"], ["clip=0.6"])) == [
+        "FID of mine (1 step) is 31.25, above 30",
+        "FID of yours (1 step) is 40, above 30",
+        "CLIP score of mine (1 step) is 0.5, below 0.6",
+    ]
+    assert len(beyond(rows, limits(["fid=30", "fid=35"], []))) == 3, "two bounds on one metric are two bounds"
+    assert beyond([row("mine", fid=float("nan"))], limits(["fid=30"], [])) == ["FID of mine (1 step) is nan, above 30"]
 
 
 def test_a_gate_asks_for_its_own_metric_and_is_refused_where_there_is_none() -> None:
@@ -267,9 +308,9 @@ def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possibl
         entrants(look_up(Wish("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
 
 
-@pytest.mark.parametrize("text", ["fid", "fud=3", "fid=x", "fid=nan"])
+@pytest.mark.parametrize("text", ["fid", "fud=3", "fid=x", "fid=nan", "noun=85"])
 def test_a_gate_that_is_no_metric_and_number_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--fail-above wants METRIC=VALUE"):
+    with pytest.raises(UsageError, match=r"--fail-above (wants METRIC=VALUE|noun=85: noun is a share)"):
         limits([text], [])
 
 
@@ -304,7 +345,7 @@ def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> N
 
 
 def test_too_few_images_for_a_metric_are_refused_before_any_work() -> None:
-    with pytest.raises(UsageError, match="precision of 5 images has no value"):
+    with pytest.raises(UsageError, match="precision has no value with 5 images of a"):
         Evaluation(emoji(NETWORKS), [Entrant("a", "", SceneSet(0))], ["precision"], 5, Team(CPU))
 
 
@@ -366,9 +407,19 @@ def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path
 
 def test_eval_fails_with_exit_code_5_beyond_a_gate_after_printing_its_table(tmp_path: Path) -> None:
     done = sid(
-        "eval", "emoji", "--accuracy", "--num", "8", "--fail-below", "noun=1.1", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c")
+        "eval",
+        "emoji",
+        "--accuracy",
+        "--num",
+        "8",
+        "--fail-below",
+        "noun=1",
+        "--fail-above",
+        "noun=0",
+        cwd=tmp_path,
+        SID_CACHE_DIR=str(tmp_path / "c"),
     )
-    assert done.returncode == 5 and "| noun" in done.stdout and "below 1.1" in done.stderr
+    assert done.returncode == 5 and "| noun" in done.stdout and "above 0" in done.stderr
 
 
 def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:

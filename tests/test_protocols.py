@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from sidcli.hub import Silence
 from sidcli.imagesets import SceneSet
 from sidcli.metrics import weights
 from sidcli.metrics.clip import PREFIX, Clip
-from sidcli.metrics.features import InceptionFeatures
+from sidcli.metrics.features import DinoFeatures, InceptionFeatures
 from sidcli.parallel import Team
 from sidcli.prompts import read_list
 from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji
@@ -175,6 +176,10 @@ def test_a_reference_of_statistics_is_that_of_its_images(coco_folder: Path, netw
         ({"mu": np.zeros(3)}, "sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, "do not fit"),
         ({"mu": np.array([object()]), "sigma": np.eye(1)}, "holds no statistics"),
+        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "values that are no numbers"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2) * 1j}, "holds no statistics"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
     ],
 )
 def test_statistics_that_are_none_are_refused(
@@ -197,6 +202,37 @@ def test_statistics_that_would_unpack_to_more_than_memory_or_are_no_archive_are_
     ):
         with pytest.raises(InputError, match=said):
             custom(networks, tmp_path / name, None)
+
+
+def test_statistics_of_another_network_and_a_reference_too_small_are_refused_before_any_drawing(
+    networks: Networks, coco_folder: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(128), sigma=np.eye(128))
+    evaluation = Evaluation(
+        custom(networks, tmp_path / "narrow.npz", None), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Team(CPU)
+    )
+    with pytest.raises(UsageError, match=r"statistics have 128 dimensions, inception .* has 2048"):
+        evaluation.fill(Silence())
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
+    with pytest.raises(UsageError, match="KID has no value with 1 images of the reference"):
+        Evaluation(custom(networks, tmp_path / "one", None), [Entrant("a", "", SceneSet(0))], ["kid"], 20, Team(CPU))
+
+
+def test_a_network_described_or_weighed_differently_is_another_network(stand_ins: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(stand_ins["clip"], tmp_path / "clip")
+    before = Clip(str(tmp_path / "clip"), CPU, "").name
+    config = tmp_path / "clip" / "open_clip_config.json"
+    config.write_text(config.read_text().replace("0.48", "0.5"))
+    assert Clip(str(tmp_path / "clip"), CPU, "").name != before
+    weights_file = tmp_path / "clip" / "open_clip_model.safetensors"
+    by_file = Clip(f"tiny-clip:{weights_file}", CPU, "").name
+    weights_file.write_bytes(weights_file.read_bytes() + b" ")
+    assert Clip(f"tiny-clip:{weights_file}", CPU, "").name != by_file
+    shutil.copytree(stand_ins["dino"], tmp_path / "dino")
+    dino = DinoFeatures(str(tmp_path / "dino"), CPU).name
+    (tmp_path / "dino" / "config.json").write_text("{}")
+    assert DinoFeatures(str(tmp_path / "dino"), CPU).name != dino
 
 
 def test_coco_without_its_folder_or_with_another_is_told_what_to_unpack(networks: Networks, tmp_path: Path) -> None:
@@ -243,7 +279,7 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
     with pytest.raises(InputError, match="is no Inception in TorchScript"):
         InceptionFeatures(tmp_path / "no.pt", CPU)([image])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"has no open_clip_model.safetensors"):
+    with pytest.raises(InputError, match=r"has no open_clip_config.json"):
         _ = emoji(replace(plain, clip=str(tmp_path / "empty"))).judges.clip
 
 

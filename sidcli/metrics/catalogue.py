@@ -7,16 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """`form` formats the value; `scale` is multiplied in for people only (JSON keeps fractions as fractions)."""
+    """`label`, `decimals` and `percent` are for people; JSON keeps fractions as fractions."""
 
     label: str
     lower_is_better: bool
     decimals: int
     meaning: str
     percent: bool = False
+    share: bool = False
+    """A share of images, whose interval ends at 0 and at 1 and is therefore written by its ends."""
 
     def write(self, value: float) -> str:
         return f"{100 * value:.{self.decimals}f} %" if self.percent else f"{value:.{self.decimals}f}"
+
+    def write_measured(self, one: Measured) -> str:
+        """A value and its interval, for people."""
+        if not self.share:
+            return f"{self.write(one.value)} ± {self.write(one.half_width)}"
+        low, high = (self.write(end).removesuffix(" %") for end in (one.low, one.high))
+        return f"{self.write(one.value)} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,18 @@ METRICS = {
     "fid_infinity": Metric("FID infinity", True, 2, "FID extrapolated to endlessly many drawn images (arXiv 1911.07023)"),
     "fid_teacher": Metric("FID to teacher", True, 2, "Frechet distance to the teacher's images of the same captions"),
     "kid": Metric("KID", True, 5, "kernel distance of features to the reference images, unbiased (arXiv 1801.01401)"),
-    "precision": Metric("precision", False, 3, "share of drawn images that could be reference images (arXiv 1904.06991)"),
-    "recall": Metric("recall", False, 3, "share of reference images that could be drawn (arXiv 1904.06991)"),
+    "precision": Metric(
+        "precision", False, 3, "share of drawn images that could be reference images (arXiv 1904.06991)", share=True
+    ),
+    "recall": Metric("recall", False, 3, "share of reference images that could be drawn (arXiv 1904.06991)", share=True),
     "density": Metric("density", False, 3, "reference neighbourhoods a drawn image is in, over k; may pass 1 (arXiv 2002.09797)"),
-    "coverage": Metric("coverage", False, 3, "share of reference images with a drawn one nearby (arXiv 2002.09797)"),
+    "coverage": Metric("coverage", False, 3, "share of reference images with a drawn one nearby (arXiv 2002.09797)", share=True),
     "fd_dinov2": Metric("FD-DINOv2", True, 2, "Frechet distance in the features of DINOv2 (arXiv 2306.04675)"),
     "cmmd": Metric("CMMD", True, 3, "kernel distance of CLIP image embeddings, times 1000 (arXiv 2401.09603)"),
     "clip": Metric("CLIP score", False, 4, "mean cosine of image and caption, as a fraction (arXiv 2104.08718)"),
-    "noun": Metric("noun", False, 1, "images whose noun the emoji classifier sees", percent=True),
-    "colour": Metric("colour", False, 1, "images whose background colour the emoji classifier sees", percent=True),
-    "composition": Metric("composition", False, 1, "images of noun and colour pairs no model was shown, both right", percent=True),
+    "noun": Metric("noun", False, 1, "images whose noun the emoji classifier sees", percent=True, share=True),
+    "colour": Metric("colour", False, 1, "images whose background colour the emoji classifier sees", percent=True, share=True),
+    "composition": Metric(
+        "composition", False, 1, "images of noun and colour pairs no model was shown, both right", percent=True, share=True
+    ),
 }

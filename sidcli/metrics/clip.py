@@ -33,7 +33,12 @@ class Clip:
     def __init__(self, model: str, device: torch.device, hint: str):
         self.model, self.device, self.hint = model, device, hint
         self.folder = Path(model) if Path(model).is_dir() else None
-        self.name = f"open_clip {sha256(self._in_folder('open_clip_model.safetensors'))[:12]}" if self.folder else model
+        weights = Path(model.rpartition(":")[2])
+        if self.folder:
+            content = [sha256(self._in_folder(name)) for name in ("open_clip_config.json", "open_clip_model.safetensors")]
+            self.name = f"open_clip {content[1][:12]}, described by {content[0][:12]}"
+        else:
+            self.name = f"{model} {sha256(weights)[:12]}" if weights.is_file() else model
 
     def _in_folder(self, name: str) -> Path:
         file = Path(self.model) / name

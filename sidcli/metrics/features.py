@@ -132,8 +132,9 @@ class DinoFeatures:
 
     @property
     def name(self) -> str:
-        file = Path(self.model) / "model.safetensors"
-        return f"dinov2 {sha256(file)[:12] if file.is_file() else self.model}, {DINO_SIZE} pixels"
+        files = [Path(self.model) / name for name in ("config.json", "model.safetensors")]
+        known = " ".join(sha256(file)[:12] for file in files) if all(file.is_file() for file in files) else self.model
+        return f"dinov2 {known}, {DINO_SIZE} pixels"
 
     @cached_property
     def net(self) -> Any:

@@ -57,7 +57,8 @@ def _quick_distance(a: Statistics, b: Statistics) -> float:
 
 def _distance(a: Statistics, b: Statistics, root: float) -> float:
     difference = a.mean - b.mean
-    return max(0.0, float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * root))
+    squared = float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * root)
+    return 0.0 if squared < 0.0 else squared  # and not max(0, ...), to which a value that is no number is 0
 
 
 def fid(features: np.ndarray, reference: Statistics) -> Measured:

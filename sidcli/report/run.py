@@ -83,7 +83,7 @@ def _sections(run: Run) -> tuple[Section, ...]:
     losses = {key: (key.replace("_", " ").capitalize(), None) for key in curves if key not in PROXIES and key not in COSTS}
     sections = (
         _timeline(run.folder / "samples"),
-        _curves("Progress", PROXIES, curves, (NO_SIGNAL, RATIO)),
+        _curves("Progress", PROXIES, curves, (NO_SIGNAL, *_goal(run), RATIO)),
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
         _curves("Speed and memory", COSTS, curves),
         _commands(run),
@@ -92,6 +92,15 @@ def _sections(run: Run) -> tuple[Section, ...]:
         _facts("Provenance", run.record),
     )
     return tuple(section for section in sections if section is not None)
+
+
+def _goal(run: Run) -> tuple[str, ...]:
+    """What the proxies may be expected to reach."""
+    goal = _json(run.folder / "proxy.json")
+    score, images = goal.get("teacher_clip"), _whole(goal, "images")
+    if not isinstance(score, float) or images is None:
+        return ()
+    return (f"The teacher's own images of the {images} prompts of the proxies have a CLIP score of {score:.4f}.",)
 
 
 def _summary(run: Run) -> str:
