@@ -87,7 +87,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         (["sample", "a cat", "--width", "63"], 2, "--width must be a multiple of 4 for this model, at most 8192, not 63"),
         (["sample", "a cat", "--prediction-type", "x0"], 2, "--prediction-type must be one of"),
         (["eval", "emoji", "--protocol", "coco2014-30k"], 2, "--reference FOLDER with val2014/"),
-        (["eval", "emoji", "--prdc", "--num", "5"], 2, "--num 6 or more"),
+        (["eval", "emoji", "--prdc", "--num", "5"], 2, "try: 6 images or more"),
         (["eval", "emoji", "--reference", "nowhere"], 3, "nowhere"),
         (["eval", "no-such-model"], 3, "no model 'no-such-model'"),
     ],
