@@ -81,10 +81,17 @@ class Judges(Shape):
 
 
 @dataclass(frozen=True)
-class EmojiJudges:
-    """The classifier and the open_clip model that ship with the emoji world; DINOv2 where it is given."""
-
+class _WithDino:
     networks: Networks
+
+    @cached_property
+    def dino(self) -> DinoFeatures:
+        return DinoFeatures(self.networks.dino or DINO, self.networks.device)
+
+
+@dataclass(frozen=True)
+class EmojiJudges(_WithDino):
+    """The classifier and the open_clip model that ship with the emoji world."""
 
     @cached_property
     def features(self) -> EmojiFeatures:
@@ -102,16 +109,11 @@ class EmojiJudges:
     def embeddings(self) -> Embeddings:
         return Embeddings(self._clip)
 
-    @cached_property
-    def dino(self) -> DinoFeatures:
-        return DinoFeatures(self.networks.dino or DINO, self.networks.device)
-
 
 @dataclass(frozen=True)
-class PhotoJudges:
+class PhotoJudges(_WithDino):
     """The networks of published numbers."""
 
-    networks: Networks
     prefix: str
 
     @cached_property
@@ -126,10 +128,6 @@ class PhotoJudges:
     @cached_property
     def embeddings(self) -> Embeddings:
         return Embeddings(Clip(self.networks.cmmd or CMMD_CLIP, self.networks.device, hint("--cmmd-model")))
-
-    @cached_property
-    def dino(self) -> DinoFeatures:
-        return DinoFeatures(self.networks.dino or DINO, self.networks.device)
 
 
 @dataclass(frozen=True)
