@@ -160,11 +160,7 @@ class Loop:
         engine, rhythm = self.engine, self.rhythm
         done, self.begun = 0, time.monotonic()
         while engine.step < engine.config.steps:
-            with self.aside():
-                if rhythm.eval and engine.step % rhythm.eval == 0:
-                    self.evaluate()
-                if engine.step % rhythm.sample == 0:
-                    self.paint()
+            self.look(bool(rhythm.eval) and engine.step % rhythm.eval == 0, engine.step % rhythm.sample == 0)
             result = engine.advance()
             done += 1
             finished = engine.step == engine.config.steps
@@ -179,17 +175,22 @@ class Loop:
                 self.save()
             if stopped and not finished:
                 raise self.interrupted(stopped)
-        with self.aside():
-            if rhythm.eval:
-                self.evaluate()
-            self.paint()
+        self.look(bool(rhythm.eval), True)
         return time.monotonic() - self.begun, self.record
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Looking at the student is no training: the time it takes is not counted as such."""
+    def look(self, evaluate: bool, paint: bool) -> None:
+        """Measure the student, paint it, or both. The time it takes is no training and not counted as such."""
+        if not (evaluate or paint):
+            return
         paused = time.monotonic()
-        yield
+        student = self.engine.student()
+        if self.engine.team.leads:
+            if evaluate:
+                self.evaluate(student)
+            if paint:
+                self.painter.paint(student)
+                write(run_page(self.output), self.output / "report.html")
+            student.vae.to("cpu")  # training never decodes
         self.begun += time.monotonic() - paused
 
     def interrupted(self, number: int) -> Interrupted:
@@ -212,22 +213,14 @@ class Loop:
         write_json(self.output / "proxy.json", {"images": PROXY_IMAGES, "teacher_clip": round(proxy.goal, 5)})
         return proxy
 
-    def evaluate(self) -> None:
+    def evaluate(self, student: Model) -> None:
         """Proxies of the student as it is now, as a line of metrics.jsonl of their own."""
-        student = self.engine.student()
-        if self.proxy is None:
-            return
+        assert self.proxy is not None
         found = self.proxy.measure(student, student_plan_of(self.engine.config))
-        student.vae.to("cpu")
         self.write({"step": self.engine.step, **found})
         self.listener.note(
             f"step {self.engine.step}: CMMD to the teacher {found['proxy_cmmd']:.4f}, CLIP score {found['proxy_clip']:.4f}"
         )
-
-    def paint(self) -> None:
-        self.painter.paint()
-        if self.engine.team.leads:
-            write(run_page(self.output), self.output / "report.html")
 
     def report(self, result: StepResult, rate: float) -> None:
         """One line of metrics.jsonl; a value that is not finite becomes null."""
@@ -418,15 +411,11 @@ class Painter:
         if engine.team.leads:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
-    def paint(self) -> None:
-        student = self.engine.student()
-        if not self.engine.team.leads:
-            return
+    def paint(self, student: Model) -> None:
         if not (self.folder / "teacher.png").exists():
             plan = plan_for(self.engine.sampler.model)
             self.save(self.engine.teacher_images(self.texts, range(GRID_IMAGES), plan), "teacher")
         images = Sampler(student, self.engine.device).images(self.texts, range(GRID_IMAGES), student_plan_of(self.engine.config))
-        student.vae.to("cpu")  # training never decodes
         self.save(images, f"{self.engine.step:08d}")
 
     def save(self, images: torch.Tensor, name: str) -> None:

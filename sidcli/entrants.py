@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +67,8 @@ class Entrant:
     limit: int | None = None
     held_out: ImageSet | None = None
     is_teacher: bool = False
+    close: Callable[[], None] = lambda: None
+    """Lets go of what draws, so that several models need the room of one."""
 
 
 def entrants(
@@ -138,6 +140,7 @@ def _model(
         captions.limit,
         drawn(held_out) if held_out else None,
         one.is_teacher and not wish.untrained,
+        opened.clear,
     )
 
 

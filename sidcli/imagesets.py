@@ -21,7 +21,7 @@ from PIL import Image
 
 from sidcli import __version__
 from sidcli.emoji import world
-from sidcli.files import atomic_file, cache_folder, write_json
+from sidcli.files import atomic_file, cache_folder
 from sidcli.imagefiles import ImageFiles
 from sidcli.metrics.features import Extractor, in_threads
 from sidcli.parallel import Share
@@ -83,8 +83,8 @@ class FileSet:
 class DrawnSet:
     """What a model draws: image i answers prompts[i] with seed `seed + i` and is kept as a PNG in a folder of its own.
 
-    The model is opened when the first image is missing. `prompts_key` says what the prompts are however many of them are asked for,
-    so that a set can grow.
+    `open_drawer` is asked when an image is missing, and again for every batch. `prompts_key` says what the prompts are however many of
+    them are asked for, so that a set can grow.
     """
 
     def __init__(
@@ -103,14 +103,6 @@ class DrawnSet:
         self.key = digest("drawn", __version__, fingerprint(source), repr(plan), prompts_key, seed)
         name = "".join(c if c.isalnum() or c in "-." else "-" for c in source.path.name)
         self.folder = (place or cache_folder() / "images") / f"{name}-{self.key}"
-
-    @cached_property
-    def drawer(self) -> Drawer:
-        write_json(
-            self.folder / "set.json",
-            {"model": self.source.origin, "revision": self.source.revision, "sampling": self.plan.describe(), "seed": self.seed},
-        )
-        return self.open_drawer()
 
     def file(self, index: int) -> Path:
         return self.folder / f"{index:06d}.png"
@@ -132,7 +124,8 @@ class DrawnSet:
 
     def _draw(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
         prompts, seeds = [self.prompts[index] for index in indices], [self.seed + index for index in indices]
-        drawer, begun = self.drawer, time.monotonic()
+        drawer = self.open_drawer()
+        begun = time.monotonic()
         images = drawer.images(prompts, seeds, self.plan).numpy()
         seconds = time.monotonic() - begun
         for index, prompt, seed, image in zip(indices, prompts, seeds, images, strict=True):

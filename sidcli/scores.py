@@ -159,25 +159,27 @@ class Evaluation:
 
     def fill(self, listener: Listener) -> None:
         """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn."""
-        work: list[tuple[str, list[tuple[Collection, list[Extractor]]]]] = []
+        work: list[tuple[str, list[tuple[Collection, list[Extractor]]], Callable[[], None]]] = []
         if self.reference is not None:
-            work.append(("reference", [(self.reference, [self.judges[name] for name in self.judges if name != "clip"])]))
+            comparing = [self.judges[name] for name in self.judges if name != "clip"]
+            work.append(("reference", [(self.reference, comparing)], lambda: None))
         for entrant in self.entered:
             parts = [(self.collection(entrant), list(self.judges.values()))]
             held_out = self.held_out(entrant)
             if held_out:
                 parts.append((held_out, [self.judges["features"]]))
-            work.append((f"{entrant.name}, {entrant.sampling}", parts))
-        lacking = {judge for _, parts in work for part, judges in parts for judge in judges if part.lacks(judge)}
+            work.append((f"{entrant.name}, {entrant.sampling}", parts, entrant.close))
+        lacking = {judge for _, parts, _ in work for part, judges in parts for judge in judges if part.lacks(judge)}
         for name, judge in self.judges.items():
             if judge in lacking or (name == "features" and isinstance(self.protocol.reference, Statistics)):
                 seen = judge([np.zeros((8, 8, 3), np.uint8)], ["a"])
                 if name == "features":
                     self.check_width(seen)
-        for name, parts in work:
+        for name, parts, close in work:
             with listener.progress(name, sum(part.count for part, _ in parts), "images") as advance:
                 for part, judges in parts:
                     part.fill(judges, self.team.part, advance)
+            close()
         self.team.wait()
 
     def rows(self, listener: Listener) -> list[Row]:

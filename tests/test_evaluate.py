@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -243,6 +244,28 @@ def test_the_clip_score_falls_when_captions_are_shuffled() -> None:
         collection.fill([rules.judges.clip], Share(), lambda count: None)
         scores.append(collection.features(rules.judges.clip).mean())
     assert scores[0] > scores[1] + 0.3
+
+
+def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, held = emoji(NETWORKS), []
+
+    class Heavy(Painter):
+        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> torch.Tensor:
+            held.append(sum(alive() is not None for alive in opened))
+            return super().images(prompts, seeds, plan)
+
+    opened: list[weakref.ref[Heavy]] = []
+
+    def load_one(*_: object) -> Heavy:
+        heavy = Heavy()
+        opened.append(weakref.ref(heavy))
+        return heavy
+
+    monkeypatch.setattr("sidcli.entrants._drawer", load_one)
+    found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in look_up(Wish.parse(text, None, None), 0, Silence())]
+    evaluation = Evaluation(rules, entrants(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Team(CPU))
+    evaluation.fill(Silence())
+    assert len(opened) == 2 and held == [1, 1]
 
 
 def row(name: str, n: int = 400, **values: float) -> Row:
