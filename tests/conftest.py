@@ -15,9 +15,25 @@ import torch
 from sidcli.config import DistillConfig
 from sidcli.sources import find
 from sidcli.teachers import Model, load, quiet_libraries
-from tests import tiny
+from tests import checks, tiny
 
 quiet_libraries()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Numbers of checks travel with the reports, so that they arrive from other processes too."""
+    for item in items:
+        item.user_properties += [("check", number) for mark in item.iter_markers("check") for number in mark.args]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = checks.table(
+        [report for kind in ("passed", "failed", "error", "skipped", "") for report in terminalreporter.getreports(kind)]
+    )
+    if lines:
+        terminalreporter.section("checks of reliability")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,10 @@
 import ast
 from pathlib import Path
 
+import pytest
+
+from tests.checks import CHECKS
+
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
     {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "metrics.catalogue", "printable"},
@@ -80,6 +84,7 @@ def test_rich_and_typer_stay_in_their_rooms_and_click_nowhere() -> None:
         assert "typer" not in roots or name == "cli"
 
 
+@pytest.mark.check(22)
 def test_nothing_in_the_source_can_load_code_from_a_file() -> None:
     for name, tree in modules().items():
         for node in ast.walk(tree):
@@ -92,3 +97,12 @@ def test_nothing_in_the_source_can_load_code_from_a_file() -> None:
                 assert keywords.get("shell") != "True"
                 if text == "np.load":
                     assert keywords.get("allow_pickle") == "False"
+
+
+def test_each_of_the_32_checks_has_a_test() -> None:
+    numbers = set()
+    for file in Path(__file__).parent.glob("test_*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.check":
+                numbers |= {ast.literal_eval(argument) for argument in node.args}
+    assert numbers == set(range(1, len(CHECKS) + 1)) and len(CHECKS) == 32

@@ -22,6 +22,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert checkpoint.read(found)["generator"]["w"].tolist() == [5.0] * 3
 
 
+@pytest.mark.check(8)
 def test_only_the_newest_two_are_kept_in_numeric_order_and_foreign_folders_stay(tmp_path: Path) -> None:
     (tmp_path / "step-999").mkdir()
     (tmp_path / "notes").mkdir()
@@ -31,6 +32,7 @@ def test_only_the_newest_two_are_kept_in_numeric_order_and_foreign_folders_stay(
     assert (tmp_path / "step-999").is_dir() and (tmp_path / "notes").is_dir()
 
 
+@pytest.mark.check(6)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_skipped_with_its_name_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     write(tmp_path, 1)
@@ -48,6 +50,7 @@ def test_a_damaged_checkpoint_is_skipped_with_its_name_and_the_one_before_is_use
         checkpoint.verify(tmp_path / "step-00000002")
 
 
+@pytest.mark.check(5)
 def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_half_of_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
     assert f"LOADED [] {wanted}" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.check(14)
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -108,6 +109,7 @@ def test_a_hub_teacher_without_a_network_ends_in_one_line_that_says_what_to_do(t
     assert "has left the hub" in done.stderr
 
 
+@pytest.mark.check(28)
 def test_sample_needs_no_more_than_a_prompt_and_signs_the_picture(tmp_path: Path) -> None:
     done = sid("sample", "a cat", "-o", "out.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -122,6 +124,7 @@ def test_sample_needs_no_more_than_a_prompt_and_signs_the_picture(tmp_path: Path
     assert below.returncode == 4 and "is a file, not a folder" in below.stderr and "Traceback" not in below.stderr
 
 
+@pytest.mark.check(30)
 def test_several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it(tmp_path: Path) -> None:
     hostile = "../../[red]x\x1b]0;title\x07"
     done = sid("sample", "a cat", hostile, "--num", "2", "--seed", "7", "-o", "many", "--json", cwd=tmp_path)
@@ -157,6 +160,7 @@ def test_sample_draws_with_an_exported_graph_and_draws_the_same(tmp_path: Path) 
         assert np.abs(np.asarray(Image.open(tmp_path / f"{backend}.png")) - wanted).max() <= 2
 
 
+@pytest.mark.check(20)
 def test_an_export_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sidcli", "export", "emoji", "--format", "onnx", "-o", "graphs"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as export:
@@ -167,6 +171,7 @@ def test_an_export_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.check(21)
 def test_a_released_pickle_becomes_a_student_and_a_hostile_one_an_error(sd_folder: Path, tmp_path: Path) -> None:
     own = load(find(str(sd_folder))).unet
     unet = UNet2DConditionModel.from_config({name: value for name, value in own.config.items() if not name.startswith("_")})

@@ -27,6 +27,7 @@ def test_a_log_gets_lines_with_the_amount_the_losses_and_the_time_left(
     assert 10 <= minutes <= 40
 
 
+@pytest.mark.check(30)
 def test_control_characters_of_a_prompt_are_made_visible() -> None:
     assert console.printable("cat\x1b]0;x\u202e") == "cat\\u001b]0;x\\u202e"
 

@@ -63,6 +63,7 @@ def state(output: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file.stem}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
+@pytest.mark.check(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_run_stopped_at_half_and_continued_equals_one_that_was_not(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, number: int
@@ -155,6 +156,7 @@ class KillBeforeTheFirstStep(Silent):
         return super().progress(what, total, unit)
 
 
+@pytest.mark.check(4)
 def test_a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_drawn_all(tmp_path: Path) -> None:
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
     arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Rhythm(save=1, sample=5, log=1, eval=1), None)
@@ -173,6 +175,7 @@ def test_what_a_killed_run_left_half_written_is_cleared_away_by_the_next(
     assert not list((tmp_path / "run").rglob(".tmp-*"))
 
 
+@pytest.mark.check(9)
 def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(
     sd_folder: Path, config: DistillConfig, tmp_path: Path
 ) -> None:
@@ -191,11 +194,13 @@ def test_a_finished_run_started_again_does_nothing_and_says_the_same(
     assert first.step == config.steps and again.images == 2 * config.steps * config.batch_size
 
 
+@pytest.mark.check(12)
 def test_a_folder_in_use_is_refused_with_the_process(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(EnvironmentProblem, match=str(os.getpid())):
         run(sd_folder, config, tmp_path / "run")
 
 
+@pytest.mark.check(10)
 def test_a_diverging_run_stops_with_the_step_and_a_finite_checkpoint(
     sd_folder: Path, config: DistillConfig, tmp_path: Path
 ) -> None:
@@ -223,6 +228,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int, times: float) -> N
     monkeypatch.setattr(Engine, "advance", advance)
 
 
+@pytest.mark.check(10)
 def test_a_run_that_stops_being_finite_returns_to_its_checkpoint_and_ends_as_if_nothing_had_happened(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +280,7 @@ def test_fresh_noise_between_steps_belongs_to_the_seed(sd_folder: Path, config: 
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.check(11)
 def test_running_out_of_memory_names_the_switches_to_try(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def student(teacher: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return student_of(tmp_path_factory.mktemp("student"), config, teacher.source.name)
 
 
+@pytest.mark.check(20)
 @pytest.mark.parametrize("form", export.FORMATS)
 def test_every_family_goes_through_every_format_and_draws_the_same(
     teacher: Model, student: Model, form: str, tmp_path: Path

@@ -138,6 +138,7 @@ def header(content: object) -> bytes:
 TENSORS = {"model.diffusion_model.input_blocks.0.0.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 
 
+@pytest.mark.check(24)
 @fuzzed
 @given(
     broken(header(TENSORS))
@@ -158,6 +159,7 @@ def test_released_pickles(content: bytes) -> None:
     survives(lambda: network(content))
 
 
+@pytest.mark.check(23)
 @fuzzed
 @given(data=st.data())
 def test_descriptions_of_models(place: Path, data: st.DataObject) -> None:

@@ -84,6 +84,7 @@ def test_an_id_that_left_the_hub_is_found_under_its_new_name_and_the_old_one_in_
         assert hub.requests == []
 
 
+@pytest.mark.check(16)
 def test_a_cut_connection_goes_on_where_it_was_cut(repository: Path, tmp_path: Path) -> None:
     with Hub({"someone/sd": repository}, cut_after=50_000).running() as hub:
         drawn = fetch(hub, tmp_path / "home", "someone/sd")
@@ -91,6 +92,7 @@ def test_a_cut_connection_goes_on_where_it_was_cut(repository: Path, tmp_path: P
         assert "diffusion_pytorch_model.safetensors" in hub.cuts
 
 
+@pytest.mark.check(16)
 @pytest.mark.parametrize(
     ("hub", "model", "said"),
     [

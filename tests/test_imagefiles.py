@@ -237,6 +237,7 @@ def test_a_cut_image_is_refused_by_name_and_the_others_are_read(tmp_path: Path, 
         np.testing.assert_array_equal(files.read(1), np.asarray(picture(0)))
 
 
+@pytest.mark.check(25)
 @pytest.mark.parametrize("size", [(10_001, 10_000), (100_000, 100_000)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, size: tuple[int, int]) -> None:

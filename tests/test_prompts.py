@@ -32,12 +32,14 @@ def test_a_list_is_read_through_once_before_it_repeats_and_then_in_another_order
     assert first != second
 
 
+@pytest.mark.check(26)
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  \r\na d\xc3\xb6g\r\n")
     assert read_list(file).lines == ("a cat", "a dög")
 
 
+@pytest.mark.check(26)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -56,6 +58,7 @@ def test_a_broken_list_is_refused_with_its_place(tmp_path: Path, content: bytes,
         read_list(file)
 
 
+@pytest.mark.check(25)
 def test_a_missing_list_and_a_device_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.txt", Path("/dev/zero"), tmp_path):
         with pytest.raises(InputError):

@@ -190,6 +190,7 @@ def test_statistics_that_are_none_are_refused(
         custom(networks, tmp_path / "x.npz", None)
 
 
+@pytest.mark.check(25)
 def test_statistics_that_would_unpack_to_more_than_memory_or_are_no_archive_are_refused(networks: Networks, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("mu.npy", "w") as member:
         for _ in range(1100):

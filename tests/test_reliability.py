@@ -60,7 +60,8 @@ def killed_at(root: Path, step: int, operation: int) -> bool:
     return status != 0
 
 
-def test_check_3_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.check(3)
+def test_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     outcomes = []
     for operation in range(1, 100):
         root = tmp_path / str(operation)
@@ -78,7 +79,8 @@ def test_check_3_a_writer_killed_before_any_of_its_file_operations_leaves_the_ol
     assert len(outcomes) >= 8
 
 
-def test_check_7_every_flipped_bit_is_seen_before_a_weight_is_used(tmp_path: Path) -> None:
+@pytest.mark.check(7)
+def test_every_flipped_bit_is_seen_before_a_weight_is_used(tmp_path: Path) -> None:
     write(tmp_path, 1)
     folder, rng = write(tmp_path, 2), np.random.default_rng(0)
     for file in sorted(folder.iterdir()):
@@ -128,8 +130,9 @@ def uninterrupted(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "run", time.monotonic() - begun
 
 
+@pytest.mark.check(2)
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed == 0 else pytest.mark.soak) for seed in range(20)])
-def test_check_2_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
+def test_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
     seed: int, uninterrupted: tuple[Path, float], sd_folder: Path, tmp_path: Path
 ) -> None:
     whole, seconds = uninterrupted
@@ -166,7 +169,8 @@ def in_small_disk(folder: Path, kilobytes: int, script: str) -> subprocess.Compl
     )
 
 
-def test_check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_much(
+@pytest.mark.check(5)
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_much(
     uninterrupted: tuple[Path, float], sd_folder: Path, tmp_path: Path
 ) -> None:
     one = sum(file.stat().st_size for file in (uninterrupted[0] / "checkpoints" / checkpoint.folder_name(STEPS)).iterdir())
@@ -181,6 +185,7 @@ def test_check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_mu
     assert found is not None and not problems and not list(kept.glob(".tmp-*"))
 
 
+@pytest.mark.check(4)
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
@@ -191,7 +196,7 @@ def test_check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_mu
         pytest.param(signal.SIGINT, "loading", marks=pytest.mark.soak),
     ],
 )
-def test_check_4_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_process_left(
+def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_process_left(
     number: int, moment: str, sd_folder: Path, tmp_path: Path
 ) -> None:
     command = sid(*training(sd_folder)[:-2], "--steps", "400", "--output", "run", cwd=tmp_path)
@@ -214,7 +219,8 @@ def test_check_4_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_
         assert found is not None and found.step >= 1 and not problems
 
 
-def test_check_17_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.check(17)
+def test_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_folder: Path, tmp_path: Path) -> None:
     words = " ".join([sys.executable, "-m", "sidcli", *training(sd_folder)[:-2], "--steps", "3", "--output"])
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for folder, rest in (("pipe", "2>&1 | head -1"), ("full", "2>/dev/full >/dev/full")):
@@ -223,7 +229,8 @@ def test_check_17_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_f
         assert found is not None and found.step == 3 and not problems, folder
 
 
-def test_check_18_a_long_run_keeps_its_memory_and_its_open_files(sd: Model, config: DistillConfig) -> None:
+@pytest.mark.check(18)
+def test_a_long_run_keeps_its_memory_and_its_open_files(sd: Model, config: DistillConfig) -> None:
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
     process = psutil.Process()
     for _ in range(50):
@@ -234,7 +241,8 @@ def test_check_18_a_long_run_keeps_its_memory_and_its_open_files(sd: Model, conf
     assert process.memory_info().rss < 1.05 * memory and process.num_fds() == files_open
 
 
-def test_check_27_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> None:
+@pytest.mark.check(27)
+def test_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> None:
     prompts = ["../../x", "/etc/passwd", "C:\\x", "a/b", "cat " * 1250, "\U0001f431", ".", "CON", "a\tb"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     (tmp_path / "inside").mkdir()
@@ -246,6 +254,7 @@ def test_check_27_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> N
     assert [image["prompt"] for image in json.loads(said)["images"]] == [prompt.strip() for prompt in prompts]
 
 
+@pytest.mark.check(29)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -261,23 +270,23 @@ def test_check_27_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> N
         ["eval", "--batch-size", "0"],
     ],
 )
-def test_check_29_numbers_that_make_no_sense_are_usage_errors_before_anything_is_loaded(
-    arguments: list[str], tmp_path: Path
-) -> None:
+def test_numbers_that_make_no_sense_are_usage_errors_before_anything_is_loaded(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(77)")
     done = sid(*arguments, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
     _, said = done.communicate()
     assert done.returncode == 2 and "Traceback" not in said, said
 
 
-def test_check_31_a_token_is_never_shown(tmp_path: Path) -> None:
+@pytest.mark.check(31)
+def test_a_token_is_never_shown(tmp_path: Path) -> None:
     for extra in ({}, {"SID_DEBUG": "1"}):
         secret = {"HF_TOKEN": "hf_verysecrettoken", "HF_HOME": str(tmp_path / "hub"), **extra}
         done = sid("distill", "--teacher", "me/private", cwd=tmp_path, **secret)
         assert "verysecret" not in "".join(done.communicate()) and done.returncode != 0
 
 
-def test_check_32_libraries_with_known_holes_are_too_old(tmp_path: Path) -> None:
+@pytest.mark.check(32)
+def test_libraries_with_known_holes_are_too_old(tmp_path: Path) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     floors = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])  # type: ignore[union-attr]
     safe = {"torch": (2, 10), "diffusers": (0, 38), "safetensors": (0, 8), "pillow": (12, 3), "huggingface_hub": (2, 0)}
@@ -285,7 +294,8 @@ def test_check_32_libraries_with_known_holes_are_too_old(tmp_path: Path) -> None
         assert tuple(int(part) for part in floors[name].split(".")) >= floor, name
 
 
-def test_check_13_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.check(13)
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here already")
     (tmp_path / "torch.py").write_text("raise SystemExit(77)")
     for arguments in (
@@ -304,7 +314,8 @@ def test_check_13_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(t
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "torch.py"]
 
 
-def test_check_15_everything_that_ships_works_where_there_is_no_network_at_all(tmp_path: Path) -> None:
+@pytest.mark.check(15)
+def test_everything_that_ships_works_where_there_is_no_network_at_all(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-Urn", "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody be without a network")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -319,75 +330,3 @@ def test_check_15_everything_that_ships_works_where_there_is_no_network_at_all(t
         [*command, "sample", "a cat", "--model", "me/mine"], cwd=tmp_path, env=missing, capture_output=True, text=True
     )
     assert done.returncode == 3 and "me/mine" in done.stderr.splitlines()[-1]
-
-
-CHECKS = {
-    1: ["distill/a_run_stopped_at_half_and_continued_equals_one_that_was_not"],
-    2: ["reliability/check_2_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not"],
-    3: ["reliability/check_3_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the_new_checkpoint"],
-    4: [
-        "reliability/check_4_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_process_left",
-        "distill/a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_drawn_all",
-    ],
-    5: [
-        "reliability/check_5_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_much",
-        "checkpoint/a_write_that_fails_leaves_the_old_checkpoint_and_no_half_of_the_new",
-    ],
-    6: ["checkpoint/a_damaged_checkpoint_is_skipped_with_its_name_and_the_one_before_is_used"],
-    7: ["reliability/check_7_every_flipped_bit_is_seen_before_a_weight_is_used"],
-    8: ["checkpoint/only_the_newest_two_are_kept_in_numeric_order_and_foreign_folders_stay"],
-    9: ["distill/a_changed_setting_is_refused_by_name_and_more_steps_are_not"],
-    10: [
-        "distill/a_diverging_run_stops_with_the_step_and_a_finite_checkpoint",
-        "distill/a_run_that_stops_being_finite_returns_to_its_checkpoint_and_ends_as_if_nothing_had_happened",
-    ],
-    11: ["distill/running_out_of_memory_names_the_switches_to_try"],
-    12: ["distill/a_folder_in_use_is_refused_with_the_process"],
-    13: ["reliability/check_13_an_output_that_cannot_be_is_refused_before_a_model_is_loaded"],
-    14: ["cli/an_error_is_one_line_with_its_exit_code"],
-    15: ["reliability/check_15_everything_that_ships_works_where_there_is_no_network_at_all"],
-    16: ["hub/a_cut_connection_goes_on_where_it_was_cut", "hub/what_the_hub_refuses_is_one_line_and_exit_3"],
-    17: ["reliability/check_17_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint"],
-    18: ["reliability/check_18_a_long_run_keeps_its_memory_and_its_open_files"],
-    19: ["shipped/an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch"],
-    20: [
-        "export/every_family_goes_through_every_format_and_draws_the_same",
-        "cli/an_export_that_is_told_to_stop_leaves_nothing_behind",
-    ],
-    21: [
-        "cli/a_released_pickle_becomes_a_student_and_a_hostile_one_an_error",
-        "teachers/weights_in_pickles_are_not_read_even_where_there_is_nothing_else",
-    ],
-    22: ["architecture/nothing_in_the_source_can_load_code_from_a_file"],
-    23: ["teachers/a_model_that_cannot_teach_is_refused_with_the_reason", "fuzz/descriptions_of_models"],
-    24: ["single_file/files_that_are_no_safetensors_are_refused", "fuzz/single_files"],
-    25: [
-        "imagefiles/a_decompression_bomb_is_refused_by_its_header",
-        "protocols/statistics_that_would_unpack_to_more_than_memory_or_are_no_archive_are_refused",
-        "prompts/a_missing_list_and_a_device_are_refused",
-    ],
-    26: [
-        "prompts/a_broken_list_is_refused_with_its_place",
-        "prompts/a_byte_order_mark_windows_line_ends_and_blank_lines_do_no_harm",
-    ],
-    27: ["reliability/check_27_prompts_that_look_like_paths_name_no_file"],
-    28: ["cli/sample_needs_no_more_than_a_prompt_and_signs_the_picture"],
-    29: ["reliability/check_29_numbers_that_make_no_sense_are_usage_errors_before_anything_is_loaded"],
-    30: [
-        "cli/several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it",
-        "console/control_characters_of_a_prompt_are_made_visible",
-    ],
-    31: ["reliability/check_31_a_token_is_never_shown"],
-    32: ["reliability/check_32_libraries_with_known_holes_are_too_old"],
-}
-"""Where each of the 32 checks is kept: file and test, without `test_`."""
-
-
-def test_every_check_has_a_test_that_exists() -> None:
-    assert list(CHECKS) == list(range(1, 33))
-    for number, tests in CHECKS.items():
-        for name in tests:
-            file, _, test = name.partition("/")
-            assert f"def test_{test}(" in (REPOSITORY / "tests" / f"test_{file}.py").read_text(encoding="utf-8"), (
-                f"check {number}: {name}"
-            )

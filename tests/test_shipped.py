@@ -50,6 +50,7 @@ def test_the_shipped_student_draws_what_it_is_asked_for() -> None:
     assert nouns > 0.7 and colours > 0.9
 
 
+@pytest.mark.check(19)
 def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None:
     student = load(find("emoji"))
     sampler, plan = Sampler(student, CPU), plan_for(student)

@@ -326,6 +326,7 @@ def test_a_file_that_contradicts_the_given_descriptions_is_refused_until_someone
 # what is refused
 
 
+@pytest.mark.check(24)
 def test_files_that_are_no_safetensors_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     content = files["sd1"].read_bytes()

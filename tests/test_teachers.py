@@ -25,6 +25,7 @@ def change(file: Path, **entries: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
+@pytest.mark.check(23)
 @pytest.mark.parametrize(
     ("file", "entries", "said"),
     [
@@ -54,6 +55,7 @@ def test_a_folder_cannot_choose_how_its_text_encoder_is_computed(copied: Path) -
     assert load(find(str(copied))).text_encoders[0].config._attn_implementation == "sdpa"
 
 
+@pytest.mark.check(21)
 def test_weights_in_pickles_are_not_read_even_where_there_is_nothing_else(copied: Path) -> None:
     (copied / "unet" / "diffusion_pytorch_model.safetensors").rename(copied / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
