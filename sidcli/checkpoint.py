@@ -1,7 +1,7 @@
 """Checkpoints of a run: `step-00000200/` with safetensors files and a manifest of their sizes and sha256.
 
 Promise: when `write` returns, the new checkpoint loads; whenever it does not return, the previous one still does. A folder without a
-complete manifest is no checkpoint. Only folders named step-NNNNNNNN are ever read or removed.
+complete manifest is no checkpoint. Only folders named step-NNNNNNNN are ever read, and only those that rotation drops are removed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import hashlib
 import json
 import re
 import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, save_tensors, sha256, write_json
+from sidcli.files import atomic_folder, nearest, save_tensors, sha256, write_json
 
-FORMAT = 2
+FORMAT = 3
 KEEP = 2
+Files = dict[str, dict[str, Tensor]]
+"""Tensors by name, by file without its suffix."""
 
 
 @dataclass(frozen=True)
@@ -29,32 +35,44 @@ class Checkpoint:
     folder: Path
     step: int
     config: dict[str, Any]
-    prompts_digest: str
+    inputs: dict[str, str]
+    """Digests of what the run was given, by name: its prompts, its teacher."""
+
+
+class UnknownFormat(InputError):
+    """Written by another version of sid: nothing is wrong with it."""
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write(
-    root: Path, step: int, files: dict[str, dict[str, Tensor]], config: dict[str, Any], prompts_digest: str, keep: int = KEEP
-) -> Path:
+def size_of(files: Files) -> int:
+    """Bytes of the tensors."""
+    return sum(value.nbytes for tensors in files.values() for value in tensors.values())
+
+
+def check_space(root: Path, size: int, count: int = 1) -> None:
+    """Raises EnvironmentProblem where the disk has no room for `count` checkpoints of `size` bytes."""
+    free = shutil.disk_usage(nearest(root)).free
+    if free < count * size:
+        what = f"{count} checkpoints need" if count > 1 else "a checkpoint needs"
+        raise EnvironmentProblem(
+            f"{root} has {free} bytes free; {what} {count * size}", "make room and run again, or choose another --output"
+        )
+
+
+def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP) -> Path:
     """Write checkpoint `step` under `root`, then drop all but the newest `keep`. Raises EnvironmentProblem where the disk refuses."""
     target = root / folder_name(step)
-    needed = sum(value.numel() * value.element_size() for tensors in files.values() for value in tensors.values())
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise EnvironmentProblem(
-            f"{root} has {free} bytes free; a checkpoint needs {needed}", "make room, or choose another --output"
-        )
+    check_space(root, size_of(files))
     with atomic_folder(target) as folder:
         entries = {}
         for name, tensors in files.items():
             file = folder / f"{name}.safetensors"
             save_tensors(tensors, file)
             entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        manifest = {"format": FORMAT, "step": step, "config": config, "prompts": prompts_digest, "files": entries}
+        manifest = {"format": FORMAT, "step": step, "config": config, "inputs": inputs, "files": entries}
         write_json(folder / "manifest.json", manifest | {"sha256": _digest(manifest)})
     for old in sorted(numbered(root), reverse=True)[keep:]:
         shutil.rmtree(root / folder_name(old))
@@ -64,7 +82,7 @@ def write(
 def numbered(root: Path) -> list[int]:
     if not root.is_dir():
         return []
-    found = (re.fullmatch(r"step-(\d{8})", folder.name) for folder in root.iterdir() if folder.is_dir())
+    found = (re.fullmatch(r"step-(\d{8,})", folder.name) for folder in root.iterdir() if folder.is_dir())
     return [int(match[1]) for match in found if match]
 
 
@@ -75,15 +93,18 @@ def verify(folder: Path) -> Checkpoint:
         claimed, version = manifest.pop("sha256", None), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a complete checkpoint: manifest.json is missing or broken") from error
-    if version != FORMAT:
-        raise InputError(f"{folder} has checkpoint format {version}; this version of sid reads format {FORMAT}", "use that version")
-    if claimed != _digest(manifest):
+    if claimed != _digest(manifest) and (claimed is not None or version == FORMAT):
         raise InputError(f"{folder / 'manifest.json'} is damaged", "continue from an older checkpoint with --resume")
+    if version != FORMAT:
+        raise UnknownFormat(
+            f"{folder} has checkpoint format {version}; this version of sid reads format {FORMAT}",
+            "continue with the version that run.json names, or choose another --output for a new run",
+        )
     for name, entry in manifest["files"].items():
         file = folder / Path(name).name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise InputError(f"{file} is damaged or missing", "continue from an older checkpoint with --resume")
-    return Checkpoint(folder, manifest["step"], manifest["config"], manifest["prompts"])
+    return Checkpoint(folder, manifest["step"], manifest["config"], manifest["inputs"])
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -92,11 +113,13 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with newer ones."""
+    """The newest checkpoint that verifies, and what was wrong with newer ones. Raises UnknownFormat for one of another version."""
     problems: list[str] = []
     for step in sorted(numbered(root), reverse=True):
         try:
             return verify(root / folder_name(step)), problems
+        except UnknownFormat:
+            raise
         except InputError as error:
             problems.append(error.message)
     return None, problems
@@ -104,3 +127,72 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def read(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     return {file.stem: load_file(file) for file in sorted(checkpoint.folder.glob("*.safetensors"))}
+
+
+def set_aside(root: Path, step: int) -> list[Path]:
+    """Rename checkpoints after `step`, damaged ones or those of a way that is not gone on, so that a run that continues from `step`
+    neither counts them as its newest nor writes over them. Returns their new names; they are never removed by us."""
+    renamed = []
+    for newer in sorted(number for number in numbered(root) if number > step):
+        folder = root / folder_name(newer)
+        places = (folder.with_name(f"set-aside-{folder.name}" + (f"-{n}" if n else "")) for n in range(1000))
+        renamed.append(folder.rename(next(place for place in places if not place.exists())))
+    return renamed
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while the training goes on in the block of a `with`.
+
+    The state of a step is safe when `finish` or the next `write` returns, and at the end of the block, which waits even where an error
+    ends it. Only what ends the process, SystemExit and KeyboardInterrupt, does not wait.
+    """
+
+    def __init__(self, root: Path, config: dict[str, Any], inputs: dict[str, str]):
+        self.root, self.config, self.inputs = root, config, inputs
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        """Time for which the training has waited."""
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif issubclass(kind, Exception):
+            with suppress(EnvironmentProblem):  # what ended the block is what is to be told
+                self.finish()
+
+    def write(self, step: int, files: Files) -> None:
+        """Begin to write tensors that nobody will change. Raises what the write before has met, EnvironmentProblem above all."""
+        self.finish()
+
+        def work() -> None:
+            try:
+                write(self.root, step, files, self.config, self.inputs)
+            except BaseException as error:
+                self.error = error
+
+        # A daemon: who asks a second time to stop does not wait for a disk.
+        self.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait for the write that is under way. Raises what it has met."""
+        with self.waiting():
+            if self.thread is not None:
+                self.thread.join()
+                self.thread = None
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of a block as waited."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - begun

@@ -18,7 +18,7 @@ import typer
 from sidcli import __version__
 from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
 from sidcli.errors import EnvironmentProblem, GateError, InputError, SidError, UsageError
-from sidcli.files import check_writable
+from sidcli.files import check_unlocked, check_writable
 from sidcli.wishes import Wish, check_protocol, limits
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def distill(
     resume: Annotated[Path | None, typer.Option(help="Continue from this checkpoint, not from the newest.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    save_minutes: Annotated[float, typer.Option(min=0.01, help="Minutes between checkpoints at most.")] = 8.0,
     sample_every: Annotated[int, typer.Option(min=1, help="Steps between sample grids.")] = 50,
     eval_every: Annotated[
         int, typer.Option(min=0, help="Steps between quick measurements against the teacher's own images; 0: none.")
@@ -211,6 +212,8 @@ def distill(
                 made = plan.make(resolved, folder, device, processes, console)
                 console.result(made.lines(), made.as_dict())
                 return
+        if os.environ.get("RANK", "0") == "0":
+            check_unlocked(folder)
         if prompts is None and resolved.prompts in ("emoji", "general"):
             console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
         from sidcli import distill as driver
@@ -218,12 +221,14 @@ def distill(
 
         known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
         model = _load(teacher, device, console, **known)
-        rhythm = driver.Rhythm(save_every, sample_every, eval=eval_every)
+        rhythm = driver.Rhythm(save_every, sample_every, 60 * save_minutes, eval=eval_every)
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
             result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
+        share = 100 * result.saving / max(result.seconds, 1e-9)
         console.note(
-            f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training since the command began"
+            f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training since the command began, "
+            f"{share:.1f} % of them waiting for checkpoints"
         )
         console.note(f'draw with it: sid sample "a cat" --model {result.run}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}

@@ -246,8 +246,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 def differences(saved: dict[str, Any], given: DistillConfig) -> list[str]:
     """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings.
 
-    A field that the run did not know yet had the value that is now its default.
+    A field that the run did not know yet had the value that is now its default; one that only the run knows is of a newer version.
     """
     now = dataclasses.asdict(given)
     saved = {field.name: field.default for field in dataclasses.fields(given)} | saved
-    return [f"{name}: {saved.get(name)} -> {now[name]}" for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]
+    changed = [name for name in now if name not in MAY_CHANGE and saved[name] != now[name]]
+    foreign = [name for name in saved if name not in now]
+    return [
+        f"{name}: {saved[name]} -> {now.get(name, 'a setting that this version of sid does not know')}"
+        for name in changed + foreign
+    ]

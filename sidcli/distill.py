@@ -11,15 +11,17 @@ import math
 import platform
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import psutil
 import tomli_w
 import torch
 
@@ -27,8 +29,8 @@ from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
 from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
-from sidcli.errors import EnvironmentProblem, Interrupted, SidError, UsageError
-from sidcli.files import atomic_file, check_writable, clear_leftovers, locked, write_json
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError
+from sidcli.files import append_line, atomic_file, check_writable, clear_leftovers, locked, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.launch import STOPPING
@@ -38,8 +40,10 @@ from sidcli.proxy import PROXY_IMAGES, Proxy
 from sidcli.report.page import write
 from sidcli.report.run import run_page
 from sidcli.sampler import Plan, Sampler, pick_device, plan_for
+from sidcli.sources import fingerprint
 from sidcli.teachers import Model
 
+RUN_FORMAT = 1
 GRID_IMAGES = 8
 SKIPPED_LIMIT = 6
 """Updates in a row that may be left out for a value that is not finite; three steps' worth."""
@@ -67,6 +71,8 @@ class Rhythm:
 
     save: int
     sample: int
+    save_seconds: float = 480.0
+    """A checkpoint is begun no later than this after the one before: eight minutes, and what is left of ten is to write it."""
     log: int = 10
     eval: int = 0
     """0: never."""
@@ -79,19 +85,37 @@ class Result:
     step: int
     images: int
     seconds: float
+    saving: float
+    """Of `seconds`, those in which the training waited for checkpoints."""
     last: dict[str, Any]
 
 
 class StopFlag:
-    """Remembers a signal of STOPPING until the loop asks; a second one ends the process at once."""
+    """Remembers a signal of STOPPING until the loop asks; what can be begun anew ends `at_once`. A second signal ends the process."""
 
     def __init__(self) -> None:
-        self.signal_number = 0
+        self.number = 0
+        self.impatient = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number:
-            raise KeyboardInterrupt
-        self.signal_number = number
+        if self.number:
+            sys.exit(128 + number)
+        self.number = number
+        self.obey()
+
+    def obey(self) -> None:
+        if self.number and self.impatient:
+            raise Interrupted(self.number, "stopped before the first step", "run the same command to begin again")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal ends with Interrupted, also one that came before it."""
+        self.impatient = True
+        try:
+            self.obey()
+            yield
+        finally:
+            self.impatient = False
 
     @contextmanager
     def installed(self) -> Iterator[StopFlag]:
@@ -116,49 +140,68 @@ def run(
 ) -> Result:
     """Distil `teacher` into output/student, or continue the run that is there.
 
-    Raises UsageError for a continued run whose settings changed, Interrupted after saving on a signal, EnvironmentProblem for a
-    folder in use, SidError where the loss stops being finite.
+    Raises InputError for a continued run whose settings changed or that another version of sid has written, Interrupted after saving
+    on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite.
     """
     check_writable(output)
     check_teacher(teacher.source.name, teacher.is_student, teacher.schedule.steps, config)
     with StopFlag().installed() as stop, memory_advice(config):
-        engine = Engine(teacher, config, prompts, pick_device(device_name))
+        with stop.at_once():
+            engine = Engine(teacher, config, prompts, pick_device(device_name))
         with locked(output) if engine.team.leads else nullcontext():
-            if engine.team.leads:
-                clear_leftovers(output)
-            engine.team.wait()
-            restore(engine, output, resume, listener)
-            if engine.team.leads:
-                write_record(output, teacher, config, engine, prompts)
+            with stop.at_once():
+                inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
+                restore(engine, output, resume, inputs, listener)
+                engine.team.wait()
+                if engine.team.leads:
+                    begin_at(engine, output, listener)
+                    write_record(output, teacher, config, engine, prompts)
+                engine.team.wait()
             listener.started(engine.step, config.steps)
+            writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs)
             with open_tracker(tracker if engine.team.leads else None, output) as board:
-                seconds, record = Loop(engine, output, rhythm, stop, listener, board).run()
+                seconds, record = Loop(engine, output, rhythm, writer, stop, listener, board).run()
             student = output / "student"
             finished = engine.student()
             if engine.team.leads:
                 write_student(student, finished, student_card(engine, prompts))
                 write(run_page(output), output / "report.html")
             engine.team.wait()
-    return Result(output, student, engine.step, engine.images, seconds, record)
+    return Result(output, student, engine.step, engine.images, seconds, writer.seconds, record)
 
 
 class Loop:
     """Step, report, sample, save, stop: until config.steps or a signal."""
 
     def __init__(
-        self, engine: Engine, output: Path, rhythm: Rhythm, stop: StopFlag, listener: Listener, tracker: Tracker | None = None
+        self,
+        engine: Engine,
+        output: Path,
+        rhythm: Rhythm,
+        writer: checkpoint.Writer,
+        stop: StopFlag,
+        listener: Listener,
+        tracker: Tracker | None = None,
     ):
-        self.engine, self.output, self.rhythm, self.stop = engine, output, rhythm, stop
+        self.engine, self.output, self.rhythm, self.writer, self.stop = engine, output, rhythm, writer, stop
         self.listener, self.tracker = listener, tracker
         self.painter = Painter(engine, output / "samples")
-        self.proxy = self.open_proxy() if rhythm.eval and engine.team.leads else None
+        self.proxy: Proxy | None = None
         self.record: dict[str, Any] = {}
         self.returned = False
+        self.saved, self.begun = engine.step, time.monotonic()
+        self.saved_at = self.begun
 
     def run(self) -> tuple[float, dict[str, Any]]:
         """Returns the seconds it took and the last record. Raises Interrupted after saving, SidError where it diverges."""
+        with self.writer:
+            self.train()
+            self.look(bool(self.rhythm.eval), True)
+        return time.monotonic() - self.begun, self.record
+
+    def train(self) -> None:
         engine, rhythm = self.engine, self.rhythm
-        done, self.begun = 0, time.monotonic()
+        done = 0
         while engine.step < engine.config.steps:
             self.look(bool(rhythm.eval) and engine.step % rhythm.eval == 0, engine.step % rhythm.sample == 0)
             result = engine.advance()
@@ -170,52 +213,53 @@ class Loop:
             if engine.step % rhythm.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
                 self.go_back()
                 continue
-            stopped = self.stopped()
-            if stopped or finished or (engine.step % rhythm.save == 0 and not result.skipped_in_row):
+            stopped, late = self.asked()
+            due = (late or engine.step % rhythm.save == 0) and not result.skipped_in_row
+            if due or finished:
                 self.save()
             if stopped and not finished:
-                raise self.interrupted(stopped)
-        self.look(bool(rhythm.eval), True)
-        return time.monotonic() - self.begun, self.record
+                self.leave(stopped)
 
     def look(self, evaluate: bool, paint: bool) -> None:
-        """Measure the student, paint it, or both. The time it takes is no training and not counted as such."""
+        """Measure the student, paint it, or both. The time it takes is no training and not counted as such; a signal cuts it short."""
         if not (evaluate or paint):
             return
         paused = time.monotonic()
         student = self.engine.student()
         if self.engine.team.leads:
-            if evaluate:
-                self.evaluate(student)
-            if paint:
-                self.painter.paint(student)
-                write(run_page(self.output), self.output / "report.html")
+            with suppress(Interrupted), self.stop.at_once():
+                if evaluate:
+                    self.evaluate(student)
+                if paint:
+                    self.painter.paint(student)
+                    write(run_page(self.output), self.output / "report.html")
             student.vae.to("cpu")  # training never decodes
+        stopped, _ = self.asked()
+        if stopped and self.engine.step < self.engine.config.steps:
+            self.leave(stopped)
         self.begun += time.monotonic() - paused
 
-    def interrupted(self, number: int) -> Interrupted:
+    def leave(self, number: int) -> None:
+        """Save what is not saved yet. Raises Interrupted."""
         engine = self.engine
-        return Interrupted(
-            number, f"stopped at step {engine.step} of {engine.config.steps}, saved", "run the same command to continue"
+        self.save()
+        self.settle()
+        kept = ", saved" if engine.step else ""
+        raise Interrupted(
+            number, f"stopped at step {engine.step} of {engine.config.steps}{kept}", "run the same command to continue"
         )
 
     def open_proxy(self) -> Proxy:
-        """Before the first step, so that a signal that comes now has nothing to save."""
         engine = self.engine
-
-        def pause() -> None:
-            if self.stop.signal_number:
-                raise self.interrupted(self.stop.signal_number)
-
         with self.listener.progress("the teacher's images", PROXY_IMAGES, "images") as advance:
-            proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance, pause)
+            proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance)
         self.listener.note(f"the teacher's own CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
         write_json(self.output / "proxy.json", {"images": PROXY_IMAGES, "teacher_clip": round(proxy.goal, 5)})
         return proxy
 
     def evaluate(self, student: Model) -> None:
         """Proxies of the student as it is now, as a line of metrics.jsonl of their own."""
-        assert self.proxy is not None
+        self.proxy = self.proxy or self.open_proxy()
         found = self.proxy.measure(student, student_plan_of(self.engine.config))
         self.write({"step": self.engine.step, **found})
         self.listener.note(
@@ -235,24 +279,23 @@ class Loop:
             self.write(self.record)
 
     def write(self, record: dict[str, Any]) -> None:
-        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(record) + "\n")
+        append_line(self.output / "metrics.jsonl", json.dumps(record))
         if self.tracker:
             self.tracker.log({name: value for name, value in record.items() if value is not None}, self.engine.step)
 
-    def stopped(self) -> int:
-        """The signal that asks to stop, 0 for none; all processes agree on it."""
-        engine = self.engine
-        if engine.team.accelerator is None:
-            return self.stop.signal_number
-        heard = engine.team.sum(
-            torch.tensor([float(self.stop.signal_number > 0), float(self.stop.signal_number)], device=engine.device)
-        )
-        return round(float(heard[1] / heard[0])) if heard[0] else 0
+    def asked(self) -> tuple[int, bool]:
+        """The signal that asks to stop, 0 for none, and whether the last checkpoint is too long ago; all processes agree on it."""
+        team, number = self.engine.team, self.stop.number
+        late = team.leads and time.monotonic() - self.saved_at > self.rhythm.save_seconds
+        if team.accelerator is None:
+            return number, late
+        heard, total, late_ones = team.sum(torch.tensor([number > 0, number, late], dtype=torch.float, device=team.device)).tolist()
+        return round(total / heard) if heard else 0, late_ones > 0
 
     def go_back(self) -> None:
         """Return to the last checkpoint, once. Raises SidError the second time, or where there is none."""
         step = self.engine.step
+        self.settle()
         found, _ = checkpoint.latest(self.output / "checkpoints")
         if self.returned or found is None:
             raise SidError(
@@ -261,19 +304,31 @@ class Loop:
                 "lower --lr-fake and --lr-generator, or raise --batch-size, in a new --output",
             )
         self.engine.load(found.step, checkpoint.read(found))
-        self.returned = True
+        self.returned, self.saved = True, found.step
         if self.engine.team.leads:
             forget_after(self.output / "metrics.jsonl", found.step)
         self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
 
     def save(self) -> None:
+        """Begin a checkpoint of this step, unless there is one. Training goes on meanwhile, where memory has room for a copy."""
         engine = self.engine
-        tensors = engine.tensors()
+        if engine.step == self.saved:
+            return
+        self.saved, self.saved_at = engine.step, time.monotonic()
+        if not (engine.team.leads or engine.team.sharded):
+            return
+        room = psutil.virtual_memory().available > 2 * engine.state_bytes
+        with self.writer.waiting():
+            tensors = engine.tensors(copy=room)
         if engine.team.leads:
-            checkpoint.write(
-                self.output / "checkpoints", engine.step, tensors, dataclasses.asdict(engine.config), engine.prompts.digest
-            )
-        engine.team.wait()
+            self.writer.write(engine.step, tensors)
+            if not room:
+                self.writer.finish()
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is on disk, in every process."""
+        self.writer.finish()
+        self.engine.team.wait()
 
 
 @contextmanager
@@ -319,8 +374,15 @@ def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
         tracker.finish()
 
 
-def restore(engine: Engine, output: Path, resume: Path | None, listener: Listener) -> None:
-    """Load the given checkpoint, or the run's newest valid one, if its settings agree; then drop metrics lines after it."""
+def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str, str], listener: Listener) -> None:
+    """Load the given checkpoint, or the run's newest valid one, if its settings and inputs agree; writes nothing."""
+    if (output / "run.json").exists():
+        record = read_json(output / "run.json", "remove it: it is written again")
+        if record.get("format") != RUN_FORMAT:
+            raise checkpoint.UnknownFormat(
+                f"{output} is a run folder of format {record.get('format')}; this version of sid has format {RUN_FORMAT}",
+                f"continue with the sid that wrote it ({record.get('sid')}), or choose another --output for a new run",
+            )
     if resume:
         found = checkpoint.verify(resume)
     else:
@@ -328,21 +390,31 @@ def restore(engine: Engine, output: Path, resume: Path | None, listener: Listene
         for problem in problems:
             listener.note(f"skipped: {problem}")
         if latest is None:
-            if engine.team.leads:
-                forget_after(output / "metrics.jsonl", 0)
             return
         found = latest
     changed = differences(found.config, engine.config)
-    if found.prompts_digest != engine.prompts.digest:
-        changed.append("prompts: the list has another content")
+    changed += [f"{name}: its content is another" for name in inputs if found.inputs.get(name) != inputs[name]]
     if changed:
-        raise UsageError(
+        raise InputError(
             f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
         )
     engine.load(found.step, checkpoint.read(found))
     listener.note(f"continuing from step {found.step}")
-    if engine.team.leads:
-        forget_after(output / "metrics.jsonl", found.step)
+
+
+def begin_at(engine: Engine, output: Path, listener: Listener) -> None:
+    """Make the run folder one that has come to the engine's step and no further, with room for the checkpoints that follow.
+
+    Raises EnvironmentProblem where the disk has none.
+    """
+    checkpoints = output / "checkpoints"
+    clear_leftovers(output)
+    forget_after(output / "metrics.jsonl", engine.step)
+    for folder in checkpoint.set_aside(checkpoints, engine.step):
+        listener.note(f"set aside: {folder}; remove it when you are sure that you do not need it")
+    if engine.step < engine.config.steps:
+        more = checkpoint.KEEP + 1 - len(checkpoint.numbered(checkpoints))
+        checkpoint.check_space(output, engine.state_bytes, max(1, more))
 
 
 def forget_after(metrics: Path, step: int) -> None:
@@ -369,6 +441,7 @@ def write_record(output: Path, teacher: Model, config: DistillConfig, engine: En
     write_json(
         output / "run.json",
         {
+            "format": RUN_FORMAT,
             "sid": __version__,
             "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
             "teacher": provenance(teacher),

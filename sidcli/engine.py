@@ -367,15 +367,24 @@ class Engine:
         unet.load_state_dict(weights, assign=True)
         return self.sampler.model.with_unet(unet.eval().requires_grad_(False))
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state by file, whole and on the CPU: three networks and two optimizers. Every process must ask."""
+    @property
+    def state_bytes(self) -> int:
+        """Size of `tensors()`, but for some scalars."""
+        trained = sum(value.numel() for value in self.fake_score.parameters() if value.requires_grad)
+        return state_bytes(self.config, sum(value.numel() for value in self.generator.parameters()), trained)
+
+    def tensors(self, copy: bool = False) -> dict[str, dict[str, Tensor]]:
+        """The state by file, whole and on the CPU: three networks and two optimizers. Every process must ask where it is sharded.
+
+        With `copy` the next step does not change it, wherever the networks are.
+        """
         names = [name for name, _ in self.generator.named_parameters()]
         return {
-            "generator": {name: whole(value) for name, value in self.generator.named_parameters()},
-            "average": {name: whole(value) for name, value in zip(names, self.average, strict=True)},
-            "fake_score": {name: whole(value) for name, value in self.fake_score.named_parameters() if value.requires_grad},
-            "optimizer_generator": _optimizer_tensors(self.optimizer_generator),
-            "optimizer_fake": _optimizer_tensors(self.optimizer_fake),
+            "generator": {name: whole(value, copy) for name, value in self.generator.named_parameters()},
+            "average": {name: whole(value, copy) for name, value in zip(names, self.average, strict=True)},
+            "fake_score": {name: whole(value, copy) for name, value in self.fake_score.named_parameters() if value.requires_grad},
+            "optimizer_generator": _optimizer_tensors(self.optimizer_generator, copy),
+            "optimizer_fake": _optimizer_tensors(self.optimizer_fake, copy),
         }
 
     def load(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
@@ -391,6 +400,16 @@ class Engine:
         _load_optimizer(self.optimizer_fake, files["optimizer_fake"])
         self.skipped_in_row.zero_()
         self.step = step
+
+
+def optimizer_bytes(config: DistillConfig, trained: int) -> int:
+    """Memory of the moments of `trained` weights."""
+    return {"adam": 4, "adam8bit": 2}[config.optimizer] * trained
+
+
+def state_bytes(config: DistillConfig, weights: int, trained: int) -> int:
+    """Size of the state of a run, with `weights` in the generator and `trained` in the fake score: what a checkpoint holds."""
+    return 8 * weights + 4 * trained + optimizer_bytes(config, weights + trained)
 
 
 def check_split(batch_size: int, processes: int) -> None:
@@ -424,9 +443,9 @@ def _states(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(value, inner.state[value]) for group in inner.param_groups for value in group["params"]]
 
 
-def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: Any, copy: bool) -> dict[str, Tensor]:
     return {
-        f"{index}.{name}": whole(entry if isinstance(entry, Tensor) else torch.tensor(entry))
+        f"{index}.{name}": whole(entry if isinstance(entry, Tensor) else torch.tensor(entry), copy)
         for index, (_, state) in enumerate(_states(optimizer))
         for name, entry in state.items()
     }

@@ -157,14 +157,39 @@ def clear_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def _own(path: str, flags: int) -> int:
+    """An opener that follows no link: what is written in place must be a file of the folder itself."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Raises EnvironmentProblem where the disk or the folder refuses, or `path` is a link."""
+    try:
+        with open(path, "a", encoding="utf-8", opener=_own) as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise _problem(path, error) from error
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raises EnvironmentProblem where another process holds a run folder, before any work."""
+    if (folder / ".lock").exists():
+        with locked(folder):
+            pass
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run folder for this process; the kernel releases the lock even after kill -9.
 
     Raises EnvironmentProblem, naming the process that holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _own(str(folder / ".lock"), os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise _problem(folder / ".lock", error) from error
+    with os.fdopen(lock, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -173,7 +198,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise EnvironmentProblem(
                 f"{folder} is in use by process {holder}", "wait for it, stop it, or choose another --output"
             ) from error
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         yield

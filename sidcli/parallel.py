@@ -97,12 +97,12 @@ class Team:
             self.accelerator.wait_for_everyone()
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its parts, on the CPU; every process must ask."""
+def whole(value: Tensor, copy: bool = False) -> Tensor:
+    """A tensor with all its parts, on the CPU; every process must ask. With `copy` it is nobody else's, wherever it was."""
     value = value.detach()
     if isinstance(value, DTensor):
         value = value.redistribute(placements=[Replicate()] * value.device_mesh.ndim).to_local()
-    return value.cpu()
+    return value.to("cpu", copy=copy)
 
 
 def assign(target: Tensor, value: Tensor) -> None:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
-from sidcli.engine import add_adapters, check_split, check_teacher
+from sidcli.engine import add_adapters, check_split, check_teacher, optimizer_bytes, state_bytes
 from sidcli.families import build
 from sidcli.hub import Listener, Silence
 from sidcli.sampler import pick_device
@@ -229,7 +229,7 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, liste
             add_adapters(lora := copy.deepcopy(unet).requires_grad_(False), config.fake_lora)
             trained = size_of(value for value in lora.parameters() if value.requires_grad)
     told, weights, pieces = condition(known), size_of(unet.parameters()), config.micro_batch
-    state = {"adam": 4, "adam8bit": 2}[config.optimizer] * (weights + trained)
+    moments = optimizer_bytes(config, weights + trained)
 
     def graph(rows: int, trained: bool = False) -> int:
         return activations(unet, rows, config, told, trained)
@@ -247,13 +247,13 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, liste
         "generator": 4 * weights,
         "fake score": 4 * trained,
         "gradients": 4 * max(weights, trained),
-        "optimizers": 0 if config.offload_optimizer else state,
+        "optimizers": 0 if config.offload_optimizer else moments,
         "average": 0 if config.offload_average else 4 * weights,
         "activations": max(fake_step, generator_step),
     }
     if where.type == "cpu":
         memory["this program"] = psutil.Process().memory_info().rss
-    away = (4 * weights if config.offload_average else 0) + (state if config.offload_optimizer else 0)
+    away = (4 * weights if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace = rate(output)
     return Plan(
         config=config,
@@ -265,7 +265,7 @@ def make(config: DistillConfig, output: Path, device: str, processes: int, liste
         main_memory=away,
         peak=sum(memory.values()),
         flops_per_image=flops_per_image(config, unet, told),
-        disk=(checkpoint.KEEP + 1) * (8 * weights + 4 * trained + state) + 4 * (weights + text_size + size_of(vae.parameters())),
+        disk=(checkpoint.KEEP + 1) * state_bytes(config, weights, trained) + 4 * (weights + text_size + size_of(vae.parameters())),
         seconds=config.steps * config.batch_size / pace if pace else None,
         downloads=dict(source.missing),
     )

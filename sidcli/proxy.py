@@ -6,7 +6,7 @@ model looks at both: the CMMD between them should fall, the CLIP score should ri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,28 +29,26 @@ PHOTO_CLIP = "ViT-B-32-quickgelu:openai"
 
 @dataclass(frozen=True)
 class TeacherDrawer:
-    """The teacher inside an engine, as what draws; `pause` is called between batches, to stop where somebody asks for it."""
+    """The teacher inside an engine, as what draws."""
 
     engine: Engine
-    pause: Callable[[], None]
     truncated = 0
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> torch.Tensor:
-        self.pause()
         return self.engine.teacher_images(prompts, seeds, plan)
 
 
 class Proxy:
     """Opened once a run. Raises InputError where the CLIP model is not to be had."""
 
-    def __init__(self, engine: Engine, texts: list[str], advance: Progress, pause: Callable[[], None]):
+    def __init__(self, engine: Engine, texts: list[str], advance: Progress):
         model = engine.sampler.model
         self.device, self.texts = engine.device, texts
         hint = "--eval-every 0 trains without measuring"
         clip = Clip(str(WEIGHTS / "clip") if model.is_emoji else PHOTO_CLIP, self.device, hint)
         self.embeddings, self.similarity = Embeddings(clip), Similarity(clip)
         key = f"proxy {engine.prompts.digest} {engine.config.seed} {engine.config.prediction_type} {engine.bf16} {model.size}"
-        drawn = DrawnSet(model.source, plan_for(model), texts, key, 0, lambda: TeacherDrawer(engine, pause), BATCH)
+        drawn = DrawnSet(model.source, plan_for(model), texts, key, 0, lambda: TeacherDrawer(engine), BATCH)
         samples = Collection(drawn, len(texts), texts)
         samples.fill([self.embeddings, self.similarity], Share(), advance)
         self.distance = cmmd(samples.features(self.embeddings))

@@ -1,28 +1,31 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sidcli import checkpoint, distill, export
 from sidcli.config import DistillConfig, read_toml
 from sidcli.engine import Engine, StepResult
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
-from sidcli.files import locked
+from sidcli.files import check_unlocked, locked
 from sidcli.formats.order import Order
 from sidcli.prompts import open_prompts
 from sidcli.sampler import Sampler, plan_for
 from sidcli.sources import find
-from sidcli.teachers import load
+from sidcli.teachers import Model, load
 from sidcli.text import Condition
+from tests.test_checkpoint import rewritten
 
 
 class Silent:
@@ -180,9 +183,177 @@ def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(
     sd_folder: Path, config: DistillConfig, tmp_path: Path
 ) -> None:
     run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
-    with pytest.raises(UsageError, match=r"lr_fake: 0\.001 -> 0\.002"):
-        run(sd_folder, dataclasses.replace(config, lr_fake=2e-3), tmp_path / "run")
+    for change in ({"lr_fake": 2e-3}, {"seed": 1}, {"teacher": "another"}):
+        ((name, value),) = change.items()
+        with pytest.raises(InputError, match=rf"{name}: {getattr(config, name)} -> {value}$") as refused:
+            run(sd_folder, dataclasses.replace(config, **change), tmp_path / "run")
+        assert refused.value.exit_code == 3
     assert run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run").step == 3
+
+
+@pytest.mark.check(9)
+def test_prompts_and_teachers_are_compared_by_their_content(
+    sd_folder: Path, v_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    teacher = shutil.copytree(sd_folder, tmp_path / "teacher")
+    config = dataclasses.replace(config, prompts=str(prompts), steps=1)
+    run(teacher, config, tmp_path / "run")
+    prompts.write_text("a cat\na horse\n")
+    with pytest.raises(InputError, match=r"prompts: its content is another$"):
+        run(teacher, config, tmp_path / "run")
+    prompts.write_text("a cat\n\na dog\n")
+    assert run(teacher, config, tmp_path / "run").step == 1, "the same prompts, however they are spaced"
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(InputError, match=r"teacher: its content is another$"):
+        run(teacher, config, tmp_path / "run")
+
+
+def test_what_another_version_has_written_is_refused_and_not_begun_anew(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
+    record = tmp_path / "run" / "run.json"
+    whole = record.read_text()
+    record.write_text(whole.replace('"format": 1', '"format": 9'))
+    with pytest.raises(checkpoint.UnknownFormat, match="a run folder of format 9; this version of sid has format 1"):
+        run(sd_folder, config, tmp_path / "run")
+    record.write_text(whole)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    rewritten(folder, format=9)
+    with pytest.raises(checkpoint.UnknownFormat, match="checkpoint format 9"):
+        run(sd_folder, config, tmp_path / "run")
+    rewritten(folder, format=checkpoint.FORMAT, config={**dataclasses.asdict(config), "objective": "dmd2"})
+    with pytest.raises(InputError, match="objective: dmd2 -> a setting that this version of sid does not know"):
+        run(sd_folder, config, tmp_path / "run")
+
+
+def test_a_run_continued_from_an_older_checkpoint_sets_the_newer_ones_aside_and_ends_the_same(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    run(sd_folder, config, tmp_path / "run", save=1)
+    end = state(tmp_path / "run", 4)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with pytest.raises(Interrupted):
+        run(sd_folder, dataclasses.replace(config, steps=6), tmp_path / "run", KillAt(5), save=9)
+    listener = Silent()
+    resume = checkpoints / "step-00000004"
+    run(sd_folder, dataclasses.replace(config, steps=6), tmp_path / "run", listener, resume=resume)
+    assert any(note.startswith("set aside: ") and "step-00000005" in note for note in listener.notes)
+    assert all(torch.equal(value, end[name]) for name, value in state(tmp_path / "run", 4).items())
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.check(6)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_resuming_that_one_is_refused(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    whole = run(sd_folder, config, tmp_path / "whole", save=1)
+    run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run", save=1)
+    broken = tmp_path / "run" / "checkpoints" / "step-00000003"
+    (broken / "average.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"average\.safetensors is damaged") as refused:
+        run(sd_folder, config, tmp_path / "run", resume=broken)
+    assert refused.value.exit_code == 3
+    listener = Silent()
+    run(sd_folder, config, tmp_path / "run", listener, save=1)
+    assert [note for note in listener.notes if "skipped" in note] == [
+        f"skipped: {broken / 'average.safetensors'} is damaged or missing"
+    ]
+    assert "continuing from step 2" in listener.notes
+    one, two = state(whole.run, 4), state(tmp_path / "run", 4)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_too_long_ago(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    found = []
+
+    class Watch(Silent):
+        def stepped(self, record: dict[str, Any]) -> None:
+            found.append(sorted(checkpoint.numbered(tmp_path / "run" / "checkpoints")))
+
+    rhythm = distill.Rhythm(save=100, sample=100, save_seconds=0)
+    arguments = (open_prompts("general"), tmp_path / "run", "cpu", rhythm, None, Watch())
+    result = distill.run(load(find(str(sd_folder))), config, *arguments)
+    assert found[3] in ([1, 2], [1, 2, 3], [2, 3]) and 0 < result.saving < result.seconds
+
+
+def test_what_is_saved_is_the_state_of_its_step_while_the_training_goes_on(sd: Model, config: DistillConfig) -> None:
+    engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
+    engine.advance()
+    seen, kept = engine.tensors(), engine.tensors(copy=True)
+    before = {name: value.clone() for name, value in seen["generator"].items()}
+    assert engine.state_bytes == pytest.approx(checkpoint.size_of(kept), rel=0.01)
+    engine.advance()
+    assert any(not torch.equal(seen["generator"][name], before[name]) for name in before), "what is not a copy moves on"
+    assert all(torch.equal(kept["generator"][name], before[name]) for name in before)
+
+
+def test_where_memory_has_no_room_for_a_copy_the_training_waits_and_saves_the_same(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = run(sd_folder, config, tmp_path / "roomy", save=1)
+    little = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    tight = run(sd_folder, config, tmp_path / "tight", save=1)
+    for step in (3, 4):
+        one, two = state(roomy.run, step), state(tight.run, step)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+class KillAtTheStart(Silent):
+    def started(self, step: int, steps: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.check(4)
+def test_a_signal_before_the_first_step_leaves_without_one(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped at step 0 of 4") as stopped:
+        run(sd_folder, config, tmp_path / "run", KillAtTheStart())
+    assert stopped.value.exit_code == 143
+    assert not list((tmp_path / "run").rglob("*.png")) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.check(4)
+def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is_made_by_the_next(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(sd_folder, config, tmp_path / "whole")
+    real = distill.Painter.paint
+
+    def paint(self: distill.Painter, student: Model) -> None:
+        if self.engine.step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        real(self, student)
+
+    monkeypatch.setattr(distill.Painter, "paint", paint)
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4, saved"):
+        run(sd_folder, config, tmp_path / "run", save=100)
+    picture = tmp_path / "run" / "samples" / "00000002.png"
+    assert checkpoint.numbered(tmp_path / "run" / "checkpoints") == [2] and not picture.exists()
+    monkeypatch.undo()
+    run(sd_folder, config, tmp_path / "run")
+    assert picture.read_bytes() == (whole.run / "samples" / "00000002.png").read_bytes()
+    one, two = state(whole.run, 4), state(tmp_path / "run", 4)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.check(28)
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+def test_a_link_in_a_run_folder_is_not_written_through(sd_folder: Path, config: DistillConfig, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "precious"
+    outside.write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(outside)
+    if name == ".lock":
+        with pytest.raises(EnvironmentProblem, match=r"cannot write .*\.lock"):
+            run(sd_folder, config, tmp_path / "run")
+    else:
+        run(sd_folder, config, tmp_path / "run")
+    assert outside.read_text() == ""
 
 
 def test_a_finished_run_started_again_does_nothing_and_says_the_same(
@@ -196,8 +367,13 @@ def test_a_finished_run_started_again_does_nothing_and_says_the_same(
 
 @pytest.mark.check(12)
 def test_a_folder_in_use_is_refused_with_the_process(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    with locked(tmp_path / "run"), pytest.raises(EnvironmentProblem, match=str(os.getpid())):
-        run(sd_folder, config, tmp_path / "run")
+    with locked(tmp_path / "run"):
+        with pytest.raises(EnvironmentProblem, match=str(os.getpid())):
+            run(sd_folder, config, tmp_path / "run")
+        with pytest.raises(EnvironmentProblem, match=str(os.getpid())):
+            check_unlocked(tmp_path / "run")
+    check_unlocked(tmp_path / "run")
+    check_unlocked(tmp_path / "none")
 
 
 @pytest.mark.check(10)

@@ -113,7 +113,7 @@ def test_settings(place: Path, content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def saved(place: Path) -> tuple[Path, dict[str, bytes]]:
-    folder = checkpoint.write(place / "checkpoints", 1, {"average": {"w": torch.ones(4)}}, {"lr": 1.0}, "digest")
+    folder = checkpoint.write(place / "checkpoints", 1, {"average": {"w": torch.ones(4)}}, {"lr": 1.0}, {"prompts": "digest"})
     return folder, {file.name: file.read_bytes() for file in folder.iterdir()}
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,15 +101,20 @@ def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, 
     assert_same(alone, distilled(launch + command(sd_folder, output)[1:], output), sd_folder)
 
 
-def test_a_signal_to_the_launcher_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.check(4)
+@pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, "the launcher"), (signal.SIGUSR1, "one of the processes")])
+def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path, number: signal.Signals, who: str) -> None:
     arguments = command(sd_folder, tmp_path / "run", "--processes", "2", "--steps", "100000")
     running = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    running.send_signal(signal.SIGTERM)
+    team = psutil.Process(running.pid).children()
+    assert len(team) == 2
+    (running if who == "the launcher" else team[1]).send_signal(number)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 143, said
+    assert running.returncode == 128 + number, said
+    assert not any(process.is_running() for process in team)
     assert "saved" in said and said.count("error:") == 1
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
 

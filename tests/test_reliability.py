@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ def files(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def write(root: Path, step: int) -> Path:
-    return checkpoint.write(root, step, files(step), {"lr": 1.0}, "digest")
+    return checkpoint.write(root, step, files(step), {"lr": 1.0}, {"prompts": "digest"})
 
 
 def killed_at(root: Path, step: int, operation: int) -> bool:
@@ -60,7 +62,7 @@ def killed_at(root: Path, step: int, operation: int) -> bool:
     return status != 0
 
 
-@pytest.mark.check(3)
+@pytest.mark.check(3, 8)
 def test_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     outcomes = []
     for operation in range(1, 100):
@@ -159,30 +161,63 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
 
 def in_small_disk(folder: Path, kilobytes: int, script: str) -> subprocess.CompletedProcess[str]:
     """Run a shell script with `folder` on a disk of its own that holds so much; skips where the system does not allow it."""
+    folder.mkdir()
     mount = f"mount -t tmpfs -o size={kilobytes}k small {folder}"
     probe = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True)
     if shutil.which("unshare") is None or probe.returncode:
         pytest.skip("this system lets nobody mount a small disk")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", f"{mount} && cd {folder} && {script}"], capture_output=True, text=True, env=environment
+        ["unshare", "-Urm", "sh", "-c", f"{mount} && cd {folder} || exit 99\n{script}"], capture_output=True, text=True, env=environment
     )
 
 
+def shell(arguments: list[str]) -> str:
+    return " ".join([sys.executable, "-m", "sidcli", *arguments])
+
+
+@pytest.fixture(scope="module")
+def kilobytes(uninterrupted: tuple[Path, float]) -> float:
+    """Size of a checkpoint."""
+    folder = uninterrupted[0] / "checkpoints" / checkpoint.folder_name(STEPS)
+    return sum(file.stat().st_size for file in folder.iterdir()) / 1024
+
+
 @pytest.mark.check(5)
-def test_a_full_disk_keeps_the_last_checkpoint_and_says_where_and_how_much(
-    uninterrupted: tuple[Path, float], sd_folder: Path, tmp_path: Path
+def test_a_disk_too_small_for_the_checkpoints_is_told_before_the_first_step(
+    kilobytes: float, sd_folder: Path, tmp_path: Path
 ) -> None:
-    one = sum(file.stat().st_size for file in (uninterrupted[0] / "checkpoints" / checkpoint.folder_name(STEPS)).iterdir())
-    command = " ".join([sys.executable, "-m", "sidcli", *training(sd_folder)])
-    look = "ls -A run/checkpoints; cp -r run/checkpoints $KEEP"
-    kept = tmp_path / "kept"
-    (tmp_path / "disk").mkdir()
-    done = in_small_disk(tmp_path / "disk", round(2.5 * one / 1000), f"{command}; echo exit $?; {look.replace('$KEEP', str(kept))}")
+    done = in_small_disk(tmp_path / "disk", round(2.5 * kilobytes), f"{shell(training(sd_folder))}; echo exit $?; ls -A run")
     assert "exit 4" in done.stdout, done.stderr
-    assert "bytes free; a checkpoint needs" in done.stderr and "--output" in done.stderr
-    found, problems = checkpoint.latest(kept)
-    assert found is not None and not problems and not list(kept.glob(".tmp-*"))
+    assert "bytes free; 3 checkpoints need" in done.stderr and "--output" in done.stderr
+    assert "checkpoints" not in done.stdout and "samples" not in done.stdout
+
+
+@pytest.mark.check(5)
+def test_a_disk_that_fills_up_during_a_run_ends_it_with_its_last_checkpoint_whole(
+    kilobytes: float, sd_folder: Path, tmp_path: Path
+) -> None:
+    script = f"""{shell([*training(sd_folder), "--steps", "400"])} &
+        while kill -0 $! && ! test -d run/checkpoints/step-00000002; do sleep 0.05; done
+        dd if=/dev/zero of=filler bs=4096 2>/dev/null
+        wait $!; echo exit $?; cp -r run {tmp_path}/kept"""
+    done = in_small_disk(tmp_path / "disk", round(6 * kilobytes), script)
+    assert "exit 4" in done.stdout, done.stderr
+    assert "run" in done.stderr and ("bytes free; a checkpoint needs" in done.stderr or "No space left" in done.stderr)
+    found, problems = checkpoint.latest(tmp_path / "kept" / "checkpoints")
+    assert found is not None and not problems
+    again = sid(*training(sd_folder)[:-2], "--steps", str(found.step + 1), "--output", "kept", cwd=tmp_path)
+    _, said = again.communicate()
+    assert again.returncode == 0 and f"continuing from step {found.step}" in said, said
+
+
+@pytest.mark.check(3, 5)
+def test_a_disk_that_is_full_from_any_file_operation_of_the_writer_on_keeps_the_old_checkpoint_or_the_new(tmp_path: Path) -> None:
+    done = in_small_disk(tmp_path / "disk", 1000, f"cd {REPOSITORY} && {sys.executable} -m tests.full_disk {tmp_path / 'disk'}")
+    assert done.returncode == 0, done.stderr
+    *outcomes, last = done.stdout.splitlines()
+    assert outcomes == sorted(outcomes) and set(outcomes) == {"refused", "written"}, "refused up to the rename, written from there"
+    assert last == f"operations {len(outcomes)}" and len(outcomes) >= 6
 
 
 @pytest.mark.check(4)
@@ -205,10 +240,7 @@ def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_p
         while "loading" not in command.stderr.readline():
             assert command.poll() is None
     else:
-        step = int(moment.split()[1])
-        while step not in checkpoint.numbered(tmp_path / "run" / "checkpoints"):
-            assert command.poll() is None
-            time.sleep(0.01)
+        step_reached(command, tmp_path / "run", int(moment.split()[1]))
     os.kill(command.pid, number)
     command.communicate(timeout=60)
     assert command.returncode == 128 + number
@@ -217,6 +249,60 @@ def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_p
     if moment != "loading":
         found, problems = checkpoint.latest(tmp_path / "run" / "checkpoints")
         assert found is not None and found.step >= 1 and not problems
+
+
+def step_reached(command: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Wait until a running command has saved a step."""
+    while max(checkpoint.numbered(run / "checkpoints"), default=0) < step:
+        assert command.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.check(4)
+def test_a_second_signal_ends_a_training_in_the_middle_of_a_step_and_gives_the_terminal_back(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    terminal, behind = pty.openpty()
+    long = [*training(sd_folder), "--batch-size", "4000", "--micro-batch", "1"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
+    command = subprocess.Popen([sys.executable, "-m", "sidcli", *long], cwd=tmp_path, env=environment, stderr=behind)
+    os.close(behind)
+    said = b""
+    while b"0/12" not in said:
+        said += os.read(terminal, 4096)
+    while not (tmp_path / "run" / "report.html").exists():
+        time.sleep(0.05)
+    time.sleep(1)  # the page is the last thing before the first step, whose 4000 pieces take minutes
+    command.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert command.poll() is None, "the first waits for the end of the step"
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(timeout=60) == 143
+    with suppress(OSError):  # the other end is closed
+        while more := os.read(terminal, 4096):
+            said += more
+    os.close(terminal)
+    assert b"\x1b[?25l" in said and said.rindex(b"\x1b[?25h") > said.rindex(b"\x1b[?25l"), "the cursor is hidden, then shown"
+    assert b"Traceback" not in said and not checkpoint.numbered(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.check(12)
+def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded_and_a_killed_one_leaves_no_lock(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    first = sid(*training(sd_folder), "--steps", "400", cwd=tmp_path)
+    step_reached(first, tmp_path / "run", 1)
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / "torch.py").write_text("raise SystemExit(77)")
+    second = sid(*training(sd_folder), cwd=tmp_path, PYTHONPATH=f"{tmp_path / 'trap'}:{REPOSITORY}")
+    _, said = second.communicate()
+    assert second.returncode == 4 and f"in use by process {first.pid}" in said
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    last = max(checkpoint.numbered(tmp_path / "run" / "checkpoints"))
+    third = sid(*training(sd_folder), "--steps", str(last + 1), cwd=tmp_path)
+    _, said = third.communicate()
+    assert third.returncode == 0, said
 
 
 @pytest.mark.check(17)
