@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint format
+.PHONY: demo test soak lint audit format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known holes in the libraries that are installed here.
+audit: .venv/ready
+	$(BIN)/python .ci/audit $(BIN)/pip-audit
 
 format: .venv/ready
 	$(BIN)/ruff format .

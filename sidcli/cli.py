@@ -232,7 +232,8 @@ def distill(
         )
         console.note(f'draw with it: sid sample "a cat" --model {result.run}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
-        console.result([str(result.student)], data | {"seconds": round(result.seconds, 1), "last": result.last})
+        times = {"seconds": round(result.seconds, 1), "saving_seconds": round(result.saving, 2)}
+        console.result([str(result.student)], data | times | {"last": result.last})
 
 
 @app.command()

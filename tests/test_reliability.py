@@ -168,7 +168,10 @@ def in_small_disk(folder: Path, kilobytes: int, script: str) -> subprocess.Compl
         pytest.skip("this system lets nobody mount a small disk")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", f"{mount} && cd {folder} || exit 99\n{script}"], capture_output=True, text=True, env=environment
+        ["unshare", "-Urm", "sh", "-c", f"{mount} && cd {folder} || exit 99\n{script}"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 
