@@ -82,6 +82,8 @@ def test_a_run_stopped_at_half_and_continued_equals_one_that_was_not(
     one, two = state(whole.run, 4), state(tmp_path / "halves", 4)
     assert one.keys() == two.keys() and len(one) > 1000
     assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (run / "checkpoints" / "step-00000004" / "manifest.json" for run in (whole.run, tmp_path / "halves"))
+    assert first.read_bytes() == second.read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
