@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from sidcli.config import DistillConfig
 from sidcli.engine import Engine
 from sidcli.prompts import open_prompts
 from sidcli.teachers import Model
+from tests.killing import killed_at
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 12
-WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
 def files(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -39,27 +40,6 @@ def write(root: Path, step: int) -> Path:
     return checkpoint.write(root, step, files(step), {"lr": 1.0}, "digest")
 
 
-def killed_at(root: Path, step: int, operation: int) -> bool:
-    """Write a checkpoint in a child that is killed before its n-th operation on files below `root`; False if it had fewer."""
-    child = os.fork()
-    if child == 0:
-        left = operation
-
-        def count(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal left
-            if event in WRITING and str(root) in str(arguments[0]):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        write(root, step)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) == (status != 0) and (status == 0 or os.WTERMSIG(status) == signal.SIGKILL)
-    return status != 0
-
-
 @pytest.mark.check(3)
 def test_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
     outcomes = []
@@ -67,7 +47,7 @@ def test_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the
         root = tmp_path / str(operation)
         for step in (1, 2):
             write(root, step)
-        if not killed_at(root, 3, operation):
+        if not killed_at(partial(write, root, 3), root, operation):
             break
         found, problems = checkpoint.latest(root)
         assert found is not None and found.step in (2, 3) and not problems
