@@ -266,10 +266,14 @@ def clear_leftovers(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run folder for this process; the kernel releases the lock even after kill -9.
 
-    Raises EnvironmentProblem, naming the process that holds it.
+    Raises EnvironmentProblem, naming the process that holds it, or where the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _open_own(folder / ".lock", os.O_RDWR) as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _open_own(folder / ".lock", os.O_RDWR)
+    except OSError as error:
+        raise _problem(folder / ".lock", error) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

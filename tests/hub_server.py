@@ -34,7 +34,7 @@ class Hub:
     cut_after: int = 0
     """Bytes of a file after which the connection is cut, once for each file; 0: never."""
     troubles: dict[str, list[Trouble]] = field(default_factory=dict)
-    """What befalls the first answers to paths that end so: a status, or see `Trouble`."""
+    """What befalls the first answers to GET of paths that end so."""
     requests: list[str] = field(default_factory=list)
     cuts: set[str] = field(default_factory=set)
     url: str = ""
@@ -83,7 +83,7 @@ class Requests(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {self.path}")
         path = unquote(self.path.split("?")[0])
         coming = next((left for end, left in hub.troubles.items() if path.endswith(end) and left), None)
-        if coming and (self.command == "GET" or isinstance(coming[0], int)):
+        if coming and self.command == "GET":
             trouble = coming.pop(0)
             if isinstance(trouble, int):
                 return self.answer(trouble, b"{}")

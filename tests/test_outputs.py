@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -28,6 +29,7 @@ from sidcli.console import Console
 from sidcli.errors import EnvironmentProblem, out_of_memory
 from sidcli.files import append_line, atomic_folder, locked
 from sidcli.formats.order import Order
+from sidcli.pictures import contact_sheet
 from sidcli.sources import WEIGHTS, find
 from sidcli.teachers import Model, load
 from tests.inprocess import sid
@@ -528,11 +530,21 @@ def test_an_error_shows_what_it_was_given_without_driving_the_terminal(
     assert harmless(capsys.readouterr().err)
 
 
+@pytest.mark.check(30)
+@pytest.mark.parametrize("setting", ["teacher", "prompts", "model_config", "guidance_strategy", "precision", HOSTILE])
+def test_settings_of_a_file_are_shown_without_driving_the_terminal(
+    setting: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.toml").write_text(tomli_w.dumps({"teacher": "emoji-teacher", setting: f"a\0{HOSTILE}"}))
+    assert sid("distill", "--config", "own.toml", "-o", "run", "--dry-run") in (2, 3)
+    said = capsys.readouterr()
+    assert harmless(said.out + said.err) and said.err.splitlines()[-1].startswith("error: "), ascii(said.err)
+
+
 @pytest.mark.check(30, 31)
 def test_a_traceback_shows_neither_raw_control_characters_nor_values_of_variables(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (here / f"a{HOSTILE[15:]}.txt").parent.mkdir(parents=True, exist_ok=True)
     name = "\x1b]0;t\x07\u202e.txt"
     (here / name).touch()
     monkeypatch.setenv("SID_DEBUG", "1")
@@ -567,6 +579,13 @@ def test_names_and_prompts_that_would_drive_a_terminal_arrive_whole_and_are_show
     assert sid("export", model, "-o", f"x{HOSTILE.replace('/', '')}", "--json") == 0
     said = capsys.readouterr()
     assert harmless(said.out + said.err) and json.loads(said.out)["folder"] == f"x{HOSTILE.replace('/', '')}"
+
+
+@pytest.mark.check(30)
+def test_a_contact_sheet_writes_control_characters_out() -> None:
+    picture = Image.new("RGB", (64, 64))
+    raw, escaped = contact_sheet([picture], ["a\n\x1bb"]), contact_sheet([picture], ["a\\u000a\\u001bb"])
+    assert raw.tobytes() == escaped.tobytes() != contact_sheet([picture], ["ab"]).tobytes()
 
 
 @pytest.mark.check(30)
