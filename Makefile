@@ -13,7 +13,7 @@ BIN := .venv/bin
 # A student distilled here and now, measured beside its teacher; about ten minutes on two CPU cores.
 demo: .venv/ready
 	$(BIN)/sid distill --teacher emoji-teacher --output runs/demo
-	$(BIN)/sid eval emoji-teacher runs/demo --untrained 1 --fid --clip --accuracy --num 400 --picture runs/demo/comparison.png
+	$(BIN)/sid eval emoji-teacher runs/demo --untrained 1 --fid --clip --accuracy --num 400 --picture runs/demo/comparison.png --overwrite
 	@echo "picture: runs/demo/comparison.png"
 	@echo "run folder: runs/demo"
 

@@ -7,21 +7,29 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sidcli import __version__
 from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
-from sidcli.errors import EnvironmentProblem, GateError, InputError, SidError, UsageError
-from sidcli.files import check_unlocked, check_writable
+from sidcli.devices import check_name, pick_device
+from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted, SidError, UsageError, out_of_memory
+from sidcli.files import check_new, check_unlocked, check_writable
+from sidcli.launch import STOPPING
+from sidcli.outputs import Places, check_export, check_run
+from sidcli.printable import printable
 from sidcli.wishes import Wish, check_protocol, limits
 
 if TYPE_CHECKING:
+    import torch
+
     from sidcli.console import Console
     from sidcli.sampler import Drawer, Plan
     from sidcli.sources import Source
@@ -163,6 +171,7 @@ def distill(
         raise UsageError(f"--tracker must be tensorboard or wandb, not {tracker!r}")
     if tracker and find_spec(tracker) is None:
         raise EnvironmentProblem(f"--tracker {tracker} needs a package that is not installed", f"pip install {tracker}")
+    check_name(device)
     if resume and not (resume / "manifest.json").is_file():
         raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
     from_file = read_toml(config) if config else {}
@@ -180,7 +189,8 @@ def distill(
         size = own.get("batch_size", settings.get("batch_size", DistillConfig.batch_size))
         own["steps"] = max(1, -(-images // max(1, size)))
 
-    with _console(as_json, quiet, unused=()) as console:
+    stopped = ("checkpoints are kept", "the same command again, to go on")
+    with _console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", unused=()) as console:
 
         def resolve(recipe: dict[str, Any]) -> DistillConfig:
             if own.get("shard", settings.get("shard")):  # which spreads the state over the processes instead
@@ -195,14 +205,14 @@ def distill(
         resolved = resolve(MEMORY["fast" if memory == "auto" else memory])
         kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
         folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
-        check_writable(folder)
+        check_writable(folder) if dry_run else check_run(folder)
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
         from sidcli.prompts import open_prompts
 
         source = open_prompts(resolved.prompts)
-        choose = memory == "auto" and not begun and _on_gpu(device)
+        choose = _device(device, console).type == "cuda" and memory == "auto" and not begun
         if dry_run or choose:
             from sidcli import plan
 
@@ -220,7 +230,7 @@ def distill(
         from sidcli.console import DistillProgress
 
         known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
-        model = _load(teacher, device, console, **known)
+        model = _load(teacher, console, **known)
         rhythm = driver.Rhythm(save_every, sample_every, 60 * save_minutes, eval=eval_every)
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
@@ -276,30 +286,30 @@ def sample(
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
         raise UsageError("an empty prompt", "describe what to draw")
-    if not all(_is_text(text) for text in texts):
-        raise UsageError("a prompt is not valid UTF-8", "check the encoding of your terminal or script")
-    if output:
-        check_writable(output.parent)
+    check_name(device)
     count = len(texts) * num
-    target = output or Path("out.png" if count == 1 else "out")
-    with _console(as_json, quiet, unused=("bitsandbytes", "peft", "scipy")) as console:
+    places = Places.of(output or Path("out.png" if count == 1 else "out"), count)
+    places.check(overwrite)
+    stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
+    smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
+    with _console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
         found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver
 
         console.note(f"drawing with {found.name} ({plan.describe()}); another model: --model NAME")
         with console.progress("draw", count, "images") as advance:
-            drawn, sheet, cut = driver.run(found, drawer, plan, texts, num, seed, target, batch_size, overwrite, advance)
+            drawn, cut = driver.run(found, drawer, plan, texts, num, seed, places, batch_size, advance)
         if cut:
             console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
-        if sheet:
-            console.note(f"contact sheet: {sheet}")
+        if places.sheet:
+            console.note(f"contact sheet: {places.sheet}")
         if preview:
             from PIL import Image
 
-            with Image.open(sheet or drawn[0].file) as picture:
+            with Image.open(places.sheet or drawn[0].file) as picture:
                 console.preview(picture)
-        console.result([str(item.file) for item in drawn], driver.summary(drawn, sheet, found, plan))
+        console.result([str(item.file) for item in drawn], driver.summary(drawn, places.sheet, found, plan))
 
 
 @app.command(name="eval")
@@ -370,6 +380,7 @@ def evaluate(
     dino_model: Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="Folder or hub id of DINOv2.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page to look at (.html).")] = None,
     picture: Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a --report or --picture that is there.")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print the table for a paper.")] = False,
     fail_above: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: exit with 5 if a model's is above.")] = None,
     fail_below: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: exit with 5 if a model's is below.")] = None,
@@ -385,34 +396,39 @@ def evaluate(
     check_protocol(protocol)
     bounds = limits(fail_above or [], fail_below or [])
     wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
-    for folder in (report and report.parent, picture and picture.parent, images):
-        if folder:
-            check_writable(folder)
+    check_name(device)
+    for file, option in ((report, "--report"), (picture, "--picture")):
+        if file:
+            check_new([file], option, overwrite)
+    if images:
+        check_writable(images, "--images")
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         from sidcli.launch import launch
 
         sys.exit(launch(processes, sys.argv[1:]))
-    with _console(as_json, quiet) as console:
+    stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
+    smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
+    with _console(as_json, quiet, stopped, smaller) as console:
+        where = _device(device, console)
         from sidcli import evaluate as driver
         from sidcli.entrants import entrants, look_up
         from sidcli.parallel import Team
         from sidcli.protocols import Networks, choose, open_protocol
-        from sidcli.sampler import pick_device
         from sidcli.scores import Evaluation, chosen
         from sidcli.teachers import quiet_libraries
 
-        where = Team(pick_device(device))
+        team = Team(where)
         quiet_libraries()
         found = [one for wish in wishes for one in look_up(wish, untrained, console)]
         name = choose(protocol, {one.is_emoji for one in found if one.files is None} == {True}, bool(reference or prompts))
-        networks = Networks(where.device, console, inception, clip_model, cmmd_model, dino_model)
+        networks = Networks(team.device, console, inception, clip_model, cmmd_model, dino_model)
         rules = open_protocol(name, networks, reference, prompts)
-        rows_to_be = entrants(found, rules, where.device, num, seed, batch_size, images)
+        rows_to_be = entrants(found, rules, team.device, num, seed, batch_size, images)
         asked = [option for option, given in flags.items() if given]
         metrics = chosen(asked, rules, everything, rows_to_be, [bound.metric for bound in bounds])
-        evaluation = Evaluation(rules, rows_to_be, metrics, num, where)
+        evaluation = Evaluation(rules, rows_to_be, metrics, num, team)
         evaluation.fill(console)
-        if not where.leads:
+        if not team.leads:
             return
         rows = evaluation.rows(console)
         header, cells = driver.table(rows, metrics)
@@ -480,26 +496,27 @@ def export(
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
     if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
         raise UsageError(f"--push-to-hub wants OWNER/NAME, not {push_to_hub!r}")
-    check_writable(output.parent)
-    with _console(as_json, quiet, unused=() if format == "lora" else ("bitsandbytes", "peft")) as console:
+    output = Path(os.path.abspath(output)) if output.name in ("", "..") else output
+    check_export(output, overwrite)
+    stopped, smaller = ("nothing half-written is left", "the same command again"), "free some memory, or pass --no-verify"
+    with _console(as_json, quiet, stopped, smaller, () if format == "lora" else ("bitsandbytes", "peft")) as console:
         from sidcli import export as driver
         from sidcli.formats.order import Order
 
         order = Order(dtype, variant, rank)
-        output = Path(os.path.abspath(output)) if output.name in ("", "..") else output
-        driver.check(format, output, overwrite, order)
+        driver.check(format, order)
         known = {"prediction_type": prediction_type, "model_config": model_config}
         if is_pickle:
-            base = _load(str(teacher), "cpu", console, **known)
+            base = _load(str(teacher), console, **known)
             console.note(f"reading {model} in a process of its own")
             loaded = driver.imported(Path(model), base)
         else:
             of_teacher = known if teacher and teacher.endswith(".safetensors") else {}
-            loaded = _load(model, "cpu", console, **({} if of_teacher else known))
+            loaded = _load(model, console, **({} if of_teacher else known))
             if format == "lora":
                 recorded = loaded.card.get("config", {})
                 again = {name: recorded[name] for name in known if name in recorded}
-                base = _load(teacher or driver.teacher_of(loaded), "cpu", console, **(of_teacher if teacher else again))
+                base = _load(teacher or driver.teacher_of(loaded), console, **(of_teacher if teacher else again))
         if format == "lora":
             order = Order(dtype, variant, rank, base)
         loaded = driver.licensed(loaded, license, needed=push_to_hub is not None)
@@ -531,18 +548,15 @@ def _slug(teacher: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
 
 
-def _on_gpu(device: str) -> bool:
-    """Whether this device is a GPU; asks torch only if it has to."""
-    if device == "cpu":
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
 @contextmanager
-def _console(as_json: bool, quiet: bool, unused: Sequence[str] = ("bitsandbytes", "peft")) -> Iterator[Console]:
-    """The console of a command; libraries are told to keep quiet before any of them is imported."""
+def _console(
+    as_json: bool, quiet: bool, stopped: tuple[str, str], smaller: str, unused: Sequence[str] = ("bitsandbytes", "peft")
+) -> Iterator[Console]:
+    """The console of a command; libraries are told to keep quiet before any of them is imported.
+
+    Raises Interrupted for a signal, with what `stopped` says: what is left of the work, and how to go on. Raises EnvironmentProblem
+    where memory runs out, with what would be `smaller`.
+    """
     for name in unused:  # diffusers and transformers import these where they find them, which takes seconds
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -552,19 +566,36 @@ def _console(as_json: bool, quiet: bool, unused: Sequence[str] = ("bitsandbytes"
         logging.disable()  # what libraries advise about their extras, or say of errors that we report ourselves
     from sidcli.console import Console
 
-    yield Console(as_json, quiet)
+    try:
+        yield Console(as_json, quiet)
+    except KeyboardInterrupt as stop:  # of a training that is told twice
+        raise Interrupted(signal.SIGINT, f"stopped at once; {stopped[0]}", stopped[1]) from stop
+    except SystemExit as stop:  # of `_stop`
+        raise Interrupted(int(str(stop.code)) - 128, f"stopped; {stopped[0]}", stopped[1]) from stop
+    except EnvironmentProblem:  # which says already what to do
+        raise
+    except Exception as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
+        raise EnvironmentProblem(f"out of memory: {said}", smaller) from error
 
 
-def _load(name: str, device: str, console: Console, **overrides: Any) -> Model:
-    """A model by name, after making sure that the device exists: a download for nothing would be worse than an error."""
+def _device(name: str, console: Console) -> torch.device:
+    """The device by name, before anything is looked for or downloaded: work for nothing would be worse than an error."""
+    device = pick_device(name)
+    if name == "auto":
+        console.note(f"--device auto: {device}")
+    return device
+
+
+def _load(name: str, console: Console, **overrides: Any) -> Model:
     if overrides.get("prediction_type", "auto") not in PREDICTIONS:
         raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {overrides['prediction_type']!r}")
     console.note(f"loading {name}")
-    from sidcli.sampler import pick_device
     from sidcli.sources import find
     from sidcli.teachers import Overrides, load, quiet_libraries
 
-    pick_device(device)
     quiet_libraries()
     return load(find(name, console), Overrides(**overrides))
 
@@ -583,16 +614,18 @@ def _drawer(
         raise UsageError(
             f"--backend {backend} draws with an export, which {name} is not", f"sid export {name} --format {backend} -o FOLDER"
         )
-    from sidcli.sampler import Sampler, pick_device, plan_for, student_plan
-
     if graphs is None:
-        loaded = _load(name, device, console, **overrides)
+        where = _device(device, console)
+        from sidcli.sampler import Sampler, plan_for
+
+        loaded = _load(name, console, **overrides)
         plan = plan_for(loaded, steps, guidance)
-        return loaded.source, Sampler(loaded, pick_device(device)), plan
+        return loaded.source, Sampler(loaded, where), plan
     if backend == "torch" or graphs not in backends:
         raise UsageError(f"{name} holds {graphs} graphs, for programs other than this one", "draw with the model it was made from")
     console.note(f"loading {name}")
     from sidcli.formats.runtime import open_graphs
+    from sidcli.sampler import student_plan
 
     source = find(name, console)
     card = read_card(source)
@@ -606,19 +639,42 @@ def _drawer(
     return source, drawer, plan
 
 
-def main() -> None:
-    """Entry point of `sid`: errors of ours become one line and their exit code, others a traceback and 1."""
-    # A command that is asked to stop unwinds, so that nothing half-written stays; a training saves first.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        app()
-    except SidError as error:
-        from sidcli.console import Console
+def _stop(number: int, frame: FrameType | None) -> None:
+    """A command that is asked to stop unwinds, so that nothing half-written stays; a training saves first."""
+    sys.exit(128 + number)
 
+
+def main() -> None:
+    """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
+    for number in STOPPING:
+        signal.signal(number, _stop)
+    try:
+        for argument in sys.argv[1:]:
+            if not _is_text(argument):
+                raise UsageError(f"{argument!r} is not valid UTF-8", "check the encoding of your terminal or script")
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        if message := error.format_message():  # of a bare `sid` there is none: it has shown its help
+            _say(UsageError(message, f"{getattr(getattr(error, 'ctx', None), 'command_path', 'sid')} --help"))
+        sys.exit(error.exit_code)
+    except SidError as error:
+        if os.environ.get("SID_DEBUG"):
+            _show_traceback()
         # What stops one of several processes stops all for the same reason, unless it is that process's own memory or disk.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, EnvironmentProblem):
-            Console().error(error.message, error.hint)
-        if os.environ.get("SID_DEBUG"):
-            raise
+            _say(error)
         sys.exit(error.exit_code)
+    except Exception:
+        _show_traceback()
+        sys.exit(1)
+
+
+def _say(error: SidError) -> None:
+    from sidcli.console import Console
+
+    Console().error(error.message, error.hint)
+
+
+def _show_traceback() -> None:
+    """As Python has it, without a value of any variable, but with what texts of others might do to a terminal made visible."""
+    sys.stderr.write(printable(traceback.format_exc(), keep="\n"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from sidcli.printable import printable
+from sidcli.printable import json_text, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +75,7 @@ class Console:
         if self.rank:
             return
         if self.as_json:
-            sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text(data) + "\n")
         else:
             for line in lines:
                 self.out.print(printable(line))
@@ -84,10 +83,11 @@ class Console:
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if self.as_json:
             return
+        title = printable(title)
         if self.out.is_terminal:
-            table = Table(title=title, title_justify="left")
+            table = Table(title=Text(title), title_justify="left")
             for index, name in enumerate(header):
-                table.add_column(name, justify="left" if index < 2 else "right")
+                table.add_column(Text(printable(name)), justify="left" if index < 2 else "right")
             for row in rows:
                 table.add_row(*(Text(printable(cell)) for cell in row))
             self.out.print(table)
@@ -121,17 +121,20 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
         """A bar on a terminal, a line now and then elsewhere. The block calls `advance(count, text)`."""
+        what = printable(what)
         if not self.live:
             yield Advance(self, None, None, what, total, unit)
             return
-        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+        amount = (
+            (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit, markup=False))
+        )
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             *amount,
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, console=self.err) as bar:
             yield Advance(self, bar, bar.add_task(what, total=total, text=""), what, total, unit)
@@ -157,7 +160,7 @@ class Advance:
     def __call__(self, count: int, text: str = "") -> None:
         self.done += count
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.done, text=text)
+            self.bar.update(self.task, completed=self.done, text=printable(text))
         elif time.monotonic() - self.spoken > LINE_SECONDS and not self.console.as_json:
             self.spoken = time.monotonic()
             amount = f"{self.done / 1e6:.0f}/{self.total / 1e6:.0f} MB" if self.unit == "bytes" else f"{self.done}/{self.total}"

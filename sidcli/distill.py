@@ -27,19 +27,21 @@ import torch
 
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
+from sidcli.devices import pick_device
 from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
-from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError
-from sidcli.files import append_line, atomic_file, check_writable, clear_leftovers, locked, read_json, write_json
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, out_of_memory
+from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.launch import STOPPING
+from sidcli.outputs import check_run
 from sidcli.pictures import grid, save_png
 from sidcli.prompts import Prompts
 from sidcli.proxy import PROXY_IMAGES, Proxy
 from sidcli.report.page import write
 from sidcli.report.run import run_page
-from sidcli.sampler import Plan, Sampler, pick_device, plan_for
+from sidcli.sampler import Plan, Sampler, plan_for
 from sidcli.sources import fingerprint
 from sidcli.teachers import Model
 
@@ -143,7 +145,7 @@ def run(
     Raises InputError for a continued run whose settings changed or that another version of sid has written, Interrupted after saving
     on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite.
     """
-    check_writable(output)
+    check_run(output)
     check_teacher(teacher.source.name, teacher.is_student, teacher.schedule.steps, config)
     with StopFlag().installed() as stop, memory_advice(config):
         with stop.at_once():
@@ -333,10 +335,13 @@ class Loop:
 
 @contextmanager
 def memory_advice(config: DistillConfig) -> Iterator[None]:
-    """Raises EnvironmentProblem where the GPU's memory runs out, with the switches that are still to try."""
+    """Raises EnvironmentProblem where memory runs out, of the GPU or the machine, with the switches that are still to try."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        said = None if isinstance(error, SidError) else out_of_memory(error)
+        if said is None:
+            raise
         switches = {
             "--micro-batch 1": config.micro_batch > 1,
             "--gradient-checkpointing": not config.gradient_checkpointing,
@@ -346,8 +351,7 @@ def memory_advice(config: DistillConfig) -> Iterator[None]:
             "--memory 24gb or --memory 12gb": not config.fake_lora,
         }
         left = [name for name, helps in switches.items() if helps]
-        what = str(error).splitlines()[0]
-        raise EnvironmentProblem(f"the memory of the device ran out: {what}", ", ".join(left) or "a smaller teacher") from error
+        raise EnvironmentProblem(f"out of memory: {said}", ", ".join(left) or "a smaller teacher") from error
 
 
 def peak_memory(engine: Engine) -> float:

@@ -10,6 +10,8 @@ SidError                 1  the run failed
 
 from __future__ import annotations
 
+import re
+
 
 class SidError(Exception):
     exit_code = 1
@@ -40,3 +42,19 @@ class Interrupted(SidError):
     def __init__(self, signal_number: int, message: str, hint: str = ""):
         super().__init__(message, hint)
         self.exit_code = 128 + signal_number
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """What a library says, on one line, of memory that it did not get, be it the error itself or what led to it; None for others.
+
+    Asked by class name and words, because this file imports neither torch nor what else allocates: torch on a GPU and on the CPU,
+    numpy, safetensors, Python itself.
+    """
+    known = "DefaultCPUAllocator|allocate.*memory|bad_alloc|ALLOC_FAILED|start new thread"
+    while error is not None:
+        words = str(error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or re.search(known, words):
+            line = next(iter(words.splitlines()), "")
+            return re.sub(r"^\[enforce fail.*?DefaultCPUAllocator: ", "", line) or "no memory left"
+        error = error.__cause__ or error.__context__
+    return None

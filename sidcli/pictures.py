@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from sidcli.files import atomic_file
+from sidcli.printable import printable
 
 
 def save_png(picture: Image.Image, file: Path, info: PngImagePlugin.PngInfo | None = None) -> None:
@@ -30,7 +31,7 @@ def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], column
             picture.resize((cell, cell), Image.Resampling.LANCZOS if picture.width > cell else Image.Resampling.NEAREST),
             (left, top),
         )
-        text = label
+        text = printable(label)
         while text and font.getlength(text) > cell:
             text = text[:-1]
         pen.text((left, top + cell + 2), text, fill="black", font=font)

@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
+from sidcli.devices import pick_device
 from sidcli.engine import add_adapters, check_split, check_teacher, optimizer_bytes, state_bytes
 from sidcli.families import build
 from sidcli.hub import Listener, Silence
-from sidcli.sampler import pick_device
 from sidcli.sources import find
 from sidcli.teachers import Description, Overrides, describe, latent_shape
 from sidcli.text import Condition, denoise, sizes

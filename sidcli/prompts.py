@@ -160,8 +160,9 @@ def _content(path: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise InputError(f"{path} has {status.st_size} bytes; prompt lists may have {MAX_BYTES}")
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the prompts {path}: {error.strerror}", "give a text file with one prompt a line") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the prompts {path}: {reason}", "give a text file with one prompt a line") from error
 
 
 def _caption(text: Any, place: str) -> str:

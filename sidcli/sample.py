@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.outputs import Places
 from sidcli.pictures import contact_sheet, save_png
 from sidcli.sampler import Drawer, Plan, Progress, draw, png_info
 from sidcli.sources import Source
@@ -29,39 +29,28 @@ def run(
     prompts: Sequence[str],
     num: int,
     seed: int,
-    output: Path,
+    places: Places,
     batch_size: int,
-    overwrite: bool,
     advance: Progress,
-) -> tuple[list[Drawn], Path | None, int]:
-    """Draw `num` images of every prompt with seeds seed, seed + 1, ...; a single image goes to `output`, several into it.
+) -> tuple[list[Drawn], int]:
+    """Draw `num` images of every prompt with seeds seed, seed + 1, ... into their places.
 
-    Returns the images, the contact sheet (None for a single image) and how many prompts were cut to the encoder's length.
-    Raises EnvironmentProblem where a file would be overwritten.
+    Returns the images and how many prompts were cut to the encoder's length.
     """
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num)]
-    single = len(jobs) == 1 and output.suffix.lower() == ".png"
-    if output.suffix and not single and not output.is_dir():
-        raise UsageError(f"{len(jobs)} images do not fit in one file {output}", "give a folder with --output")
-    files = [output] if single else [output / f"{index:06d}.png" for index in range(len(jobs))]
-    sheet = None if single else output / "sheet.png"
-    if not overwrite:
-        for file in [*files, *([sheet] if sheet else [])]:
-            if file.exists() or file.is_symlink():
-                raise EnvironmentProblem(f"{file} exists already", "choose another --output, or pass --overwrite")
     drawn: list[Drawn] = []
     thumbnails: list[Image.Image] = []
     batches = draw(drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
     images = (image for batch in batches for image in batch)
-    for (prompt, image_seed), file, pixels in zip(jobs, files, images, strict=True):
+    for (prompt, image_seed), file, pixels in zip(jobs, places.files, images, strict=True):
         picture = Image.fromarray(pixels.numpy())
         save_png(picture, file, png_info(prompt, image_seed, source, plan))
         drawn.append(Drawn(file, prompt, image_seed))
-        if sheet and len(thumbnails) < 100:
+        if places.sheet and len(thumbnails) < 100:
             thumbnails.append(picture)
-    if sheet:
-        save_png(contact_sheet(thumbnails, [f"{item.prompt} ({item.seed})" for item in drawn]), sheet)
-    return drawn, sheet, drawer.truncated
+    if places.sheet:
+        save_png(contact_sheet(thumbnails, [f"{item.prompt} ({item.seed})" for item in drawn]), places.sheet)
+    return drawn, drawer.truncated
 
 
 def summary(drawn: Sequence[Drawn], sheet: Path | None, source: Source, plan: Plan) -> dict[str, Any]:

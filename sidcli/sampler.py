@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +12,8 @@ from PIL import PngImagePlugin
 from torch import Tensor
 
 from sidcli.diffusion import Renoise, exit_grid, few_steps, guided, many_steps
-from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.errors import UsageError
+from sidcli.printable import json_text
 from sidcli.sources import Source
 from sidcli.teachers import Description, Model
 from sidcli.text import TextEncoder, denoise
@@ -23,19 +22,6 @@ Progress = Callable[[int], None]
 
 T_INIT = 625
 """The timestep of the one-step generator in the paper; sigma / a = 2.5 there."""
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:i`. Raises UsageError for another name, EnvironmentProblem for a device this machine
-    lacks."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, not {wanted!r}")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"no device {wanted}: {torch.cuda.device_count()} CUDA devices here", "use --device cpu or auto")
-    return device
 
 
 @dataclass(frozen=True)
@@ -157,7 +143,7 @@ def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlug
         "revision": source.revision,
         "sampling": plan.describe(),
     }
-    info.add_itxt("sid", json.dumps(made, ensure_ascii=False))
+    info.add_itxt("sid", json_text(made))
     return info
 
 

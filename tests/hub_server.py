@@ -6,14 +6,22 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+Trouble = int | Literal["stall", "short"]
+"""An HTTP status; no answer at all; a file of another length than the hub says it has."""
+STALL = 2.0
+"""Seconds without an answer; more than the timeout of whoever tests it."""
 
 
 @dataclass
@@ -25,6 +33,8 @@ class Hub:
     gated: bool = False
     cut_after: int = 0
     """Bytes of a file after which the connection is cut, once for each file; 0: never."""
+    troubles: dict[str, list[Trouble]] = field(default_factory=dict)
+    """What befalls the first answers to GET of paths that end so."""
     requests: list[str] = field(default_factory=list)
     cuts: set[str] = field(default_factory=set)
     url: str = ""
@@ -72,6 +82,14 @@ class Requests(BaseHTTPRequestHandler):
         hub = self.server_hub
         hub.requests.append(f"{self.command} {self.path}")
         path = unquote(self.path.split("?")[0])
+        coming = next((left for end, left in hub.troubles.items() if path.endswith(end) and left), None)
+        if coming and self.command == "GET":
+            trouble = coming.pop(0)
+            if isinstance(trouble, int):
+                return self.answer(trouble, b"{}")
+            if trouble == "stall":
+                return time.sleep(STALL)
+            return self.answer(200, b"a file of another length")
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Unauthorized")
         named = re.match(r"/(?:api/models/)?([^/]+/[^/]+)/?(.*)", path)

@@ -12,6 +12,7 @@ FLOORS = [
     {"errors", "randomness", "optimizer", "parallel", "launch", "__init__", "text", "metrics.catalogue", "printable"},
     {
         "files",
+        "devices",
         "config",
         "hub",
         "formats.inert_pickle",
@@ -23,7 +24,7 @@ FLOORS = [
         "emoji.nouns",
         "metrics.intervals",
     },
-    {"wishes", "sources", "imagefiles", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
+    {"wishes", "outputs", "sources", "imagefiles", "formats.single_file", "formats.official_pkl", "emoji.world", "emoji.sprites"},
     {
         "prompts",
         "emoji.classifier",

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -458,17 +459,32 @@ def test_fresh_noise_between_steps_belongs_to_the_seed(sd_folder: Path, config: 
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.check(11)
-def test_running_out_of_memory_names_the_switches_to_try(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Engine) -> StepResult:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 10 MiB free.")
+def full_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 10 MiB free.")
 
-    monkeypatch.setattr(Engine, "advance", full)
-    with pytest.raises(EnvironmentProblem, match=r"Tried to allocate 20\.00 MiB") as stopped:
-        run(sd_folder, config, tmp_path / "run")
+
+@pytest.mark.check(11)
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [(full_gpu, r"Tried to allocate 20\.00 MiB"), (lambda: torch.empty(1 << 46), "you tried to allocate 281474976710656 bytes")],
+)
+def test_running_out_of_memory_keeps_the_last_checkpoint_and_names_the_switches_to_try(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object], said: str
+) -> None:
+    real = Engine.advance
+
+    def advance(self: Engine) -> StepResult:
+        if self.step == 2:
+            ask()
+        return real(self)
+
+    monkeypatch.setattr(Engine, "advance", advance)
+    with pytest.raises(EnvironmentProblem, match=said) as stopped:
+        run(sd_folder, config, tmp_path / "run", save=1)
+    assert stopped.value.exit_code == 4
     assert "--micro-batch" in stopped.value.hint and "--memory 24gb" in stopped.value.hint
+    found, problems = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.step == 2 and not problems
 
 
 def test_a_damaged_card_is_refused_with_its_file(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:

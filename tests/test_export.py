@@ -17,6 +17,7 @@ from sidcli.config import DistillConfig
 from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
 from sidcli.formats import lora, single_file
 from sidcli.formats.order import Order
+from sidcli.outputs import check_export
 from sidcli.prompts import open_prompts
 from sidcli.sampler import Sampler, plan_for
 from sidcli.sources import find
@@ -152,9 +153,9 @@ def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / kept).write_text("{}")
     for folder in ("run", "project"):
         with pytest.raises(EnvironmentProblem, match="is not an export"):
-            export.check("diffusers", tmp_path / folder, True, Order())
+            check_export(tmp_path / folder, True)
     (tmp_path / "run" / "config.toml").unlink()
-    export.check("diffusers", tmp_path / "run", True, Order())
+    check_export(tmp_path / "run", True)
 
 
 def test_a_lora_is_taken_from_a_teacher_that_needs_to_be_described(config: DistillConfig, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_server import COMMIT, Hub
+from sidcli.hub import needed
+from tests.hub_server import COMMIT, Hub, Trouble
 from tests.test_cli import sid
 
 STALE = ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pipeline.py")
@@ -131,3 +133,147 @@ def test_an_upload_makes_a_private_repository_and_sends_every_file(tmp_path: Pat
         assert hub.objects[hashlib.sha256(unet).hexdigest()] == unet
         refused = sid(*exported, "--overwrite", cwd=tmp_path, HF_TOKEN="wrong", **settings)
         assert refused.returncode == 3 and "HF_TOKEN" in refused.stderr.splitlines()[-1], refused.stderr
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+INFO = "models/someone/sd"
+
+
+@pytest.mark.check(16)
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ({INFO: [500], UNET: [503, 502]}, None),
+        ({UNET: ["stall"]}, None),
+        ({INFO: [500] * 99}, "500 Internal Server Error"),
+        ({UNET: [500] * 99}, "500 Internal Server Error"),
+        ({UNET: ["short"]}, "has size 24"),
+        ({UNET: [404]}, "404"),
+        ({INFO: [403]}, "403"),
+    ],
+    ids=["errors once", "stall", "errors of the list", "errors of a file", "wrong length", "file gone", "forbidden"],
+)
+def test_a_hub_in_trouble_is_asked_a_few_times_and_what_arrived_is_not_asked_for_again(
+    trouble: dict[str, list[Trouble]], said: str | None, repository: Path, tmp_path: Path
+) -> None:
+    wanted = needed(sorted(str(file.relative_to(repository)) for file in repository.rglob("*")))
+    with Hub({"someone/sd": repository}, troubles=trouble).running() as hub:
+        first = fetch(hub, tmp_path, "someone/sd", HF_HUB_DOWNLOAD_TIMEOUT="1")
+        arrived = {file for file in wanted if any((tmp_path / "hub").glob(f"models--*/snapshots/*/{file}"))}
+        if said is None:
+            assert first.returncode == 0 and arrived == set(wanted), first.stderr
+        else:
+            last = first.stderr.splitlines()[-1]
+            assert first.returncode == 3 and "someone/sd" in last and said in last, first.stderr
+            assert UNET not in arrived and "Traceback" not in first.stderr
+        assert max(hub.requests.count(request) for request in hub.requests) <= 3, hub.requests
+        hub.troubles.clear()
+        hub.requests.clear()
+        second = fetch(hub, tmp_path, "someone/sd")
+        assert second.returncode == 0, second.stderr
+        fetched = [request for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
+        assert len(fetched) == len(wanted) - len(arrived)
+    (whole,) = (tmp_path / "hub").glob(f"models--*/snapshots/*/{UNET}")
+    assert whole.read_bytes() == (repository / UNET).read_bytes()
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
+
+
+WATCHED = """
+import json, sys
+sys.addaudithook(lambda event, given: print("ASKED", event, given[1:], file=sys.stderr)
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto") else None)
+from sidcli.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["sid", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print("ENDED", end.code or 0, file=sys.stderr, flush=True)
+"""
+"""Several commands in one process that says whenever it asks for a name or a connection."""
+
+
+def watched(commands: list[list[str]], cwd: Path, home: Path, *wrapper: str) -> list[str]:
+    """What every command said on stderr, each ending with its exit code."""
+    settings = {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+    }
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-c", WATCHED, json.dumps(commands)],
+        cwd=cwd,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return re.findall(r"(.*?ENDED \d+)\n", done.stderr, re.DOTALL)
+
+
+@pytest.mark.check(15)
+def test_a_model_in_the_cache_works_without_a_network_and_nobody_is_asked(repository: Path, tmp_path: Path) -> None:
+    alone = ("unshare", "-Urn")
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody be without a network")
+    home = tmp_path / "home"
+    with Hub({"someone/sd": repository}).running() as hub:
+        assert fetch(hub, home, "someone/sd").returncode == 0
+    train = ["distill", "--teacher", "someone/sd", "--steps", "1", "--batch-size", "2", "-o", "run", "--device", "cpu"]
+    commands = [
+        ["sample", "a cat", "--steps", "1", "--model", "someone/sd", "-o", "teacher.png"],
+        train,
+        ["sample", "a cat", "--model", "run", "-o", "student.png"],
+        ["export", "run", "-o", "exported"],
+        ["sample", "a cat", "--model", "me/mine", "-o", "other.png"],
+    ]
+    *cached, missing = watched(commands, tmp_path, home, *alone)
+    assert [said.split()[-1] for said in cached] == ["0"] * 4, cached
+    assert "ASKED" not in "".join(cached)
+    assert missing.endswith("ENDED 3") and 1 <= missing.count("ASKED") <= 3, missing
+    error = next(line for line in missing.splitlines() if line.startswith("error: "))
+    assert "me/mine" in error and "the cache has no complete copy" in error and "Traceback" not in missing
+
+
+@pytest.mark.check(15)
+def test_offline_by_wish_asks_nobody(repository: Path, tmp_path: Path) -> None:
+    with Hub({"someone/sd": repository}).running() as hub:
+        refused = fetch(hub, tmp_path, "someone/sd", offline="1")
+        assert refused.returncode == 3 and len(refused.stderr.splitlines()) == 1 and "someone/sd" in refused.stderr
+        assert hub.requests == []
+
+
+TOKEN = "hf_VeRySeCrEtToKeN0123456789"
+
+
+@pytest.mark.check(31)
+def test_a_token_opens_the_hub_and_is_written_and_shown_nowhere(repository: Path, tmp_path: Path) -> None:
+    here, home = tmp_path / "here", tmp_path / "home"
+    here.mkdir()
+    train = ["distill", "--teacher", "someone/sd", "--steps", "1", "--batch-size", "2", "-o", "run", "--device", "cpu"]
+    commands = [
+        train,
+        ["sample", "a cat", "--model", "run", "-o", "cat.png", "--json"],
+        ["export", "run", "-o", "exported", "--json"],
+    ]
+    commands.append(["sample", "a cat", "--model", "someone/other"])
+    with Hub({"someone/sd": repository}, token=TOKEN, troubles={"models/someone/other": [500] * 99}).running() as hub:
+        settings = environment(hub, home, "0") | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", WATCHED, json.dumps(commands)],
+            cwd=here,
+            env=os.environ | settings | {"HF_TOKEN": TOKEN, "SID_DEBUG": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert re.findall(r"ENDED (\d+)", done.stderr) == ["0", "0", "0", "3"], done.stderr
+        assert "Traceback" in done.stderr and TOKEN not in done.stdout + done.stderr
+        hub.token = "another"
+        refused = fetch(hub, tmp_path / "empty", "someone/sd", HF_TOKEN=TOKEN)
+        assert refused.returncode == 3 and "HF_TOKEN" in refused.stderr and TOKEN not in refused.stderr
+    written = [file for folder in (here, home) for file in folder.rglob("*") if file.is_file()]
+    names = {file.name for file in written}
+    assert {"run.json", "config.toml", "manifest.json", "sid.json", "README.md", "cat.png", "report.html"} <= names
+    assert [file for file in written if TOKEN.encode() in file.read_bytes()] == []

@@ -157,7 +157,7 @@ def embedded(image: Image.Image) -> Picture:
 
 def shown(value: object) -> str:
     """What the template is about to write."""
-    return value if isinstance(value, Markup) else printable(str(value))
+    return value if isinstance(value, Markup) else printable(str(value), keep="\n")
 
 
 def digest(text: str) -> str:

@@ -1,0 +1,30 @@
+"""The device that a command computes on, by its name on the command line."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from sidcli.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_name(wanted: str) -> None:
+    """Raises UsageError, without a look at the machine, for a name that no device has."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, not {wanted!r}")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:i`. Raises UsageError for another name, EnvironmentProblem for a device this machine lacks."""
+    check_name(wanted)
+    import torch  # which takes seconds; a wrong name is to be heard at once
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentProblem(f"no device {wanted}: {torch.cuda.device_count()} CUDA devices here", "use --device cpu or auto")
+    return device

@@ -1,0 +1,600 @@
+"""What commands write and print: where, over what, what is left when they are stopped, and nothing that drives a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from rich.console import Console as Terminal
+
+from sidcli import export
+from sidcli.console import Console
+from sidcli.errors import EnvironmentProblem, out_of_memory
+from sidcli.files import append_line, atomic_folder, locked
+from sidcli.formats.order import Order
+from sidcli.pictures import contact_sheet
+from sidcli.sources import WEIGHTS, find
+from sidcli.teachers import Model, load
+from tests.inprocess import sid
+from tests.killing import killed_at
+
+REPOSITORY = Path(__file__).parent.parent
+HOSTILE = "[/red][link=http://x]\x1b]0;t\x07\u202e\r\x9b31m\x7f\n"
+EACH = """
+import json, sys
+from sidcli.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["sid", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code or 0, flush=True)
+"""
+"""Several commands in one process of their own; prints their exit codes."""
+
+
+def each(
+    commands: list[list[str]], cwd: Path, *modules: Path, wrapper: tuple[str, ...] = (), **environment: str
+) -> tuple[list[int], list[str]]:
+    """Exit codes and error lines of several commands, with `modules` before the libraries."""
+    settings = {"PYTHONPATH": ":".join(map(str, [*modules, REPOSITORY])), "OMP_NUM_THREADS": "1"} | environment
+    command = [*wrapper, sys.executable, "-c", EACH, json.dumps(commands)]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=200)
+    assert "Traceback" not in done.stderr, done.stderr
+    codes = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
+    return codes, [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def stub(folder: Path, *names: str) -> Path:
+    """A folder of modules that end the process if anything imports them."""
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.py").write_text("raise SystemExit(77)")
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of the test's own, beside which the cache lies."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def student(sd: Model) -> Model:
+    return dataclasses.replace(sd, card={"kind": "student", "t_init": 625, "student_steps": 1, "renoise": "ddim"})
+
+
+def exported(student: Model, folder: Path) -> None:
+    export.run(student, "diffusers", folder, Order(), False, lambda count: None)
+
+
+# Places
+
+
+@pytest.mark.check(13, 28)
+def test_every_output_option_refuses_what_cannot_be_before_torch_is_imported(tmp_path: Path) -> None:
+    here, long = tmp_path / "here", "n" * 300
+    (here / "folder.png").mkdir(parents=True)
+    (here / "file").write_text("here already")
+    (here / "there.png").write_text("here already")
+    (here / "dangling").symlink_to(tmp_path / "outside")
+    distill, sample, evaluate, write = ["distill", "-o"], ["sample", "a cat", "-o"], ["eval", "emoji"], ["export", "emoji", "-o"]
+    cases = [
+        ([*distill, "file"], "file is a file, not a folder"),
+        ([*distill, "file/run"], "file is a file, not a folder"),
+        ([*distill, "dangling/run"], "is a link to a place that is not there"),
+        ([*distill, long], "is no place for files"),
+        ([*sample, "file/cat.png"], "file is a file, not a folder"),
+        ([*sample, "file"], "file is a file, not a folder"),
+        ([*sample, "folder.png"], "folder.png is a folder"),
+        ([*sample, "there.png"], "there.png exists already"),
+        ([*sample, f"{long}.png"], "is no name for a file"),
+        ([*sample, "dangling/cat.png"], "is a link to a place that is not there"),
+        ([*evaluate, "--report", "file/page.html"], "choose another --report"),
+        ([*evaluate, "--report", "folder.png"], "give --report the name of a file"),
+        ([*evaluate, "--report", "there.png"], "there.png exists already"),
+        ([*evaluate, "--report", "dangling"], "dangling exists already"),
+        ([*evaluate, "--picture", "file/rows.png"], "choose another --picture"),
+        ([*evaluate, "--picture", "folder.png"], "give --picture the name of a file"),
+        ([*evaluate, "--picture", "there.png"], "there.png exists already"),
+        ([*evaluate, "--images", "file"], "choose another --images"),
+        ([*evaluate, "--images", f"file/{long}"], "choose another --images"),
+        ([*write, "file"], "file is a file, not a folder"),
+        ([*write, "file/student"], "file is a file, not a folder"),
+        ([*write, "folder.png"], "folder.png exists already"),
+        ([*write, "folder.png", "--overwrite"], "is not an export"),
+        ([*write, "dangling"], "is a link to a place that is not there"),
+        ([*write, long], "is no place for files"),
+    ]
+    before = tree(here)
+    codes, said = each([arguments for arguments, _ in cases], here, stub(tmp_path / "stubs", "torch"))
+    assert codes == [4] * len(cases), said
+    for (arguments, wanted), line in zip(cases, said, strict=True):
+        assert wanted in line, (arguments, line)
+    assert tree(here) == before and not (tmp_path / "outside").exists()
+
+
+@pytest.mark.check(13)
+def test_a_folder_that_cannot_be_written_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    mounted = "mount --bind closed closed && mount -o remount,bind,ro closed"
+    (tmp_path / "closed" / "run").mkdir(parents=True)
+    if subprocess.run(["unshare", "-Urm", "sh", "-c", mounted], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a folder read-only")
+    cases = [
+        ["distill", "-o", "closed/run"],
+        ["distill", "-o", "closed/new/run"],
+        ["sample", "a cat", "-o", "closed/cat.png"],
+        ["sample", "a cat", "-o", "closed/run"],
+        ["sample", "a cat", "-o", "closed/run", "--overwrite"],
+        ["eval", "emoji", "--report", "closed/page.html"],
+        ["eval", "emoji", "--picture", "closed/rows.png"],
+        ["eval", "emoji", "--images", "closed/run"],
+        ["export", "emoji", "-o", "closed/student"],
+        ["export", "emoji", "-o", "closed/new/student"],
+    ]
+    wrapper = ("unshare", "-Urm", "sh", "-c", f'{mounted} && exec "$@"', "sh")
+    codes, said = each(cases, tmp_path, stub(tmp_path / "stubs", "torch"), wrapper=wrapper)
+    assert codes == [4] * len(cases) and all(re.search("no permission to write in .*closed", line) for line in said), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "stubs"] and tree(tmp_path / "closed") == {"run": None}
+
+
+@pytest.mark.check(28)
+def test_what_is_there_stays_unless_overwrite_says_so_and_a_link_is_never_written_through(here: Path) -> None:
+    outside = here.parent / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("not ours")
+    draws = ["sample", "a cat", "a dog"]
+    evaluates = ["eval", "emoji", "--accuracy", "--num", "2", "--report", "page.html", "--picture", "rows.png", "--images", "kept"]
+    assert sid(*draws, "-o", "out") == 0 and sid(*evaluates) == 0 and sid("export", "emoji", "-o", "student") == 0
+    (kept,) = (here / "kept").iterdir()
+    outputs = ["out/000001.png", "out/sheet.png", "page.html", "rows.png", "student", f"kept/{kept.name}/times.jsonl"]
+    before = tree(here)
+    assert sid(*draws, "-o", "out") == 4 and sid(*evaluates) == 4 and sid("export", "emoji", "-o", "student") == 4
+    assert tree(here) == before
+    for name in outputs[:-1]:
+        shutil.move(here / name, outside / Path(name).name)
+        (here / name).symlink_to(outside / Path(name).name)
+    left = tree(outside)
+    assert sid(*draws, "-o", "out") == 4 and sid(*evaluates) == 4 and sid("export", "emoji", "-o", "student") == 4
+    assert tree(outside) == left and all((here / name).is_symlink() for name in outputs[:-1])
+    assert sid(*draws, "-o", "out", "--overwrite") == 0 and sid(*evaluates, "--overwrite") == 0
+    assert sid("export", "emoji", "-o", "student", "--overwrite") == 0
+    assert tree(outside) == left and not any((here / name).is_symlink() for name in outputs)
+    assert set(tree(here)) == set(before)
+    # What grows in place cannot take the place of a link.
+    (here / outputs[-1]).unlink()
+    (here / outputs[-1]).symlink_to(outside / "file")
+    (kept / "000001.png").unlink()
+    assert sid(*evaluates, "--overwrite") == 4
+    assert tree(outside) == left
+
+
+@pytest.mark.check(28)
+def test_a_lock_and_a_log_that_are_links_are_refused_and_their_targets_untouched(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("not ours")
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "metrics.jsonl"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "target")
+    with pytest.raises(EnvironmentProblem, match="is a link"), locked(tmp_path / "run"):
+        pass
+    with pytest.raises(EnvironmentProblem, match="is a link"):
+        append_line(tmp_path / "run" / "metrics.jsonl", "{}")
+    assert (tmp_path / "target").read_text() == "not ours"
+    for line in ("one", "two"):
+        append_line(tmp_path / "run" / "own", line)
+    assert (tmp_path / "run" / "own").read_text() == "one\ntwo\n"
+
+
+@pytest.mark.check(28)
+@pytest.mark.parametrize("name", ["config.toml", "report.html", "student", "metrics.jsonl"])
+def test_a_training_does_not_take_a_folder_of_something_else_for_its_own(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "project").mkdir()
+    (here / "project" / name).write_text("mine")
+    assert sid("distill", "-o", "project", "--steps", "2") == 4
+    assert f"its {name} would be replaced" in capsys.readouterr().err
+    assert tree(here) == {"project": None, f"project/{name}": b"mine"}
+
+
+# Devices and memory
+
+
+@pytest.mark.check(14)
+def test_a_device_that_is_not_there_is_refused_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    commands = [
+        ["distill", "--teacher", "someone/sd", "-o", "run"],
+        ["distill", "--teacher", "someone/sd", "--dry-run"],
+        ["sample", "a cat", "--model", "someone/sd"],
+        ["eval", "someone/sd"],
+    ]
+    named = [[*command, "--device", device] for command in commands for device in ("cuda", "cuda:7")]
+    odd = [
+        [*command, "--device", device]
+        for command in commands
+        for device in ("gpu", "cuda:", "cuda:x", "mps", "", "CUDA", "cuda:-1")
+    ]
+    (tmp_path / "here").mkdir()
+    hidden = stub(tmp_path / "stubs", "diffusers", "transformers", "huggingface_hub")
+    codes, said = each(named, tmp_path / "here", hidden, CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="0")
+    assert codes == [4] * len(named) and all("use --device cpu" in line for line in said), said
+    hidden = stub(tmp_path / "all", "torch", "diffusers")
+    codes, said = each(odd, tmp_path / "here", hidden)
+    assert codes == [2] * len(odd) and all("--device must be auto, cpu, cuda or cuda:INDEX, not" in line for line in said), said
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.check(14)
+def test_auto_says_which_device_it_chose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = "--device auto: cuda" if torch.cuda.is_available() else "--device auto: cpu"
+    for command in (["sample", "a cat"], ["eval", "emoji", "--accuracy", "--num", "2"], ["distill", "--steps", "1", "--dry-run"]):
+        assert sid(*command) == 0 and wanted in capsys.readouterr().err
+    assert sid("sample", "a cat", "--device", "cpu", "--overwrite") == 0 and "auto" not in capsys.readouterr().err
+
+
+@pytest.mark.check(11)
+def test_memory_that_is_not_had_is_recognised_whoever_asked_for_it() -> None:
+    def refused(ask: Callable[[], object]) -> str | None:
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            ask()
+        return out_of_memory(caught.value)
+
+    assert "tried to allocate" in str(refused(lambda: torch.empty(1 << 46)))
+    assert "Unable to allocate" in str(refused(lambda: np.empty(1 << 46)))
+    assert refused(lambda: bytearray(1 << 46)) == "no memory left"
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    assert out_of_memory(cuda) == "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert out_of_memory(RuntimeError("shapes do not match")) is None
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from sidcli.cli import main
+def run(*arguments):
+    sys.argv = ["sid", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code or 0, flush=True)
+run("sample", "a cat", "-o", "warm.png", "-q")
+run("eval", "emoji", "--accuracy", "--num", "2", "--quiet")
+run("export", "emoji", "-o", "warm", "-q")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), used + (40 << 20)))
+run("sample", "a cat", "--num", "512", "--batch-size", "512", "-o", "many")
+run("eval", "emoji", "--accuracy", "--num", "100", "--batch-size", "100")
+resource.setrlimit(resource.RLIMIT_AS, (used, used + (40 << 20)))
+run("export", "emoji", "-o", "student")
+"""
+
+
+@pytest.mark.check(11)
+def test_running_out_of_memory_is_one_line_that_says_what_was_asked_for_and_what_helps(here: Path) -> None:
+    settings = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SID_CACHE_DIR": str(here.parent / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY], env=os.environ | settings, capture_output=True, text=True, timeout=200
+    )
+    codes = [line for line in done.stdout.splitlines() if line.isdecimal()]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert codes == ["0", "0", "0", "4", "4", "4"] and "Traceback" not in done.stderr, done.stderr
+    assert all(line.startswith("error: out of memory: ") for line in errors) and len(errors) == 3, errors
+    assert all("a smaller --batch-size" in line for line in errors[:2]), errors
+    assert not list(here.rglob(".tmp-*")) and not (here / "student").exists()
+
+
+# Drawing
+
+
+@pytest.mark.check(19)
+def test_the_same_seed_draws_the_same_bytes_and_another_batch_size_the_same_image(here: Path) -> None:
+    prompts = ["a cat", "a dog on red", "three blue fish", "a bus"]
+    (here / "rest.txt").write_text("\n".join(prompts[2:]))
+    draw = ["sample", *prompts, "--num", "2", "--seed", "5", "-q"]
+    assert sid(*draw, "-o", "one") == sid(*draw, "-o", "two") == 0
+    assert tree(here / "one") == tree(here / "two")
+    assert sid(*draw, "--batch-size", "1", "-o", "singly") == sid(*draw, "--batch-size", "3", "-o", "threes") == 0
+    for index in range(8):
+        with Image.open(here / "one" / f"{index:06d}.png") as first:
+            assert json.loads(first.info["sid"])["prompt"] == prompts[index // 2]
+            assert json.loads(first.info["sid"])["seed"] == 5 + index % 2
+            for other in ("singly", "threes"):
+                with Image.open(here / other / f"{index:06d}.png") as second:
+                    assert second.info == first.info and export.apart(np.asarray(first), np.asarray(second)) <= 1
+    # A list that was stopped goes on with what is left of it.
+    assert sid("sample", "--prompts", "rest.txt", "--num", "2", "--seed", "5", "--batch-size", "1", "-o", "rest", "-q") == 0
+    for index in range(4):
+        assert (here / "rest" / f"{index:06d}.png").read_bytes() == (here / "singly" / f"{index + 4:06d}.png").read_bytes()
+
+
+# Exports
+
+
+@pytest.mark.check(20)
+def test_an_export_holds_every_weight_bit_for_bit_draws_what_sample_draws_and_follows_the_umask(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sidcli", "export", "emoji", "-o", "student", "-q"]
+    settings = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["sh", "-c", 'umask 027; exec "$@"', "sh", *command], cwd=tmp_path, env=os.environ | settings)
+    assert done.returncode == 0
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "student").rglob("*") if path.is_file()}
+    folders = {path.stat().st_mode & 0o777 for path in [tmp_path / "student", *(tmp_path / "student").rglob("*")] if path.is_dir()}
+    assert modes == {0o640} and folders == {0o750}
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "student", torch_dtype=torch.float32)
+    ours = load(find("emoji"))
+    for theirs, net in ((pipe.unet, ours.unet), (pipe.vae, ours.vae), (pipe.text_encoder, ours.text_encoders[0])):
+        weights = theirs.state_dict()
+        assert weights.keys() == net.state_dict().keys()
+        assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe("a cat", num_inference_steps=1, guidance_scale=0, generator=torch.Generator().manual_seed(3)).images[0]
+    assert sid("sample", "a cat", "--seed", "3", "-o", tmp_path / "cat.png", "-q") == 0
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert export.apart(np.asarray(drawn), np.asarray(picture)) <= 1
+
+
+def fill(folder: Path, content: str) -> None:
+    with atomic_folder(folder) as temporary:
+        for name in ("a", "b", "sub/c"):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(content)
+
+
+def content(folder: Path) -> set[str]:
+    """What stands in the three files of a whole folder."""
+    assert set(tree(folder)) == {"a", "b", "sub", "sub/c"}
+    return {str(value) for value in tree(folder).values() if value is not None}
+
+
+@pytest.mark.check(20)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_killed_before_any_operation_is_whole_and_the_next_writer_clears_what_was_left(
+    there: bool, tmp_path: Path
+) -> None:
+    outcomes: list[str] = []
+    for operation in range(1, 100):
+        root = tmp_path / str(operation)
+        if there:
+            fill(root / "out", "old")
+        if not killed_at(lambda: fill(root / "out", "new"), root, operation):  # noqa: B023
+            break
+        outcomes.append(content(root / "out").pop() if (root / "out").exists() else "nothing")
+        fill(root / "out", "next")
+        assert content(root / "out") == {"b'next'"} and os.listdir(root) == ["out"]
+    first = "b'old'" if there else "nothing"
+    assert len(outcomes) > 8 and set(outcomes) == {first, "b'new'"} and outcomes == sorted(outcomes, key=first.__ne__)
+
+
+@pytest.mark.check(20)
+def test_an_export_killed_while_it_writes_leaves_the_earlier_one_whole(student: Model, tmp_path: Path) -> None:
+    exported(student, tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
+    for operation in range(1, 1000, 9):
+        root = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "whole", root / "out")
+        (root / "out" / "old").touch()
+        if not killed_at(lambda: exported(student, root / "out"), root, operation):  # noqa: B023
+            break
+        found = tree(root / "out")
+        assert found in (whole, whole | {"old": b""})
+        shutil.rmtree(root)
+    assert operation > 60
+
+
+@pytest.mark.check(20)
+def test_a_folder_that_another_process_is_writing_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-1-0123abcd-out").mkdir()
+    (tmp_path / ".tmp-1-0123abcd-other").mkdir()
+    with atomic_folder(tmp_path / "out") as mine:
+        assert sorted(os.listdir(tmp_path)) == sorted([".tmp-1-0123abcd-other", mine.name])
+        child = os.fork()
+        if child == 0:
+            fill(tmp_path / "out", "other")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0 and mine.is_dir()
+    assert sorted(os.listdir(tmp_path)) == [".tmp-1-0123abcd-other", "out"]
+
+
+# Signals
+
+
+def stopped(number: int, ready: Callable[[], bool], *arguments: object) -> int:
+    """Run a command in this process and send it a signal as soon as something is there."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ready() and not ended.is_set():
+            time.sleep(0.002)
+        if not ended.is_set():
+            os.kill(os.getpid(), number)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return sid(*arguments)
+    finally:
+        ended.set()
+        watcher.join()
+
+
+@pytest.mark.check(4)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_command_says_in_one_line_what_is_kept_and_leaves_nothing_half_written(
+    number: int, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def last_line() -> str:
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err and said.out == ""
+        return said.err.splitlines()[-1]
+
+    draws = ["sample", "a cat", "--num", "2000", "--batch-size", "2", "-o", "many"]
+    assert stopped(number, (here / "many" / "000003.png").exists, *draws) == 128 + number
+    assert last_line() == "error: stopped; images that were drawn are kept; try: the other prompts alone, or --overwrite"
+    drawn = sorted((here / "many").iterdir())
+    assert 3 < len(drawn) < 2000 and all(Image.open(file).size == (64, 64) for file in drawn)
+    evaluates = ["eval", "emoji", "--accuracy", "--num", "200", "--batch-size", "2", "--images", "kept", "--report", "page.html"]
+    assert stopped(number, lambda: any(here.glob("kept/*/000003.png")), *evaluates) == 128 + number
+    assert "what was drawn and looked at is kept" in last_line() and not (here / "page.html").exists()
+    (kept,) = (here / "kept").iterdir()
+    count = len(list(kept.glob("0*.png")))
+    assert 3 < count < 200
+    assert stopped(number, (kept / f"{count + 3:06d}.png").exists, *evaluates) == 128 + number, "goes on behind those"
+    capsys.readouterr()
+    assert stopped(number, lambda: any(here.glob(".tmp-*")), "export", "emoji", "-o", "student") == 128 + number
+    assert "nothing half-written is left" in last_line()
+    assert sorted(path.name for path in here.iterdir()) == ["kept", "many"] and not list(here.rglob(".tmp-*"))
+
+
+# What is printed
+
+
+def harmless(text: str) -> bool:
+    """Whether a terminal shows this text as it is: no control but the ends of lines, nothing that turns the direction of writing."""
+    return all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") for c in text)
+
+
+@pytest.mark.check(30)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "a cat", f"--nope{HOSTILE}"],
+        ["sample", "a cat", "--num", HOSTILE],
+        ["sample", "a cat", "--device", HOSTILE],
+        ["sample", "a cat", "--backend", HOSTILE],
+        ["sample", "a cat", "--prediction-type", HOSTILE],
+        ["sample", "a cat", "--model", HOSTILE],
+        ["sample", "a cat", "--model", f"{HOSTILE}.ckpt"],
+        ["sample", "a cat", "--prompts", HOSTILE],
+        ["sample", "a cat", "--model-config", HOSTILE, "--model", "emoji.safetensors"],
+        ["distill", HOSTILE],
+        ["distill", "--prompts", HOSTILE],
+        ["distill", "--teacher", HOSTILE],
+        ["distill", "--resume", HOSTILE],
+        ["distill", "--config", HOSTILE],
+        ["distill", "--tracker", HOSTILE],
+        ["distill", "--memory", HOSTILE],
+        ["distill", "--guidance-strategy", HOSTILE],
+        ["distill", "-o", f"file/{HOSTILE}"],
+        ["eval", HOSTILE],
+        ["eval", f"emoji,{HOSTILE}=3"],
+        ["eval", "--fail-above", HOSTILE],
+        ["eval", "--protocol", HOSTILE],
+        ["eval", "--reference", HOSTILE],
+        ["eval", "--inception", HOSTILE, "--protocol", "custom", "--reference", "."],
+        ["export", HOSTILE, "-o", "x"],
+        ["export", "emoji", "-o", f"file/{HOSTILE}"],
+        ["export", "emoji", "-o", "x", "--format", HOSTILE],
+        ["export", "emoji", "-o", "x", "--dtype", HOSTILE],
+        ["export", "emoji", "-o", "x", "--variant", HOSTILE],
+        ["export", "emoji", "-o", "x", "--push-to-hub", HOSTILE],
+        ["export", f"{HOSTILE}.pkl", "-o", "x", "--teacher", "emoji"],
+        ["export", "emoji", "-o", "x", f"--{HOSTILE}"],
+        [HOSTILE],
+        [f"--{HOSTILE}"],
+    ],
+    ids=lambda arguments: " ".join(arguments).encode("unicode_escape").decode()[:40],
+)
+def test_an_error_shows_what_it_was_given_without_driving_the_terminal(
+    arguments: list[str], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "file").touch()
+    assert sid(*arguments) in (2, 3, 4)
+    said = capsys.readouterr()
+    assert harmless(said.out + said.err) and "error: " in said.err.splitlines()[-1], ascii(said.err)
+    assert "MarkupError" not in said.err and "Traceback" not in said.err
+    monkeypatch.setenv("SID_DEBUG", "1")
+    assert sid(*arguments) in (2, 3, 4)
+    assert harmless(capsys.readouterr().err)
+
+
+@pytest.mark.check(30)
+@pytest.mark.parametrize("setting", ["teacher", "prompts", "model_config", "guidance_strategy", "precision", HOSTILE])
+def test_settings_of_a_file_are_shown_without_driving_the_terminal(
+    setting: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.toml").write_text(tomli_w.dumps({"teacher": "emoji-teacher", setting: f"a\0{HOSTILE}"}))
+    assert sid("distill", "--config", "own.toml", "-o", "run", "--dry-run") in (2, 3)
+    said = capsys.readouterr()
+    assert harmless(said.out + said.err) and said.err.splitlines()[-1].startswith("error: "), ascii(said.err)
+
+
+@pytest.mark.check(30, 31)
+def test_a_traceback_shows_neither_raw_control_characters_nor_values_of_variables(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "\x1b]0;t\x07\u202e.txt"
+    (here / name).touch()
+    monkeypatch.setenv("SID_DEBUG", "1")
+    assert sid("sample", "a prompt of nobody else", "--model", name) == 3
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "\\u001b]0;t\\u0007\\u202e.txt is neither" in said and harmless(said)
+    assert "a prompt of nobody else" not in said and "locals" not in said
+
+
+@pytest.mark.check(30)
+def test_names_and_prompts_that_would_drive_a_terminal_arrive_whole_and_are_shown_escaped(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "[/red]\x1b]0;t\x07\u202e\r\x9b\n"
+    parts = Path(model).parts
+    Path(*parts[:-1]).mkdir()
+    Path(model).symlink_to(WEIGHTS / "student")
+    for extra in ([], ["--json"]):
+        assert sid("sample", HOSTILE, "a cat", "--model", model, "-o", f"out{len(extra)}", *extra) == 0
+        said = capsys.readouterr()
+        assert harmless(said.out + said.err), ascii(said)
+    assert json.loads(said.out)["images"][0]["prompt"] == HOSTILE and json.loads(said.out)["model"] == model
+    with Image.open(here / "out0" / "000000.png") as picture:
+        assert json.loads(picture.info["sid"])["prompt"] == HOSTILE and harmless(picture.info["sid"])
+    compared = ["eval", model, "emoji", "--accuracy", "--num", "2", "--report", "page.html", "--picture", "rows.png", "--overwrite"]
+    for extra in ([], ["--latex"], ["--json"]):
+        assert sid(*compared, *extra) == 0
+        said = capsys.readouterr()
+        assert harmless(said.out + said.err), ascii(said)
+    assert json.loads(said.out)["models"][1]["model"] == model
+    assert harmless((here / "page.html").read_text(encoding="utf-8"))
+    assert sid("export", model, "-o", f"x{HOSTILE.replace('/', '')}", "--json") == 0
+    said = capsys.readouterr()
+    assert harmless(said.out + said.err) and json.loads(said.out)["folder"] == f"x{HOSTILE.replace('/', '')}"
+
+
+@pytest.mark.check(30)
+def test_a_contact_sheet_writes_control_characters_out() -> None:
+    picture = Image.new("RGB", (64, 64))
+    raw, escaped = contact_sheet([picture], ["a\n\x1bb"]), contact_sheet([picture], ["a\\u000a\\u001bb"])
+    assert raw.tobytes() == escaped.tobytes() != contact_sheet([picture], ["ab"]).tobytes()
+
+
+@pytest.mark.check(30)
+def test_a_table_and_a_bar_on_a_terminal_take_no_name_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    voice = Console()
+    voice.live, options = True, {"force_terminal": True, "width": 200, "markup": False, "highlight": False, "emoji": False}
+    voice.err, voice.out = Terminal(file=sys.stderr, **options), Terminal(file=sys.stdout, **options)
+    with voice.progress(HOSTILE, 2, "images") as advance:
+        advance(1, HOSTILE)
+    voice.table(HOSTILE, ["model", HOSTILE], [["a", HOSTILE]])
+    said = capsys.readouterr()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.out + said.err).replace("\r", "")
+    assert harmless(plain) and plain.count("[link=http://x]") >= 5, ascii(plain)
