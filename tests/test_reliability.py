@@ -104,7 +104,7 @@ def test_every_flipped_bit_is_seen_before_a_weight_is_used(flips: int, uninterru
     folder, rng = tmp_path / checkpoint.folder_name(STEPS), np.random.default_rng(flips)
     for file in sorted(folder.iterdir()):
         whole = file.read_bytes()
-        for _ in range(flips):
+        for _ in range(flips if file.suffix == ".safetensors" else 12 * flips):  # a manifest has its sense in every byte
             place, bit = int(rng.integers(len(whole))), int(rng.integers(8))
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             found, problems = checkpoint.latest(tmp_path)
