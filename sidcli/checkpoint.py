@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, save_tensors, sha256, write_json
+from sidcli.files import atomic_folder, read_bytes, save_tensors, sha256, write_json
 
 FORMAT = 2
 KEEP = 2
@@ -30,6 +30,7 @@ class Checkpoint:
     step: int
     config: dict[str, Any]
     prompts_digest: str
+    files: tuple[str, ...]
 
 
 def folder_name(step: int) -> str:
@@ -71,7 +72,7 @@ def numbered(root: Path) -> list[int]:
 def verify(folder: Path) -> Checkpoint:
     """Check every size and hash. Raises InputError that names the file at fault."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(folder / "manifest.json"))
         claimed, version = manifest.pop("sha256", None), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a complete checkpoint: manifest.json is missing or broken") from error
@@ -83,7 +84,7 @@ def verify(folder: Path) -> Checkpoint:
         file = folder / Path(name).name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise InputError(f"{file} is damaged or missing", "continue from an older checkpoint with --resume")
-    return Checkpoint(folder, manifest["step"], manifest["config"], manifest["prompts"])
+    return Checkpoint(folder, manifest["step"], manifest["config"], manifest["prompts"], tuple(manifest["files"]))
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -103,4 +104,5 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    return {file.stem: load_file(file) for file in sorted(checkpoint.folder.glob("*.safetensors"))}
+    """Of the files that its manifest names, which `verify` has seen; others that lie there are not opened."""
+    return {Path(name).stem: load_file(checkpoint.folder / Path(name).name) for name in sorted(checkpoint.files)}

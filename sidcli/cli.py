@@ -198,9 +198,11 @@ def distill(
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
-        from sidcli.prompts import open_prompts
+        from sidcli.prompts import PromptList, open_prompts
 
         source = open_prompts(resolved.prompts)
+        if isinstance(source, PromptList) and source.left_out:
+            console.note(source.left_out)
         choose = memory == "auto" and not begun and _on_gpu(device)
         if dry_run or choose:
             from sidcli import plan
@@ -260,12 +262,12 @@ def sample(
     """
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
+    texts, left_out = list(prompt or []), ""
     if prompts:
         from sidcli.prompts import read_list
 
-        texts = [*(prompt or []), *read_list(prompts).lines]
-    else:
-        texts = list(prompt or [])
+        listed = read_list(prompts)
+        texts, left_out = [*texts, *listed.lines], listed.left_out
     if not texts:
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
@@ -277,6 +279,8 @@ def sample(
     count = len(texts) * num
     target = output or Path("out.png" if count == 1 else "out")
     with _console(as_json, quiet, unused=("bitsandbytes", "peft", "scipy")) as console:
+        if left_out:
+            console.note(left_out)
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
         found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver

@@ -22,12 +22,13 @@ from typing import Any, Protocol
 
 import tomli_w
 import torch
+from safetensors import SafetensorError
 
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
 from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
-from sidcli.errors import EnvironmentProblem, Interrupted, SidError, UsageError
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import atomic_file, check_writable, clear_leftovers, locked, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
@@ -133,6 +134,9 @@ def run(
             listener.started(engine.step, config.steps)
             with open_tracker(tracker if engine.team.leads else None, output) as board:
                 seconds, record = Loop(engine, output, rhythm, stop, listener, board).run()
+            cut = engine.sampler.truncated
+            if cut:
+                listener.note(f"{cut} prompts trained on were longer than the text encoder reads; their ends were ignored")
             student = output / "student"
             finished = engine.student()
             if engine.team.leads:
@@ -339,7 +343,12 @@ def restore(engine: Engine, output: Path, resume: Path | None, listener: Listene
         raise UsageError(
             f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
         )
-    engine.load(found.step, checkpoint.read(found))
+    try:
+        engine.load(found.step, checkpoint.read(found))
+    except (KeyError, RuntimeError, SafetensorError) as error:  # whoever wrote such a checkpoint also wrote its hashes
+        raise InputError(
+            f"{found.folder} holds no state of this run: {type(error).__name__} {error}", "continue from another checkpoint"
+        ) from error
     listener.note(f"continuing from step {found.step}")
     if engine.team.leads:
         forget_after(output / "metrics.jsonl", found.step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sidcli.errors import InputError
-from sidcli.files import sha256
+from sidcli.files import read_json, sha256
+from sidcli.sources import PICKLES, check_links
 
 PREFIX = "A photo depicts "
 """Stands before every caption in the paper's CLIP scores, as in arXiv 2104.08718."""
@@ -35,9 +35,12 @@ class Clip:
         self.folder = Path(model) if Path(model).is_dir() else None
         weights = Path(model.rpartition(":")[2])
         if self.folder:
+            check_links(self.folder, parts=())
             content = [sha256(self._in_folder(name)) for name in ("open_clip_config.json", "open_clip_model.safetensors")]
             self.name = f"open_clip {content[1][:12]}, described by {content[0][:12]}"
         else:
+            if weights.suffix.lower() in (*PICKLES, ".npz", ".npy"):
+                raise InputError(f"{weights}: pickled weights can run code and are not read", "convert them to safetensors")
             self.name = f"{model} {sha256(weights)[:12]}" if weights.is_file() else model
 
     def _in_folder(self, name: str) -> Path:
@@ -53,7 +56,7 @@ class Clip:
         try:
             if self.folder:
                 net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{self.folder}")
-                config = json.loads(self._in_folder("open_clip_config.json").read_text(encoding="utf-8"))
+                config = read_json(self._in_folder("open_clip_config.json"))
                 length = config["model_cfg"]["text_cfg"].get("context_length", 77)
                 tokenizer = open_clip.SimpleTokenizer(context_length=length)
             else:
