@@ -12,12 +12,13 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
-from sidcli.sources import PICKLES, check_links
+from sidcli.sources import check_links
 
 PREFIX = "A photo depicts "
 """Stands before every caption in the paper's CLIP scores, as in arXiv 2104.08718."""
@@ -39,8 +40,8 @@ class Clip:
             content = [sha256(self._in_folder(name)) for name in ("open_clip_config.json", "open_clip_model.safetensors")]
             self.name = f"open_clip {content[1][:12]}, described by {content[0][:12]}"
         else:
-            if weights.suffix.lower() in (*PICKLES, ".npz", ".npy"):
-                raise InputError(f"{weights}: pickled weights can run code and are not read", "convert them to safetensors")
+            if weights.exists() and weights.suffix != ".safetensors":
+                raise InputError(f"{weights} is no .safetensors file, and other weights can run code", hint)
             self.name = f"{model} {sha256(weights)[:12]}" if weights.is_file() else model
 
     def _in_folder(self, name: str) -> Path:
@@ -62,7 +63,7 @@ class Clip:
             else:
                 net, _, preprocess = open_clip.create_model_and_transforms(architecture, tag)
                 tokenizer = open_clip.get_tokenizer(architecture)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             repo = str(open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")).rstrip("/")
             place = f"put open_clip_model.safetensors of {repo} into the hub's cache (HF_HOME), or " if repo else ""
             raise InputError(

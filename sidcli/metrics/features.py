@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from cleanfid.resize import make_resizer
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -178,7 +179,7 @@ class DinoFeatures:
                 check_links(Path(self.model), parts=())
             options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
             return Dinov2Model.from_pretrained(self.model, **options).eval().to(self.device)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"FD-DINOv2 needs {self.model}, which cannot be read: {reason}",
