@@ -104,7 +104,8 @@ def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
             if entry.exists() and not (entry.is_file() or entry.is_dir()):
                 raise InputError(f"{entry} is neither a file nor a folder", "take another copy of the model")
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
-        raise InputError(f"{folder} cannot be read: {error}", "take another copy of the model") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{folder} cannot be read as a folder: {reason}", "take another copy of the model") from error
 
 
 def fingerprint(source: Source) -> str:
@@ -125,5 +126,6 @@ def read_card(source: Source) -> dict[str, Any]:
 
 def graph_format(folder: Path) -> str | None:
     """`onnx`, `openvino` or `torch-export` for a folder of exported graphs, None for any other."""
+    check_links(folder, parts=())
     file = folder / "sid.json"
     return read_json(file).get("graph", {}).get("format") if file.is_file() else None

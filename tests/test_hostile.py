@@ -67,6 +67,7 @@ def in_a_child(work: Callable[[], object], place: Path) -> Ended:
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
+        os.dup2(os.pipe()[0], 0)  # whoever reads stdin waits
         for number, name in ((1, "out"), (2, "said")):
             os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -84,9 +85,7 @@ def in_a_child(work: Callable[[], object], place: Path) -> Ended:
         os._exit(code if isinstance(code, int) else 0)
     _, status, used = os.wait4(child, 0)
     said = [(place / name).read_text(errors="replace") for name in ("out", "said")]
-    return Ended(
-        os.waitstatus_to_exitcode(status), *said, (used.ru_maxrss * 1024 - before) / 1e6, time.monotonic() - begun
-    )
+    return Ended(os.waitstatus_to_exitcode(status), *said, (used.ru_maxrss * 1024 - before) / 1e6, time.monotonic() - begun)
 
 
 @pytest.fixture
@@ -303,3 +302,264 @@ def test_no_reader_runs_a_malicious_file_under_any_name(
             assert reader == "prompts" and file.stem == "text" and file.suffix != ".json", file
         assert not canary.exists(), file
     assert read == (len(SUFFIXES) - 1 if reader == "prompts" else 0)
+
+
+@pytest.fixture
+def copied(sd_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sd_folder, tmp_path / "model"))
+
+
+WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+
+
+@pytest.mark.check(21, 23)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors", ".pt"])
+def test_a_folder_whose_weights_are_pickles_is_refused(
+    weights: str, suffix: str, copied: Path, malicious: Path, canary: Path
+) -> None:
+    (copied / f"{weights}.safetensors").unlink()
+    for name in PAYLOADS:
+        for place in (copied / f"{weights}{suffix}", (copied / weights).parent / "pytorch_model.bin"):
+            shutil.copyfile(malicious / f"{name}.bin", place)
+        with pytest.raises(InputError, match="safetensors"):
+            load(find(str(copied)))
+
+
+@pytest.mark.check(21)
+def test_judges_in_folders_of_pickles_are_refused(
+    stand_ins: dict[str, Path], malicious: Path, tmp_path: Path, canary: Path
+) -> None:
+    clip, dino = (Path(shutil.copytree(stand_ins[name], tmp_path / name)) for name in ("clip", "dino"))
+    (clip / "open_clip_model.safetensors").unlink()
+    (dino / "model.safetensors").unlink()
+    for name in PAYLOADS:
+        shutil.copyfile(malicious / f"{name}.bin", clip / "open_clip_pytorch_model.bin")
+        shutil.copyfile(malicious / f"{name}.bin", dino / "pytorch_model.bin")
+        with pytest.raises(InputError):
+            _ = Clip(str(clip), CPU, "").opened
+        with pytest.raises(InputError):
+            _ = DinoFeatures(str(dino), CPU).net
+
+
+class Restoring(torch.nn.Module):
+    """A script that runs when it is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(1))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.shift, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        self.shift = state[0]
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift
+
+
+class Looking(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x)
+
+
+class Inside(torch.nn.Module):
+    def __init__(self, layers: torch.nn.Module):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def rewritten(file: Path, source: Path, old: bytes, new: bytes) -> Path:
+    """A TorchScript file with another program."""
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(file, "w") as changed:
+        for name in whole.namelist():
+            content = whole.read(name)
+            assert not name.endswith(".py") or old in content
+            changed.writestr(name, content.replace(old, new) if name.endswith(".py") else content)
+    return file
+
+
+@pytest.mark.check(21)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("call", ["torch.save", "ops.aten.save", 'getattr(torch, "save")'])
+@pytest.mark.parametrize("moment", ["forward", "loading"])
+def test_an_inception_whose_script_writes_files_is_refused(call: str, moment: str, tmp_path: Path, canary: Path) -> None:
+    layers, line = (Restoring(), b"    self.shift = ") if moment == "loading" else (Looking(), b"    return torch.sin")
+    source = tmp_path / "harmless.pt"
+    torch.jit.script(Inside(layers)).save(str(source))
+    spy = f'    _9 = {call}(1, "{tmp_path / "proof"}")\n'.encode() + line
+    trusted = rewritten(tmp_path / "trusted.pt", source, line, spy)
+    ended = in_a_child(lambda: torch.jit.load(str(trusted)).layers.forward(torch.zeros(1, 3, 299, 299)), tmp_path)
+    assert (tmp_path / "proof").exists(), ended
+    evil = rewritten(tmp_path / "evil.pt", source, line, spy.replace(b"proof", b"canary"))
+    with pytest.raises(InputError, match="would run a program|does more than look at images: aten::save"):
+        InceptionFeatures(evil, CPU)([np.zeros((8, 8, 3), np.uint8)])
+
+
+@pytest.mark.check(21)
+def test_the_command_itself_refuses_a_malicious_file_in_one_line(malicious: Path, canary: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sidcli", "sample", "a cat", "--model", str(malicious / "torch.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=malicious.parent, env=environment, timeout=120)
+    assert done.returncode == 3 and done.stderr.count("\n") == 2, done.stderr  # what is loaded, and what is wrong with it
+    assert "is not a whole safetensors file" in done.stderr
+
+
+# ---- 23 Hostile model folders
+
+
+def change(file: Path, **entries: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.check(23)
+@pytest.mark.parametrize(
+    ("file", "entries"),
+    [
+        ("model_index.json", {"_class_name": ["evil", "Evil"]}),
+        ("model_index.json", {"_class_name": "StableDiffusionEvil"}),
+        ("model_index.json", {"_class_name": "../evil"}),
+        ("model_index.json", {"unet": ["evil", "UNet2DConditionModel"]}),
+        ("model_index.json", {"unet": ["../evil", "UNet2DConditionModel"]}),
+        ("model_index.json", {"scheduler": ["evil", "Evil"]}),
+        ("model_index.json", {"tokenizer": ["evil", "Evil"]}),
+        ("model_index.json", {"safety_checker": ["evil", "Evil"]}),
+        ("model_index.json", {"custom": ["evil", "Evil"]}),
+        ("unet/config.json", {"_class_name": ["evil", "Evil"]}),
+        ("unet/config.json", {"_class_name": "Evil"}),
+        ("unet/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
+        ("unet/config.json", {"quantization_config": {"quant_method": "evil"}}),
+        ("vae/config.json", {"auto_map": {"AutoModel": "evil--evil.Evil"}}),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}, "trust_remote_code": True}),
+        ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}),
+        ("tokenizer/tokenizer_config.json", {"vocab": "/etc/passwd"}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_object": "evil"}),
+        ("scheduler/scheduler_config.json", {"auto_map": {"AutoScheduler": "evil.Evil"}}),
+    ],
+)
+def test_a_folder_that_asks_for_code_of_its_own_is_refused_and_the_code_does_not_run(
+    file: str, entries: dict[str, object], copied: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (".", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        for name in ("evil.py", "pipeline.py", "__init__.py"):
+            (copied / place / name).write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(str(copied))  # where python -m sidcli also looks
+    monkeypatch.chdir(copied)
+    load(find(str(copied)))  # code that nobody asks for is only a file
+    change(copied / file, **entries)
+    with pytest.raises(InputError):
+        load(find(str(copied)))
+
+
+@pytest.mark.check(23)
+def test_an_adapter_beside_a_network_is_refused(copied: Path) -> None:
+    content = {"peft_type": "LORA", "auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}}
+    (copied / "text_encoder" / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="would change the weights beside it"):
+        load(find(str(copied)))
+
+
+READ = (
+    "model_index.json",
+    "README.md",
+    "LICENSE",
+    "unet",
+    "tokenizer",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "scheduler/scheduler_config.json",
+)
+
+
+@pytest.mark.check(23)
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_out_of_a_models_folder_is_not_followed(name: str, relative: bool, copied: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (copied / name).rename(outside) if (copied / name).exists() else outside.write_text("a secret")
+    target = os.path.relpath(outside, (copied / name).parent) if relative else outside
+    (copied / name).symlink_to(target)
+    with pytest.raises(InputError, match="leads out of the model's folder") as caught:
+        find(str(copied))
+    assert "cp -rL" in caught.value.hint
+
+
+@pytest.mark.check(23)
+def test_links_out_of_folders_of_judges_descriptions_and_graphs_are_not_followed(
+    stand_ins: dict[str, Path], good_file: Path, copied: Path, tmp_path: Path
+) -> None:
+    clip, dino = (Path(shutil.copytree(stand_ins[name], tmp_path / name)) for name in ("clip", "dino"))
+    graphs = tmp_path / "graphs"
+    graphs.mkdir()
+    (graphs / "generator.onnx").write_bytes(b"")
+    readers: list[tuple[Path, Callable[[], object]]] = [
+        (clip / "open_clip_config.json", lambda: Clip(str(clip), CPU, "")),
+        (dino / "model.safetensors", lambda: DinoFeatures(str(dino), CPU).net),
+        (copied / "vae" / "config.json", lambda: single_file.read(good_file, copied)),
+        (graphs / "generator.onnx", lambda: find(str(graphs))),
+    ]
+    for file, read in readers:
+        file.rename(tmp_path / "outside")
+        file.symlink_to(tmp_path / "outside")
+        with pytest.raises(InputError, match="leads out of the model's folder"):
+            read()
+        file.unlink()
+        (tmp_path / "outside").rename(file)
+
+
+@pytest.mark.check(23)
+@pytest.mark.parametrize(
+    "shard", ["../../outside.safetensors", "OUTSIDE", "../unet/../../outside.safetensors", "x\\..\\y", 3, None]
+)
+@pytest.mark.parametrize("weights", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_a_list_of_shards_that_leads_elsewhere_is_refused(shard: object, weights: str, copied: Path, tmp_path: Path) -> None:
+    (copied / f"{weights}.safetensors").rename(tmp_path / "outside.safetensors")
+    shard = str(tmp_path / "outside.safetensors") if shard == "OUTSIDE" else shard
+    names = load_file(tmp_path / "outside.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
+    (copied / f"{weights}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"\.index\.json names .* which is no shard beside it"):
+        load(find(str(copied)))
+
+
+@pytest.mark.check(23)
+def test_a_folder_of_the_hubs_cache_is_links_and_loads(copied: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(file for file in copied.rglob("*") if file.is_file())):
+        blob, link = repository / "blobs" / f"{number:040x}", snapshot / file.relative_to(copied)
+        file.rename(blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    load(find(str(snapshot)))
+    (tmp_path / "short").symlink_to(snapshot)
+    load(find(str(tmp_path / "short")))
+    (snapshot / "LICENSE").symlink_to("/etc/hostname")
+    with pytest.raises(InputError, match="leads out"):
+        find(str(snapshot))
+
+
+@pytest.mark.check(23)
+def test_links_that_stay_inside_a_folder_are_followed_and_loops_refused(copied: Path) -> None:
+    (copied / "unet" / "config.json").rename(copied / "described.json")
+    (copied / "unet" / "config.json").symlink_to("../described.json")
+    load(find(str(copied)))
+    (copied / "vae" / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop"):
+        find(str(copied))
+
+
+@pytest.mark.check(23)
+def test_a_folder_may_be_called_like_a_file(copied: Path) -> None:
+    load(find(str(copied.rename(copied.with_suffix(".safetensors")))))
