@@ -7,9 +7,10 @@ carry both in their header.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,23 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}", hint) from error
+        raise InputError(f"{path} is not a whole safetensors file: {faulty(path)}{error}", hint) from error
+
+
+def faulty(path: Path) -> str:
+    """`NAME: ` of the first tensor that a header describes as none can be; the library does not always say which it is."""
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError), path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            numbers = [*entry["shape"], *entry["data_offsets"]] if name != "__metadata__" else []
+            if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+                return f"{name}: "
+            if numbers and (
+                math.prod(entry["shape"]) >= 2**60
+                or not re.fullmatch(r"BOOL|BF16|C64|[FIU](4|6|8|16|32|64)(_\w+)?", entry["dtype"])
+            ):
+                return f"{name}: "
+    return ""
 
 
 def read(path: Path, config: Path | None = None, prediction: str | None = None) -> SingleFile:
