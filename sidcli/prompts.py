@@ -218,7 +218,7 @@ def _checked(text: str, place: str) -> str:
     if "\0" in text:
         raise InputError(f"{place}: a NUL character", "save the list as plain UTF-8 text")
     if len(text) > MAX_LINE:
-        raise InputError(f"{place}: a prompt of {len(text)} characters; at most {MAX_LINE} are read")
+        raise InputError(f"{place}: a prompt of {len(text)} characters; at most {MAX_LINE} are read", "shorten it")
     return text
 
 

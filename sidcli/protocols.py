@@ -254,7 +254,7 @@ def read_statistics(file: Path) -> Statistics:
         with np.load(file, allow_pickle=False) as kept:
             mean, covariance = (kept[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
     except (*DAMAGE, KeyError, TypeError, MemoryError) as error:
-        raise InputError(f"{file} holds no statistics: {error}", hint) from error
+        raise InputError(f"{file} holds no statistics: {getattr(error, 'strerror', None) or error}", hint) from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or len(mean) == 0:
         raise InputError(f"{file}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit", hint)
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ SECONDS = 30
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that was run: exit code (negative: a signal), what it said, megabytes that it grew, seconds."""
+    """A command that was run: exit code (negative: a signal), what it said, megabytes that it grew, seconds of a processor."""
 
     code: int
     out: str
@@ -60,10 +61,10 @@ class Ended:
 
 def in_a_child(work: Callable[[], object], place: Path) -> Ended:
     """Run `work` in a fork of this process, which has all libraries in memory; it is killed after SECONDS."""
-    before, begun = psutil.Process().memory_info().rss, time.monotonic()
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
+        (place / "before").write_text(str(psutil.Process().memory_info().rss))
         os.dup2(os.pipe()[0], 0)  # whoever reads stdin waits
         for number, name in ((1, "out"), (2, "said")):
             os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -82,7 +83,8 @@ def in_a_child(work: Callable[[], object], place: Path) -> Ended:
         os._exit(code if isinstance(code, int) else 0)
     _, status, used = os.wait4(child, 0)
     said = [(place / name).read_text(errors="replace") for name in ("out", "said")]
-    return Ended(os.waitstatus_to_exitcode(status), *said, (used.ru_maxrss * 1024 - before) / 1e6, time.monotonic() - begun)
+    grown = used.ru_maxrss * 1024 - int((place / "before").read_text())
+    return Ended(os.waitstatus_to_exitcode(status), *said, grown / 1e6, used.ru_utime + used.ru_stime)
 
 
 @pytest.fixture
@@ -259,7 +261,6 @@ def test_a_malicious_file_given_to_any_option_is_refused_and_does_not_run(
         evil = str(malicious / f"{names[index % len(names)]}{SUFFIXES[index % len(SUFFIXES)]}")
         words = [str(given.get(word, word)).replace("EVIL", evil) for word in OPTIONS[option]]
         ended = sid(*words)
-        print(ended.said)
         refused(ended)
         assert not canary.exists(), words
 
@@ -691,7 +692,7 @@ def test_a_safetensors_file_that_lies_about_itself_is_refused_by_name_at_once_an
         for what, attack in (LENGTHS | OFFSETS).items():
             copied = Path(shutil.copytree(sd_folder, tmp_path / what))
             file, model = attacked(place, attack, good_file, copied)
-            before, begun = psutil.Process().memory_info().rss, time.monotonic()
+            before, begun = psutil.Process().memory_info().rss, time.process_time()
             Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
             with pytest.raises(InputError) as caught:
                 load(find(str(model)))
@@ -702,9 +703,9 @@ def test_a_safetensors_file_that_lies_about_itself_is_refused_by_name_at_once_an
                 NAMES[place] if what not in ("beyond the end", "huge") else "for tensor `"
             )  # the next one, which is sorted before
             assert what not in OFFSETS or named in caught.value.message, (what, caught.value.message)
-            if time.monotonic() - begun > 2 or grown > 200e6:
-                slow[what] = (time.monotonic() - begun, grown / 1e6)
-            print(what, caught.value.message, round(grown / 1e6), round(time.monotonic() - begun, 2), flush=True)
+            took = time.process_time() - begun
+            if took > 2 or grown > 200e6:
+                slow[what] = (took, grown / 1e6)
             shutil.rmtree(copied)
         assert not slow, slow
 
@@ -765,3 +766,257 @@ def test_a_checkpoint_with_hashes_of_its_own_and_tensors_of_another_run_is_refus
         ended = sid(*command, f"other-{what}", "--resume", made)
         refused(ended)
         assert "holds no state of this run" in ended.said
+
+
+# ---- 25 Bombs, devices and pipes
+
+GROWTH = 300
+"""Megabytes that a refusal may take."""
+
+
+def sparse(file: Path, size: int, start: bytes = b"") -> Path:
+    """A file of zeros that takes no room on the disk."""
+    file.write_bytes(start)
+    os.truncate(file, size)
+    return file
+
+
+def lying_archive(file: Path, promised: int, held: bytes, **arrays: np.ndarray) -> Path:
+    """An .npz whose directory promises `promised` bytes for a member of what `held` unpacks to."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, array)
+        archive.writestr("mu.npy", held)
+        archive.filelist[-1].file_size = promised
+    return file
+
+
+def array_header(count: int) -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f8", "fortran_order": False, "shape": (count,)})
+    return content.getvalue()
+
+
+@pytest.mark.check(25)
+@pytest.mark.parametrize(
+    ("promised", "held"),
+    [
+        (40 * 2**30, array_header(5 * 2**30)),  # 40 GB promised, and asked for
+        (5000, array_header(600) + bytes(2**28)),  # 5 kB promised, 256 MB there
+        (5000, array_header(5 * 2**30)),  # 5 kB there, room for 40 GB asked for
+        (5000, array_header(2**60)),
+    ],
+)
+def test_statistics_that_unpack_to_more_than_there_is_room_for_are_refused(promised: int, held: bytes, tmp_path: Path) -> None:
+    file = lying_archive(tmp_path / "bomb.npz", promised, held, sigma=np.eye(600))
+
+    def read() -> None:
+        with pytest.raises(InputError, match="holds no statistics"):
+            read_statistics(file)
+
+    ended = in_a_child(read, tmp_path)
+    assert ended.code == 0 and ended.grown < GROWTH and ended.seconds < 5, ended
+
+
+BOMBS: dict[str, tuple[str, int, bytes, list[str]]] = {
+    "prompts of 3 GB": ("list.txt", 3 << 30, b"a cat\n", ["sample", "--prompts", "EVIL"]),
+    "prompts of 1 GB in a line": ("list.txt", 10**9, b"a cat\n", ["sample", "--prompts", "EVIL"]),
+    "prompts of 1 GB in a line, to train on": ("list.txt", 10**9, b"a", ["distill", "--prompts", "EVIL", "--teacher", "FOLDER"]),
+    "captions of 1 GB": ("list.json", 10**9, b'["a cat', ["eval", "FOLDER", "--prompts", "EVIL"]),
+    "captions of 100 MB": ("list.json", 10**8, b'["a cat', ["eval", "FOLDER", "--prompts", "EVIL"]),
+    "settings of 9 GB": ("config.toml", 9 << 30, b"steps = 1\n", ["distill", "--config", "EVIL"]),
+    "a model of 99 GB": ("big.safetensors", 99 << 30, b"", ["sample", "a cat", "--model", "EVIL"]),
+    "a generator of 99 GB": ("big.pkl", 99 << 30, b"\x80\x04", ["export", "EVIL", "-o", "out", "--teacher", "FOLDER"]),
+    "a generator of 1 GB": ("big.pkl", 1 << 30, b"\x80\x04", ["export", "EVIL", "-o", "out", "--teacher", "FOLDER"]),
+    "statistics of 9 GB": ("big.npz", 9 << 30, b"PK\x03\x04", ["eval", "FOLDER", "--reference", "EVIL"]),
+    "a zip of 9 GB": ("big.zip", 9 << 30, b"PK\x03\x04", ["eval", "FOLDER", "--reference", "EVIL"]),
+    "an image of 9 GB": ("in/0.png", 9 << 30, b"\x89PNG", ["eval", "IN", "--reference", "IN", "--fid"]),
+    "a description of 9 GB": ("in/model_index.json", 9 << 30, b"{", ["sample", "a cat", "--model", "IN"]),
+    "a card of 9 GB": ("in/sid.json", 9 << 30, b"{", ["sample", "a cat", "--model", "IN"]),
+    "a manifest of 9 GB": ("in/manifest.json", 9 << 30, b"{", ["distill", "--teacher", "FOLDER", "--resume", "IN", "-o", "run"]),
+}
+
+
+@pytest.mark.check(25)
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(
+    what: str, sid: Callable[..., Ended], sd_folder: Path, tmp_path: Path
+) -> None:
+    name, size, start, words = BOMBS[what]
+    (tmp_path / "in").mkdir()
+    file = sparse(tmp_path / name, size, start)
+    given = {"FOLDER": sd_folder, "EVIL": file, "IN": tmp_path / "in"}
+    ended = sid(*(given.get(word, word) for word in words))
+    refused(ended, 3, 4)  # 4: there is no room for a copy of the tensors
+    assert ended.grown < GROWTH and ended.seconds < 10, ended
+
+
+def png(width: int, height: int) -> bytes:
+    """The header of an image, and no more."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + bytes(4) + b"IDAT"
+
+
+@pytest.mark.check(25)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_of_sixty_thousand_pixels_square_is_refused_by_its_header(packed: bool, images: Path, tmp_path: Path) -> None:
+    (images / "1.png").write_bytes(png(60_000, 60_000) + bytes(10**6))
+    place = Path(shutil.make_archive(str(tmp_path / "set"), "zip", images)) if packed else images
+
+    def read() -> None:
+        files = open_images(place)
+        files.read(0)
+        with pytest.raises(InputError, match=r"1\.png has more than 100000000 pixels"):
+            files.read(1)
+
+    ended = in_a_child(read, tmp_path)
+    assert ended.code == 0 and ended.grown < GROWTH, ended
+
+
+@pytest.mark.check(25)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_devices_and_pipes_are_refused_by_their_kind_and_nobody_waits_for_them(
+    option: str,
+    sid: Callable[..., Ended],
+    images: Path,
+    good_file: Path,
+    sd_folder: Path,
+    stand_ins: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    suffix = {
+        "settings": ".toml",
+        "reference": ".npz",
+        "captions": ".json",
+        "teacher of a pickle": ".pkl",
+        "model to measure": ".zip",
+    }
+    pipe = tmp_path / f"pipe{suffix.get(option, '.safetensors')}"
+    os.mkfifo(pipe)
+    for device in (pipe, "/dev/zero", "/dev/stdin"):
+        given = {"FILE": good_file, "FOLDER": sd_folder, "IMAGES": images}
+        words = [str(given.get(word, word)).replace("EVIL", str(device)) for word in OPTIONS[option]]
+        ended = sid(*words)
+        refused(ended)
+        assert ended.grown < GROWTH and ended.seconds < 10, ended
+
+
+@pytest.mark.check(25)
+@pytest.mark.parametrize("name", ["model_index.json", *READ[3:]])
+def test_a_pipe_in_a_models_folder_is_not_waited_for(name: str, copied: Path, tmp_path: Path) -> None:
+    (copied / name).rename(tmp_path / "away")
+    os.mkfifo(copied / name)
+
+    def read() -> None:
+        with pytest.raises(InputError):
+            load(find(str(copied)))
+
+    ended = in_a_child(read, tmp_path)
+    assert ended.code == 0 and ended.seconds < 10, ended
+
+
+@pytest.mark.check(25)
+def test_a_pipe_among_images_is_not_one_of_them(images: Path) -> None:
+    os.mkfifo(images / "2.png")
+    (images / "3.png").symlink_to("/dev/zero")
+    assert open_images(images).members == ("0.png", "1.png")
+
+
+# ---- 26 Broken prompt lists
+
+
+def listed(folder: Path, content: bytes, name: str = "list.txt") -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+@pytest.mark.check(26)
+@pytest.mark.parametrize(
+    ("content", "lines", "blank"),
+    [
+        (b"a cat\ra dog\r", ("a cat", "a dog"), 0),
+        (b"a cat\r\n\r\na dog", ("a cat", "a dog"), 1),
+        (b"\n\n \t \na cat\n\n", ("a cat",), 4),
+        (b"\xef\xbb\xbfa cat\n", ("a cat",), 0),
+        (b"\xef\xbb\xbf\na cat", ("a cat",), 1),
+        (b"a cat\na cat\na cat\n", ("a cat",) * 3, 0),
+        (
+            "a\u2028cat\na\x0bcat\na\x0ccat\na\x85cat\na\x1ccat".encode(),
+            ("a\u2028cat", "a\x0bcat", "a\x0ccat", "a\x85cat", "a\x1ccat"),
+            0,
+        ),
+        ("\u3000a d\u00f6g \U0001f431\u00a0".encode(), ("a d\u00f6g \U0001f431",), 0),
+        ("\u00e9".encode() * 10_000, ("\u00e9" * 10_000,), 0),
+        ("\U0001f431".encode() * 10_000 + b"\r\nb", ("\U0001f431" * 10_000, "b"), 0),
+    ],
+)
+def test_a_line_ends_where_an_editor_says_and_nowhere_else(
+    content: bytes, lines: tuple[str, ...], blank: int, tmp_path: Path
+) -> None:
+    found = read_list(listed(tmp_path, content))
+    assert found.lines == lines and found.blank == blank and len(found) == len(lines)
+    assert tuple(found[index] for index in range(len(found))) == lines and found.first(2) == list(lines[:2])
+    assert {found.at(0, position) for position in range(len(lines))} == set(lines)
+
+
+@pytest.mark.check(26)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a cat\na d\u00f6g\n".encode("latin-1"), ":2: byte 3 is not UTF-8"),
+        ("a cat".encode("utf-16"), ":1: byte 0 is not UTF-8"),
+        ("a cat".encode("utf-16-le"), ":1: a NUL character"),
+        ("a cat".encode("utf-32-be"), ":1: a NUL character"),
+        (b"a cat\r\n\r\nb\0\r\n", ":3: a NUL character"),
+        (b"a cat\rb\xff\r", ":2: byte 1 is not UTF-8"),
+        (b"a\xc3", ":1: byte 1 is not UTF-8"),
+        (b"\xed\xa0\x80", ":1: byte 0 is not UTF-8"),
+        (b"fine\n" + b"x" * 10_001, ":2: a prompt of 10001 characters"),
+        (b"fine\n" + "\U0001f431".encode() * 10_001, ":2: more than 40000 bytes"),
+        (b"fine\n" + b" " * 50_000, ":2: more than 40000 bytes"),
+        (b"", " holds no prompt"),
+        (b"\xef\xbb\xbf", " holds no prompt"),
+        (b" \n\t\r\n\r", " holds no prompt"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said_with_file_line_and_byte(content: bytes, said: str, tmp_path: Path) -> None:
+    file = listed(tmp_path, content)
+    with pytest.raises(InputError) as caught:
+        read_list(file)
+    assert caught.value.message.startswith(f"{file}{said}") and caught.value.hint
+
+
+@pytest.mark.check(26)
+def test_blank_lines_and_prompts_that_are_too_long_are_counted_once_in_every_command(
+    sid: Callable[..., Ended], sd_folder: Path, tmp_path: Path
+) -> None:
+    long = b"a cat " * 200
+    file = listed(tmp_path, b"\n" + long + b"\n \na dog\n\n" + long + b"\n")
+    skipped, cut = f"{file}: 3 blank lines skipped", "2 prompts were longer than the text encoder reads"
+    drawn = sid("sample", "--prompts", file, "--model", "emoji", "-o", "out", "--device", "cpu")
+    assert drawn.code == 0 and drawn.said.count(skipped) == 1 and drawn.said.count(cut) == 1, drawn
+    assert len(list(Path("out").glob("0*.png"))) == 3
+    training = ["distill", "--teacher", sd_folder, "--prompts", file, "--steps", "1", "--batch-size", "3", "--device", "cpu"]
+    trained = sid(*training, "-o", "run")
+    assert trained.code == 0 and trained.said.count(skipped) == 1, trained
+    assert trained.said.count("prompts trained on were longer than the text encoder reads") == 1, trained
+    captions = listed(tmp_path, b'["a cat", " ", "a dog"]', "list.json")
+    measured = sid("eval", "emoji", "--prompts", captions, "--protocol", "custom", "--cmmd")
+    assert f"{captions}: 1 blank line skipped" in measured.said, measured
+
+
+@pytest.mark.check(26)
+def test_a_million_lines_take_little_more_than_their_bytes(tmp_path: Path) -> None:
+    line = b"a photograph of cat %07d on a red table by the window\n"
+    file = listed(tmp_path, b"".join(line % index for index in range(1_000_000)))
+    size = file.stat().st_size / 1e6
+
+    def read() -> None:
+        found = read_list(file)
+        assert len(found) == 1_000_000 and found[123] == (line % 123).decode().strip()
+        assert found.digest == read_list(file).digest
+
+    ended = in_a_child(read, tmp_path)
+    assert ended.code == 0 and ended.grown < 3.2 * size, (size, ended)  # two of them: a Python string takes twice its bytes

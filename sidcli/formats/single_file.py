@@ -53,7 +53,7 @@ OTHERS = (
 CHANNELS = {5: "a depth-to-image", 7: "an upscaling", 8: "an image-editing", 9: "an inpainting"}
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Channels of the text that a UNet reads -> the published family."""
-MAX_HEADER = 1 << 24
+MAX_HEADER = 1 << 23
 """Bytes; the library, which allows 100 MB, builds ten times as much of it. SDXL's has 0.4 MB, training notes may take a few more."""
 SPARE = re.compile(
     r"(^|\.)(position_ids|text_projection|logit_scale|attn_mask)(\.|$)"
