@@ -339,7 +339,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_finite(known: Description, name: str, net: nn.Module) -> None:
-    """Raises InputError where a weight is not a finite number; that of SD 1.5 takes a third of a second to see."""
+    """Raises InputError where a weight is not a finite number; those of SD 1.5 take a fifth of a second to look at."""
     for key, value in net.state_dict().items():
         # A sum is finite only if all its terms are; where it is not, two large ones may have overflowed it.
         if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():

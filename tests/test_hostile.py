@@ -9,7 +9,6 @@ import pickle
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import time
 import traceback
@@ -28,11 +27,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sidcli import checkpoint, cli, console, distill, evaluate, export, scores
+from sidcli import checkpoint, cli, console, distill, evaluate, export, protocols, scores
 from sidcli.config import read_toml
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.formats import official_pkl, single_file
+from sidcli.hub import Silence
 from sidcli.imagefiles import open_images
 from sidcli.metrics.clip import Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
@@ -256,7 +256,7 @@ def test_a_malicious_file_given_to_any_option_is_refused_and_does_not_run(
 ) -> None:
     names = [name for name in PAYLOADS if option not in TEXTS or name != "text"]
     turn = 3 * list(OPTIONS).index(option)
-    for index in range(turn, turn + 4):  # which ones is another choice for each option; all of them follow below
+    for index in range(turn, turn + 3):  # which ones is another choice for each option; all of them follow below
         given = {"FILE": good_file, "FOLDER": sd_folder, "IMAGES": images}
         evil = str(malicious / f"{names[index % len(names)]}{SUFFIXES[index % len(SUFFIXES)]}")
         words = [str(given.get(word, word)).replace("EVIL", evil) for word in OPTIONS[option]]
@@ -400,15 +400,6 @@ def test_an_inception_whose_script_writes_files_is_refused(call: str, moment: st
         InceptionFeatures(evil, CPU)([np.zeros((8, 8, 3), np.uint8)])
 
 
-@pytest.mark.check(21)
-def test_the_command_itself_refuses_a_malicious_file_in_one_line(malicious: Path, canary: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sidcli", "sample", "a cat", "--model", str(malicious / "torch.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=malicious.parent, env=environment, timeout=120)
-    assert done.returncode == 3 and done.stderr.count("\n") == 2, done.stderr  # what is loaded, and what is wrong with it
-    assert "is not a whole safetensors file" in done.stderr
-
-
 # ---- 23 Hostile model folders
 
 
@@ -449,10 +440,16 @@ def test_a_folder_that_asks_for_code_of_its_own_is_refused_and_the_code_does_not
             (copied / place / name).write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(str(copied))  # where python -m sidcli also looks
     monkeypatch.chdir(copied)
-    load(find(str(copied)))  # code that nobody asks for is only a file
     change(copied / file, **entries)
     with pytest.raises(InputError):
         load(find(str(copied)))
+
+
+@pytest.mark.check(23)
+def test_code_beside_a_model_that_nobody_asks_for_is_only_a_file(copied: Path, canary: Path) -> None:
+    for name in ("pipeline.py", "unet/diffusion_pytorch_model.py", "tokenizer/tokenizer.py", "setup.py", "sitecustomize.py"):
+        (copied / name).write_text(f"open({str(canary)!r}, 'w')")
+    load(find(str(copied)))
 
 
 @pytest.mark.check(23)
@@ -633,7 +630,7 @@ LENGTHS: dict[str, Attack] = {
     "header of 2^64 - 1 bytes": lambda header, data, name: struct.pack("<Q", 2**64 - 1) + data[:1000],
     "header longer than the file": lambda header, data, name: struct.pack("<Q", len(data) + 9) + data,
     "header of 100 MB": lambda header, data, name: struct.pack("<Q", 10**8) + json.dumps(header).encode().ljust(10**8) + data,
-    "header of 64 MB of tensors": lambda header, data, name: crowded(1_000_000),
+    "header of 17 MB of tensors": lambda header, data, name: crowded(300_000),
     "header as long as may be": lambda header, data, name: crowded(single_file.MAX_HEADER // 59)[:-1],
     "header that is a list": lambda header, data, name: struct.pack("<Q", 2) + b"[]",
     "header nested deep": lambda header, data, name: struct.pack("<Q", 100_000) + b"[" * 100_000,
@@ -714,8 +711,15 @@ def test_a_safetensors_file_that_lies_about_itself_is_refused_by_name_at_once_an
 
 
 @pytest.mark.check(24)
-@pytest.mark.parametrize("place", NAMES)
-@pytest.mark.parametrize("what", TENSORS)
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        (place, what)
+        for place in NAMES
+        for what in TENSORS
+        if what in ("missing", "extra") or (not place.startswith("FILE of") and (what != "infinite" or place.startswith("vae")))
+    ],
+)
 def test_tensors_that_do_not_fit_or_are_not_finite_are_refused_by_name(
     place: str, what: str, good_file: Path, copied: Path
 ) -> None:
@@ -757,15 +761,12 @@ def test_a_checkpoint_with_hashes_of_its_own_and_tensors_of_another_run_is_refus
     found = checkpoint.verify(saved_at)
     state = checkpoint.read(found)
     name = next(iter(state["generator"]))
-    for what, generator in (
-        ("lacks", {key: value for key, value in state["generator"].items() if key != name}),
-        ("shape", state["generator"] | {name: torch.zeros(3)}),
-    ):
-        made = checkpoint.write(Path(what), 1, state | {"generator": generator}, found.config, found.prompts_digest)
-        os.mkfifo(made / "junk.safetensors")  # which the manifest does not name
-        ended = sid(*command, f"other-{what}", "--resume", made)
-        refused(ended)
-        assert "holds no state of this run" in ended.said
+    del state["generator"][name]
+    made = checkpoint.write(Path("made"), 1, state, found.config, found.prompts_digest)
+    os.mkfifo(made / "junk.safetensors")  # which the manifest does not name
+    ended = sid(*command, "other", "--resume", made)
+    refused(ended)
+    assert "holds no state of this run" in ended.said and name in ended.said
 
 
 # ---- 25 Bombs, devices and pipes
@@ -895,7 +896,7 @@ def test_devices_and_pipes_are_refused_by_their_kind_and_nobody_waits_for_them(
     }
     pipe = tmp_path / f"pipe{suffix.get(option, '.safetensors')}"
     os.mkfifo(pipe)
-    for device in (pipe, "/dev/zero", "/dev/stdin"):
+    for device in (pipe, "/dev/zero" if list(OPTIONS).index(option) % 2 else "/dev/stdin"):
         given = {"FILE": good_file, "FOLDER": sd_folder, "IMAGES": images}
         words = [str(given.get(word, word)).replace("EVIL", str(device)) for word in OPTIONS[option]]
         ended = sid(*words)
@@ -925,6 +926,13 @@ def test_a_pipe_among_images_is_not_one_of_them(images: Path) -> None:
 
 
 # ---- 26 Broken prompt lists
+
+
+class Notes(list[str], Silence):
+    """What a user is told."""
+
+    def note(self, text: str) -> None:
+        self.append(text)
 
 
 def listed(folder: Path, content: bytes, name: str = "list.txt") -> Path:
@@ -1003,8 +1011,8 @@ def test_blank_lines_and_prompts_that_are_too_long_are_counted_once_in_every_com
     assert trained.code == 0 and trained.said.count(skipped) == 1, trained
     assert trained.said.count("prompts trained on were longer than the text encoder reads") == 1, trained
     captions = listed(tmp_path, b'["a cat", " ", "a dog"]', "list.json")
-    measured = sid("eval", "emoji", "--prompts", captions, "--protocol", "custom", "--cmmd")
-    assert f"{captions}: 1 blank line skipped" in measured.said, measured
+    notes = Notes()
+    assert protocols.listed(captions, notes).first(9) == ["a cat", "a dog"] and notes == [f"{captions}: 1 blank line skipped"]
 
 
 @pytest.mark.check(26)
