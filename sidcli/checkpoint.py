@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, nearest, save_tensors, sha256, write_json
+from sidcli.files import atomic_folder, nearest, read_bytes, save_tensors, sha256, write_json
 
 FORMAT = 3
 KEEP = 2
@@ -37,6 +37,8 @@ class Checkpoint:
     config: dict[str, Any]
     inputs: dict[str, str]
     """Digests of what the run was given, by name: its prompts, its teacher."""
+    files: tuple[str, ...]
+    """Names of those that its manifest has digests of."""
 
 
 class UnknownFormat(InputError):
@@ -47,7 +49,7 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def size_of(files: Files) -> int:
+def bytes_of(files: Files) -> int:
     """Bytes of the tensors."""
     return sum(value.nbytes for tensors in files.values() for value in tensors.values())
 
@@ -65,7 +67,7 @@ def check_space(root: Path, size: int, count: int = 1) -> None:
 def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP) -> Path:
     """Write checkpoint `step` under `root`, then drop all but the newest `keep`. Raises EnvironmentProblem where the disk refuses."""
     target = root / folder_name(step)
-    check_space(root, size_of(files))
+    check_space(root, bytes_of(files))
     with atomic_folder(target) as folder:
         entries = {}
         for name, tensors in files.items():
@@ -89,7 +91,7 @@ def numbered(root: Path) -> list[int]:
 def verify(folder: Path) -> Checkpoint:
     """Check every size and hash. Raises InputError that names the file at fault."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(folder / "manifest.json"))
         claimed, version = manifest.pop("sha256", None), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a complete checkpoint: manifest.json is missing or broken") from error
@@ -104,7 +106,7 @@ def verify(folder: Path) -> Checkpoint:
         file = folder / Path(name).name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise InputError(f"{file} is damaged or missing", "continue from an older checkpoint with --resume")
-    return Checkpoint(folder, manifest["step"], manifest["config"], manifest["inputs"])
+    return Checkpoint(folder, manifest["step"], manifest["config"], manifest["inputs"], tuple(manifest["files"]))
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -126,7 +128,8 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    return {file.stem: load_file(file) for file in sorted(checkpoint.folder.glob("*.safetensors"))}
+    """Of the files that its manifest names, which `verify` has seen; others that lie there are not opened."""
+    return {Path(name).stem: load_file(checkpoint.folder / Path(name).name) for name in sorted(checkpoint.files)}
 
 
 def set_aside(root: Path, step: int) -> list[Path]:

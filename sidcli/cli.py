@@ -209,9 +209,11 @@ def distill(
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
-        from sidcli.prompts import open_prompts
+        from sidcli.prompts import PromptList, open_prompts
 
         source = open_prompts(resolved.prompts)
+        if isinstance(source, PromptList) and source.left_out:
+            console.note(source.left_out)
         choose = _device(device, console).type == "cuda" and memory == "auto" and not begun
         if dry_run or choose:
             from sidcli import plan
@@ -276,12 +278,12 @@ def sample(
     """
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
+    texts, left_out = list(prompt or []), ""
     if prompts:
         from sidcli.prompts import read_list
 
-        texts = [*(prompt or []), *read_list(prompts).lines]
-    else:
-        texts = list(prompt or [])
+        listed = read_list(prompts)
+        texts, left_out = [*texts, *listed.lines], listed.left_out
     if not texts:
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
@@ -293,6 +295,8 @@ def sample(
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
     with _console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
+        if left_out:
+            console.note(left_out)
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
         found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver

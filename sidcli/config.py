@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError, UsageError
+from sidcli.files import read_bytes
 
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
 
@@ -217,18 +218,18 @@ def preset_for(teacher: str) -> str:
         return "emoji"
     card = Path(teacher) / "sid.json"
     try:
-        return "emoji" if json.loads(card.read_text(encoding="utf-8")).get("world") == "emoji" else "sd15"
-    except (OSError, ValueError, AttributeError):
+        return "emoji" if json.loads(read_bytes(card)).get("world") == "emoji" else "sd15"
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "sd15"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The fields of a config.toml. Raises InputError for a file that is not there or not TOML, UsageError for unknown keys."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_bytes(path).decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "check the path given to --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
     for name, value in content.items():

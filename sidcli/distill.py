@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import psutil
 import tomli_w
 import torch
+from safetensors import SafetensorError
 
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
@@ -163,6 +164,9 @@ def run(
             writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs)
             with open_tracker(tracker if engine.team.leads else None, output) as board:
                 seconds, record = Loop(engine, output, rhythm, writer, stop, listener, board).run()
+            cut = engine.sampler.truncated
+            if cut:
+                listener.note(f"{cut} prompts trained on were longer than the text encoder reads; their ends were ignored")
             student = output / "student"
             finished = engine.student()
             if engine.team.leads:
@@ -402,7 +406,12 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
         raise InputError(
             f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
         )
-    engine.load(found.step, checkpoint.read(found))
+    try:
+        engine.load(found.step, checkpoint.read(found))
+    except (KeyError, RuntimeError, SafetensorError) as error:  # whoever wrote such a checkpoint also wrote its hashes
+        raise InputError(
+            f"{found.folder} holds no state of this run: {type(error).__name__} {error}", "continue from another checkpoint"
+        ) from error
     listener.note(f"continuing from step {found.step}")
 
 

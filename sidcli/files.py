@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,32 @@ from sidcli.printable import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MAX_DESCRIPTION = 1 << 24
+"""Bytes of a JSON or TOML file; the largest that models come with, lists of their shards, have a twentieth."""
+
+
+def size_of(path: Path, most: int) -> int:
+    """Bytes of a regular file. Pipes and devices, which may never end, are told by their kind and not opened.
+
+    Raises OSError, also for a file of more than `most` bytes.
+    """
+    try:
+        status = path.stat()
+    except ValueError as error:  # a NUL character in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, {most} at most are read", str(path))
+    return status.st_size
+
+
+def read_bytes(path: Path, most: int = MAX_DESCRIPTION) -> bytes:
+    """The content of a regular file. Raises OSError for what `size_of` refuses."""
+    size_of(path, most)
+    return path.read_bytes()
 
 
 def fsync_path(path: Path) -> None:
@@ -195,9 +222,11 @@ def _open_own(path: Path, flags: int) -> TextIO:
 def read_json(file: Path, hint: str = "write the model again, or take another copy of it") -> dict[str, Any]:
     """A JSON object from a file. Raises InputError where it is not there or not one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}", hint) from error
+        content = json.loads(read_bytes(file).decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}", hint) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: {error}", hint) from error
     if not isinstance(content, dict):
         raise InputError(f"{file} is damaged: not a JSON object", hint)
     return content

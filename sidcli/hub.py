@@ -88,7 +88,7 @@ def is_complete(folder: Path) -> bool:
             wanted = {f"{network}/{part}" for shard in shards for part in shard["weight_map"].values()}
             if f"{network}/config.json" not in names or len(names) < 2 or not wanted <= set(names):
                 return False
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
     return True
 

@@ -11,7 +11,6 @@ Image i answers caption i with seed `seed + i`.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import torch
 
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
+from sidcli.files import sha256, size_of
 from sidcli.hub import Listener
 from sidcli.imagefiles import DAMAGE, ImageFiles, open_images
 from sidcli.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_is
@@ -184,10 +184,12 @@ def emoji(networks: Networks) -> Protocol:
     )
 
 
-def listed(file: Path) -> Captions:
+def listed(file: Path, listener: Listener) -> Captions:
     """Captions of a file, in its order."""
     prompts = read_list(file)
-    return Captions(prompts.name, prompts.digest, lambda count: list(prompts.lines[:count]), len(prompts.lines))
+    if prompts.left_out:
+        listener.note(prompts.left_out)
+    return Captions(prompts.name, prompts.digest, prompts.first, len(prompts))
 
 
 def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Protocol:
@@ -206,7 +208,7 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Proto
     prepare, prepared = partial(square, size=COCO_SIZE), f"centre square, Lanczos to {COCO_SIZE}"
     return Protocol(
         "coco2014-30k",
-        listed(prompts or folder / COCO_CAPTIONS),
+        listed(prompts or folder / COCO_CAPTIONS, networks.listener),
         Collection(FileSet(files), len(files), prepare=prepare, prepared=prepared),
         PhotoJudges(networks, PREFIX),
         30_000,
@@ -230,13 +232,13 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None) -> 
         compared = read_statistics(reference)
         facts = {
             "reference": f"statistics of {reference.name}",
-            "reference_files": hashlib.sha256(reference.read_bytes()).hexdigest(),
+            "reference_files": sha256(reference),
         }
     elif reference:
         files = _images(reference, networks.listener)
         compared = Collection(FileSet(files), len(files))
         facts = {"reference": f"{len(files)} images of {reference.name}", "reference_files": files.fingerprint}
-    captions = listed(prompts) if prompts else None
+    captions = listed(prompts, networks.listener) if prompts else None
     return Protocol("custom", captions, compared, PhotoJudges(networks, ""), None, facts=facts)
 
 
@@ -244,6 +246,7 @@ def read_statistics(file: Path) -> Statistics:
     """`mu` and `sigma` of Inception features, as clean-fid and others keep them. Raises InputError for other files."""
     hint = "--reference takes a folder or zip of images, or an .npz with `mu` [D] and `sigma` [D, D]"
     try:
+        size_of(file, MAX_STATISTICS)
         with zipfile.ZipFile(file) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > MAX_STATISTICS:
@@ -251,7 +254,7 @@ def read_statistics(file: Path) -> Statistics:
         with np.load(file, allow_pickle=False) as kept:
             mean, covariance = (kept[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
     except (*DAMAGE, KeyError, TypeError, MemoryError) as error:
-        raise InputError(f"{file} holds no statistics: {error}", hint) from error
+        raise InputError(f"{file} holds no statistics: {getattr(error, 'strerror', None) or error}", hint) from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or len(mean) == 0:
         raise InputError(f"{file}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit", hint)
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():

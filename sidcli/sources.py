@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
-from sidcli.hub import Listener, Silence, fetch, needed
+from sidcli.hub import NETWORKS, Listener, Silence, fetch, needed
 
 EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
 WEIGHTS = Path(__file__).parent / "emoji" / "weights"
+PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+"""Folders of a pipeline that something is read from."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -31,7 +34,7 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        return self.path.suffix == ".safetensors"
+        return self.path.is_file()
 
     @property
     def folder(self) -> Path:
@@ -42,7 +45,7 @@ class Source:
 def find(name: str, listener: Listener | None = None, descriptions_only: bool = False) -> Source:
     """Resolve a model name; of a hub model that is not in the cache, `descriptions_only` fetches no weights.
 
-    Raises InputError where nothing is found or what is found could run code, with the ways out.
+    Raises InputError where nothing is found, or what is found could run code or leads elsewhere, with the ways out.
     """
     if name in EMBEDDED:
         return Source(name, WEIGHTS / EMBEDDED[name], f"embedded:{name}")
@@ -57,12 +60,16 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(f"{name} is neither a .safetensors file nor a folder", "pass a model in safetensors")
+        if (path.parent / "sid.json").is_file():
+            check_links(path.parent)
         return Source(name, path, str(path))
     if path.is_dir():
         if (path / "student.safetensors").is_file():
+            check_links(path)
             return Source(name, path / "student.safetensors", str(path))
         for folder in (path, path / "student"):
             if any((folder / name).is_file() for name in ("model_index.json", "generator.onnx", "generator.xml")):
+                check_links(folder)
                 return Source(name, folder, str(folder))
         raise InputError(
             f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
@@ -73,6 +80,32 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
     raise InputError(
         f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
     )
+
+
+def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
+    """Raises InputError where a link in a model's folder leads out of it, or what should be a file is a pipe or a device.
+
+    The hub's cache keeps a snapshot as links to the blobs beside it; its folder reaches as far as the repository's. Of the folders
+    in it those in `parts` are looked into; from others nothing is read.
+    """
+    top = folder.resolve()
+    if top.parent.name == "snapshots" and (top.parent.parent / "blobs").is_dir():
+        top = top.parent.parent
+    try:
+        entries = [entry for entry in folder.iterdir() if entry.name in parts or not entry.is_dir()]
+        entries += [below for entry in entries if entry.name in parts for below in entry.rglob("*")]
+        for entry in entries:
+            target = entry.resolve()
+            if not target.is_relative_to(top):
+                raise InputError(
+                    f"{entry} leads out of the model's folder, to {target}",
+                    f"if you trust it: cp -rL {folder} COPY, and pass the copy",
+                )
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise InputError(f"{entry} is neither a file nor a folder", "take another copy of the model")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{folder} cannot be read as a folder: {reason}", "take another copy of the model") from error
 
 
 def fingerprint(source: Source) -> str:
@@ -93,5 +126,6 @@ def read_card(source: Source) -> dict[str, Any]:
 
 def graph_format(folder: Path) -> str | None:
     """`onnx`, `openvino` or `torch-export` for a folder of exported graphs, None for any other."""
+    check_links(folder, parts=())
     file = folder / "sid.json"
     return read_json(file).get("graph", {}).get("format") if file.is_file() else None

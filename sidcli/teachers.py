@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sidcli.diffusion import Schedule
@@ -22,7 +24,8 @@ from sidcli.errors import InputError, UsageError
 from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
 from sidcli.files import read_json
 from sidcli.formats import single_file
-from sidcli.sources import Source, graph_format, read_card
+from sidcli.hub import WEIGHTS
+from sidcli.sources import PARTS, Source, graph_format, read_card
 
 LARGEST = 8192
 """Pixels on a side; more is a slip of the finger."""
@@ -45,7 +48,12 @@ class Overrides:
     height: int = 0
 
 
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError)
+STOCK = (None, "diffusers", "transformers", "stable_diffusion")
+"""Where the classes of a pipeline may be from; diffusers has its safety checker under the last name."""
+DESCRIBED = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+OWN_WORDS = {"vocab", "merges", "tokenizer_object"}
+"""Entries with which a tokenizer's description goes before the files beside it; they may be paths of any file."""
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError, RecursionError)
 
 
 class Known:
@@ -137,7 +145,6 @@ def quiet_libraries() -> None:
     """No progress bars and no advice from the libraries: what they print belongs to neither stdout nor our stderr."""
     import warnings
 
-    import diffusers
     import transformers
 
     for logging in (diffusers.utils.logging, transformers.utils.logging):
@@ -201,15 +208,46 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], bool]:
         raise InputError(
             f"{source.name} is a {kind}, which is not supported", "use a Stable Diffusion 1, 2 or XL text-to-image model"
         )
+    refuse_code(source, index)
     networks = {}
     for name in names:
         asked = index.get(name, [None, None])[-1]
         if asked != CLASSES[name].__name__:
             raise InputError(f"{source.name}: its {name} is a {asked}, not a {CLASSES[name].__name__}", "use a stock pipeline")
         networks[name] = read_json(source.path / name / "config.json")
-        if "auto_map" in networks[name]:
-            raise InputError(f"{source.name}: its {name} brings code of its own, which is never run", "use a stock pipeline")
+        if networks[name].get("_class_name", asked) != asked:
+            raise InputError(
+                f"{source.name}: its {name} is a {networks[name]['_class_name']}, not a {asked}", "use a stock pipeline"
+            )
+        if "quantization_config" in networks[name]:
+            raise InputError(f"{source.name}: its {name} is quantized", "use the model in half precision or better")
     return networks, bool(index.get("force_zeros_for_empty_prompt", False)) and len(names) == 4
+
+
+def refuse_code(source: Source, index: dict[str, Any]) -> None:
+    """Raises InputError where a folder's descriptions ask for classes that are not those of diffusers and transformers.
+
+    None of them would be run. But a model that counts on its own code is not what its weights alone would draw.
+    """
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry and entry[0] not in STOCK:
+            raise InputError(
+                f"{source.name}: its {name} is of {entry[0]}: code of its own, which is never run", "use a stock pipeline"
+            )
+    if index["_class_name"] not in dir(diffusers):
+        raise InputError(
+            f"{source.name} is a {index['_class_name']}, which diffusers does not know: code of its own, which is never run",
+            "use a stock pipeline",
+        )
+    described = [source.path / part / name for part in PARTS for name in DESCRIBED]
+    for file in (file for file in described if file.is_file()):
+        if "auto_map" in read_json(file):
+            raise InputError(f"{file} brings code of its own, which is never run", "use a stock pipeline")
+        if file.name == "tokenizer_config.json" and not OWN_WORDS.isdisjoint(read_json(file)):
+            raise InputError(f"{file} takes its words from another place", "take another copy of the model")
+    adapters = [source.path / part / "adapter_config.json" for part in PARTS]
+    for file in (file for file in adapters if file.exists()):
+        raise InputError(f"{file} would change the weights beside it", "merge the adapter into the model, or remove it")
 
 
 def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], height: int, width: int) -> tuple[int, int]:
@@ -230,12 +268,13 @@ def load(source: Source, overrides: Overrides | None = None) -> Model:
     try:
         nets = {name: _network(known, name) for name in known.networks}
         tokenizers = [_tokenizer(known, name) for name in known.texts]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (*DAMAGE, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{source.name} is not a Stable Diffusion model in safetensors: {reason}", "see `sid distill --help`"
         ) from error
-    for net in nets.values():
+    for name, net in nets.items():
+        check_finite(known, name, net)
         net.eval().requires_grad_(False)
     nets["unet"].register_to_config(sample_size=known.networks["unet"]["sample_size"])
     return Model(
@@ -255,7 +294,7 @@ def _card_in(file: single_file.SingleFile) -> dict[str, Any]:
     """The sid.json that our own single files carry in their header; {} for others."""
     try:
         card = json.loads(file.metadata.get("sid.card", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return card if isinstance(card, dict) else {}
 
@@ -267,10 +306,46 @@ def _network(known: Description, name: str) -> Any:
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
     folder = known.source.path / name
+    check_files(folder)
     options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder)}
     if name in known.texts:  # whose description may also choose an implementation, even one to be downloaded
         options |= {"config": text_config(known.networks[name]), "attn_implementation": "sdpa"}
-    return CLASSES[name].from_pretrained(folder, **options)
+    # The libraries would fill gaps with noise and leave over what does not fit, each with a warning.
+    net, report = CLASSES[name].from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    misshaped = [f"{key} of shape {list(found)}, where {list(wanted)} belongs" for key, found, wanted in report["mismatched_keys"]]
+    spare = [key for key in report["unexpected_keys"] if not single_file.SPARE.search(key)]
+    for found, what in ((misshaped, "has"), (report["missing_keys"], "lacks"), (spare, "has no place for")):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise InputError(f"{folder} {what} {', '.join(sorted(found)[:3])}{more}", "take another copy of the model")
+    return net
+
+
+def check_files(folder: Path) -> None:
+    """Raises InputError where a file of weights is no whole safetensors file, is quantized, or a list of shards leads elsewhere."""
+    for file in sorted(folder.glob("*.safetensors.index.json")):
+        named = read_json(file).get("weight_map")
+        for shard in named.values() if isinstance(named, dict) else [named]:
+            if not (isinstance(shard, str) and WEIGHTS.fullmatch(shard) and (folder / shard).is_file()):
+                raise InputError(f"{file} names {shard}, which is no shard beside it", "take another copy of the model")
+    for file in sorted(file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name)):
+        with single_file.opened(file) as content:
+            for key in content.keys():  # noqa: SIM118 - no mapping
+                kind = content.get_slice(key).get_dtype()
+                if kind not in single_file.FLOATS and not single_file.SPARE.search(key):
+                    raise InputError(
+                        f"{file} holds {key} as {kind}, which is no float", "use the model in half precision or better"
+                    )
+
+
+def check_finite(known: Description, name: str, net: nn.Module) -> None:
+    """Raises InputError where a weight is not a finite number; those of SD 1.5 take a fifth of a second to look at."""
+    for key, value in net.state_dict().items():
+        # A sum is finite only if all its terms are; where it is not, two large ones may have overflowed it.
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
+            raise InputError(
+                f"{known.source.name}: {key} of its {name} holds values that are not finite", "take another copy of the model"
+            )
 
 
 def _tokenizer(known: Description, name: str) -> CLIPTokenizer:

@@ -289,7 +289,7 @@ def test_what_is_saved_is_the_state_of_its_step_while_the_training_goes_on(sd: M
     engine.advance()
     seen, kept = engine.tensors(), engine.tensors(copy=True)
     before = {name: value.clone() for name, value in seen["generator"].items()}
-    assert engine.state_bytes == pytest.approx(checkpoint.size_of(kept), rel=0.01)
+    assert engine.state_bytes == pytest.approx(checkpoint.bytes_of(kept), rel=0.01)
     engine.advance()
     assert any(not torch.equal(seen["generator"][name], before[name]) for name in before), "what is not a copy moves on"
     assert all(torch.equal(kept["generator"][name], before[name]) for name in before)

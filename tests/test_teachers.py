@@ -31,7 +31,7 @@ def change(file: Path, **entries: object) -> None:
     [
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, "brings code of its own"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline, which is not supported"),
-        ("model_index.json", {"unet": ["mine", "MyUNet"]}, "its unet is a MyUNet, not a UNet2DConditionModel"),
+        ("model_index.json", {"unet": ["diffusers", "MyUNet"]}, "its unet is a MyUNet, not a UNet2DConditionModel"),
         ("model_index.json", {"text_encoder": [None, None]}, "not supported"),
         ("unet/config.json", {"auto_map": {"AutoModel": "mine.Model"}}, "brings code of its own"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels in: an inpainting or editing model"),

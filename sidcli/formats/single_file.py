@@ -7,9 +7,10 @@ carry both in their header.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sidcli.errors import InputError
 from sidcli.families import FAMILIES, TEXT_KEYS, build, describe, family_of
 from sidcli.files import atomic_file, read_json, save_tensors
 from sidcli.formats.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
+from sidcli.sources import check_links
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 """What headers call the prediction -> what schedulers call it."""
@@ -51,6 +53,13 @@ OTHERS = (
 CHANNELS = {5: "a depth-to-image", 7: "an upscaling", 8: "an image-editing", 9: "an inpainting"}
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Channels of the text that a UNet reads -> the published family."""
+MAX_HEADER = 1 << 23
+"""Bytes; the library, which allows 100 MB, builds ten times as much of it. SDXL's has 0.4 MB, training notes may take a few more."""
+SPARE = re.compile(
+    r"(^|\.)(position_ids|text_projection|logit_scale|attn_mask)(\.|$)"
+    r"|^(vision_model|visual_projection|transformer\.resblocks|loss|model_ema)\."
+)
+"""Tensors that files hold under a component's name and no program draws with: the rest of CLIP, the training of the VAE."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
@@ -104,13 +113,32 @@ class SingleFile:
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """The file by its header; nothing in it can run. Raises InputError where it is no safetensors file, or not all of one."""
+    hint = "download it again, or convert the model to safetensors"
     try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise InputError(f"{path} is not a whole safetensors file: its header would have {header} bytes", hint)
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file: {error}", "download it again, or convert the model to safetensors"
-        ) from error
+        raise InputError(f"{path} is not a whole safetensors file: {faulty(path)}{error}", hint) from error
+
+
+def faulty(path: Path) -> str:
+    """`NAME: ` of the first tensor that a header describes as none can be; the library does not always say which it is."""
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError), path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            numbers = [*entry["shape"], *entry["data_offsets"]] if name != "__metadata__" else []
+            if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+                return f"{name}: "
+            if numbers and (
+                math.prod(entry["shape"]) >= 2**60
+                or not re.fullmatch(r"BOOL|BF16|C64|[FIU](4|6|8|16|32|64)(_\w+)?", entry["dtype"])
+            ):
+                return f"{name}: "
+    return ""
 
 
 def read(path: Path, config: Path | None = None, prediction: str | None = None) -> SingleFile:
@@ -215,7 +243,7 @@ def default_prediction(path: Path, family: str) -> str:
 
 
 def check(file: SingleFile, component: str) -> None:
-    """Raises InputError where a tensor of the component is missing, has another shape or is quantized."""
+    """Raises InputError where a tensor of the component is missing, left over, has another shape or is quantized."""
     index, what = file.index(component), f"the {TITLES[component]} in {file.path}"
     with opened(file.path) as content:
         missing = sorted({place.key for place, _ in index.values()} - set(content.keys()))
@@ -224,6 +252,12 @@ def check(file: SingleFile, component: str) -> None:
             raise InputError(
                 f"{what} is not that of {FAMILIES[file.family].title}: {', '.join(missing[:3])}{more} missing", VARIANT
             )
+        prefix = file.prefixes[component]
+        own = {key for key in content.keys() if key.startswith(prefix) and not SPARE.search(key.removeprefix(prefix))}  # noqa: SIM118
+        spare = sorted(own - {place.key for place, _ in index.values()})
+        if spare:
+            more = f" and {len(spare) - 3} more" if len(spare) > 3 else ""
+            raise InputError(f"{what} has no place for {', '.join(spare[:3])}{more}", VARIANT)
         for place, shape in index.values():
             part, wanted = content.get_slice(place.key), place.shape(shape)
             if trimmed(part.get_shape()) != trimmed(wanted):
@@ -240,7 +274,8 @@ def trimmed(shape: Sequence[int]) -> list[int]:
 
 
 def from_folder(folder: Path) -> Description:
-    """The descriptions in the JSON files of a diffusers folder."""
+    """The descriptions in the JSON files of a diffusers folder. Raises InputError where one is missing, or a link out of it."""
+    check_links(folder)
 
     def content(name: str, file: str = "config.json") -> dict[str, Any]:
         return read_json(folder / name / file, "pass a diffusers folder of the same architecture")
@@ -257,7 +292,7 @@ def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
         found = json.loads(metadata["sid.config"])
         components = PREFIXES[family_of(found["unet"])]
         return {name: settings(name, found[name]) for name in components}, dict(found["scheduler"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the header of {path} is damaged: sid.config describes no model", VARIANT) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +12,13 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from sidcli.errors import InputError
-from sidcli.files import sha256
+from sidcli.files import read_json, sha256
+from sidcli.sources import check_links
 
 PREFIX = "A photo depicts "
 """Stands before every caption in the paper's CLIP scores, as in arXiv 2104.08718."""
@@ -35,9 +36,12 @@ class Clip:
         self.folder = Path(model) if Path(model).is_dir() else None
         weights = Path(model.rpartition(":")[2])
         if self.folder:
+            check_links(self.folder, parts=())
             content = [sha256(self._in_folder(name)) for name in ("open_clip_config.json", "open_clip_model.safetensors")]
             self.name = f"open_clip {content[1][:12]}, described by {content[0][:12]}"
         else:
+            if weights.exists() and weights.suffix != ".safetensors":
+                raise InputError(f"{weights} is no .safetensors file, and other weights can run code", hint)
             self.name = f"{model} {sha256(weights)[:12]}" if weights.is_file() else model
 
     def _in_folder(self, name: str) -> Path:
@@ -53,13 +57,13 @@ class Clip:
         try:
             if self.folder:
                 net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{self.folder}")
-                config = json.loads(self._in_folder("open_clip_config.json").read_text(encoding="utf-8"))
+                config = read_json(self._in_folder("open_clip_config.json"))
                 length = config["model_cfg"]["text_cfg"].get("context_length", 77)
                 tokenizer = open_clip.SimpleTokenizer(context_length=length)
             else:
                 net, _, preprocess = open_clip.create_model_and_transforms(architecture, tag)
                 tokenizer = open_clip.get_tokenizer(architecture)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             repo = str(open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")).rstrip("/")
             place = f"put open_clip_model.safetensors of {repo} into the hub's cache (HF_HOME), or " if repo else ""
             raise InputError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,15 +16,16 @@ import numpy as np
 import torch
 from cleanfid.resize import make_resizer
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.emoji.classifier import Classifier
 from sidcli.emoji.world import SIZE
 from sidcli.errors import InputError
-from sidcli.files import sha256
+from sidcli.files import MAX_DESCRIPTION, sha256
 from sidcli.metrics.weights import INCEPTION
-from sidcli.sources import WEIGHTS
+from sidcli.sources import WEIGHTS, check_links
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -60,6 +63,34 @@ def in_threads(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Made
     """The same work on each item, in order; decoding and resizing release the interpreter, so the cores share them."""
     with ThreadPoolExecutor() as threads:
         return list(threads.map(work, items))
+
+
+REACHES_OUT = {"aten::save", "aten::from_file"}
+"""Operations of TorchScript on files that a script may name. Those of other libraries than torch are refused altogether."""
+SCRIPT_HINT = f"--inception takes {INCEPTION.name}"
+
+
+def check_source(file: Path) -> None:
+    """Raises InputError where loading a TorchScript file would already run something: a module that restores itself."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            sources = [member for member in archive.infolist() if member.filename.endswith(".py")]
+            if any(member.file_size > MAX_DESCRIPTION or b"__setstate__" in archive.read(member) for member in sources):
+                raise InputError(f"{file} would run a program of its own when it is loaded", SCRIPT_HINT)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error) as error:
+        raise InputError(f"{file} is no Inception in TorchScript: {error}", SCRIPT_HINT) from error
+
+
+def check_graph(file: Path, graph: Any) -> None:
+    """Raises InputError where a TorchScript function does more than arithmetic: it might read and write any file."""
+    torch._C._jit_pass_inline(graph)
+    blocks = [graph]
+    for block in blocks:
+        for node in block.nodes():
+            kind = node.kind()
+            if kind in REACHES_OUT or "Call" in kind or kind.split("::")[0] not in ("aten", "prim"):
+                raise InputError(f"{file} does more than look at images: {kind}", SCRIPT_HINT)
+            blocks += node.blocks()
 
 
 class EmojiFeatures:
@@ -104,15 +135,18 @@ class InceptionFeatures:
     def net(self) -> Any:
         from cleanfid.inception_torchscript import InceptionV3W
 
+        if not self.published:
+            check_source(self.file)
         with tempfile.TemporaryDirectory() as folder:  # clean-fid takes a folder in which the file has this name
             (Path(folder) / "inception-2015-12-05.pt").symlink_to(self.file.absolute())
             try:
-                return InceptionV3W(folder, download=False, resize_inside=False).eval().to(self.device)
+                net = InceptionV3W(folder, download=False, resize_inside=False).eval()
+                if not self.published:
+                    check_graph(self.file, net.layers.forward.graph.copy())
+                return net.to(self.device)
             except (RuntimeError, AttributeError) as error:
                 reason = (str(error).strip().splitlines() or [""])[0]
-                raise InputError(
-                    f"{self.file} is no Inception in TorchScript: {reason}", f"--inception takes {INCEPTION.name}"
-                ) from error
+                raise InputError(f"{self.file} is no Inception in TorchScript: {reason}", SCRIPT_HINT) from error
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:
@@ -141,8 +175,11 @@ class DinoFeatures:
         from transformers import Dinov2Model
 
         try:
-            return Dinov2Model.from_pretrained(self.model, use_safetensors=True, dtype=torch.float32).eval().to(self.device)
-        except (OSError, ValueError) as error:
+            if Path(self.model).is_dir():
+                check_links(Path(self.model), parts=())
+            options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
+            return Dinov2Model.from_pretrained(self.model, **options).eval().to(self.device)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"FD-DINOv2 needs {self.model}, which cannot be read: {reason}",
