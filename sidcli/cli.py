@@ -206,6 +206,8 @@ def distill(
         kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
         folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
         check_writable(folder) if dry_run else check_run(folder)
+        if not dry_run and os.environ.get("RANK", "0") == "0":
+            check_unlocked(folder)
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
@@ -224,8 +226,6 @@ def distill(
                 made = plan.make(resolved, folder, device, processes, console)
                 console.result(made.lines(), made.as_dict())
                 return
-        if os.environ.get("RANK", "0") == "0":
-            check_unlocked(folder)
         if prompts is None and resolved.prompts in ("emoji", "general"):
             console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
         from sidcli import distill as driver

@@ -762,7 +762,7 @@ def test_a_checkpoint_with_hashes_of_its_own_and_tensors_of_another_run_is_refus
     state = checkpoint.read(found)
     name = next(iter(state["generator"]))
     del state["generator"][name]
-    made = checkpoint.write(Path("made"), 1, state, found.config, found.prompts_digest)
+    made = checkpoint.write(Path("made"), 1, state, found.config, found.inputs)
     os.mkfifo(made / "junk.safetensors")  # which the manifest does not name
     ended = sid(*command, "other", "--resume", made)
     refused(ended)
