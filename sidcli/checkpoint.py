@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, nearest, read_bytes, save_tensors, sha256, write_json
+from sidcli.files import atomic_folder, json_bytes, nearest, read_bytes, save_tensors, sha256, write_json
 
 FORMAT = 3
 KEEP = 2
@@ -91,17 +91,22 @@ def numbered(root: Path) -> list[int]:
 def verify(folder: Path) -> Checkpoint:
     """Check every size and hash. Raises InputError that names the file at fault."""
     try:
-        manifest = json.loads(read_bytes(folder / "manifest.json"))
+        content = read_bytes(folder / "manifest.json")
+        manifest = json.loads(content)
+        as_written = content == json_bytes(manifest)
         claimed, version = manifest.pop("sha256", None), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a complete checkpoint: manifest.json is missing or broken") from error
+    damaged = InputError(f"{folder / 'manifest.json'} is damaged", "continue from an older checkpoint with --resume")
     if claimed != _digest(manifest) and (claimed is not None or version == FORMAT):
-        raise InputError(f"{folder / 'manifest.json'} is damaged", "continue from an older checkpoint with --resume")
+        raise damaged
     if version != FORMAT:
         raise UnknownFormat(
             f"{folder} has checkpoint format {version}; this version of sid reads format {FORMAT}",
             "continue with the version that run.json names, or choose another --output for a new run",
         )
+    if not as_written:  # a flipped bit can leave the sense as it was: 1e-05 and 1E-05
+        raise damaged
     for name, entry in manifest["files"].items():
         file = folder / Path(name).name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:

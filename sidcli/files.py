@@ -196,7 +196,12 @@ def _problem(path: Path, error: OSError) -> EnvironmentProblem:
 
 def write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """A JSON file as `write_json` spells it."""
+    return (json_text(content, indent=2) + "\n").encode()
 
 
 def append_line(path: Path, line: str) -> None:

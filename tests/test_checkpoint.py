@@ -24,6 +24,15 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert checkpoint.read(found)["generator"]["w"].tolist() == [5.0] * 3
 
 
+@pytest.mark.check(7)
+def test_a_flipped_bit_that_leaves_the_sense_of_a_manifest_is_seen_all_the_same(tmp_path: Path) -> None:
+    folder = checkpoint.write(tmp_path, 1, files(1), {"lr": 1e-5}, {})
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("1e-05", "1E-05"))
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        checkpoint.verify(folder)
+
+
 @pytest.mark.check(8)
 def test_only_the_newest_two_are_kept_in_numeric_order_and_foreign_folders_stay(tmp_path: Path) -> None:
     (tmp_path / "step-999").mkdir()
@@ -73,7 +82,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     del manifest["sha256"]
     manifest |= changes
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}, indent=2) + "\n")
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
