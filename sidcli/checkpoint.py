@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, json_bytes, nearest, read_bytes, save_tensors, sha256, write_json
+from sidcli.files import atomic_folder, check_space, json_bytes, read_bytes, save_tensors, sha256, write_json
 
 FORMAT = 3
 KEEP = 2
@@ -54,20 +54,10 @@ def bytes_of(files: Files) -> int:
     return sum(value.nbytes for tensors in files.values() for value in tensors.values())
 
 
-def check_space(root: Path, size: int, count: int = 1) -> None:
-    """Raises EnvironmentProblem where the disk has no room for `count` checkpoints of `size` bytes."""
-    free = shutil.disk_usage(nearest(root)).free
-    if free < count * size:
-        what = f"{count} checkpoints need" if count > 1 else "a checkpoint needs"
-        raise EnvironmentProblem(
-            f"{root} has {free} bytes free; {what} {count * size}", "make room and run again, or choose another --output"
-        )
-
-
 def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP) -> Path:
     """Write checkpoint `step` under `root`, then drop all but the newest `keep`. Raises EnvironmentProblem where the disk refuses."""
     target = root / folder_name(step)
-    check_space(root, bytes_of(files))
+    check_space(root, bytes_of(files), "a checkpoint needs")
     with atomic_folder(target) as folder:
         entries = {}
         for name, tensors in files.items():
@@ -124,7 +114,10 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     problems: list[str] = []
     for step in sorted(numbered(root), reverse=True):
         try:
-            return verify(root / folder_name(step)), problems
+            found = verify(root / folder_name(step))
+            if found.step == step:
+                return found, problems
+            problems.append(f"{found.folder} holds step {found.step}, whatever its name says")
         except UnknownFormat:
             raise
         except InputError as error:

@@ -22,7 +22,7 @@ from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_fo
 from sidcli.devices import check_name, pick_device
 from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import check_new, check_unlocked, check_writable
-from sidcli.launch import STOPPING
+from sidcli.launch import catch
 from sidcli.outputs import Places, check_export, check_run
 from sidcli.printable import printable
 from sidcli.wishes import Wish, check_protocol, limits
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
-    "4 device, memory, disk or folder, 5 a verification failed, 130, 138 or 143 stopped by a signal, a training after saving."
+    "4 device, memory, disk or folder, 5 a verification failed, 129, 130, 138 or 143 stopped by a signal, a training after saving."
 )
 app = typer.Typer(
     name="sid",
@@ -650,8 +650,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
-    for number in STOPPING:
-        signal.signal(number, _stop)
+    catch(_stop)
     try:
         for argument in sys.argv[1:]:
             if not _is_text(argument):

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class DistillConfig:
         rules = {
             "width": (self.width >= 0, "at least 0"),
             "height": (self.height >= 0, "at least 0"),
-            "steps": (self.steps >= 1, "at least 1"),
+            "steps": (1 <= self.steps <= 10**9, "at least 1 and at most 10^9"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
             "micro-batch": (self.micro_batch >= 1, "at least 1"),
             "t-min": (0 <= self.t_min < self.t_max, "at least 0 and below t-max"),
@@ -244,14 +245,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     return content
 
 
-def differences(saved: dict[str, Any], given: DistillConfig) -> list[str]:
-    """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings.
+def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collection[str] = ()) -> list[str]:
+    """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings; not those whose content is compared.
 
     A field that the run did not know yet had the value that is now its default; one that only the run knows is of a newer version.
     """
     now = dataclasses.asdict(given)
     saved = {field.name: field.default for field in dataclasses.fields(given)} | saved
-    changed = [name for name in now if name not in MAY_CHANGE and saved[name] != now[name]]
+    changed = [name for name in now if name not in (*MAY_CHANGE, *by_content) and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now]
     return [
         f"{name}: {saved[name]} -> {now.get(name, 'a setting that this version of sid does not know')}"

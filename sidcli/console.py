@@ -26,6 +26,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from sidcli.errors import EnvironmentProblem
 from sidcli.printable import json_text, printable
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Console:
         self.rank = int(os.environ.get("RANK", "0"))
         self.quiet |= self.rank > 0
         self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
-        self.out = Terminal(markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.out = Bystander(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.live = self.err.is_terminal and not as_json and not self.quiet
 
     def say(self, line: Text | str) -> None:
@@ -74,11 +75,25 @@ class Console:
         """`data` as one JSON object, or `lines` for people and scripts that read lines."""
         if self.rank:
             return
-        if self.as_json:
-            sys.stdout.write(json_text(data) + "\n")
-        else:
-            for line in lines:
-                self.out.print(printable(line))
+        with self.handing_over():
+            if self.as_json:
+                sys.stdout.write(json_text(data) + "\n")
+            else:
+                for line in lines:
+                    self.out.print(printable(line))
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """A reader of stdout that has left has had enough. Raises EnvironmentProblem where stdout is on a disk that is full."""
+        try:
+            yield
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is still to be flushed finds a place
+            if not isinstance(error, BrokenPipeError):
+                raise EnvironmentProblem(
+                    f"stdout could not be written: {error.strerror}", "what went to files is complete; send the result elsewhere"
+                ) from error
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if self.as_json:
@@ -90,7 +105,8 @@ class Console:
                 table.add_column(Text(printable(name)), justify="left" if index < 2 else "right")
             for row in rows:
                 table.add_row(*(Text(printable(cell)) for cell in row))
-            self.out.print(table)
+            with self.handing_over():
+                self.out.print(table)
             return
         # Markdown where nobody watches: it reads well in a log and pastes into a README.
         widths = [max(len(printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
@@ -101,7 +117,8 @@ class Console:
                 if not isinstance(line, str)
                 else ()
             )
-            self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
+            with self.handing_over():
+                self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
 
     def preview(self, picture: Image.Image) -> None:
         """A picture in the terminal: each character shows two pixels, one above the other. Nothing where nobody watches."""
@@ -178,7 +195,7 @@ class DistillProgress:
 
     def stepped(self, record: dict[str, Any]) -> None:
         shown = {"img/s": "images_per_second", "fake": "fake_loss", "gen": "generator_loss", "ratio": "ratio", "GB": "memory_gb"}
-        text = " ".join(f"{label} {record[key]:.3g}" for label, key in shown.items() if key in record)
+        text = " ".join(f"{label} {record[key]:.3g}" for label, key in shown.items() if record.get(key) is not None)
         self.advance(record["step"] - self.advance.done, text)
 
     def note(self, text: str) -> None:

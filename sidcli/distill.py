@@ -9,8 +9,8 @@ import dataclasses
 import json
 import math
 import platform
+import re
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +31,13 @@ from sidcli.config import DistillConfig, differences
 from sidcli.devices import pick_device
 from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
-from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, out_of_memory
-from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
+from sidcli.files import append_line, atomic_file, check_space, clear_leftovers, locked, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
-from sidcli.launch import STOPPING
+from sidcli.launch import catch, give_back
 from sidcli.outputs import check_run
+from sidcli.parallel import count
 from sidcli.pictures import grid, save_png
 from sidcli.prompts import Prompts
 from sidcli.proxy import PROXY_IMAGES, Proxy
@@ -122,12 +123,11 @@ class StopFlag:
 
     @contextmanager
     def installed(self) -> Iterator[StopFlag]:
-        before = {number: signal.signal(number, self) for number in STOPPING}
+        before = catch(self)
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            give_back(before)
 
 
 def run(
@@ -144,11 +144,12 @@ def run(
     """Distil `teacher` into output/student, or continue the run that is there.
 
     Raises InputError for a continued run whose settings changed or that another version of sid has written, Interrupted after saving
-    on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite.
+    on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite or another
+    process of the team has died.
     """
     check_run(output)
     check_teacher(teacher.source.name, teacher.is_student, teacher.schedule.steps, config)
-    with StopFlag().installed() as stop, memory_advice(config):
+    with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             engine = Engine(teacher, config, prompts, pick_device(device_name))
         with locked(output) if engine.team.leads else nullcontext():
@@ -338,12 +339,17 @@ class Loop:
 
 
 @contextmanager
-def memory_advice(config: DistillConfig) -> Iterator[None]:
-    """Raises EnvironmentProblem where memory runs out, of the GPU or the machine, with the switches that are still to try."""
+def advice(config: DistillConfig) -> Iterator[None]:
+    """Raises EnvironmentProblem where memory runs out, of the GPU or the machine, with the switches that are still to try, and SidError
+    where a process of the team does not answer any more."""
     try:
         yield
+    except SidError:
+        raise
     except Exception as error:
-        said = None if isinstance(error, SidError) else out_of_memory(error)
+        said = out_of_memory(error)
+        if said is None and count() > 1 and re.search(r"[Cc]onnection (reset|closed)|gloo|NCCL", str(error)):
+            raise SidError("another process of this run has ended", "the same command again, to go on") from error
         if said is None:
             raise
         switches = {
@@ -400,8 +406,13 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
         if latest is None:
             return
         found = latest
-    changed = differences(found.config, engine.config)
+    changed = differences(found.config, engine.config, by_content=inputs)
     changed += [f"{name}: its content is another" for name in inputs if found.inputs.get(name) != inputs[name]]
+    if found.step > engine.config.steps:
+        raise UsageError(
+            f"{found.folder} is beyond --steps {engine.config.steps}",
+            "more steps, an older checkpoint with --resume, or another --output",
+        )
     if changed:
         raise InputError(
             f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
@@ -426,8 +437,8 @@ def begin_at(engine: Engine, output: Path, listener: Listener) -> None:
     for folder in checkpoint.set_aside(checkpoints, engine.step):
         listener.note(f"set aside: {folder}; remove it when you are sure that you do not need it")
     if engine.step < engine.config.steps:
-        more = checkpoint.KEEP + 1 - len(checkpoint.numbered(checkpoints))
-        checkpoint.check_space(output, engine.state_bytes, max(1, more))
+        more = max(1, checkpoint.KEEP + 1 - len(checkpoint.numbered(checkpoints)))
+        check_space(output, more * engine.state_bytes, f"{more} checkpoints need" if more > 1 else "a checkpoint needs")
 
 
 def forget_after(metrics: Path, step: int) -> None:

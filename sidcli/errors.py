@@ -5,7 +5,7 @@ SidError                 1  the run failed
 |- InputError            3  a model, prompt list or run folder was refused or not found
 |- EnvironmentProblem    4  device, memory, disk, output folder or lock
 |- GateError             5  a verification or a quality gate failed
-|- Interrupted           130, 138, 143  stopped by a signal, after saving
+|- Interrupted           129, 130, 138, 143  stopped by a signal, after saving
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 
 from sidcli import __version__
 from sidcli.errors import GateError, InputError, UsageError
-from sidcli.files import atomic_folder, sha256
+from sidcli.files import atomic_folder, check_space, sha256
 from sidcli.formats import lora, official_pkl
 from sidcli.formats.card import provenance, terms_of
 from sidcli.formats.order import Order
@@ -33,6 +33,7 @@ FORMATS = {
 """Format -> its module in sidcli.formats, with write() and draw(). Imported when asked for: some need an extra."""
 
 PROMPT = "a cat on a blue background"
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 TOLERANCE = {"fp32": 2, "fp16": 16, "bf16": 64}
 """Largest difference allowed between the exported model's image and ours, in 1/255; 1 where diffusers draws in fp32."""
 
@@ -68,6 +69,11 @@ def run(model: Model, format_name: str, output: Path, order: Order, verify: bool
         )
     room = importlib.import_module(f"sidcli.formats.{FORMATS[format_name]}")
     difference = loss = None
+    if format_name != "lora":  # some of the writers end the whole program where a disk is full
+        nets = (model.unet, model.vae, *model.text_encoders)
+        check_space(
+            output, sum(value.numel() for net in nets for value in net.parameters()) * BYTES[order.dtype], "the export needs"
+        )
     with atomic_folder(output) as folder:
         room.write(folder, model, order)
         advance(1)

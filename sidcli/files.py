@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sidcli.errors import EnvironmentProblem, InputError
+from sidcli.errors import EnvironmentProblem, InputError, SidError
 from sidcli.printable import json_text
 
 if TYPE_CHECKING:
@@ -93,8 +93,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
-    except OSError as error:
-        raise _problem(path, error) from error
+    except Exception as error:
+        if _is_refusal(error):
+            raise _problem(path, error) from error
+        raise
     finally:
         with suppress(OSError):  # a path that cannot be written cannot be cleaned either
             temporary.unlink(missing_ok=True)
@@ -129,8 +131,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.rename(temporary, path)
                 remove(old)
             fsync_path(path.parent)
-    except OSError as error:
-        raise _problem(path, error) from error
+    except Exception as error:
+        if _is_refusal(error):
+            raise _problem(path, error) from error
+        raise
     finally:
         remove(temporary)
 
@@ -186,12 +190,24 @@ def nearest(path: Path) -> Path:
     return next(parent for parent in [path.absolute(), *path.absolute().parents] if os.path.exists(parent))
 
 
-def _problem(path: Path, error: OSError) -> EnvironmentProblem:
+def _is_refusal(error: Exception) -> bool:
+    """Whether a disk or folder refused; libraries that write through other languages have errors of their own for a full disk."""
+    return isinstance(error, OSError) or ("No space left on device" in str(error) and not isinstance(error, SidError))
+
+
+def _problem(path: Path, error: Exception) -> EnvironmentProblem:
     free = shutil.disk_usage(nearest(path)).free
     return EnvironmentProblem(
-        f"cannot write {path}: {error.strerror or error}",
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
         f"{free / 1e9:.1f} GB are free there; choose another place or make room",
     )
+
+
+def check_space(place: Path, needed: int, what: str) -> None:
+    """Raises EnvironmentProblem where the disk has less room than `what`, `3 checkpoints need`, needs in bytes."""
+    free = shutil.disk_usage(nearest(place)).free
+    if free < needed:
+        raise EnvironmentProblem(f"{place} has {free} bytes free; {what} {needed}", "make room, or choose another --output")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,24 +5,53 @@ For more machines, `accelerate launch -m sidcli distill ...` or torchrun set the
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a training to save and leave: of people, of systems, of batch schedulers that are about to take the machine."""
+from sidcli.errors import SidError
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask a training to save and leave: of people, of systems, of batch schedulers that are about to take the machine, of
+a terminal that is closed."""
 
 PATIENCE = 60.0
 """Seconds that processes get to stop after another one has failed."""
 
 
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+def catch(handler: Handler) -> dict[signal.Signals, Handler]:
+    """Handle the signals of STOPPING, and return what handled them before; under `nohup`, a closed terminal stays without effect."""
+    heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def give_back(before: dict[signal.Signals, Handler]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to tell this process, a child, to stop when its parent is gone, even after kill -9. Other systems have no such thing."""
+    prctl, tell_me = getattr(ctypes.CDLL(None), "prctl", None), 1
+    if prctl is not None:
+        prctl(tell_me, signal.SIGTERM)
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `sid ARGUMENTS` in `count` processes; signals are passed on. Returns the first exit code that is not 0, else 0."""
+    """Run `sid ARGUMENTS` in `count` processes; signals are passed on. Returns the first exit code that is not 0, else 0.
+
+    Raises SidError where somebody killed one of them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -33,19 +62,22 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     for rank in range(count):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # In a group of its own: a Ctrl-C reaches it through `forward`, once, and not from the terminal as well.
-        team.append(subprocess.Popen([sys.executable, "-m", "sidcli", *arguments], env=environment, process_group=0))
+        command = [sys.executable, "-m", "sidcli", *arguments]
+        team.append(subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_die_with_parent))
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in team:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in STOPPING}
+    before = catch(forward)
     try:
-        return _wait(team)
+        code = _wait(team)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(before)
+    if code > 128 and code - 128 not in STOPPING:
+        raise SidError(f"a process of this command was ended by signal {code - 128}", "the same command again, to go on")
+    return code
 
 
 def _wait(team: list[subprocess.Popen[bytes]]) -> int:

@@ -15,8 +15,6 @@ from sidcli.files import check_new, check_writable
 
 RUN = (".lock", "run.json", "checkpoints")
 """What tells a run folder from others, beginning with its very first moment."""
-KEPT = ("config.toml", "metrics.jsonl", "report.html", "student", "samples", "proxy.json")
-"""What a training would replace in a folder that is none."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Places:
         """A single image goes to `output` if that is a .png, others into it. Raises UsageError for several in one file."""
         if count == 1 and output.suffix.lower() == ".png":
             return cls([output], None)
+        if count == 1 and output.suffix and not output.is_dir():
+            raise UsageError(f"--output {output} is no .png", "a name that ends in .png, or a folder")
         if output.suffix and not output.is_dir():
             raise UsageError(f"{count} images do not fit in one file {output}", "give a folder with --output")
         return cls([output / f"{index:06d}.png" for index in range(count)], output / "sheet.png")
@@ -54,10 +54,10 @@ def check_export(folder: Path, overwrite: bool) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Raises EnvironmentProblem where a run folder cannot be, or holds files of others under the names of a run's own."""
+    """Raises EnvironmentProblem where a run folder cannot be, or what is there is another folder with something in it."""
     check_writable(folder)
     if any(os.path.lexists(folder / name) for name in RUN):
         return
-    for name in KEPT:
-        if os.path.lexists(folder / name):
-            raise EnvironmentProblem(f"{folder} is no run folder, and its {name} would be replaced", "choose another --output")
+    others = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+    if others:
+        raise EnvironmentProblem(f"{folder} is no run folder, and holds {others[0]}", "choose another --output")

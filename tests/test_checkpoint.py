@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from sidcli import checkpoint
 from sidcli.errors import EnvironmentProblem, InputError
+from sidcli.files import check_space
 
 
 def files(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -140,6 +142,16 @@ def test_steps_beyond_eight_digits_keep_their_order(tmp_path: Path) -> None:
     assert sorted(checkpoint.numbered(tmp_path)) == [100_000_000, 100_000_001]
 
 
+@pytest.mark.check(8)
+def test_a_folder_whose_name_says_another_step_than_its_manifest_is_not_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000003")
+    found, problems = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 2
+    assert problems == [f"{tmp_path / 'step-00000003'} holds step 1, whatever its name says"]
+
+
 def writer(root: Path) -> checkpoint.Writer:
     return checkpoint.Writer(root, {"lr": 1.0}, {"prompts": "digest"})
 
@@ -170,5 +182,5 @@ def test_a_write_that_fails_behind_the_training_stops_it_at_the_next(tmp_path: P
 @pytest.mark.check(5)
 def test_a_disk_too_small_is_told_with_what_is_free_and_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"has \d+ bytes free; 3 checkpoints need 3000000000000000000") as refused:
-        checkpoint.check_space(tmp_path / "not" / "yet", 10**18, 3)
+        check_space(tmp_path / "not" / "yet", 3 * 10**18, "3 checkpoints need")
     assert refused.value.exit_code == 4 and not (tmp_path / "not").exists()

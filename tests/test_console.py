@@ -27,6 +27,17 @@ def test_a_log_gets_lines_with_the_amount_the_losses_and_the_time_left(
     assert 10 <= minutes <= 40
 
 
+@pytest.mark.check(10)
+def test_a_step_whose_numbers_are_not_finite_is_shown_without_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", -1.0)
+    with console.Console().progress("distil", 100, "steps") as advance:
+        listener = console.DistillProgress(console.Console(), advance)
+        listener.stepped({"step": 1, "images_per_second": 2.0, "fake_loss": 0.25, "generator_loss": None, "ratio": None})
+    assert "distil 1/100 img/s 2 fake 0.25 about" in capsys.readouterr().err
+
+
 @pytest.mark.check(30)
 def test_control_characters_of_a_prompt_are_made_visible() -> None:
     assert console.printable("cat\x1b]0;x\u202e") == "cat\\u001b]0;x\\u202e"

@@ -186,12 +186,14 @@ def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(
     sd_folder: Path, config: DistillConfig, tmp_path: Path
 ) -> None:
     run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
-    for change in ({"lr_fake": 2e-3}, {"seed": 1}, {"teacher": "another"}):
+    for change in ({"lr_fake": 2e-3}, {"seed": 1}, {"prediction_type": "epsilon"}):
         ((name, value),) = change.items()
         with pytest.raises(InputError, match=rf"{name}: {getattr(config, name)} -> {value}$") as refused:
             run(sd_folder, dataclasses.replace(config, **change), tmp_path / "run")
         assert refused.value.exit_code == 3
     assert run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run").step == 3
+    with pytest.raises(UsageError, match="is beyond --steps 1"):
+        run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
 
 
 @pytest.mark.check(9)
@@ -208,6 +210,8 @@ def test_prompts_and_teachers_are_compared_by_their_content(
         run(teacher, config, tmp_path / "run")
     prompts.write_text("a cat\n\na dog\n")
     assert run(teacher, config, tmp_path / "run").step == 1, "the same prompts, however they are spaced"
+    moved = dataclasses.replace(config, prompts=str(prompts.rename(tmp_path / "moved.txt")), teacher="moved")
+    assert run(teacher, moved, tmp_path / "run").step == 1, "the same prompts and teacher, wherever they are"
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
     with pytest.raises(InputError, match=r"teacher: its content is another$"):

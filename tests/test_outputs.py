@@ -210,15 +210,30 @@ def test_a_lock_and_a_log_that_are_links_are_refused_and_their_targets_untouched
 
 
 @pytest.mark.check(28)
-@pytest.mark.parametrize("name", ["config.toml", "report.html", "student", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.toml", "student", "thesis.tex"])
 def test_a_training_does_not_take_a_folder_of_something_else_for_its_own(
     name: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "project").mkdir()
     (here / "project" / name).write_text("mine")
     assert sid("distill", "-o", "project", "--steps", "2") == 4
-    assert f"its {name} would be replaced" in capsys.readouterr().err
+    assert f"is no run folder, and holds {name}" in capsys.readouterr().err
     assert tree(here) == {"project": None, f"project/{name}": b"mine"}
+
+
+# Where results go
+
+
+@pytest.mark.check(17)
+def test_a_result_that_stdout_does_not_take_is_one_line_and_a_reader_that_has_left_none(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    words = f'{sys.executable} -m sidcli sample "a cat" -q --json -o'
+    script = f"set -o pipefail; {words} one.png >/dev/full; echo $?; {words} two.png | true; echo $?"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["4", "0"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: stdout could not be written: No space left on device; try: what went to files is complete")
+    assert (tmp_path / "one.png").is_file() and (tmp_path / "two.png").is_file()
 
 
 # Devices and memory

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sidcli import checkpoint, launch
 from sidcli.config import DistillConfig
 from sidcli.engine import Engine
 from sidcli.errors import UsageError
@@ -117,6 +118,45 @@ def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path,
     assert not any(process.is_running() for process in team)
     assert "saved" in said and said.count("error:") == 1
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+@pytest.mark.check(2)
+@pytest.mark.parametrize("victim", ["the launcher", "the leader", "the other"])
+def test_whichever_process_is_killed_the_others_end_too_and_the_checkpoints_are_whole(
+    sd_folder: Path, tmp_path: Path, victim: str
+) -> None:
+    arguments = command(sd_folder, tmp_path / "run", "--processes", "2", "--steps", "100000", "--save-every", "1")
+    running = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while 2 not in checkpoint.numbered(tmp_path / "run" / "checkpoints"):
+        assert running.poll() is None
+        time.sleep(0.05)
+    team = psutil.Process(running.pid).children()
+    order = sorted(team, key=lambda process: int(process.environ()["RANK"]))
+    {"the launcher": running, "the leader": order[0], "the other": order[1]}[victim].kill()
+    _, said = running.communicate(timeout=120)
+    psutil.wait_procs(team, timeout=60)
+    assert not any(process.is_running() for process in team)
+    found, problems = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.step >= 2 and not problems
+    if victim != "the launcher":
+        assert running.returncode in (1, 137) and "Traceback" not in said, said
+        assert [line for line in said.splitlines() if line.startswith("error: ")][-1].endswith("the same command again, to go on")
+
+
+def test_a_closed_terminal_stops_a_command_unless_it_runs_under_nohup() -> None:
+    def handler(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        caught = launch.catch(handler)
+        assert signal.getsignal(signal.SIGHUP) is handler
+        launch.give_back(caught)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        caught = launch.catch(handler)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is handler
+        launch.give_back(caught)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_batch_that_does_not_split_evenly_is_refused(sd: Model, config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,14 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_its_last_checkpoint_whol
     assert again.returncode == 0 and f"continuing from step {found.step}" in said, said
 
 
+@pytest.mark.check(5, 20)
+def test_an_export_that_the_disk_has_no_room_for_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    lines = [shell(["export", "emoji", "--format", name, "-o", name]) for name in ("diffusers", "torch-export")]
+    done = in_small_disk(tmp_path / "disk", 10_000, "".join(f"{line}; echo exit $?\n" for line in lines) + "ls -A")
+    assert done.stdout.split() == ["exit", "4", "exit", "4"], done.stderr
+    assert done.stderr.count("bytes free; the export needs") == 2
+
+
 @pytest.mark.check(3, 5)
 def test_a_disk_that_is_full_from_any_file_operation_of_the_writer_on_keeps_the_old_checkpoint_or_the_new(tmp_path: Path) -> None:
     done = in_small_disk(tmp_path / "disk", 1000, f"cd {REPOSITORY} && {sys.executable} -m tests.full_disk {tmp_path / 'disk'}")
