@@ -210,7 +210,7 @@ def test_prompts_and_teachers_are_compared_by_their_content(
         run(teacher, config, tmp_path / "run")
     prompts.write_text("a cat\n\na dog\n")
     assert run(teacher, config, tmp_path / "run").step == 1, "the same prompts, however they are spaced"
-    moved = dataclasses.replace(config, prompts=str(prompts.rename(tmp_path / "moved.txt")), teacher="moved")
+    moved = dataclasses.replace(config, prompts=str(shutil.copy(prompts, tmp_path / "moved.txt")), teacher="moved")
     assert run(teacher, moved, tmp_path / "run").step == 1, "the same prompts and teacher, wherever they are"
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
