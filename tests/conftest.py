@@ -48,6 +48,19 @@ def v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("models") / "v", "v_prediction")
 
 
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Networks in the place of those that metrics look with, in the files that they come in."""
+    from tests.stand_ins import write_clip, write_dino, write_inception
+
+    folder = tmp_path_factory.mktemp("nets")
+    return {
+        "inception": write_inception(folder / "inception-2015-12-05.pt"),
+        "clip": write_clip(folder / "clip"),
+        "dino": write_dino(folder / "dino"),
+    }
+
+
 @pytest.fixture
 def sd(sd_folder: Path) -> Model:
     return load(find(str(sd_folder)))

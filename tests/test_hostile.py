@@ -40,7 +40,6 @@ from sidcli.prompts import read_list
 from sidcli.protocols import read_statistics
 from sidcli.sources import find
 from sidcli.teachers import load
-from tests.stand_ins import write_clip, write_dino, write_inception
 
 LOADED = (console, distill, evaluate, export, scores)
 """What the commands import only when they run; here before, so that what grows in a test is not the libraries."""
@@ -186,16 +185,6 @@ def good_file(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     file = tmp_path_factory.mktemp("single") / "good.safetensors"
     single_file.write(file, networks, model.scheduler_config, {}, torch.float32)
     return file
-
-
-@pytest.fixture(scope="session")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("judges")
-    return {
-        "inception": write_inception(folder / "net.pt"),
-        "clip": write_clip(folder / "clip"),
-        "dino": write_dino(folder / "dino"),
-    }
 
 
 @pytest.mark.check(21)

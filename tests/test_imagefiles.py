@@ -286,7 +286,13 @@ def test_a_file_that_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> Non
     ("method", "signature", "offset", "value", "said"),
     [
         (zipfile.ZIP_STORED, b"IDAT", 10, b"\0\1\2\3", "Bad CRC-32"),
-        (zipfile.ZIP_STORED, b"PK\1\2", 20, struct.pack("<II", 10**6, 10**6), "EOFError"),
+        (
+            zipfile.ZIP_STORED,
+            b"PK\1\2",
+            20,
+            struct.pack("<II", 10**6, 10**6),
+            "(EOFError|Overlapped entries)",
+        ),  # newer Pythons look first
         (zipfile.ZIP_STORED, b"PK\1\2", 8, b"\x20", "compressed patched data"),
         (zipfile.ZIP_DEFLATED, b"PK\3\4", 35, b"\xff\xff\xff", "Error -3 while decompressing"),
     ],

@@ -33,7 +33,6 @@ from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, cu
 from sidcli.scores import Evaluation, chosen
 from sidcli.wishes import Wish
 from tests.coco import write_coco
-from tests.stand_ins import write_clip, write_dino, write_inception
 from tests.test_cli import sid
 
 CPU = torch.device("cpu")
@@ -43,16 +42,6 @@ IMAGES = 40
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(tmp_path_factory.mktemp("coco"), IMAGES)
-
-
-@pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("nets")
-    return {
-        "inception": write_inception(folder / "inception-2015-12-05.pt"),
-        "clip": write_clip(folder / "clip"),
-        "dino": write_dino(folder / "dino"),
-    }
 
 
 @pytest.fixture
