@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -305,6 +306,13 @@ def test_where_memory_has_no_room_for_a_copy_the_training_waits_and_saves_the_sa
     roomy = run(sd_folder, config, tmp_path / "roomy", save=1)
     little = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    real = checkpoint.save_tensors
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.2)  # in which a training that does not wait takes its next step
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
     tight = run(sd_folder, config, tmp_path / "tight", save=1)
     for step in (3, 4):
         one, two = state(roomy.run, step), state(tight.run, step)
