@@ -87,16 +87,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _open_to_others(temporary)
-        fsync_path(temporary)
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    except Exception as error:
-        if _is_refusal(error):
-            raise _problem(path, error) from error
-        raise
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _open_to_others(temporary)
+            fsync_path(temporary)
+            os.replace(temporary, path)
+            fsync_path(path.parent)
     finally:
         with suppress(OSError):  # a path that cannot be written cannot be cleaned either
             temporary.unlink(missing_ok=True)
@@ -114,27 +111,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(path)
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
-        temporary.mkdir()
-        with _held(temporary):
-            yield temporary
-            for file in sorted(temporary.rglob("*")):
-                _open_to_others(file)
-                fsync_path(file)
-            fsync_path(temporary)
-            if not os.path.lexists(path):
-                os.rename(temporary, path)
-            elif not _swap(temporary, path):
-                old = temporary_beside(path)
-                os.rename(path, old)
-                os.rename(temporary, path)
-                remove(old)
-            fsync_path(path.parent)
-    except Exception as error:
-        if _is_refusal(error):
-            raise _problem(path, error) from error
-        raise
+        with _writing(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(path)
+            temporary.mkdir()
+            with _held(temporary):
+                yield temporary
+                for file in sorted(temporary.rglob("*")):
+                    _open_to_others(file)
+                    fsync_path(file)
+                fsync_path(temporary)
+                if not os.path.lexists(path):
+                    os.rename(temporary, path)
+                elif not _swap(temporary, path):
+                    old = temporary_beside(path)
+                    os.rename(path, old)
+                    os.rename(temporary, path)
+                    remove(old)
+                fsync_path(path.parent)
     finally:
         remove(temporary)
 
@@ -190,9 +184,20 @@ def nearest(path: Path) -> Path:
     return next(parent for parent in [path.absolute(), *path.absolute().parents] if os.path.exists(parent))
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether a disk or folder refused; libraries that write through other languages have errors of their own for a full disk."""
-    return isinstance(error, OSError) or ("No space left on device" in str(error) and not isinstance(error, SidError))
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raises EnvironmentProblem where the disk or the folder refuses what a block writes.
+
+    Libraries that write through other languages have errors of their own for a full disk.
+    """
+    try:
+        yield
+    except SidError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or "No space left on device" in str(error):
+            raise _problem(path, error) from error
+        raise
 
 
 def _problem(path: Path, error: Exception) -> EnvironmentProblem:
