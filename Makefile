@@ -20,7 +20,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The checks that repeat themselves: twenty runs killed twice each, 10,000 odd files for every reader.
+# The checks that repeat themselves: nineteen more runs killed twice each, 10,000 odd files for every reader.
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --durations 0 tests/test_reliability.py
 	SID_FUZZ_CASES=10000 $(BIN)/python -m pytest --durations 0 tests/test_fuzz.py

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -572,9 +571,7 @@ def _console(
 
     try:
         yield Console(as_json, quiet)
-    except KeyboardInterrupt as stop:  # of a training that is told twice
-        raise Interrupted(signal.SIGINT, f"stopped at once; {stopped[0]}", stopped[1]) from stop
-    except SystemExit as stop:  # of `_stop`
+    except SystemExit as stop:  # of `_stop`, or of a training that is told twice
         raise Interrupted(int(str(stop.code)) - 128, f"stopped; {stopped[0]}", stopped[1]) from stop
     except EnvironmentProblem:  # which says already what to do
         raise

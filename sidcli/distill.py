@@ -224,7 +224,7 @@ class Loop:
             due = (late or engine.step % rhythm.save == 0) and not result.skipped_in_row
             if due or finished:
                 self.save()
-            if stopped and not finished:
+            if stopped:
                 self.leave(stopped)
 
     def look(self, evaluate: bool, paint: bool) -> None:
@@ -242,7 +242,7 @@ class Loop:
                     write(run_page(self.output), self.output / "report.html")
             student.vae.to("cpu")  # training never decodes
         stopped, _ = self.asked()
-        if stopped and self.engine.step < self.engine.config.steps:
+        if stopped:
             self.leave(stopped)
         self.begun += time.monotonic() - paused
 

@@ -356,6 +356,19 @@ def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.check(4)
+def test_a_signal_at_the_last_step_leaves_with_its_code_and_the_next_command_only_finishes(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted, match="stopped at step 4 of 4, saved") as stopped:
+        run(sd_folder, config, tmp_path / "run", KillAt(4))
+    assert stopped.value.exit_code == 143 and not (tmp_path / "run" / "student").exists()
+    saved = state(tmp_path / "run", 4)
+    result = run(sd_folder, config, tmp_path / "run")
+    assert result.student.is_dir() and (tmp_path / "run" / "samples" / "00000004.png").is_file()
+    assert all(torch.equal(value, saved[name]) for name, value in state(tmp_path / "run", 4).items())
+
+
 @pytest.mark.check(28)
 @pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
 def test_a_link_in_a_run_folder_is_not_written_through(sd_folder: Path, config: DistillConfig, tmp_path: Path, name: str) -> None:

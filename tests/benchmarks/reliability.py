@@ -1,6 +1,6 @@
 """What safety costs: the share of a training that waits for checkpoints, and the time from a signal to the end of the process.
 
-    python tests/benchmarks/reliability.py            # about ten minutes on two CPU cores
+    python tests/benchmarks/reliability.py            # about seven minutes on two CPU cores
     python tests/benchmarks/reliability.py --gigabytes 17.2 --device cuda
 
 Prints a table and writes tests/benchmarks/results/reliability.json. `--gigabytes` sizes the checkpoint that is written as a trial;
@@ -103,7 +103,7 @@ def leaving(phase: str, number: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250, help="of the run with defaults")
+    parser.add_argument("--steps", type=int, default=120, help="of the run with defaults")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the trial checkpoint")
     parser.add_argument("--device", default="cpu", help="where its tensors are")
     options = parser.parse_args()
