@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint audit format
+.PHONY: demo test soak lint audit format gpu-visit
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,3 +37,8 @@ audit: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Everything that a GPU can tell, in nine minutes: ARGS=--smoke tries every part at a tiny size on the CPU. Needs torch, transformers
+# and accelerate; uses .venv where it is there, else $(PYTHON).
+gpu-visit:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu.visit $(ARGS)

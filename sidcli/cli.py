@@ -159,9 +159,7 @@ def distill(
     """
     arguments = dict(locals())
     if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
-        from sidcli.launch import launch
-
-        sys.exit(launch(processes, sys.argv[1:]))
+        sys.exit(_launch(processes, device))
     if steps is not None and images is not None:
         raise UsageError("--steps and --images say the same thing twice", "give one of them")
     if images is not None and images < 1:
@@ -406,9 +404,7 @@ def evaluate(
     if images:
         check_writable(images, "--images")
     if processes > 1 and "WORLD_SIZE" not in os.environ:
-        from sidcli.launch import launch
-
-        sys.exit(launch(processes, sys.argv[1:]))
+        sys.exit(_launch(processes, device))
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
     with _console(as_json, quiet, stopped, smaller) as console:
@@ -580,6 +576,17 @@ def _console(
         if said is None:
             raise
         raise EnvironmentProblem(f"out of memory: {said}", smaller) from error
+
+
+def _launch(processes: int, device: str) -> int:
+    """Run this command in several processes. Raises EnvironmentProblem where there are fewer GPUs, before any of them is started."""
+    if device != "cpu":
+        from sidcli.parallel import check_cards
+
+        check_cards(pick_device(device).type, processes)
+    from sidcli.launch import launch
+
+    return launch(processes, sys.argv[1:])
 
 
 def _device(name: str, console: Console) -> torch.device:

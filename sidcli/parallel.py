@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from sidcli.errors import EnvironmentProblem
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -25,6 +27,17 @@ if TYPE_CHECKING:
 def count() -> int:
     """Processes of the group this one belongs to."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_cards(device_type: str, processes: int) -> None:
+    """Raises EnvironmentProblem where several processes of this machine would have to share a GPU, which NCCL refuses."""
+    if device_type != "cuda" or torch.distributed.is_initialized():  # whoever began the group has chosen another backend
+        return
+    cards = torch.cuda.device_count()
+    if processes > cards:
+        raise EnvironmentProblem(
+            f"{processes} processes on this machine need {processes} GPUs; it has {cards}", f"--processes {max(1, cards)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Team:
         self.accelerator: Accelerator | None = None
         self.device, self.sharded = device, shard and self.count > 1
         if self.count > 1:
+            check_cards(device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             from accelerate import Accelerator, DistributedDataParallelKwargs
 
             kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

@@ -1,0 +1,69 @@
+"""How good does the emoji student become? One training for a given time, its student written at parts of that time.
+
+    python -m tests.gpu.train FILE DEVICE FOLDER NAME SECONDS SETTINGS
+
+SETTINGS is a JSON object of settings of `sid distill`. Students are written to FOLDER/NAME-PERCENT; `sid eval` measures them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidcli.config import PRESETS, DistillConfig
+from sidcli.distill import student_card
+from sidcli.engine import Engine
+from sidcli.formats.diffusers_folder import write_student
+from sidcli.prompts import open_prompts
+from sidcli.sources import find
+from sidcli.teachers import load, quiet_libraries
+from tests.gpu.record import append
+
+PARTS = (50, 100)
+"""Percent of the time at which a student is written."""
+
+
+def train(file: Path, device: str, folder: Path, name: str, seconds: float, given: dict[str, Any]) -> None:
+    started = time.monotonic()
+    size = int(given.get("batch_size", 256))
+    base = PRESETS["emoji"] | {"batch_size": size, "micro_batch": size, "precision": "bf16", "compile": "off"}
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", **(base | given))
+    prompts = open_prompts("emoji")
+    engine = Engine(load(find("emoji-teacher")), config, prompts, torch.device(device))
+    parts, logged = list(PARTS), time.monotonic()
+    begun = time.monotonic()
+    while parts:
+        measured = engine.advance()
+        if time.monotonic() - logged > max(2.0, seconds / 60) or engine.step == 1:
+            logged = time.monotonic()
+            numbers = {key: round(value, 5) if math.isfinite(value) else None for key, value in measured.numbers().items()}
+            pace = engine.step * size / (logged - begun)
+            append(
+                file,
+                {"part": "curve", "name": name, "step": engine.step, "seconds": round(logged - started, 1), "pace": round(pace, 1)} | numbers,
+            )
+        if time.monotonic() - started >= seconds * parts[0] / 100:
+            done = dataclasses.replace(config, steps=engine.step)
+            engine.config = done
+            write_student(folder / f"{name}-{parts[0]}", engine.student(), student_card(engine, prompts), "fp16")
+            record = {"part": "strong", "name": f"{name}-{parts[0]}", "event": "trained", "ok": True, "bound": ""}
+            values = {"steps": engine.step, "images": engine.images, "seconds": round(time.monotonic() - begun, 1), **given}
+            append(file, record | {"values": values, "seconds": round(time.monotonic() - started, 1)})
+            parts.pop(0)
+
+
+def main() -> None:
+    quiet_libraries()
+    file, device, folder, name, seconds, given = sys.argv[1:]
+    train(Path(file), device, Path(folder), name, float(seconds), json.loads(given))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Everything that a GPU can tell, in one command and at most nine minutes: is it right, how fast and how small, how good.
+
+    make gpu-visit                                  # on a machine with a GPU, torch, transformers and accelerate
+    make gpu-visit ARGS=--smoke                     # every part at a tiny size, on the CPU too
+    python -m tests.gpu.visit --only right fast     # some parts
+
+Each result is appended to OUTPUT/visit.jsonl as soon as it is there; a part that fails or runs out of time does not stop the others.
+At the end a table goes to stdout and to OUTPUT/visit.md, and the students that were trained to OUTPUT/*.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.gpu import checks, speed
+from tests.gpu.record import append, read
+
+RIGHT, FAST = 100.0, 190.0
+"""Seconds at most for the first two parts."""
+EVALUATION = 90.0
+"""Seconds kept for measuring the students."""
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "k15-b256": {"batch_size": 256, "kappa": 1.5, "lr": 2e-4, "ema_images": 20_000.0},
+    "k2-b256": {"batch_size": 256, "kappa": 2.0, "lr": 2e-4, "ema_images": 20_000.0},
+    "k15-b64": {"batch_size": 64, "kappa": 1.5, "lr": 1e-4, "ema_images": 10_000.0},
+}
+"""Trainings of the third part, which share the device."""
+
+
+class Visit:
+    def __init__(self, output: Path, device: str, smoke: bool, minutes: float):
+        self.output, self.device, self.smoke = output, device, smoke
+        self.file = output / "visit.jsonl"
+        self.log = (output / "visit.log").open("w", encoding="utf-8")
+        self.deadline = time.monotonic() + 60 * minutes
+        self.size = "smoke" if smoke else "full"
+        self.width = 8 if device.startswith("cuda") else 1  # side by side on a few cores they would only wait for each other
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def start(self, module: str, *arguments: object) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"tests.gpu.{module}", *map(str, arguments)]
+        few = {} if module == "speed" else {"OMP_NUM_THREADS": "2" if self.width > 1 else "1"}
+        return subprocess.Popen(command, stdout=self.log, stderr=self.log, start_new_session=True, env=os.environ | few)
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+    def unfinished(self, part: str, names: Sequence[str]) -> list[str]:
+        ended = {record["name"] for record in read(self.file) if record["part"] == part and record.get("event") == "done"}
+        return [name for name in names if name not in ended]
+
+    def fail(self, part: str, name: str, why: str) -> None:
+        append(self.file, {"part": part, "name": name, "event": "done", "ok": False, "bound": "", "values": {"error": why}})
+
+    def run(self, module: str, part: str, groups: list[list[str]], limit: float) -> None:
+        """Run groups of checks side by side. The check during which a process dies has failed; the rest goes on in a new process."""
+        until = min(time.monotonic() + limit, self.deadline)
+        queue = [list(group) for group in groups if group]
+        waiting: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
+        while (waiting or queue) and time.monotonic() < until:
+            while queue and len(waiting) < self.width:
+                group = queue.pop(0)
+                waiting[tuple(group)] = self.start(module, self.file, self.device, self.size, *group)
+            time.sleep(0.2)
+            for group, process in list(waiting.items()):
+                if process.poll() is None:
+                    continue
+                del waiting[group]
+                rest = self.unfinished(part, group)
+                if rest:
+                    self.fail(part, rest[0], f"its process ended with {process.returncode}")
+                if len(rest) > 1:
+                    queue.insert(0, rest[1:])
+        for process in waiting.values():
+            self.stop(process)
+        for group in (*waiting, *queue):
+            for name in self.unfinished(part, group):
+                self.fail(part, name, f"not done within {limit:.0f} s")
+
+    def train(self, trainings: dict[str, dict[str, Any]], seconds: float) -> None:
+        """Train side by side, then measure every student beside the shipped one and bring the last ones back."""
+        folder = Path(tempfile.mkdtemp())
+        processes = []
+        for name, given in trainings.items():
+            settings = dict(given)
+            kappa, lr = settings.pop("kappa"), settings.pop("lr")
+            settings |= {f"kappa{index}": kappa for index in (1, 2, 3, 4)} | {"lr_fake": lr, "lr_generator": lr}
+            processes.append(self.start("train", self.file, self.device, folder, name, seconds, json.dumps(settings)))
+        until = min(time.monotonic() + seconds + 60, self.deadline - 30)
+        while any(process.poll() is None for process in processes) and time.monotonic() < until:
+            time.sleep(0.2)
+        for process in processes:
+            self.stop(process)
+        students = sorted(path for path in folder.iterdir() if (path / "sid.json").exists())
+        for path in students:
+            if path.name.endswith("-100"):
+                shutil.copy(path / "unet/diffusion_pytorch_model.safetensors", self.output / f"{path.name}.safetensors")
+        self.measure([str(path) for path in students])
+
+    def measure(self, students: list[str]) -> None:
+        os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
+        num = 20 if self.smoke else 2000
+        command = [sys.executable, "-m", "sidcli", "eval", "emoji", *students, "--num", str(num), "--device", self.device]
+        command += ["--fid", "--kid", "--clip", "--accuracy", "--prdc", "--batch-size", "250", "--json"]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=self.log, text=True, timeout=max(10, self.left()))
+            rows = json.loads(done.stdout)["models"]
+        except (subprocess.TimeoutExpired, ValueError) as error:
+            self.fail("strong", "eval", f"{type(error).__name__}: {error}"[:500])
+            return
+        for row in rows:
+            values = {name: round(measured["value"], 4) for name, measured in row["metrics"].items() if measured["value"] is not None}
+            append(
+                self.file,
+                {
+                    "part": "strong",
+                    "name": f"eval {Path(row['model']).name}",
+                    "event": "done",
+                    "ok": None,
+                    "bound": "",
+                    "values": values | {"n": row["n"], "seconds_per_image": row["seconds_per_image"]},
+                },
+            )
+
+
+def line(record: dict[str, Any]) -> str:
+    mark = {True: "ok", False: "FAILED", None: "-"}[record.get("ok")]
+    values = {key: value for key, value in record["values"].items() if key not in ("longest", "trace")}
+    shown = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    return f"| {record['part']} | {record['name']} | {mark} | {record.get('bound', '')} | {shown[:400]} | {record.get('seconds', '')} |"
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    rows = [record for record in records if record.get("event") in ("done", "trained")]
+    return ["| part | check | | bound | values | s |", "| --- | --- | --- | --- | --- | ---: |", *map(line, rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, every part")
+    parser.add_argument("--only", nargs="+", choices=("right", "fast", "strong"), default=["right", "fast", "strong"])
+    parser.add_argument("--checks", nargs="+", help="only these checks of the first two parts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--trainings", type=json.loads, default=TRAININGS, help="JSON object: name -> settings")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu-visit"))
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "visit.jsonl").unlink(missing_ok=True)
+    visit = Visit(given.output, given.device, given.smoke, given.minutes)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    append(visit.file, {"part": "machine", "name": hardware, "event": "done", "ok": None, "values": versions})
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        return [name for name in names if given.checks is None or name in given.checks]
+
+    everything = list(speed.make_checks(speed.Lab("cpu", given.smoke)))
+    if "right" in given.only:
+        groups = [wanted(group) for group in checks.GROUPS]
+        visit.run("checks", "right", groups, 600.0 if given.smoke else RIGHT)
+    if "fast" in given.only:
+        alone = wanted([name for name in everything if name != "planned"])
+        groups = [alone, wanted(["planned"])]
+        visit.run("speed", "fast", groups, 1200.0 if given.smoke else FAST)
+    if "strong" in given.only:
+        trainings = {name: given.trainings[name] | {"batch_size": 4} for name in list(given.trainings)[:1]}
+        if given.smoke:
+            visit.train(trainings, 20.0)
+        else:
+            visit.train(given.trainings, visit.left() - EVALUATION)
+    lines = table(read(visit.file))
+    (given.output / "visit.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines), flush=True)
+    failed = [record for record in read(visit.file) if record.get("event") == "done" and record.get("ok") is False]
+    print(f"{len(failed)} failed; {given.output}/visit.jsonl")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
