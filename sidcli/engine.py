@@ -129,7 +129,7 @@ class Engine:
         """Layout, recomputation and compilation as configured; none of them changes what is computed."""
         if self.config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.team.sharded:  # FSDP2 takes contiguous parameters alone
             net.to(memory_format=torch.channels_last)
         if self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda"):
             net.compile()

@@ -32,6 +32,7 @@ from sidcli.sampler import Sampler, plan_for
 from sidcli.sources import find
 from sidcli.teachers import load, quiet_libraries
 from tests import tiny, tiny_families
+from tests.gpu.graphs import attach
 from tests.gpu.record import Check, Outcome, Skipped, run_checks
 from tests.gradients import gradient, perturbed
 
@@ -129,6 +130,22 @@ def compiled(place: Place) -> Outcome:
     return dataclasses.replace(outcome, values=values | {"seconds_with_compilation": round(time.monotonic() - started, 1)})
 
 
+def graphs(place: Place) -> Outcome:
+    """Gradients of both phases in bf16 with the networks' passes recorded as CUDA graphs, and replayed a second time."""
+    if place.device.type != "cuda":
+        raise Skipped("needs a GPU")
+    found = {}
+    for phase in ("fake", "generator"):
+        plain, recorded = (place.engine("emoji", place.device, precision="bf16") for _ in range(2))
+        recorder = attach(recorded)
+        found[phase] = distance(gradient(recorded, phase), gradient(plain, phase))
+        recorded.step = plain.step = 1
+        found[f"{phase}, again"] = distance(gradient(recorded, phase), gradient(plain, phase))
+        found[f"{phase}, graphs"] = len(recorder.recorded)
+    apart = [value for name, value in found.items() if not name.endswith("graphs")]
+    return Outcome(found, all(value < BF16 for value in apart) and found["generator, graphs"] > 0, f"< {BF16:g}")
+
+
 def recipes(place: Place) -> Outcome:
     """One step of each memory recipe in bf16; the fake score's LoRA has rank 4."""
     found = {}
@@ -145,9 +162,18 @@ def two_processes(place: Place, shard: bool = False) -> Outcome:
     file = place.folder / f"two-{shard}.pt"
     port = str(29500 + os.getpid() % 500 + shard)
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tests.gpu.checks", "--worker", str(file), str(place.device), str(place.batch), str(int(shard))]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.gpu.checks",
+        "--worker",
+        str(file),
+        str(place.device),
+        str(place.batch),
+        str(int(shard)),
+    ]
     team = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": "0"}, stderr=subprocess.PIPE, text=True)
         for rank in "01"
     ]
     said = [process.communicate(timeout=150)[1] for process in team]
@@ -181,12 +207,17 @@ def sid(*arguments: object, before: str = "", check: bool = True) -> subprocess.
 
 def killed(place: Place) -> Outcome:
     """`sid distill`, uninterrupted twice, and killed with SIGKILL after a checkpoint and run again."""
-    steps, options = 12, ["--batch-size", "4", "--save-every", "4", "--sample-every", "100", "--seed", "3", "--device", place.device]
+    steps, options = (
+        12,
+        ["--batch-size", "4", "--save-every", "4", "--sample-every", "100", "--seed", "3", "--device", place.device],
+    )
     command = ["distill", "--teacher", "emoji-teacher", "--steps", steps, *options, "--precision", "fp32", "--compile", "off", "-q"]
     runs = [place.folder / f"killed-{index}" for index in range(3)]
     with contextlib.ExitStack():
         code = [sys.executable, "-m", "sidcli", *map(str, command), "--output"]
-        whole = [subprocess.Popen([*code, str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for run in runs[:2]]
+        whole = [
+            subprocess.Popen([*code, str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for run in runs[:2]
+        ]
         victim = subprocess.Popen([*code, str(runs[2])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (runs[2] / "checkpoints/step-00000004/manifest.json").exists() and victim.poll() is None:
             time.sleep(0.02)
@@ -199,7 +230,9 @@ def killed(place: Place) -> Outcome:
             if process.returncode:
                 raise RuntimeError(said.strip()[-1500:])
     first, again, resumed = (
-        torch.cat([value.flatten() for _, value in sorted(load_file(run / "student/unet/diffusion_pytorch_model.safetensors").items())])
+        torch.cat(
+            [value.flatten() for _, value in sorted(load_file(run / "student/unet/diffusion_pytorch_model.safetensors").items())]
+        )
         for run in runs
     )
     found = {"repeat": distance(again, first), "resumed": distance(resumed, first), "was_killed": alive}
@@ -225,7 +258,9 @@ def too_many_processes(place: Place) -> Outcome:
     options = ["--processes", count, "--device", "cuda", "--steps", 1, "--batch-size", count * 2, "--output", place.folder / "many"]
     done = sid("distill", *options, check=False)
     return Outcome(
-        {"exit": done.returncode, "said": done.stderr.strip().splitlines()[-2:]}, done.returncode == 4, "exit 4, before a process starts"
+        {"exit": done.returncode, "said": done.stderr.strip().splitlines()[-2:]},
+        done.returncode == 4,
+        "exit 4, before a process starts",
     )
 
 
@@ -259,7 +294,9 @@ def evaluation(place: Place) -> Outcome:
 def chosen(place: Place) -> Outcome:
     """What the engine chose on this device."""
     engine = place.engine("emoji", place.device, precision="auto")
-    kinds = {name: str(next(net.parameters()).dtype) for name, net in (("teacher", engine.teacher), ("generator", engine.generator))}
+    kinds = {
+        name: str(next(net.parameters()).dtype) for name, net in (("teacher", engine.teacher), ("generator", engine.generator))
+    }
     last = next(value for value in engine.generator.parameters() if value.ndim == 4)
     return Outcome(kinds | {"bf16": engine.bf16, "channels_last": last.is_contiguous(memory_format=torch.channels_last)})
 
@@ -280,6 +317,7 @@ def make_checks(place: Place) -> dict[str, Check]:
         "offloads": lambda: offloads(place),
         "recipes": lambda: recipes(place),
         "compile": lambda: compiled(place),
+        "graphs": lambda: graphs(place),
         "two processes": lambda: two_processes(place),
         "two processes, sharded": lambda: two_processes(place, shard=True),
         "killed": lambda: killed(place),
@@ -287,14 +325,19 @@ def make_checks(place: Place) -> dict[str, Check]:
         "processes": lambda: too_many_processes(place),
         "evaluation": lambda: evaluation(place),
     }
-    return {f"float32 {kind}": lambda kind=kind: against_the_cpu(place, kind) for kind in ("emoji", "sd", "sd-v", "sd2-v", "sdxl")} | checks
+    return {
+        f"float32 {kind}": lambda kind=kind: against_the_cpu(place, kind) for kind in ("emoji", "sd", "sd-v", "sd2-v", "sdxl")
+    } | checks
 
 
 GROUPS = [
     ["chosen", *(f"float32 {kind}" for kind in ("emoji", "sd", "sd-v", "sd2-v", "sdxl")), "images", "optimizer", "four steps"],
     ["bf16", "bf16 teacher", "tf32", "micro-batches", "recomputation", "split backward", "offloads", "recipes", "lora fake"],
-    ["two processes", "two processes, sharded", "out of memory", "processes"],
-    ["killed", "evaluation"],
+    ["graphs"],
+    ["two processes", "two processes, sharded"],
+    ["processes", "out of memory"],
+    ["evaluation"],
+    ["killed"],
     ["compile"],
 ]
 """Checks that share a process; the groups run side by side."""

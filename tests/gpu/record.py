@@ -56,6 +56,10 @@ def run_checks(file: Path, part: str, checks: dict[str, Check], names: Sequence[
             record |= {"ok": None, "bound": "", "values": {"skipped": str(reason)}}
         except Exception as error:
             last = traceback.format_exc().strip().splitlines()
-            record |= {"ok": False, "bound": "", "values": {"error": f"{type(error).__name__}: {error}"[:2000], "trace": last[-14:]}}
+            record |= {
+                "ok": False,
+                "bound": "",
+                "values": {"error": f"{type(error).__name__}: {error}"[:2000], "trace": last[-14:]},
+            }
         record["seconds"] = round(time.monotonic() - started, 2)
         append(file, record)

@@ -8,6 +8,7 @@ Rates are training images a second of one network (a step of batch B counts B im
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import tempfile
 import time
@@ -32,14 +33,15 @@ from sidcli.sources import Source, find
 from sidcli.teachers import Model, load, quiet_libraries, read_schedule
 from tests import tiny, tiny_families
 from tests.benchmarks.throughput import Naive, matrix_peak, wait
-from tests.gpu.record import Check, Outcome, Skipped, run_checks
+from tests.gpu.graphs import attach
+from tests.gpu.record import Check, Outcome, Skipped, append, run_checks
 
 
 class Lab:
     """The device, the size of everything, and what was measured once for all checks."""
 
-    def __init__(self, device: str, smoke: bool):
-        self.device, self.smoke = torch.device(device), smoke
+    def __init__(self, file: Path, device: str, smoke: bool):
+        self.file, self.device, self.smoke = file, torch.device(device), smoke
         self.folder = Path(tempfile.mkdtemp())
         self.peaks: dict[bool, float] = {}
 
@@ -174,6 +176,37 @@ def engine(
     del built, model, update, average, results
     lab.free()
     return Outcome(row, skipped == 0, "no update skipped")
+
+
+def compiled(lab: Lab, kind: str, batch: int) -> Outcome:
+    """The engine under torch.compile: the time that compilation takes, then, when the device is quiet, its rate beside the plain one.
+
+    Compilation needs the processor, so it goes on beside other work; $SID_VISIT_QUIET names a file that appears when that has ended.
+    """
+    lab.free()
+    config = settings(kind, batch_size=batch, micro_batch=batch, compile="on")
+    built = Engine(lab.teacher(kind), config, open_prompts(config.prompts), lab.device)
+    first, _ = timed(lab, built.advance, 0)
+    second, _ = timed(lab, built.advance, 0)
+    append(
+        lab.file,
+        {
+            "part": "fast",
+            "name": f"{kind} compilation",
+            "event": "done",
+            "ok": None,
+            "values": {"seconds_of_steps": [first, second]},
+        },
+    )
+    quiet = Path(os.environ["SID_VISIT_QUIET"])
+    while not quiet.exists():
+        time.sleep(0.1)
+    lab.free()
+    _, seconds = timed(lab, built.advance, 3)
+    row = rated(lab, built.sampler.model, batch, seconds, first, True)
+    del built
+    plain = engine(lab, kind, 2, batch_size=batch, micro_batch=batch).values
+    return Outcome(row | {"ratio_to_plain": round(row["images_per_second"] / plain["images_per_second"], 3)})
 
 
 def contiguous(built: Engine) -> None:
@@ -321,35 +354,32 @@ def make_checks(lab: Lab) -> dict[str, Check]:
     def emoji(batch: int, **more: Any) -> Check:
         return lambda: engine(lab, "emoji", steps=2 if lab.smoke else 4, batch_size=batch, micro_batch=batch, **more)
 
+    one_piece = min(16, big)
     checks: dict[str, Check] = {
         "peaks": lambda: peaks(lab),
         "sd15 fast": lambda: engine(lab, "sd15", batch_size=big, micro_batch=small),
         "sd15 24gb": lambda: engine(lab, "sd15", **memory["24gb"], batch_size=big // 2),
         "sd15 12gb": lambda: engine(lab, "sd15", **memory["12gb"], batch_size=big // 4 or 1),
         "sd15 naive": lambda: naive(lab, "sd15", 1 if lab.smoke else 4),
-        "sd15 fast, micro-batch 16": lambda: engine(lab, "sd15", batch_size=big, micro_batch=min(16, big)),
+        "sd15 fast, micro-batch 16": lambda: engine(lab, "sd15", batch_size=big, micro_batch=one_piece),
         "sd15 fast, micro-batch 32": lambda: engine(lab, "sd15", batch_size=big, micro_batch=big),
-        "sd15 fast, tf32": lambda: engine(lab, "sd15", batch_size=big // 2, micro_batch=small, precision="fp32", tf32=True),
-        "sd15 fast, contiguous": only_gpu(lambda: engine(lab, "sd15", 1, contiguous, batch_size=big, micro_batch=min(16, big))),
-        "sd15 fast, cudnn attention": only_gpu(
-            lambda: engine(
-                lab, "sd15", 1, context=sdpa_kernel(SDPBackend.CUDNN_ATTENTION), batch_size=big, micro_batch=min(16, big)
-            )
-        ),
-        "sd15 profile": lambda: profile(lab, "sd15", batch_size=min(16, big), micro_batch=min(16, big)),
+        "sd15 profile": lambda: profile(lab, "sd15", batch_size=one_piece, micro_batch=one_piece),
         "sd15 sample 1": lambda: sampling(lab, "sd15", 1, False),
         "sd15 sample 1 bf16": lambda: sampling(lab, "sd15", 1, True),
-        "sd15 sample 16 bf16": lambda: sampling(lab, "sd15", min(16, big), True),
-        "sdxl 24gb": lambda: engine(lab, "sdxl", 1, **memory["24gb"], batch_size=4 if not lab.smoke else 2),
-        "sdxl fast": only_gpu(lambda: engine(lab, "sdxl", 1, micro_batch=1, teacher_bf16=True, batch_size=4)),
-        "emoji 64": emoji(4 if lab.smoke else 64),
+        "sd15 sample 16 bf16": lambda: sampling(lab, "sd15", one_piece, True),
         "emoji 256": emoji(4 if lab.smoke else 256),
-        "emoji 1024": emoji(4 if lab.smoke else 1024),
-        "emoji profile": lambda: profile(lab, "emoji", batch_size=4 if lab.smoke else 256, micro_batch=4 if lab.smoke else 256),
-        "emoji 256 compiled": emoji(4 if lab.smoke else 256, compile="on"),
-        "sd15 fast, compiled": only_gpu(
-            lambda: engine(lab, "sd15", batch_size=big, micro_batch=min(16, big), compile="on")
+        "emoji 256, graphs": only_gpu(emoji(256, arrange=attach)),
+        "sdxl 24gb": lambda: engine(lab, "sdxl", 1, **memory["24gb"], batch_size=4 if not lab.smoke else 2),
+        "sd15 fast, contiguous": only_gpu(lambda: engine(lab, "sd15", 1, contiguous, batch_size=big, micro_batch=one_piece)),
+        "sd15 fast, cudnn attention": only_gpu(
+            lambda: engine(lab, "sd15", 1, context=sdpa_kernel(SDPBackend.CUDNN_ATTENTION), batch_size=big, micro_batch=one_piece)
         ),
+        "emoji profile": lambda: profile(lab, "emoji", batch_size=4 if lab.smoke else 256, micro_batch=4 if lab.smoke else 256),
+        "sdxl fast": only_gpu(lambda: engine(lab, "sdxl", 1, micro_batch=1, teacher_bf16=True, batch_size=4)),
+        "sd15 fast, tf32": lambda: engine(lab, "sd15", 1, batch_size=big // 2, micro_batch=small, precision="fp32", tf32=True),
+        "emoji 64": emoji(4 if lab.smoke else 64),
+        "emoji 1024": emoji(4 if lab.smoke else 1024),
+        "sd15 compiled": only_gpu(lambda: compiled(lab, "sd15", 16)),
     }
     return checks | {"planned": lambda: planned(lab)}
 
@@ -357,7 +387,7 @@ def make_checks(lab: Lab) -> dict[str, Check]:
 def main() -> None:
     quiet_libraries()
     file, device, size, *names = sys.argv[1:]
-    run_checks(Path(file), "fast", make_checks(Lab(device, size == "smoke")), names)
+    run_checks(Path(file), "fast", make_checks(Lab(Path(file), device, size == "smoke")), names)
 
 
 if __name__ == "__main__":

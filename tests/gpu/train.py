@@ -24,6 +24,7 @@ from sidcli.formats.diffusers_folder import write_student
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import load, quiet_libraries
+from tests.gpu.graphs import attach
 from tests.gpu.record import append
 
 PARTS = (50, 100)
@@ -32,11 +33,15 @@ PARTS = (50, 100)
 
 def train(file: Path, device: str, folder: Path, name: str, seconds: float, given: dict[str, Any]) -> None:
     started = time.monotonic()
+    given, graphs = dict(given), bool(given.get("graphs"))
+    given.pop("graphs", None)
     size = int(given.get("batch_size", 256))
     base = PRESETS["emoji"] | {"batch_size": size, "micro_batch": size, "precision": "bf16", "compile": "off"}
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", **(base | given))
     prompts = open_prompts("emoji")
     engine = Engine(load(find("emoji-teacher")), config, prompts, torch.device(device))
+    if graphs:
+        attach(engine)
     parts, logged = list(PARTS), time.monotonic()
     begun = time.monotonic()
     while parts:
@@ -47,14 +52,21 @@ def train(file: Path, device: str, folder: Path, name: str, seconds: float, give
             pace = engine.step * size / (logged - begun)
             append(
                 file,
-                {"part": "curve", "name": name, "step": engine.step, "seconds": round(logged - started, 1), "pace": round(pace, 1)} | numbers,
+                {"part": "curve", "name": name, "step": engine.step, "seconds": round(logged - started, 1), "pace": round(pace, 1)}
+                | numbers,
             )
         if time.monotonic() - started >= seconds * parts[0] / 100:
             done = dataclasses.replace(config, steps=engine.step)
             engine.config = done
             write_student(folder / f"{name}-{parts[0]}", engine.student(), student_card(engine, prompts), "fp16")
             record = {"part": "strong", "name": f"{name}-{parts[0]}", "event": "trained", "ok": True, "bound": ""}
-            values = {"steps": engine.step, "images": engine.images, "seconds": round(time.monotonic() - begun, 1), **given}
+            values = {
+                "steps": engine.step,
+                "images": engine.images,
+                "seconds": round(time.monotonic() - begun, 1),
+                "graphs": graphs,
+                **given,
+            }
             append(file, record | {"values": values, "seconds": round(time.monotonic() - started, 1)})
             parts.pop(0)
 
