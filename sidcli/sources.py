@@ -13,8 +13,12 @@ from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
 from sidcli.hub import NETWORKS, Listener, Silence, fetch, needed
 
-EMBEDDED = {"emoji-teacher": "teacher", "emoji": "student"}
 WEIGHTS = Path(__file__).parent / "emoji" / "weights"
+EMBEDDED: dict[str, tuple[Path, Path | None]] = {
+    "emoji-teacher": (WEIGHTS / "teacher", None),
+    "emoji": (WEIGHTS / "student", WEIGHTS / "teacher"),
+}
+"""Folder of each embedded model, and the folder of the model that it shares its other parts with."""
 PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
 """Folders of a pipeline that something is read from."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -31,6 +35,13 @@ class Source:
     revision: str = ""
     missing: tuple[tuple[str, int], ...] = ()
     """Files of a hub model, with their bytes, that are not on this disk; empty unless only descriptions were asked for."""
+    base: Path | None = None
+    """Folder of another pipeline, whose parts stand for those that `path` does not have."""
+
+    def part(self, name: str) -> Path:
+        """Folder of one part of a pipeline, such as `unet`."""
+        own = self.path / name
+        return self.base / name if self.base and not own.is_dir() else own
 
     @property
     def is_file(self) -> bool:
@@ -48,7 +59,8 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
     Raises InputError where nothing is found, or what is found could run code or leads elsewhere, with the ways out.
     """
     if name in EMBEDDED:
-        return Source(name, WEIGHTS / EMBEDDED[name], f"embedded:{name}")
+        folder, base = EMBEDDED[name]
+        return Source(name, folder, f"embedded:{name}", base=base)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".pkl":
         raise InputError(
@@ -112,9 +124,12 @@ def fingerprint(source: Source) -> str:
     """Hex digest of what a model draws with: the content of the files that it is read from, wherever they lie."""
     if source.is_file:
         return sha256(source.path)
-    names = sorted(file.relative_to(source.path).as_posix() for file in source.path.rglob("*") if file.is_file())
+    files = {}
+    for folder in (source.base, source.path):  # what `path` has itself goes before what it shares
+        files |= {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()} if folder else {}
+    names = sorted(files)
     chosen = names if graph_format(source.path) else needed(names)
-    content = [(name, sha256(source.path / name)) for name in sorted(chosen)]
+    content = [(name, sha256(files[name])) for name in sorted(chosen)]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 

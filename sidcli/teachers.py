@@ -178,7 +178,7 @@ def _described(source: Source, wishes: Overrides) -> Description:
             raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
         file = None
         networks, empty_is_zero = _read_folder(source)
-        scheduler_config, card = read_json(source.path / "scheduler" / "scheduler_config.json"), read_card(source)
+        scheduler_config, card = read_json(source.part("scheduler") / "scheduler_config.json"), read_card(source)
         if wishes.prediction_type != "auto":
             scheduler_config["prediction_type"] = wishes.prediction_type
     channels, height, width = latent_shape(networks["unet"])
@@ -214,7 +214,7 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], bool]:
         asked = index.get(name, [None, None])[-1]
         if asked != CLASSES[name].__name__:
             raise InputError(f"{source.name}: its {name} is a {asked}, not a {CLASSES[name].__name__}", "use a stock pipeline")
-        networks[name] = read_json(source.path / name / "config.json")
+        networks[name] = read_json(source.part(name) / "config.json")
         if networks[name].get("_class_name", asked) != asked:
             raise InputError(
                 f"{source.name}: its {name} is a {networks[name]['_class_name']}, not a {asked}", "use a stock pipeline"
@@ -239,13 +239,13 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
             f"{source.name} is a {index['_class_name']}, which diffusers does not know: code of its own, which is never run",
             "use a stock pipeline",
         )
-    described = [source.path / part / name for part in PARTS for name in DESCRIBED]
+    described = [source.part(part) / name for part in PARTS for name in DESCRIBED]
     for file in (file for file in described if file.is_file()):
         if "auto_map" in read_json(file):
             raise InputError(f"{file} brings code of its own, which is never run", "use a stock pipeline")
         if file.name == "tokenizer_config.json" and not OWN_WORDS.isdisjoint(read_json(file)):
             raise InputError(f"{file} takes its words from another place", "take another copy of the model")
-    adapters = [source.path / part / "adapter_config.json" for part in PARTS]
+    adapters = [source.part(part) / "adapter_config.json" for part in PARTS]
     for file in (file for file in adapters if file.exists()):
         raise InputError(f"{file} would change the weights beside it", "merge the adapter into the model, or remove it")
 
@@ -305,7 +305,7 @@ def _network(known: Description, name: str) -> Any:
             net = build(name, known.networks[name])
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
-    folder = known.source.path / name
+    folder = known.source.part(name)
     check_files(folder)
     options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder)}
     if name in known.texts:  # whose description may also choose an implementation, even one to be downloaded
@@ -352,7 +352,7 @@ def _tokenizer(known: Description, name: str) -> CLIPTokenizer:
     folder = name.replace("text_encoder", "tokenizer")
     if known.file:
         return clip_tokenizer(FAMILIES[known.file.family].tokenizers[folder]["pad_token"])
-    return CLIPTokenizer.from_pretrained(known.source.path / folder, local_files_only=True)
+    return CLIPTokenizer.from_pretrained(known.source.part(folder), local_files_only=True)
 
 
 def _stored(folder: Path) -> dict[str, Any]:

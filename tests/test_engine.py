@@ -15,25 +15,13 @@ from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import Model, load
 from sidcli.text import Condition
+from tests.gradients import gradient, perturbed
 
 CPU = torch.device("cpu")
 
 
 def engine(model: Model, config: DistillConfig) -> Engine:
     return Engine(model, config, open_prompts("general"), CPU)
-
-
-def gradient(built: Engine, phase: str = "generator") -> torch.Tensor:
-    """The gradient of one step, caught before the optimizer uses it."""
-    optimizer = built.optimizer_generator if phase == "generator" else built.optimizer_fake
-    caught: list[torch.Tensor] = []
-
-    def catch(*_: object) -> None:
-        caught.extend(value.grad.flatten() for group in optimizer.param_groups for value in group["params"])
-
-    optimizer.register_step_pre_hook(catch)
-    built.generator_step() if phase == "generator" else built.fake_score_step()
-    return torch.cat(caught)
 
 
 def snapshot(built: Engine) -> dict[str, dict[str, torch.Tensor]]:
@@ -59,14 +47,6 @@ def test_memory_options_do_not_change_the_gradient_of_a_step(
         for settings in (config, dataclasses.replace(config, **VARIANTS[variant]))
     )
     assert (other - plain).norm() < 1e-5 * plain.norm()
-
-
-def perturbed(built: Engine) -> Engine:
-    """With a fake score that differs from the teacher: at the start both agree and the generator's gradient vanishes."""
-    torch.manual_seed(1)
-    for value in built.fake_score.parameters():
-        value.data += 0.01 * torch.randn_like(value)
-    return built
 
 
 class Naive:

@@ -1,5 +1,7 @@
 """The models inside the package do what the README says of them, on a small sample."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from sidcli.emoji import world
 from sidcli.metrics.features import EmojiFeatures
 from sidcli.protocols import emoji_captions, scenes
 from sidcli.sampler import Sampler, draw, plan_for
-from sidcli.sources import WEIGHTS, find
+from sidcli.sources import WEIGHTS, find, fingerprint
 from sidcli.teachers import load
 
 CPU = torch.device("cpu")
@@ -60,14 +62,23 @@ def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None:
     assert (together.int() - alone.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", ["emoji", "emoji-teacher"])
-def test_the_shipped_folders_open_in_stock_diffusers(name: str, tmp_path: Path) -> None:
-    from diffusers import StableDiffusionPipeline
+def test_the_shipped_teacher_opens_in_stock_diffusers_and_lends_the_student_its_parts() -> None:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     # Stored in half precision; transformers 5 would keep the text encoder so unless told otherwise.
-    pipe = StableDiffusionPipeline.from_pretrained(find(name).path, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(find("emoji-teacher").path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    options = (
-        {"num_inference_steps": 1, "guidance_scale": 0} if name == "emoji" else {"num_inference_steps": 2, "guidance_scale": 2.0}
-    )
-    assert pipe("a cat", **options).images[0].size == (64, 64)
+    assert pipe("a cat", num_inference_steps=2, guidance_scale=2.0).images[0].size == (64, 64)
+    student = find("emoji")
+    assert [student.part(name).parent.name for name in ("unet", "scheduler", "vae", "tokenizer")] == ["student"] * 2 + ["teacher"] * 2
+    assert UNet2DConditionModel.from_pretrained(student.part("unet")).config.sample_size == 16
+
+
+def test_the_shipped_student_goes_by_the_content_of_what_it_shares(tmp_path: Path) -> None:
+    shared = shutil.copytree(find("emoji-teacher").path, tmp_path / "teacher")
+    student = dataclasses.replace(find("emoji"), base=shared)
+    before = fingerprint(student)
+    assert before == fingerprint(find("emoji"))
+    config = shared / "vae" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert fingerprint(student) != before

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from sidcli.emoji import models
 from sidcli.emoji.clip import CONFIG
+from sidcli.errors import InputError
 from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline, write_student
 from sidcli.formats.order import Order
@@ -42,9 +45,15 @@ def pack_nets(build: Path, guidance: float) -> None:
 
 
 def pack_student(run: Path) -> None:
-    """The student of a run, as it is."""
+    """The student of a run, without the parts that it shares with the teacher."""
     model = load(Source("student", run / "student", str(run)))
     write_student(WEIGHTS / "student", model, model.card, "fp16")
+    for name in ("vae", "text_encoder"):
+        own, shared = (load_file(next((WEIGHTS / kind / name).glob("*.safetensors"))) for kind in ("student", "teacher"))
+        if own.keys() != shared.keys() or any(not torch.equal(value, shared[key]) for key, value in own.items()):
+            raise InputError(f"the {name} of {run} is not that of the packed teacher", "pack nets first, and distil from that teacher")
+    for name in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(WEIGHTS / "student" / name)
 
 
 def main() -> None:
