@@ -22,7 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import atomic_folder, check_space, json_bytes, read_bytes, save_tensors, sha256, write_json
+from sidcli.files import (
+    atomic_folder,
+    check_space,
+    gigabytes,
+    json_bytes,
+    nearest,
+    read_bytes,
+    save_tensors,
+    sha256,
+    write_json,
+)
 
 FORMAT = 3
 KEEP = 2
@@ -52,6 +62,23 @@ def folder_name(step: int) -> str:
 def bytes_of(files: Files) -> int:
     """Bytes of the tensors."""
     return sum(value.nbytes for tensors in files.values() for value in tensors.values())
+
+
+def check_room(root: Path, size: int, keep: int = KEEP, more: int = 0) -> None:
+    """Raises EnvironmentProblem where the disk lacks room for the checkpoints that are still to come, and for `more` bytes.
+
+    `keep` of them stay while another one of `size` bytes is written.
+    """
+    missing = max(1, keep + 1 - len(numbered(root)))
+    needed, free = missing * size + more, shutil.disk_usage(nearest(root)).free
+    if free >= needed:
+        return
+    fewer = f"--keep-checkpoints 1 needs {gigabytes(2 * size + more)}, or " if keep > 1 and free >= 2 * size + more else ""
+    raise EnvironmentProblem(
+        f"{root.parent} has {gigabytes(free)} of disk space free; the run needs {gigabytes(needed)} "
+        f"({missing} {'checkpoint' if missing == 1 else 'checkpoints'} of {gigabytes(size)}{' and the student' if more else ''})",
+        f"{fewer}make room, or choose another --output",
+    )
 
 
 def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP) -> Path:
@@ -148,8 +175,8 @@ class Writer:
     ends it. Only what ends the process, SystemExit and KeyboardInterrupt, does not wait.
     """
 
-    def __init__(self, root: Path, config: dict[str, Any], inputs: dict[str, str]):
-        self.root, self.config, self.inputs = root, config, inputs
+    def __init__(self, root: Path, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP):
+        self.root, self.config, self.inputs, self.keep = root, config, inputs, keep
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.seconds = 0.0
@@ -171,7 +198,7 @@ class Writer:
 
         def work() -> None:
             try:
-                write(self.root, step, files, self.config, self.inputs)
+                write(self.root, step, files, self.config, self.inputs, self.keep)
             except BaseException as error:
                 self.error = error
 

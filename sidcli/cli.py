@@ -64,15 +64,20 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Turn a text-to-image diffusion model into one that draws in a single step."""
 
 
 @app.command()
 def distill(
+    model: Annotated[str | None, typer.Argument(metavar="[TEACHER]", help="The same as --teacher.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Embedded name, diffusers folder, single file, or hub id (@revision); by default emoji-teacher."),
+        typer.Option(help="Embedded name, diffusers folder, single file, or hub id (@revision); default: emoji-teacher."),
     ] = None,
     prediction_type: Annotated[
         str | None, typer.Option(help="What the teacher predicts, if its files do not say: epsilon or v_prediction.")
@@ -96,12 +101,16 @@ def distill(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     save_minutes: Annotated[float, typer.Option(min=0.01, help="Minutes between checkpoints at most.")] = 8.0,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints to keep.")] = 2,
     sample_every: Annotated[int, typer.Option(min=1, help="Steps between sample grids.")] = 50,
     eval_every: Annotated[
         int, typer.Option(min=0, help="Steps between quick measurements against the teacher's own images; 0: none.")
     ] = 0,
     tracker: Annotated[str | None, typer.Option(help="tensorboard or wandb, if installed.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Print settings, memory, time and disk, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, memory, time and disk, and stop.")] = False,
+    plan_for: Annotated[
+        str | None, typer.Option(help="Dry run for a GPU that is not here: its memory, such as 24gb, or a name, such as rtx-4090.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     guidance_strategy: Annotated[
@@ -122,7 +131,10 @@ def distill(
     t_min: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Smallest timestep of the scores.")] = None,
     t_max: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="First timestep above those of the scores.")] = None,
     dropout: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Share of captions emptied.")] = None,
-    lr: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Learning rate of fake score and generator.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", "--learning-rate", rich_help_panel=METHOD, help="Learning rate of fake score and student."),
+    ] = None,
     lr_fake: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Of the fake score alone.")] = None,
     lr_generator: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Of the generator alone.")] = None,
     ema_images: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Half-life of the average, in images.")] = None,
@@ -158,6 +170,9 @@ def distill(
     Example: sid distill --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 1.5
     """
     arguments = dict(locals())
+    if model is not None and teacher is not None:
+        raise UsageError(f"two teachers: {model} and --teacher {teacher}", "give one of them")
+    teacher, dry_run = teacher or model, dry_run or plan_for is not None
     if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
         sys.exit(_launch(processes, device))
     if steps is not None and images is not None:
@@ -213,27 +228,29 @@ def distill(
         source = open_prompts(resolved.prompts)
         if isinstance(source, PromptList) and source.left_out:
             console.note(source.left_out)
-        choose = _device(device, console).type == "cuda" and memory == "auto" and not begun
-        if dry_run or choose:
-            from sidcli import plan
+        planned_only = dry_run and (plan_for is not None or device.startswith("cuda"))  # for a GPU that need not be here
+        on_gpu = not planned_only and _device(device, console).type == "cuda"
+        from sidcli import plan
 
-            if choose:
-                resolved = plan.choose({name: resolve(recipe) for name, recipe in MEMORY.items()}, device, console)
-            if dry_run:
-                made = plan.make(resolved, folder, device, processes, console)
-                console.result(made.lines(), made.as_dict())
-                return
+        card = plan.parse_card(plan_for) if plan_for else None
+        if memory == "auto" and not begun and (on_gpu or card):
+            resolved = plan.choose({name: resolve(recipe) for name, recipe in MEMORY.items()}, device, console, card)
+        if dry_run:
+            made = plan.make(resolved, folder, device, processes, console, keep_checkpoints, card)
+            console.result(made.lines(), made.as_dict())
+            return
+        plan.check(resolved, folder, keep_checkpoints, console)
         if prompts is None and resolved.prompts in ("emoji", "general"):
             console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
         from sidcli import distill as driver
         from sidcli.console import DistillProgress
 
         known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
-        model = _load(teacher, console, **known)
-        rhythm = driver.Rhythm(save_every, sample_every, 60 * save_minutes, eval=eval_every)
+        loaded = _load(teacher, console, **known)
+        rhythm = driver.Rhythm(save_every, sample_every, 60 * save_minutes, eval=eval_every, keep=keep_checkpoints)
         with console.progress("distil", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
-            result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
+            result = driver.run(loaded, resolved, source, folder, device, rhythm, resume, listener, tracker)
         share = 100 * result.saving / max(result.seconds, 1e-9)
         console.note(
             f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training since the command began, "
@@ -252,7 +269,9 @@ def sample(
         str, typer.Option(help="Embedded name, run folder, diffusers folder, single file, graphs, or hub id (@revision).")
     ] = "emoji",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .png for one image, a folder for more.")] = None,
-    num: Annotated[int, typer.Option(min=1, max=100_000, help="Images per prompt, with seeds seed, seed + 1, ...")] = 1,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=1, max=100_000, help="Images per prompt, with seeds seed, seed + 1, ...")
+    ] = 1,
     seed: SeedOption = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50), or fewer than its own of a student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; by default its own best.")] = None,
@@ -287,7 +306,7 @@ def sample(
         raise UsageError("an empty prompt", "describe what to draw")
     check_name(device)
     count = len(texts) * num
-    places = Places.of(output or Path("out.png" if count == 1 else "out"), count)
+    places = Places.of(output, count) if output else Places.unnamed(texts, num, seed)
     places.check(overwrite)
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"

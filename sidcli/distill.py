@@ -32,7 +32,7 @@ from sidcli.devices import pick_device
 from sidcli.diffusion import exit_grid
 from sidcli.engine import Engine, StepResult, check_teacher
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
-from sidcli.files import append_line, atomic_file, check_space, clear_leftovers, locked, read_json, write_json
+from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.launch import catch, give_back
@@ -80,6 +80,8 @@ class Rhythm:
     log: int = 10
     eval: int = 0
     """0: never."""
+    keep: int = checkpoint.KEEP
+    """Checkpoints that stay."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,11 @@ def run(
                 restore(engine, output, resume, inputs, listener)
                 engine.team.wait()
                 if engine.team.leads:
-                    begin_at(engine, output, listener)
+                    begin_at(engine, output, rhythm.keep, listener)
                     write_record(output, teacher, config, engine, prompts)
                 engine.team.wait()
             listener.started(engine.step, config.steps)
-            writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs)
+            writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs, rhythm.keep)
             with open_tracker(tracker if engine.team.leads else None, output) as board:
                 seconds, record = Loop(engine, output, rhythm, writer, stop, listener, board).run()
             cut = engine.sampler.truncated
@@ -426,7 +428,7 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
     listener.note(f"continuing from step {found.step}")
 
 
-def begin_at(engine: Engine, output: Path, listener: Listener) -> None:
+def begin_at(engine: Engine, output: Path, keep: int, listener: Listener) -> None:
     """Make the run folder one that has come to the engine's step and no further, with room for the checkpoints that follow.
 
     Raises EnvironmentProblem where the disk has none.
@@ -437,8 +439,7 @@ def begin_at(engine: Engine, output: Path, listener: Listener) -> None:
     for folder in checkpoint.set_aside(checkpoints, engine.step):
         listener.note(f"set aside: {folder}; remove it when you are sure that you do not need it")
     if engine.step < engine.config.steps:
-        more = max(1, checkpoint.KEEP + 1 - len(checkpoint.numbered(checkpoints)))
-        check_space(output, more * engine.state_bytes, f"{more} checkpoints need" if more > 1 else "a checkpoint needs")
+        checkpoint.check_room(checkpoints, engine.state_bytes, keep)
 
 
 def forget_after(metrics: Path, step: int) -> None:

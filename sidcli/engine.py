@@ -131,7 +131,7 @@ class Engine:
             net.enable_gradient_checkpointing()
         if self.device.type == "cuda" and not self.team.sharded:  # FSDP2 takes contiguous parameters alone
             net.to(memory_format=torch.channels_last)
-        if self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda"):
+        if self.config.compile == "on":
             net.compile()
 
     def _optimizer(self, net: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -141,7 +141,7 @@ class Engine:
         try:
             from bitsandbytes.optim import Adam8bit
         except ImportError as error:
-            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install 'sidcli[8bit]'") from error
+            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install bitsandbytes") from error
         return Adam8bit(values, lr=lr, betas=(0.0, 0.999), eps=self.config.adam_eps)
 
     def _averaged(self, value: Tensor) -> Tensor:
@@ -294,7 +294,8 @@ class Engine:
         """Prompts, noises and timesteps of some samples of a step: a function of the seed and the arguments, of nothing else.
 
         Timesteps are uniform in t_min .. t_max - 1. In the fake score's step some captions are emptied, for generator and score
-        alike. A few-step student stops at the same random step in the whole batch, in every process.
+        alike. A few-step student stops after the same random number of steps in the whole batch, in every process and for both
+        networks, as in the published code of few-step SiD.
         """
         config, shape = self.config, self.sampler.model.latent_shape
         turn = step * config.fake_updates + update
@@ -305,7 +306,7 @@ class Engine:
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, drops.tolist(), strict=True)]
         visits = 1
         if config.student_steps > 1:
-            visits = int(randomness.integers(1, config.student_steps + 1, config.seed, f"{phase} exit", turn, [0]))
+            visits = int(randomness.integers(1, config.student_steps + 1, config.seed, "exit", step, [0]))
         streams = [f"{phase} latent"] + [f"{phase} latent {visit}" for visit in range(1, visits)]
         latents = [randomness.normal(shape, config.seed, stream, turn, samples) for stream in streams]
         noise = randomness.normal(shape, config.seed, f"{phase} noise", turn, samples)
@@ -431,7 +432,7 @@ def add_adapters(net: UNet2DConditionModel, rank: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install 'sidcli[lora]'") from error
+        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install peft") from error
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
     targets += ["conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"]
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sidcli.errors import EnvironmentProblem, InputError, SidError
+from sidcli.errors import EnvironmentProblem, InputError, SidError, UsageError
 from sidcli.printable import json_text
 
 if TYPE_CHECKING:
@@ -208,11 +208,18 @@ def _problem(path: Path, error: Exception) -> EnvironmentProblem:
     )
 
 
+def gigabytes(size: float) -> str:
+    """A size for people, in GB of 10^9 bytes, or in MB below one."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
 def check_space(place: Path, needed: int, what: str) -> None:
-    """Raises EnvironmentProblem where the disk has less room than `what`, `3 checkpoints need`, needs in bytes."""
+    """Raises EnvironmentProblem where the disk has less room than `what`, such as `a checkpoint needs`, needs in bytes."""
     free = shutil.disk_usage(nearest(place)).free
     if free < needed:
-        raise EnvironmentProblem(f"{place} has {free} bytes free; {what} {needed}", "make room, or choose another --output")
+        raise EnvironmentProblem(
+            f"{place} has {gigabytes(free)} of disk space free; {what} {gigabytes(needed)}", "make room, or choose another --output"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -292,8 +299,8 @@ def check_writable(folder: Path, option: str = "--output") -> None:
 
 
 def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:
-    """Raises EnvironmentProblem, before any work, where files of one folder cannot be made, are folders, or are there already and not
-    to be replaced.
+    """Raises EnvironmentProblem, before any work, where files of one folder cannot be made, and UsageError where they are folders or
+    are there already and not to be replaced.
 
     A link counts as being there, wherever it leads; replaced, it is the link that goes.
     """
@@ -306,9 +313,9 @@ def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:
                 f"{str(file)[:80]} is no name for a file: {error.strerror}", f"choose another {option}"
             ) from error
         if is_folder:
-            raise EnvironmentProblem(f"{file} is a folder", f"give {option} the name of a file")
+            raise UsageError(f"{file} is a folder", f"give {option} the name of a file")
         if exists and not overwrite:
-            raise EnvironmentProblem(f"{file} exists already", f"choose another {option}, or pass --overwrite")
+            raise UsageError(f"{file} exists already", f"choose another {option}, or pass --overwrite")
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""`sid distill --dry-run`: what a run will need, found without its weights.
+"""`sid distill --dry-run`: what a run needs, computed without its weights.
 
-The networks are built from the teacher's JSON files on the meta device, where tensors have shapes and no memory; one forward pass there
-shows what each network keeps for its backward pass, whatever the architecture and the options.
+The networks are built from the teacher's JSON files on the meta device, where tensors have shapes and no memory. One forward pass there
+shows what each network keeps for its backward pass, for any architecture and options.
 """
 
 from __future__ import annotations
@@ -9,33 +9,46 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import psutil
+import tomli_w
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
 from sidcli.devices import pick_device
 from sidcli.engine import add_adapters, check_split, check_teacher, optimizer_bytes, state_bytes
+from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.families import build
+from sidcli.files import gigabytes
 from sidcli.hub import Listener, Silence
+from sidcli.parallel import count
 from sidcli.sources import find
 from sidcli.teachers import Description, Overrides, describe, latent_shape
 from sidcli.text import Condition, denoise, sizes
 
 RESERVE = 0.06
-"""Share of a card's memory left for what no plan sees: workspaces of its libraries, fragmentation."""
+"""Share of a card's memory left for what the plan does not see, such as fragmentation."""
+WORKSPACES = 700_000_000
+"""Bytes that cuBLAS and cuDNN take: what an H200 used beyond the plan's other parts (tests/benchmarks/results/gpu-visit-h200.jsonl)."""
+TRANSIENT = 3
+"""Gradients of the largest activation that are alive at once in a backward pass."""
 
 
 class Attention(torch.autograd.Function):
@@ -46,6 +59,31 @@ class Attention(torch.autograd.Function):
         made = torch.empty_like(query)
         context.save_for_backward(query, key, value, made)
         return made
+
+
+class Autocast(TorchFunctionMode):
+    """What torch.autocast to bf16 does to dtypes, on the meta device, which it does not support.
+
+    On CUDA it also runs normalization and softmax in float32, and their float32 inputs are kept for the backward pass.
+    """
+
+    LOWER = (functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+    FULL = (functional.group_norm, functional.layer_norm, functional.softmax)
+
+    def __init__(self, device_type: str):
+        super().__init__()
+        attention = functional.scaled_dot_product_attention  # as it is now, which may be a patch
+        self.kinds = dict.fromkeys((*self.LOWER, attention), torch.bfloat16)
+        if device_type == "cuda":
+            self.kinds |= dict.fromkeys(self.FULL, torch.float32)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = self.kinds.get(function)
+
+        def cast(value: Any) -> Any:
+            return value.to(kind) if kind and isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return function(*map(cast, args), **{name: cast(value) for name, value in (kwargs or {}).items()})
 
 
 class Activations:
@@ -59,7 +97,7 @@ class Activations:
         self.net, self.recompute = net, recompute
         self.weights = {storage(value) for value in net.parameters()}
         self.kept: dict[int, int] = {}
-        self.inputs = self.largest = 0
+        self.inputs = self.largest = self.widest = 0
         self.block: dict[int, int] | None = None
         self.alive: list[Tensor] = []  # meta tensors weigh nothing, and a living one's id is its own
 
@@ -71,7 +109,9 @@ class Activations:
         self.alive.append(value)
         if storage(value) not in self.weights:
             place = self.kept if self.block is None else self.block
-            place[storage(value)] = max(place.get(storage(value), 0), value.numel() * value.element_size())
+            size = value.numel() * value.element_size()
+            place[storage(value)] = max(place.get(storage(value), 0), size)
+            self.widest = max(self.widest, size)
         return value
 
     def enter(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -99,25 +139,27 @@ def storage(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def activations(unet: UNet2DConditionModel, rows: int, config: DistillConfig, told: Condition, trained: bool) -> int:
-    """Bytes one forward of `rows` latents keeps; `told` is what one prompt becomes."""
-    net = copy.deepcopy(unet).to(torch.bfloat16 if config.precision == "bf16" else torch.float32).requires_grad_(trained)
-    kind = next(net.parameters()).dtype
+def activations(
+    unet: UNet2DConditionModel, rows: int, config: DistillConfig, cond: Condition, trained: bool, device_type: str = "cpu"
+) -> tuple[int, int]:
+    """Bytes that one forward of `rows` latents keeps, and those of gradients alive at once in its backward pass.
+
+    `cond` is what one prompt becomes. Under autocast the bf16 copies of weights are counted with the graph that uses them.
+    """
+    net = copy.deepcopy(unet).requires_grad_(trained)
+    if not trained and config.teacher_bf16 and config.precision == "bf16":
+        net = net.bfloat16()
     meter = Activations(net, config.gradient_checkpointing)
-    with meter.counted():
-        forward(net, rows, told, kind)
-    # Under autocast the bf16 copy of each weight is kept with the graph that used it, except where the graph is computed again.
-    copies = (
-        sum(value.numel() * 2 for value in net.parameters()) if kind == torch.bfloat16 and not config.gradient_checkpointing else 0
-    )
-    return meter.total + copies
+    with meter.counted(), Autocast(device_type) if config.precision == "bf16" else nullcontext():
+        forward(net, rows, cond)
+    return meter.total, TRANSIENT * meter.widest
 
 
-def forward(net: UNet2DConditionModel, rows: int, told: Condition, kind: torch.dtype) -> None:
+def forward(net: UNet2DConditionModel, rows: int, cond: Condition) -> None:
     """Run the network on the meta device."""
-    x = torch.empty(rows, *latent_shape(net.config), dtype=kind, device="meta", requires_grad=True)
-    many = told.expanded(rows)  # as tensors of their own: a view would be copied by each layer that reads it
-    many = Condition(many.states.to(kind).contiguous(), {name: value.to(kind) for name, value in many.added.items()})
+    x = torch.empty(rows, *latent_shape(net.config), device="meta", requires_grad=True)
+    many = cond.expanded(rows)  # as tensors of their own: a view would be copied by each layer that reads it
+    many = Condition(many.states.contiguous(), dict(many.added))
     denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
@@ -126,8 +168,58 @@ def size_of(values: Any) -> int:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet: memory in GB (10^9 bytes), dense bf16 matrix rate in TFLOP/s."""
+
+    title: str
+    memory: float
+    tflops: float
+
+
+CARDS = {
+    "rtx-3090": Card("RTX 3090", 24, 71),
+    "rtx-4090": Card("RTX 4090", 24, 165),
+    "rtx-5090": Card("RTX 5090", 32, 209),
+    "l4": Card("L4", 24, 121),
+    "l40s": Card("L40S", 48, 362),
+    "a100": Card("A100 80 GB", 80, 312),
+    "h100": Card("H100", 80, 989),
+    "h200": Card("H200", 141, 989),
+}
+LARGEST_PIECE = 32
+"""Micro-batch above which larger kernels gain nothing."""
+PEAK_SHARE = 0.19
+"""Share of a card's bf16 rate by its data sheet that the engine reached on an H200, recomputation not counted as work."""
+LAUNCH_SECONDS = 1.06e-3
+"""Seconds per weight tensor of the UNet below which a micro-batch did not go there, however small: launching its kernels."""
+RECOMPUTED, WITH_LORA = 1.5, 1.35
+"""What recomputation in the backward pass, and LoRA layers, add to that time and to the work."""
+
+
+def parse_card(text: str) -> Card:
+    """A name of CARDS, or an amount of memory such as `24gb`. Raises UsageError for anything else."""
+    if text.lower() in CARDS:
+        return CARDS[text.lower()]
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", text.lower())
+    if not amount or not float(amount[1]):
+        raise UsageError(f"unknown GPU {text!r}", f"an amount of memory such as 24gb, or one of {', '.join(CARDS)}")
+    return Card(f"a GPU of {float(amount[1]):g} GB", float(amount[1]), 0.0)
+
+
+def estimated_seconds(card: Card, config: DistillConfig, processes: int, flops_per_image: int, tensors: int) -> float:
+    """Time of a run by what was measured on an H200: limited by the card's arithmetic, or by launching kernels where pieces are small."""
+    heavier = (RECOMPUTED if config.gradient_checkpointing else 1.0) * (WITH_LORA if config.fake_lora else 1.0)
+    pieces = config.steps * -(-config.batch_size // (config.micro_batch * processes))
+    arithmetic = config.micro_batch * flops_per_image * heavier / (PEAK_SHARE * card.tflops * 1e12)
+    return pieces * max(arithmetic, LAUNCH_SECONDS * tensors * heavier)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes; `device_memory` by component, `main_memory` what is kept off the device, `peak` the most at one time."""
+    """Sizes in bytes; `device_memory` by component, `main_memory` what is kept off the device, `peak` the most at one time.
+
+    `seconds` is what this run folder's own rate gives, `estimates` maps titles of GPUs that the plan fits on to estimated seconds.
+    """
 
     config: DistillConfig
     output: str
@@ -140,38 +232,45 @@ class Plan:
     flops_per_image: int
     disk: int
     seconds: float | None
+    estimates: dict[str, float]
     downloads: dict[str, int]
+    card: Card | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
+        """A config.toml with the settings, and the rest as its comments."""
         c = self.config
         accumulation = -(-c.batch_size // (c.micro_batch * self.processes))
-        lines = [f"{name} = {value}" for name, value in dataclasses.asdict(c).items()]
-        lines += ["", f"output        {self.output}", f"device        {self.device}"]
-        lines += [f"parameters    {name} {count / 1e6:.1f} M" for name, count in self.parameters.items()]
-        lines += [f"memory        {name} {gigabytes(size)}" for name, size in self.device_memory.items()]
-        lines += [f"memory        at the peak {gigabytes(self.peak)}, off the device {gigabytes(self.main_memory)}"]
-        lines += [
-            f"batch         {c.batch_size} = micro-batch {c.micro_batch} x {accumulation} in turn x {self.processes} processes"
-        ]
-        work = f"{self.flops_per_image / 1e12:.3g} TFLOP an image"
-        lines += [f"work          {c.steps} steps, {c.steps * c.batch_size} images for each network, {work}"]
-        lines += [f"time          {duration(self.seconds)}"]
-        lines += [f"disk          {gigabytes(self.disk)} for checkpoints and the student"]
-        lines += [f"download      {name} {gigabytes(size)}" for name, size in self.downloads.items()]
-        return lines
+        rows = [("output", self.output), ("device", self.device)]
+        rows += [("parameters", f"{name} {count / 1e6:.1f} M") for name, count in self.parameters.items()]
+        rows += [("memory", f"{name} {gigabytes(size)}") for name, size in self.device_memory.items()]
+        rows += [("memory", f"at the peak {gigabytes(self.peak)}, off the device {gigabytes(self.main_memory)}")]
+        if self.card:
+            rows += [("fits", self.verdict(self.card))]
+        rows += [("batch", f"{c.batch_size} = micro-batch {c.micro_batch} x {accumulation} in turn x {self.processes} processes")]
+        rows += [("work", f"{c.steps} steps, {c.steps * c.batch_size} images, {self.flops_per_image / 1e12:.3g} TFLOP an image")]
+        rows += [("time", f"{duration(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
+        if self.seconds is not None or not self.estimates:
+            rows += [("time", duration(self.seconds))]
+        rows += [("disk", f"{gigabytes(self.disk)} for checkpoints and the student")]
+        rows += [("download", f"{name} {gigabytes(size)}") for name, size in self.downloads.items()]
+        return [*tomli_w.dumps(dataclasses.asdict(c)).splitlines(), "", *(f"# {name:<13} {text}" for name, text in rows)]
 
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+    def verdict(self, card: Card) -> str:
+        usable = (1 - RESERVE) * card.memory * 1e9
+        if self.peak <= usable:
+            return f"yes: {gigabytes(self.peak)} of {gigabytes(int(usable))} usable on {card.title}"
+        return f"no: {gigabytes(self.peak)} needed, {gigabytes(int(usable))} usable on {card.title}; try a smaller --memory recipe"
 
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "not known until the run has taken some steps"
-    return f"about {seconds / 3600:.1f} h" if seconds > 5400 else f"about {seconds / 60:.0f} min"
+    if seconds > 3 * 86400:
+        return f"about {seconds / 86400:.0f} days"
+    return f"about {seconds / 3600:.1f} h" if seconds > 5400 else f"about {max(1, round(seconds / 60))} min"
 
 
 def rate(output: Path) -> float | None:
@@ -188,13 +287,13 @@ def branches(*scales: float) -> int:
     return 1 if set(scales) in ({1.0}, {0.0}) else 2
 
 
-def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, told: Condition) -> int:
-    """Model FLOP of one image in one step, recomputation not counted: 18 forwards of the UNet under guidance, 11 without (method 1.9).
+def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, cond: Condition) -> int:
+    """Model FLOP of one image in one step, recomputation not counted: 18 forwards of the UNet under guidance, 11 without.
 
     A backward costs two forwards, or one where only the input's gradient is wanted.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(unet, 1, told, torch.float32)
+        forward(unet, 1, cond)
     fake_step = 1 + 3 * branches(config.kappa1)
     generator_step = 3 + 2 * branches(config.kappa2, config.kappa3) + 2 * branches(config.kappa4)
     return counter.get_total_flops() * (fake_step * config.fake_updates + generator_step)
@@ -210,78 +309,162 @@ def condition(known: Description) -> Condition:
     return Condition(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
 
 
-def make(config: DistillConfig, output: Path, device: str, processes: int, listener: Listener) -> Plan:
-    """The plan of a run, from the JSON files of the teacher. Raises InputError where they cannot be read."""
-    where = pick_device(device)
-    if where.type == "cuda" and config.precision == "auto":
-        config = dataclasses.replace(config, precision="bf16")
-    check_split(config.batch_size, processes)
-    config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights by their place in a run, and the UNet they belong to, on the meta device."""
+
+    unet: UNet2DConditionModel
+    weights: int
+    trained: int
+    """Trained by the fake score."""
+    text: int
+    vae: int
+
+    @classmethod
+    def of(cls, known: Description, config: DistillConfig) -> Sizes:
+        with torch.device("meta"):
+            nets = {name: build(name, settings) for name, settings in known.networks.items()}
+            weights = trained = size_of(nets["unet"].parameters())
+            if config.fake_lora:
+                add_adapters(lora := copy.deepcopy(nets["unet"]).requires_grad_(False), config.fake_lora)  # type: ignore[arg-type]
+                trained = size_of(value for value in lora.parameters() if value.requires_grad)
+        text = sum(size_of(nets[name].parameters()) for name in known.texts)
+        return cls(nets["unet"], weights, trained, text, size_of(nets["vae"].parameters()))  # type: ignore[arg-type]
+
+    def state(self, config: DistillConfig) -> int:
+        """Bytes of a checkpoint."""
+        return state_bytes(config, self.weights, self.trained)
+
+    @property
+    def student(self) -> int:
+        """Bytes of the student's folder."""
+        return 4 * (self.weights + self.text + self.vae)
+
+
+def described(config: DistillConfig, listener: Listener) -> Description:
+    """The teacher's description, checked against the settings. Reads no weights."""
     source = find(config.teacher, listener, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height))
     check_teacher(source.name, known.card.get("kind") == "student", known.schedule.steps, config)
-    with torch.device("meta"):
-        nets = {name: build(name, settings) for name, settings in known.networks.items()}
-        unet, vae = nets["unet"], nets["vae"]
-        text_size = sum(size_of(nets[name].parameters()) for name in known.texts)
-        trained = size_of(unet.parameters())
-        if config.fake_lora:
-            add_adapters(lora := copy.deepcopy(unet).requires_grad_(False), config.fake_lora)
-            trained = size_of(value for value in lora.parameters() if value.requires_grad)
-    told, weights, pieces = condition(known), size_of(unet.parameters()), config.micro_batch
-    moments = optimizer_bytes(config, weights + trained)
+    return known
 
-    def graph(rows: int, trained: bool = False) -> int:
-        return activations(unet, rows, config, told, trained)
 
-    fake_step = graph(pieces * branches(config.kappa1), True)
-    parts = [
+def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:
+    """Refuse a run that cannot work before a weight is read.
+
+    Raises InputError or UsageError for a teacher or settings that do not fit, EnvironmentProblem for a library that is not installed,
+    a disk without room for the checkpoints, and a memory smaller than the state of the run.
+    """
+    check_libraries(config)
+    check_split(config.batch_size, count())
+    sizes = Sizes.of(described(config, listener), config)
+    checkpoint.check_room(output / "checkpoints", sizes.state(config), keep, sizes.student)
+
+
+def check_libraries(config: DistillConfig) -> None:
+    """Raises EnvironmentProblem for a library that the settings need and that is not installed."""
+    needed = {"peft": bool(config.fake_lora), "bitsandbytes": config.optimizer == "adam8bit"}
+    for name in (name for name, wanted in needed.items() if wanted):
+        if sys.modules.get(name, False) is None or find_spec(name) is None:
+            option = "--fake-lora" if name == "peft" else "--optimizer adam8bit"
+            raise EnvironmentProblem(f"{option} needs {name}, which is not installed", f"pip install {name}")
+
+
+def make(
+    config: DistillConfig, output: Path, device: str, processes: int, listener: Listener, keep: int = 2, card: Card | None = None
+) -> Plan:
+    """The plan of a run, from the JSON files of the teacher. A GPU is planned for without being there.
+
+    Raises InputError where the files cannot be read, EnvironmentProblem where a library is missing.
+    """
+    kind = "cuda" if card or device.startswith("cuda") else pick_device(device).type
+    if kind == "cuda" and config.precision == "auto":
+        config = dataclasses.replace(config, precision="bf16")
+    check_libraries(config)
+    check_split(config.batch_size, processes)
+    config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
+    known = described(config, listener)
+    sizes = Sizes.of(known, config)
+    cond, weights, pieces = condition(known), sizes.weights, config.micro_batch
+    moments = optimizer_bytes(config, weights + sizes.trained)
+
+    def graph(rows: int, trained: bool = False, frozen: bool = False) -> tuple[int, int]:
+        own = config if frozen else dataclasses.replace(config, teacher_bf16=False)
+        return activations(sizes.unet, rows, own, cond, trained, kind)
+
+    fake_step = sum(graph(pieces * branches(config.kappa1), True))
+    graphs = [
         graph(pieces, True),
         graph(pieces * branches(config.kappa2, config.kappa3)),
-        graph(pieces * branches(config.kappa4)),
+        graph(pieces * branches(config.kappa4), frozen=True),
     ]
-    generator_step = max(parts) if config.split_backward else sum(parts)
+    kept, alive = [one[0] for one in graphs], [one[1] for one in graphs]
+    generator_step = max(map(sum, graphs)) if config.split_backward else sum(kept) + max(alive)
     memory = {
         "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
-        "text encoder": 4 * text_size,
+        "text encoder": 4 * sizes.text,
         "generator": 4 * weights,
-        "fake score": 4 * trained,
-        "gradients": 4 * max(weights, trained),
+        "fake score": 4 * sizes.trained,
+        "gradients": 4 * max(weights, sizes.trained),
         "optimizers": 0 if config.offload_optimizer else moments,
         "average": 0 if config.offload_average else 4 * weights,
         "activations": max(fake_step, generator_step),
     }
-    if where.type == "cpu":
-        memory["this program"] = psutil.Process().memory_info().rss
+    memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (4 * weights if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
-    pace = rate(output)
+    pace, peak = rate(output), sum(memory.values())
+    flops = flops_per_image(config, sizes.unet, cond)
+    tensors = len(list(sizes.unet.parameters()))
+    cards = [] if kind == "cpu" else [card] if card and card.tflops else list(CARDS.values())
     return Plan(
         config=config,
         output=str(output),
-        device=str(where),
+        device=kind if card else device if device.startswith("cuda") else str(pick_device(device)),
         processes=processes,
-        parameters={"teacher": weights, "fake score": trained, "generator": weights},
+        parameters={"teacher": weights, "fake score": sizes.trained, "generator": weights},
         device_memory=memory,
         main_memory=away,
-        peak=sum(memory.values()),
-        flops_per_image=flops_per_image(config, unet, told),
-        disk=(checkpoint.KEEP + 1) * state_bytes(config, weights, trained) + 4 * (weights + text_size + size_of(vae.parameters())),
+        peak=peak,
+        flops_per_image=flops,
+        disk=(keep + 1) * sizes.state(config) + sizes.student,
         seconds=config.steps * config.batch_size / pace if pace else None,
-        downloads=dict(source.missing),
+        estimates={
+            one.title: estimated_seconds(one, config, processes, flops, tensors)
+            for one in cards
+            if one is card or peak <= (1 - RESERVE) * one.memory * 1e9
+        },
+        downloads=dict(known.source.missing),
+        card=card,
     )
 
 
-def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener) -> DistillConfig:
-    """The first candidate whose plan fits the free memory of the GPU; the last one if none does, with a warning."""
-    where = pick_device(device)
-    name, config = next(iter(candidates.items()))
-    if where.type != "cuda":
-        return config
-    free, total = torch.cuda.mem_get_info(where)
+def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener, card: Card | None = None) -> DistillConfig:
+    """The first candidate whose plan fits the free memory of the GPU, or `card`, with the largest micro-batch that fits too.
+
+    The last candidate if none fits, with a warning.
+    """
+    if card:
+        free = (1 - RESERVE) * card.memory * 1e9
+    else:
+        unused, total = torch.cuda.mem_get_info(pick_device(device))
+        free = unused - RESERVE * total
+
+    def needs(config: DistillConfig) -> int:
+        return make(config, Path(), device, 1, Silence(), card=card).peak
+
     for name, config in candidates.items():
-        needed = make(config, Path(), device, 1, Silence()).peak
-        if needed < free - RESERVE * total:
-            listener.note(f"memory: {name} ({gigabytes(needed)} of {gigabytes(free)} free); --memory overrides")
-            return config
-    listener.note(f"memory: even {name} needs {gigabytes(needed)}, and {gigabytes(free)} are free; trying it all the same")
+        needed = needs(config)
+        if needed >= free:
+            continue
+        while config.micro_batch < min(LARGEST_PIECE, config.batch_size):
+            larger = dataclasses.replace(config, micro_batch=min(2 * config.micro_batch, config.batch_size))
+            if (more := needs(larger)) >= free:
+                break
+            config, needed = larger, more
+        listener.note(
+            f"memory: recipe {name}, micro-batch {config.micro_batch} ({gigabytes(needed)} of {gigabytes(free)} usable); "
+            "--memory and --micro-batch override"
+        )
+        return config
+    listener.note(f"memory: even {name} needs {gigabytes(needed)} of {gigabytes(free)} usable; trying it anyway")
     return config

@@ -124,7 +124,7 @@ def fingerprint(source: Source) -> str:
     """Hex digest of what a model draws with: the content of the files that it is read from, wherever they lie."""
     if source.is_file:
         return sha256(source.path)
-    files = {}
+    files: dict[str, Path] = {}
     for folder in (source.base, source.path):  # what `path` has itself goes before what it shares
         files |= {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()} if folder else {}
     names = sorted(files)

@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
         try:
             checkpoint.write(root, 3, {"average": {"w": torch.full((5000,), 3.0)}}, {}, {})
         except EnvironmentProblem as error:
-            refused = "No space left" in error.message or "bytes free" in error.message
+            refused = "No space left" in error.message or "of disk space free" in error.message
             assert refused, error.message
         if left:
             print("operations", operation - 1)

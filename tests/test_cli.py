@@ -17,6 +17,7 @@ from PIL import Image
 
 from sidcli.sources import find
 from sidcli.teachers import load
+from tests import inprocess
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
 
@@ -80,7 +81,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         (["export", "emoji", "-o", "x", "--format", "onnx", "--dtype", "bf16"], 2, "fp32 or fp16"),
         (["export", "emoji", "-o", "x", "--variant", "../x"], 2, "--variant must be fp16"),
         (["export", "emoji", "-o", "n" * 300], 4, "no place for files"),
-        (["export", "emoji", "-o", ".", "--overwrite"], 4, "is not an export, and --overwrite replaces nothing else"),
+        (["export", "emoji", "-o", ".", "--overwrite"], 2, "is not an export, and --overwrite replaces nothing else"),
         (["export", "their.pkl", "-o", "x"], 2, "--teacher ID"),
         (["export", "emoji", "-o", "x", "--push-to-hub", "me"], 2, "OWNER/NAME"),
         (["export", "emoji", "-o", "x", "--dtype", "int4"], 2, "unknown --dtype 'int4'"),
@@ -120,9 +121,35 @@ def test_sample_needs_no_more_than_a_prompt_and_signs_the_picture(tmp_path: Path
         assert picture.size == (64, 64)
     assert made["prompt"] == "a cat" and made["seed"] == 0 and made["model"] == "embedded:emoji"
     again = sid("sample", "a cat", "-o", "out.png", cwd=tmp_path)
-    assert again.returncode == 4 and "exists already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
     below = sid("sample", "a cat", "-o", "out.png/below.png", cwd=tmp_path)
     assert below.returncode == 4 and "is a file, not a folder" in below.stderr and "Traceback" not in below.stderr
+
+
+@pytest.mark.check(28)
+def test_images_without_a_place_get_a_new_name_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    for arguments in (
+        ["A Cat/../!"],
+        ["A Cat/../!"],
+        ["猫", "--seed", "7"],
+        ["a cat", "-n", "2"],
+        ["a cat", "a dog"],
+        ["a cat", "a dog"],
+    ):
+        assert inprocess.sid("sample", *arguments) == 0
+        drawn.append(capsys.readouterr().out.splitlines()[0])
+    assert drawn == [
+        "a-cat-0.png",
+        "a-cat-0-2.png",
+        "image-7.png",
+        "a-cat-0/000000.png",
+        "samples-0/000000.png",
+        "samples-0-2/000000.png",
+    ]
 
 
 @pytest.mark.check(30)

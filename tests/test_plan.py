@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import sys
+import tomllib
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sidcli import plan
+from sidcli import checkpoint, plan
 from sidcli.config import MEMORY, DistillConfig
 from sidcli.engine import Engine
-from sidcli.errors import UsageError
+from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.hub import Silence
 from sidcli.prompts import open_prompts
-from sidcli.teachers import Model
+from sidcli.sources import find
+from sidcli.teachers import Model, load
 from sidcli.text import Condition, denoise
 from tests import tiny
 
@@ -27,15 +32,29 @@ def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_device(made: plan.Plan) -> float:
     """GB that a card would hold: all but this program itself."""
-    return (made.peak - made.device_memory["this program"]) / 1e9
+    return (made.peak - made.device_memory.get("this program", 0)) / 1e9
 
 
-@pytest.mark.parametrize(("memory", "limit"), [("24gb", 22.0), ("12gb", 11.0)])
-def test_sd15_fits_the_card_that_a_memory_recipe_is_named_after(sd15_folder: Path, memory: str, limit: float) -> None:
-    config = DistillConfig(teacher=str(sd15_folder), prompts="general", precision="bf16", **MEMORY[memory])
-    made = plan.make(config, Path("run"), "cpu", 1, Silence())
-    assert made.parameters["teacher"] == 859_520_964
-    assert 5.0 < on_device(made) < limit
+def visit(name: str) -> dict[str, Any]:
+    """What a check of the GPU visit measured on an H200."""
+    file = Path(__file__).parent / "benchmarks" / "results" / "gpu-visit-h200.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return next(row["values"] for row in rows if row["name"] == name)
+
+
+@pytest.mark.parametrize(("memory", "limit"), [("24gb", 24.0), ("12gb", 12.0), ("fast", 80.0)])
+def test_the_plan_of_sd15_is_what_a_gpu_used_and_fits_the_card_that_its_recipe_is_named_after(
+    sd15_folder: Path, memory: str, limit: float
+) -> None:
+    config = DistillConfig(teacher=str(sd15_folder), prompts="general", **MEMORY[memory])
+    made = plan.make(config, Path("run"), "cuda", 1, Silence())
+    measured = visit(f"sd15 {memory}")
+    assert made.parameters["teacher"] == 859_520_964 and made.config.precision == "bf16"
+    assert made.config.micro_batch == measured["micro_batch"]
+    assert on_device(made) == pytest.approx(measured["peak_gb"], rel=0.06)
+    assert on_device(made) < (1 - plan.RESERVE) * limit
+    seconds = plan.estimated_seconds(plan.CARDS["h200"], made.config, 1, made.flops_per_image, 686)
+    assert seconds == pytest.approx(made.config.steps * 512 / measured["images_per_second_at_512"], rel=0.2)
 
 
 def test_guidance_costs_eighteen_forwards_an_image_and_none_eleven(sd_folder: Path) -> None:
@@ -45,8 +64,10 @@ def test_guidance_costs_eighteen_forwards_an_image_and_none_eleven(sd_folder: Pa
     assert one / other == pytest.approx(18 / 11)
 
 
-def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: DistillConfig) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: DistillConfig, precision: str) -> None:
     kept: dict[int, int] = {}
+    config = dataclasses.replace(config, precision=precision)
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
     weights = {value.untyped_storage().data_ptr() for value in engine.generator.parameters()}
 
@@ -56,11 +77,11 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
         return value
 
     x, t, told = torch.randn(4, *sd.latent_shape), torch.full((4,), 500), engine.sampler.encode(["a cat"] * 4)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine._autocast():
         alive = denoise(engine.generator, x, t, told)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(sd.unet.config)
-    counted = plan.activations(unet, 4, config, Condition(torch.empty(1, 77, 32, device="meta")), trained=True)
+    counted, _ = plan.activations(unet, 4, config, Condition(torch.empty(1, 77, 32, device="meta")), trained=True)
     assert alive.requires_grad and counted == pytest.approx(sum(kept.values()), rel=0.1)
 
 
@@ -84,7 +105,60 @@ def test_time_is_known_once_the_run_folder_has_measured_a_rate(sd_folder: Path, 
 def test_a_process_computes_no_more_at_once_than_its_share_of_the_batch(sd_folder: Path, config: DistillConfig) -> None:
     config = dataclasses.replace(config, teacher=str(sd_folder))
     alone, four = (plan.make(config, Path("run"), "cpu", processes, Silence()) for processes in (1, 4))
-    assert "batch         4 = micro-batch 1 x 1 in turn x 4 processes" in four.lines()
+    assert "# batch         4 = micro-batch 1 x 1 in turn x 4 processes" in four.lines()
     assert four.device_memory["activations"] < alone.device_memory["activations"]
     with pytest.raises(UsageError, match="batch-size 4 does not split over 3 processes"):
         plan.make(config, Path("run"), "cpu", 3, Silence())
+
+
+def test_a_plan_is_a_config_file(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, teacher=str(sd_folder))
+    text = "\n".join(plan.make(config, tmp_path, "cpu", 1, Silence()).lines())
+    assert tomllib.loads(text) == dataclasses.asdict(config)
+
+
+def test_a_gpu_is_planned_for_that_is_not_here(sd_folder: Path, config: DistillConfig) -> None:
+    config = dataclasses.replace(config, teacher=str(sd_folder), precision="auto")
+    for device, card in (("cuda", None), ("auto", plan.parse_card("rtx-4090")), ("auto", plan.parse_card("24 GB"))):
+        made = plan.make(config, Path("run"), device, 1, Silence(), card=card)
+        assert made.device == "cuda" and made.config.precision == "bf16" and "RTX 4090" in made.estimates
+        assert any("fits" in line for line in made.lines()) == (card is not None)
+    assert not plan.make(config, Path("run"), "cpu", 1, Silence()).estimates
+    with pytest.raises(UsageError, match="unknown GPU 'gtx'") as refused:
+        plan.parse_card("gtx")
+    assert "rtx-4090" in refused.value.hint
+
+
+def test_the_recipe_and_the_micro_batch_are_the_largest_that_fit(sd_folder: Path) -> None:
+    base = DistillConfig(teacher=str(sd_folder), prompts="general", batch_size=16)
+    large, small = candidates = [dataclasses.replace(base, micro_batch=2, split_backward=split) for split in (False, True)]
+
+    def chosen(fits: DistillConfig) -> DistillConfig:
+        """What is chosen for a card on which `fits` just fits."""
+        peak = plan.make(fits, Path("run"), "cuda", 1, Silence()).peak
+        card = plan.Card("card", 1.001 * peak / 1e9 / (1 - plan.RESERVE), 0.0)
+        return plan.choose(dict(zip(("large", "small"), candidates, strict=True)), "auto", Silence(), card)
+
+    assert chosen(dataclasses.replace(large, micro_batch=4)).micro_batch == 4
+    assert chosen(small) == small
+
+
+def test_what_a_run_cannot_have_is_told_from_descriptions_alone(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config, teacher=str(sd_folder))
+    size = plan.Sizes.of(plan.described(config, Silence()), config)
+    engine = Engine(load(find(str(sd_folder))), config, open_prompts("general"), torch.device("cpu"))
+    assert size.state(config) == engine.state_bytes
+    plan.check(config, tmp_path / "run", 2, Silence())
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: mock.Mock(free=2 * size.state(config) + size.student + 1))
+    with pytest.raises(
+        EnvironmentProblem, match=r"run has [\d.]+ MB of disk space free; the run needs .* \(3 checkpoints of"
+    ) as refused:
+        plan.check(config, tmp_path / "run", 2, Silence())
+    assert refused.value.hint.startswith("--keep-checkpoints 1 needs")
+    plan.check(config, tmp_path / "run", 1, Silence())
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(EnvironmentProblem, match="--fake-lora needs peft") as missing:
+        plan.check(dataclasses.replace(config, fake_lora=4), tmp_path / "run", 1, Silence())
+    assert missing.value.hint == "pip install peft"

@@ -174,7 +174,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_the_first_step(
 ) -> None:
     done = in_small_disk(tmp_path / "disk", round(2.5 * kilobytes), f"{shell(training(sd_folder))}; echo exit $?; ls -A run")
     assert "exit 4" in done.stdout, done.stderr
-    assert "bytes free; 3 checkpoints need" in done.stderr and "--output" in done.stderr
+    assert "of disk space free; the run needs" in done.stderr and "--output" in done.stderr
     assert "checkpoints" not in done.stdout and "samples" not in done.stdout
 
 
@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_its_last_checkpoint_whol
         wait $!; echo exit $?; cp -r run {tmp_path}/kept"""
     done = in_small_disk(tmp_path / "disk", round(6 * kilobytes), script)
     assert "exit 4" in done.stdout, done.stderr
-    assert "run" in done.stderr and ("bytes free; a checkpoint needs" in done.stderr or "No space left" in done.stderr)
+    assert "run" in done.stderr and ("of disk space free; a checkpoint needs" in done.stderr or "No space left" in done.stderr)
     found, problems = checkpoint.latest(tmp_path / "kept" / "checkpoints")
     assert found is not None and not problems
     again = sid(*training(sd_folder)[:-2], "--steps", str(found.step + 1), "--output", "kept", cwd=tmp_path)
@@ -201,7 +201,7 @@ def test_an_export_that_the_disk_has_no_room_for_is_refused_with_what_it_needs(t
     lines = [shell(["export", "emoji", "--format", name, "-o", name]) for name in ("diffusers", "torch-export")]
     done = in_small_disk(tmp_path / "disk", 10_000, "".join(f"{line}; echo exit $?\n" for line in lines) + "ls -A")
     assert done.stdout.split() == ["exit", "4", "exit", "4"], done.stderr
-    assert done.stderr.count("bytes free; the export needs") == 2
+    assert done.stderr.count("of disk space free; the export needs") == 2
 
 
 @pytest.mark.check(3, 5)

@@ -51,7 +51,9 @@ def pack_student(run: Path) -> None:
     for name in ("vae", "text_encoder"):
         own, shared = (load_file(next((WEIGHTS / kind / name).glob("*.safetensors"))) for kind in ("student", "teacher"))
         if own.keys() != shared.keys() or any(not torch.equal(value, shared[key]) for key, value in own.items()):
-            raise InputError(f"the {name} of {run} is not that of the packed teacher", "pack nets first, and distil from that teacher")
+            raise InputError(
+                f"the {name} of {run} is not that of the packed teacher", "pack nets first, and distil from that teacher"
+            )
     for name in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(WEIGHTS / "student" / name)
 
