@@ -160,7 +160,7 @@ def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None
         return
     for entry, default in defaults(component, config).items():
         known = entry in BUILT[kind] or entry in REQUIRED[kind]
-        if not known and config.get(entry, default) != default:
+        if not known and config.get(entry, default) not in (default, list(default) if isinstance(default, tuple) else default):
             raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported", OTHER_MODEL)
 
 

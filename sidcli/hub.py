@@ -99,7 +99,7 @@ def check_weights(place: str, network: str, files: Sequence[str]) -> None:
     pickles = sorted(file for file in files if file.endswith(PICKLES))
     if pickles:
         raise InputError(
-            f"{place} has its weights only in {pickles[0]}: a pickle can run code and is not read",
+            f"{place} has no weights in safetensors, only {pickles[0]}: a pickle can run code and is not read",
             "convert the model to safetensors",
         )
     raise InputError(f"{place} has no weights in safetensors", "take another copy of the model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,35 +18,41 @@ from sidcli.text import Condition, denoise, sizes
 def rehearse(
     networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str], latent: tuple[int, int, int], length: int
 ) -> None:
-    """Draw one image's shape with the networks of these descriptions, from a `latent` [C, h, w] and `length` tokens.
+    """Draw one image, of shapes alone, with the networks of these descriptions, from a `latent` [C, h, w] and `length` tokens.
 
-    Raises InputError, naming the description, for networks that cannot be built or do not fit together, and for an image of the VAE
-    that is not RGB.
+    Raises InputError, naming the description, for networks that cannot be built or do not fit together, and for images that are not RGB.
     """
-    running = "unet"
+    found = misfit(json.dumps(networks), latent, length)
+    if found:
+        raise InputError(f"{places[found[0]]} makes no network that draws: {found[1]}", OTHER_COPY)
+
+
+@lru_cache(maxsize=8)  # a model is described, and then loaded
+def misfit(networks: str, latent: tuple[int, int, int], length: int) -> tuple[str, str] | None:
+    """The component at which the drawing ends, and what is wrong; None where an image comes out."""
+    configs: dict[str, dict[str, Any]] = json.loads(networks)
+    device, name = torch.device("meta"), "unet"
+    built: dict[str, Any] = {}
     try:
-        with torch.device("meta"), torch.no_grad():
-            built: dict[str, Any] = {}
-            for running, config in networks.items():
-                built[running] = build(running, config).eval()
-            tokens, states, added = torch.zeros(1, length, dtype=torch.long), [], {}
-            for running in (name for name in networks if name.startswith("text_encoder")):
-                output = built[running](tokens, output_hidden_states=True)
-                states.append(output.hidden_states[-2] if "text_encoder_2" in networks else output.last_hidden_state)
-                added = (
-                    {"text_embeds": output.text_embeds, "time_ids": torch.empty(1, len(sizes(0, 0)))} if len(states) == 2 else {}
-                )
-            running = "unet"
-            x = torch.empty(1, *latent)
-            predicted = denoise(built["unet"], x, torch.zeros(1, dtype=torch.long), Condition(torch.cat(states, -1), added))
+        with device:
+            for name, config in configs.items():
+                built[name] = build(name, config).eval()
+        with torch.no_grad():
+            states, added = [], {}
+            for name in (name for name in configs if name.startswith("text_encoder")):
+                output = built[name](torch.zeros(1, length, dtype=torch.long, device=device), output_hidden_states=True)
+                states.append(output.hidden_states[-2] if "text_encoder_2" in configs else output.last_hidden_state)
+                if name == "text_encoder_2":
+                    added = {"text_embeds": output.text_embeds, "time_ids": torch.empty(1, len(sizes(0, 0)), device=device)}
+            name, x = "unet", torch.empty(1, *latent, device=device)
+            t = torch.zeros(1, dtype=torch.long, device=device)
+            predicted = denoise(built["unet"], x, t, Condition(torch.cat(states, -1), added))
             if predicted.shape != x.shape:
-                raise ValueError(f"it turns latents {list(x.shape)} into {list(predicted.shape)}")
-            running = "vae"
-            image = built["vae"].decode(x).sample
-            factor = 2 ** (len(networks["vae"]["block_out_channels"]) - 1)
+                return "unet", f"it turns latents {list(x.shape)} into {list(predicted.shape)}"
+            name, image = "vae", built["vae"].decode(x).sample
+            factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
             if image.shape != (1, 3, latent[1] * factor, latent[2] * factor):
-                raise ValueError(f"it turns latents {list(x.shape)} into {list(image.shape)}")
+                return "vae", f"it turns latents {list(x.shape)} into {list(image.shape)}"
     except Exception as error:  # libraries answer a stranger's description with any kind of error
-        raise InputError(
-            f"{places[running]} makes no network that draws: {type(error).__name__}: {first_line(error)}", OTHER_COPY
-        ) from error
+        return name, f"{type(error).__name__}: {first_line(error)}"
+    return None

@@ -124,7 +124,7 @@ def is_hub_id(name: str) -> bool:
 
 def not_found(name: str, path: Path) -> InputError:
     """The error for a path that is not there, with the nearest name beside it."""
-    if path.is_symlink():
+    if os.path.islink(path):
         return InputError(f"{name} is a link to {os.readlink(path)}, which is not there", "check the link")
     try:
         beside = sorted(entry.name for entry in path.parent.iterdir() if entry.exists())

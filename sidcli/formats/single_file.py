@@ -342,11 +342,14 @@ def from_folder(folder: Path) -> Description:
     computed, or where there is a link out of the folder."""
     check_links(folder)
 
-    def content(name: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(folder / name / file, "pass a diffusers folder of the same architecture")
+    def place(name: str) -> Path:
+        return folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+
+    def content(name: str) -> dict[str, Any]:
+        return read_json(place(name), "pass a diffusers folder of the same architecture")
 
     components = {name: content(name) for name in PREFIXES[family_of(content("unet"))]}
-    return checked(components, content("scheduler", "scheduler_config.json"), lambda name: str(folder / name))
+    return checked(components, content("scheduler"), lambda name: str(place(name)))
 
 
 def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
