@@ -89,6 +89,16 @@ BETAS: dict[str, tuple[tuple[type, ...], str]] = {
     "beta_end": ((int, float), "number"),
 }
 
+LAYERS = {
+    "num_hidden_layers": 100,
+    "layers_per_block": 10,
+    "transformer_layers_per_block": 40,
+    "reverse_transformer_layers_per_block": 40,
+}
+"""Three times what the largest published network has: a number with a digit too many would take all memory."""
+LEVELS = 16
+"""Values in a list; published networks have four levels."""
+
 LABELS = "class labels are an input that sid cannot give"
 EMBEDDINGS = "image embeddings are an input that sid cannot give"
 FLOW = "flow matching is not the diffusion that is distilled here"
@@ -156,12 +166,23 @@ def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None
     for entry, (allowed, reason) in REQUIRED[kind].items():
         if entry in config and not any(config[entry] is value or config[entry] == value for value in allowed):
             raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported: {reason}", OTHER_MODEL)
+    for entry, most in LAYERS.items():
+        if any(type(number) is int and number > most for number in flat(config.get(entry))):
+            raise InputError(f"{place}: {entry} is {shown(config[entry])}; {most} layers at most are built", OTHER_COPY)
+    for entry in BUILT.get(kind, ()):
+        if entry != "trained_betas" and isinstance(config.get(entry), list) and len(config[entry]) > LEVELS:
+            raise InputError(f"{place}: {entry} has {len(config[entry])} values, {LEVELS} at most are read", OTHER_COPY)
     if kind == "text_encoder":  # of which only families.TEXT_KEYS are read
         return
     for entry, default in defaults(component, config).items():
         known = entry in BUILT[kind] or entry in REQUIRED[kind]
         if not known and config.get(entry, default) not in (default, list(default) if isinstance(default, tuple) else default):
             raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported", OTHER_MODEL)
+
+
+def flat(value: Any) -> list[Any]:
+    """A value, or what lists in each other hold."""
+    return [one for inner in value for one in flat(inner)] if isinstance(value, list | tuple) else [value]
 
 
 def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
