@@ -624,7 +624,7 @@ def _load(name: str, console: Console, **overrides: Any) -> Model:
     from sidcli.teachers import Overrides, load, quiet_libraries
 
     quiet_libraries()
-    return load(find(name, console), Overrides(**overrides))
+    return load(find(name, console), Overrides(**overrides), console)
 
 
 def _drawer(

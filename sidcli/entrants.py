@@ -53,7 +53,7 @@ def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
             listener.note(files.left_out)
         return [Found(wish, files=files)]
     source = find(wish.name, listener)
-    found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source))
+    found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
     return [found, replace(found, wish=replace(wish, untrained=untrained))] if untrained and found.is_teacher else [found]
 
 

@@ -44,6 +44,12 @@ class Interrupted(SidError):
         self.exit_code = 128 + signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, with the next one after a colon; its name where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+
+
 def out_of_memory(error: BaseException | None) -> str | None:
     """What a library says, on one line, of memory that it did not get, be it the error itself or what led to it; None for others.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,13 +27,18 @@ ALIASES = {
 }
 Answer = TypeVar("Answer")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+"""Folders of a pipeline that something is read from."""
 DESCRIPTIONS = re.compile(
     r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
     rf"|({'|'.join(NETWORKS)})/config\.json"
 )
 WEIGHTS = re.compile(
-    r"(diffusion_pytorch_)?model(?P<variant>\.fp16)?(-\d+-of-\d+)?\.safetensors(\.index(?P<indexed>\.fp16)?\.json)?"
+    r"(?P<diffusers>diffusion_pytorch_)?model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors(\.index(\.(?P<indexed>\w+))?\.json)?"
 )
+PRECISIONS = ("", "fp32", "fp16", "bf16")
+"""Variants of the same weights, in the order in which they are preferred; "" is a file without a variant in its name."""
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 class Listener(Protocol):
@@ -61,32 +66,68 @@ class Fetched:
 
 
 def needed(names: Sequence[str]) -> list[str]:
-    """Of a repository's files those that a pipeline is read from: descriptions, and for each network its plain safetensors, or where
-    there are none those of half precision."""
+    """Of a repository's files those that a pipeline is read from: descriptions, and for each network the safetensors files of the
+    first variant in PRECISIONS that is there."""
     chosen = [name for name in names if DESCRIPTIONS.fullmatch(name)]
     for network in NETWORKS:
-        plain: list[str] = []
-        half: list[str] = []
-        for name in names:
-            folder, _, file = name.partition("/")
-            found = WEIGHTS.fullmatch(file) if folder == network else None
-            if found:
-                (half if found["variant"] or found["indexed"] else plain).append(name)
-        chosen += plain or half
+        variants = weights_by_variant(network, [name.removeprefix(f"{network}/") for name in names])
+        found = next((variants[variant] for variant in PRECISIONS if variant in variants), [])
+        chosen += [f"{network}/{file}" for file in found]
     return chosen
 
 
+def weights_by_variant(network: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Variant -> its files, of the names of the files in a network's folder; "" is the variant of plain names."""
+    variants: dict[str, list[str]] = {}
+    for file in files:
+        found = WEIGHTS.fullmatch(file)
+        if found and bool(found["diffusers"]) == (network in ("unet", "vae")):  # diffusers and transformers name them differently
+            variants.setdefault(found["variant"] or found["indexed"] or "", []).append(file)
+    return variants
+
+
+def check_weights(place: str, network: str, files: Sequence[str]) -> None:
+    """Raises InputError, with what is there instead, where none of a network's files holds weights that are read."""
+    variants = weights_by_variant(network, files)
+    if not variants.keys().isdisjoint(PRECISIONS):
+        return
+    if variants:
+        raise InputError(
+            f"{place} has only the variant {' and '.join(sorted(variants))} of its weights; plain, fp32, fp16 and bf16 are read",
+            "remove the variant from the file names, if these are the weights that you want",
+        )
+    pickles = sorted(file for file in files if file.endswith(PICKLES))
+    if pickles:
+        raise InputError(
+            f"{place} has no weights in safetensors, only {pickles[0]}: a pickle can run code and is not read",
+            "convert the model to safetensors",
+        )
+    raise InputError(f"{place} has no weights in safetensors", "take another copy of the model")
+
+
+def has_vocabulary(files: Collection[str]) -> bool:
+    """Whether the files of a tokenizer's folder hold its words: as tokenizer.json, or as vocab.json with merges.txt."""
+    return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files)
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether a folder of the cache holds every network that its model_index.json names, all shards of it."""
+    """Whether a folder of the cache holds every part that its model_index.json names: all shards of each network, the scheduler, and
+    the vocabulary of each tokenizer."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        for network in NETWORKS:
-            if index.get(network, [None])[0] is None:
+        named = [part for part in PARTS if index.get(part, [None])[0] is not None]
+        for part in named:
+            files = [file.name for file in (folder / part).iterdir() if file.exists()]
+            if part == "scheduler" and "scheduler_config.json" not in files:
+                return False
+            if part.startswith("tokenizer") and not has_vocabulary(files):
+                return False
+            if part not in NETWORKS:
                 continue
-            names = needed([f"{network}/{file.name}" for file in (folder / network).iterdir()])
-            shards = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names if name.endswith(".index.json")]
-            wanted = {f"{network}/{part}" for shard in shards for part in shard["weight_map"].values()}
-            if f"{network}/config.json" not in names or len(names) < 2 or not wanted <= set(names):
+            names = needed([f"{part}/{file}" for file in files])
+            shards = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names if ".safetensors.index." in name]
+            wanted = {f"{part}/{shard}" for index_file in shards for shard in index_file["weight_map"].values()}
+            if f"{part}/config.json" not in names or len(names) < 2 or not wanted <= set(names):
                 return False
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
@@ -128,6 +169,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -144,6 +186,10 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
             raise InputError(
                 f"{named} on the hub is not a diffusers pipeline: it has no model_index.json", "use the id of a pipeline"
             )
+        for network in NETWORKS:
+            files = [file.removeprefix(f"{network}/") for file in sizes if file.startswith(f"{network}/")]
+            if "config.json" in files:
+                check_weights(f"{named}: {network}", network, files)
         there = [file for file in wanted if isinstance(try_to_load_from_cache(repo, file, revision=commit), str)]
         missing = {file: sizes[file] for file in wanted if file not in there}
         if descriptions_only:
@@ -164,6 +210,10 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
             snapshot_download(repo, revision=revision or None, allow_patterns=wanted, tqdm_class=counter(lambda count: None))
         )
         return Fetched(folder, repo, commit, tuple(missing.items()))
+    except HFValidationError as error:
+        raise InputError(
+            f"{named} is no id that the hub could have", "check the spelling: OWNER/NAME or OWNER/NAME@REVISION"
+        ) from error
     except GatedRepoError as error:
         raise InputError(f"{repo} asks you to accept its terms", "accept them on its page and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
-from sidcli.hub import NETWORKS, Listener, Silence, fetch, needed
+from sidcli.hub import PARTS, PICKLES, Listener, Silence, fetch, needed
 
 WEIGHTS = Path(__file__).parent / "emoji" / "weights"
 EMBEDDED: dict[str, tuple[Path, Path | None]] = {
@@ -19,9 +21,24 @@ EMBEDDED: dict[str, tuple[Path, Path | None]] = {
     "emoji": (WEIGHTS / "student", WEIGHTS / "teacher"),
 }
 """Folder of each embedded model, and the folder of the model that it shares its other parts with."""
-PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
-"""Folders of a pipeline that something is read from."""
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+FILES = (
+    *PICKLES,
+    ".safetensors",
+    ".gguf",
+    ".onnx",
+    ".xml",
+    ".pt2",
+    ".json",
+    ".yaml",
+    ".toml",
+    ".txt",
+    ".zip",
+    ".npz",
+    ".png",
+    ".jpg",
+)
+"""Endings of files: a name that ends so and is not there is a misspelled path, not an id of the hub."""
+HUB_ID = r"\w[\w.-]*/[\w.-]+(@(?P<revision>[\w./-]+))?"
 
 
 @dataclass(frozen=True)
@@ -61,16 +78,22 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
     if name in EMBEDDED:
         folder, base = EMBEDDED[name]
         return Source(name, folder, f"embedded:{name}", base=base)
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".pkl":
+    path = Path(os.path.expanduser(name))
+    if not name or not os.path.exists(path):
+        if is_hub_id(name):
+            fetched = fetch(name, listener or Silence(), descriptions_only)
+            return Source(name, fetched.folder, f"hub:{fetched.repo}", fetched.revision, fetched.missing)
+        raise not_found(name, path)
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix == ".pkl":
         raise InputError(
             f"{name}: a pickle can run code and is not read as a model",
             "sid export FILE.pkl --teacher ID, if it is a released SiD-LSG generator",
         )
-    if path.suffix.lower() in PICKLES:
+    if suffix in PICKLES:
         raise InputError(f"{name}: pickled weights can run code and are not read", "convert the model to safetensors first")
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if suffix != ".safetensors":
             raise InputError(f"{name} is neither a .safetensors file nor a folder", "pass a model in safetensors")
         if (path.parent / "sid.json").is_file():
             check_links(path.parent)
@@ -86,12 +109,35 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
         raise InputError(
             f"{name} holds neither model_index.json nor student/", "pass a diffusers folder, or a run folder that has finished"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/", "runs/")):
-        fetched = fetch(name, listener or Silence(), descriptions_only)
-        return Source(name, fetched.folder, f"hub:{fetched.repo}", fetched.revision, fetched.missing)
-    raise InputError(
-        f"no model {name!r}: not a folder, not a hub id, and not one of {', '.join(EMBEDDED)}", "check the spelling of the path"
-    )
+    raise InputError(f"{name} is neither a file nor a folder", "pass a model in safetensors")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path on this disk is OWNER/NAME[@REVISION] of the hub, rather than a misspelled path.
+
+    Without a revision it is a path if it ends as files do, or if OWNER is a folder here.
+    """
+    found = re.fullmatch(HUB_ID, name, re.ASCII)
+    is_path = name.lower().endswith(FILES) or name.startswith("runs/") or os.path.isdir(name.partition("/")[0])
+    return found is not None and (found["revision"] is not None or not is_path)
+
+
+def not_found(name: str, path: Path) -> InputError:
+    """The error for a path that is not there, with the nearest name beside it."""
+    if os.path.islink(path):
+        return InputError(f"{name} is a link to {os.readlink(path)}, which is not there", "check the link")
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir() if entry.exists())
+    except (OSError, ValueError):
+        beside = []
+    close = difflib.get_close_matches(path.name, beside if "/" in name else [*EMBEDDED, *beside], 1)
+    if close:
+        hint = f"did you mean {path.parent / close[0]}?"
+    elif re.fullmatch(HUB_ID, name, re.ASCII) and not name.lower().endswith(FILES) and not name.startswith("runs/"):
+        hint = f"check the path; a model of that name on the hub is {name}@main"
+    else:
+        hint = f"pass a path, OWNER/NAME of the hub, or one of {', '.join(EMBEDDED)}"
+    return InputError(f"no model {name!r}: there is no such file or folder", hint)
 
 
 def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
@@ -123,7 +169,10 @@ def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
 def fingerprint(source: Source) -> str:
     """Hex digest of what a model draws with: the content of the files that it is read from, wherever they lie."""
     if source.is_file:
-        return sha256(source.path)
+        yaml = source.path.with_suffix(".yaml")  # may say what the model predicts
+        return (
+            hashlib.sha256(f"{sha256(source.path)} {sha256(yaml)}".encode()).hexdigest() if yaml.is_file() else sha256(source.path)
+        )
     files: dict[str, Path] = {}
     for folder in (source.base, source.path):  # what `path` has itself goes before what it shares
         files |= {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()} if folder else {}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,29 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sidcli.compatibility import (
+    OTHER_COPY,
+    OTHER_MODEL,
+    SCHEDULE,
+    check_entries,
+    check_pipeline,
+    check_scale,
+    check_schedule,
+    check_scheduler_class,
+    shown,
+    whole,
+    wholes,
+)
 from sidcli.diffusion import Schedule
-from sidcli.errors import InputError, UsageError
+from sidcli.errors import InputError, UsageError, first_line
 from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
 from sidcli.files import read_json
 from sidcli.formats import single_file
-from sidcli.hub import WEIGHTS
+from sidcli.hub import PICKLES, PRECISIONS, WEIGHTS, Listener, Silence, check_weights, weights_by_variant
+from sidcli.rehearsal import rehearse
 from sidcli.sources import PARTS, Source, graph_format, read_card
+from sidcli.vocabulary import CLASSES as TOKENIZERS
+from sidcli.vocabulary import check_tokenizer, read_tokenizer
 
 LARGEST = 8192
 """Pixels on a side; more is a slip of the finger."""
@@ -51,7 +69,7 @@ class Overrides:
 STOCK = (None, "diffusers", "transformers", "stable_diffusion")
 """Where the classes of a pipeline may be from; diffusers has its safety checker under the last name."""
 DESCRIBED = ("config.json", "scheduler_config.json", "tokenizer_config.json")
-OWN_WORDS = {"vocab", "merges", "tokenizer_object"}
+OWN_WORDS = {"vocab", "merges", "tokenizer_object", "fast_tokenizer_files"}
 """Entries with which a tokenizer's description goes before the files beside it; they may be paths of any file."""
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError, RecursionError)
 
@@ -87,6 +105,8 @@ class Description(Known):
     empty_is_zero: bool
     size: tuple[int, int]
     """Height and width in pixels."""
+    tokenizers: tuple[CLIPTokenizer, ...]
+    """One for each text encoder."""
     file: single_file.SingleFile | None = None
 
     @property
@@ -153,22 +173,29 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub|PIL")
 
 
-def describe(source: Source, overrides: Overrides | None = None) -> Description:
-    """Read what describes a model. Raises InputError for what is not Stable Diffusion 1, 2 or XL, or brings code of its own."""
+def describe(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Description:
+    """Read what describes a model, and check that all its parts are there and fit together; no weight is read.
+
+    The listener is told what is assumed because nothing says it. Raises InputError for what is not Stable Diffusion 1, 2 or XL, brings
+    code of its own, or asks for what sid does not compute.
+    """
     try:
-        return _described(source, overrides or Overrides())
+        return _described(source, overrides or Overrides(), listener or Silence())
     except DAMAGE as error:  # an entry that is missing, of another type, or no size that a network can have
         raise InputError(
             f"the description of {source.name} is damaged: {type(error).__name__} {error}", "take another copy of the model"
         ) from error
 
 
-def _described(source: Source, wishes: Overrides) -> Description:
+def _described(source: Source, wishes: Overrides, listener: Listener) -> Description:
     if source.is_file:
         prediction = None if wishes.prediction_type == "auto" else wishes.prediction_type
         file = single_file.read(source.path, Path(wishes.model_config) if wishes.model_config else None, prediction)
+        if file.assumed:
+            listener.note(f"nothing says what {source.name} predicts: epsilon is assumed; --prediction-type v_prediction otherwise")
         networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), _card_in(file)
         empty_is_zero = bool(FAMILIES[file.family].pipeline.get("force_zeros_for_empty_prompt", False))
+        places = {name: f"{source.name}: the {single_file.TITLES[name]}" for name in networks}
     else:
         if graph_format(source.path):
             raise InputError(
@@ -177,51 +204,122 @@ def _described(source: Source, wishes: Overrides) -> Description:
         if wishes.model_config:
             raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
         file = None
-        networks, empty_is_zero = _read_folder(source)
-        scheduler_config, card = read_json(source.part("scheduler") / "scheduler_config.json"), read_card(source)
+        networks, scheduler_config, empty_is_zero = _read_folder(source)
+        card = read_card(source)
         if wishes.prediction_type != "auto":
             scheduler_config["prediction_type"] = wishes.prediction_type
-    channels, height, width = latent_shape(networks["unet"])
-    if channels != networks["vae"].get("latent_channels", 4):
-        raise InputError(
-            f"{source.name} takes {channels} channels in: an inpainting or editing model", "use a plain text-to-image model"
-        )
-    heard = networks["unet"].get("cross_attention_dim")
-    told = sum(networks[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2") if name in networks)
-    if heard != told:
-        raise InputError(
-            f"{source.name}: the UNet listens to text {heard} wide, its text encoders give {told}", "take another copy of the model"
-        )
-    size = _size(wishes, networks, height, width)
+        places = {name: str(source.part(name) / "config.json") for name in networks}
+    size = _size(wishes, networks, places)
+    _check_fit(source.name, networks, places)
     schedule = read_schedule(scheduler_config)
-    return Description(source, networks, scheduler_config, schedule, card, empty_is_zero, size, file)
+    texts = [name for name in networks if name.startswith("text_encoder")]
+    tokenizers = tuple(_tokenizer(source, file, name, networks[name], places[name]) for name in texts)
+    rehearse(networks, places, latent_shape(networks["unet"]), min(tokenizer.model_max_length for tokenizer in tokenizers))
+    return Description(source, networks, scheduler_config, schedule, card, empty_is_zero, size, tokenizers, file)
 
 
-def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The configurations of a diffusers folder's networks, and whether the empty prompt is zeros."""
+def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, Any], bool]:
+    """The configurations of a diffusers folder's networks and of its scheduler, and whether the empty prompt is zeros."""
     index = read_json(source.path / "model_index.json")
     kind = index.get("_class_name")
     if not isinstance(kind, str):
         raise InputError(f"{source.name} brings code of its own ({kind}), which is never run", "use a model of stock classes")
-    names = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
-    if not kind.startswith("StableDiffusion") or "transformer" in index or index.get("text_encoder", [None])[0] is None:
-        raise InputError(
-            f"{source.name} is a {kind}, which is not supported", "use a Stable Diffusion 1, 2 or XL text-to-image model"
-        )
+    texts = ["text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
+    names = ["unet", "vae", *texts]
     refuse_code(source, index)
+    check_pipeline(source.name, index, PARTS)
     networks = {}
     for name in names:
-        asked = index.get(name, [None, None])[-1]
-        if asked != CLASSES[name].__name__:
-            raise InputError(f"{source.name}: its {name} is a {asked}, not a {CLASSES[name].__name__}", "use a stock pipeline")
-        networks[name] = read_json(source.part(name) / "config.json")
+        asked, wanted = _class_of(source, index, name), CLASSES[name].__name__
+        if asked != wanted:
+            raise InputError(f"{source.name}: its {name} is a {asked}, not a {wanted}", "use a stock pipeline")
+        place = source.part(name) / "config.json"
+        networks[name] = read_json(place)
         if networks[name].get("_class_name", asked) != asked:
             raise InputError(
                 f"{source.name}: its {name} is a {networks[name]['_class_name']}, not a {asked}", "use a stock pipeline"
             )
         if "quantization_config" in networks[name]:
             raise InputError(f"{source.name}: its {name} is quantized", "use the model in half precision or better")
-    return networks, bool(index.get("force_zeros_for_empty_prompt", False)) and len(names) == 4
+        check_entries(name, str(place), networks[name])
+    for name in (text.replace("text_encoder", "tokenizer") for text in texts):
+        asked = _class_of(source, index, name)
+        if asked not in TOKENIZERS:
+            raise InputError(f"{source.name}: its {name} is a {asked}, not a CLIPTokenizer", OTHER_MODEL)
+    check_scheduler_class(source.name, asked := _class_of(source, index, "scheduler"))
+    place = source.part("scheduler") / "scheduler_config.json"
+    scheduler = {"_class_name": asked} | read_json(place)
+    check_scheduler_class(str(place), scheduler["_class_name"])
+    check_entries("scheduler", str(place), scheduler)
+    check_schedule(str(place), scheduler)
+    if not source.missing:
+        _check_files(source, names)
+    return networks, scheduler, bool(index.get("force_zeros_for_empty_prompt", False)) and len(texts) == 2
+
+
+def _class_of(source: Source, index: dict[str, Any], part: str) -> str:
+    """The class that model_index.json names for a part. Raises InputError where it names none."""
+    match index.get(part):
+        case [str(), str(found)]:
+            return found
+    raise InputError(f"{source.path / 'model_index.json'} names no {part}", OTHER_MODEL)
+
+
+def _check_files(source: Source, names: Sequence[str]) -> None:
+    """Raises InputError where a network's weights are missing or cannot be read. A folder without any weights describes a model, of
+    which a plan can be made."""
+    files = {name: [file.name for file in source.part(name).iterdir()] for name in names}
+    if not any(name.endswith((".safetensors", *PICKLES)) for found in files.values() for name in found):
+        return
+    for name in names:
+        check_weights(str(source.part(name)), name, files[name])
+        check_files(source.part(name))
+
+
+def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> None:
+    """Raises InputError where the networks of a model do not take what the others give."""
+    unet, vae, text = networks["unet"], networks["vae"], networks["text_encoder"]
+    channels = whole(unet, "in_channels", places["unet"])
+    latent = whole({"latent_channels": 4} | vae, "latent_channels", places["vae"])
+    if channels > latent:
+        raise InputError(f"{name} takes {channels} channels in: an inpainting or editing model", OTHER_MODEL)
+    if channels < latent:
+        raise InputError(f"{name}: the UNet takes latents of {channels} channels, its VAE gives {latent}", OTHER_COPY)
+    if unet.get("out_channels", 4) != channels:
+        raise InputError(
+            f"{places['unet']}: out_channels is {unet['out_channels']} where in_channels is {channels}: "
+            "a learned variance is an output that sid does not use",
+            OTHER_MODEL,
+        )
+    check_scale(places["vae"], vae)
+    if "sample_size" in vae and _sides(vae) is None:
+        raise InputError(f"{places['vae']}: sample_size is {shown(vae['sample_size'])}, which is no size of an image", OTHER_COPY)
+    second = networks.get("text_encoder_2")
+    told = whole(text, "hidden_size", places["text_encoder"])
+    if second:
+        told += whole(second, "hidden_size", places["text_encoder_2"])
+    heard = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
+    widths = set(heard) if isinstance(heard, list) else {heard}
+    if widths != {told}:
+        raise InputError(f"{name}: the UNet listens to text {heard} wide, its text encoders give {told}", OTHER_COPY)
+    added = unet.get("addition_embed_type") == "text_time"
+    if added != bool(second):
+        have = "has no text_encoder_2" if added else "has a text_encoder_2"
+        raise InputError(
+            f"{places['unet']}: addition_embed_type is {shown(unet.get('addition_embed_type'))}, but the model {have}", OTHER_COPY
+        )
+    if second:
+        pooled, each = (
+            whole(second, "projection_dim", places["text_encoder_2"]),
+            whole(unet, "addition_time_embed_dim", places["unet"]),
+        )
+        wanted = whole(unet, "projection_class_embeddings_input_dim", places["unet"])
+        if wanted != pooled + 6 * each:
+            raise InputError(
+                f"{places['unet']}: projection_class_embeddings_input_dim is {wanted}; prompt and image sizes give {pooled + 6 * each}"
+                + (": an aesthetic score is an input that sid cannot give" if wanted == pooled + 5 * each else ""),
+                OTHER_MODEL,
+            )
 
 
 def refuse_code(source: Source, index: dict[str, Any]) -> None:
@@ -250,10 +348,14 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
         raise InputError(f"{file} would change the weights beside it", "merge the adapter into the model, or remove it")
 
 
-def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], height: int, width: int) -> tuple[int, int]:
+def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
     """Height and width in pixels, as wished; then the UNet's configuration says so too."""
+    wholes(networks["vae"], "block_out_channels", places["vae"])
     factor = vae_factor(networks["vae"])
-    wanted = (wishes.height or height * factor, wishes.width or width * factor)
+    wanted = (wishes.height, wishes.width)
+    if not all(wanted):
+        height, width = _sample_size(networks["unet"], places["unet"])
+        wanted = (wishes.height or height * factor, wishes.width or width * factor)
     for name, side in zip(("height", "width"), wanted, strict=True):
         if not factor <= side <= LARGEST or side % factor:
             raise UsageError(f"--{name} must be a multiple of {factor} for this model, at most {LARGEST}, not {side}")
@@ -262,16 +364,35 @@ def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], height: int, w
     return wanted
 
 
-def load(source: Source, overrides: Overrides | None = None) -> Model:
+def _sample_size(config: dict[str, Any], place: str) -> tuple[int, int]:
+    """Height and width of a latent. Raises InputError where the description does not say them."""
+    sides, value = _sides(config), config.get("sample_size")
+    if sides is None:
+        raise InputError(
+            f"{place}: sample_size is {shown(value)}, which is no size to draw at", "pass --width and --height, in pixels"
+        )
+    if re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))) and type(value) is int and value < 64:
+        return 64, 64  # the first versions wrote another number, and stock pipelines correct it
+    return sides
+
+
+def _sides(config: dict[str, Any]) -> tuple[int, int] | None:
+    """The two sides that sample_size gives, None where it gives none."""
+    value = config.get("sample_size")
+    sides: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        return None
+    return sides[0], sides[1]
+
+
+def load(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Model:
     """Read a model found before. Raises InputError for what is not a Stable Diffusion 1, 2 or XL model in safetensors."""
-    known = describe(source, overrides)
+    known = describe(source, overrides, listener)
     try:
         nets = {name: _network(known, name) for name in known.networks}
-        tokenizers = [_tokenizer(known, name) for name in known.texts]
     except (*DAMAGE, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{source.name} is not a Stable Diffusion model in safetensors: {reason}", "see `sid distill --help`"
+            f"{source.name} is not a Stable Diffusion model in safetensors: {first_line(error)}", "see `sid distill --help`"
         ) from error
     for name, net in nets.items():
         check_finite(known, name, net)
@@ -282,7 +403,7 @@ def load(source: Source, overrides: Overrides | None = None) -> Model:
         nets["unet"],
         nets["vae"],
         tuple(nets[name] for name in known.texts),
-        tuple(tokenizers),
+        known.tokenizers,
         known.schedule,
         known.scheduler_config,
         known.card,
@@ -306,8 +427,8 @@ def _network(known: Description, name: str) -> Any:
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
     folder = known.source.part(name)
-    check_files(folder)
-    options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder)}
+    check_weights(str(folder), name, [file.name for file in folder.iterdir()])
+    options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder, name)}
     if name in known.texts:  # whose description may also choose an implementation, even one to be downloaded
         options |= {"config": text_config(known.networks[name]), "attn_implementation": "sdpa"}
     # The libraries would fill gaps with noise and leave over what does not fit, each with a warning.
@@ -348,18 +469,21 @@ def check_finite(known: Description, name: str, net: nn.Module) -> None:
             )
 
 
-def _tokenizer(known: Description, name: str) -> CLIPTokenizer:
+def _tokenizer(source: Source, file: single_file.SingleFile | None, name: str, config: dict[str, Any], place: str) -> CLIPTokenizer:
+    """The tokenizer of one text encoder. A single file carries none: those of the published models are CLIP's."""
     folder = name.replace("text_encoder", "tokenizer")
-    if known.file:
-        return clip_tokenizer(FAMILIES[known.file.family].tokenizers[folder]["pad_token"])
-    return CLIPTokenizer.from_pretrained(known.source.part(folder), local_files_only=True)
+    if file is None:
+        return read_tokenizer(source.part(folder), config, place)
+    tokenizer = clip_tokenizer(FAMILIES[file.family].tokenizers[folder]["pad_token"])
+    check_tokenizer(tokenizer, "CLIP's tokenizer", config, place)
+    return tokenizer
 
 
-def _stored(folder: Path) -> dict[str, Any]:
-    """How the libraries are to read a network's folder: safetensors alone, those of half precision where there are no others."""
-    names = [file.name for file in folder.glob("*.safetensors")]
-    variant = "fp16" if names and all(".fp16" in name for name in names) else None
-    return {"use_safetensors": True, "local_files_only": True, "variant": variant}
+def _stored(folder: Path, name: str) -> dict[str, Any]:
+    """How the libraries are to read a network's folder: safetensors alone, of the variant that is preferred of those there."""
+    variants = weights_by_variant(name, [file.name for file in folder.iterdir()])
+    variant = next(variant for variant in PRECISIONS if variant in variants)
+    return {"use_safetensors": True, "local_files_only": True, "variant": variant or None}
 
 
 def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
@@ -367,11 +491,12 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
     prediction = scheduler_config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
-    known = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
     try:
-        scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in known})
+        scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in SCHEDULE})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"the scheduler's description makes no schedule: {error}", "take another copy of the model") from error
+        raise InputError(f"the scheduler's description makes no schedule: {first_line(error)}", OTHER_COPY) from error
+    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # true of no NaN
+        raise InputError("the scheduler's description makes no schedule: betas must lie between 0 and 1", OTHER_COPY)
     schedule = Schedule.from_betas(scheduler.betas, prediction)
     if prediction == "epsilon" and schedule.abar[-1] == 0:
         raise InputError(

@@ -170,6 +170,9 @@ def test_descriptions_of_models(place: Path, data: st.DataObject) -> None:
         "unet/config.json",
         "vae/config.json",
         "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
         "sid.json",
     ]
     chosen = data.draw(st.sampled_from(names))
@@ -179,6 +182,19 @@ def test_descriptions_of_models(place: Path, data: st.DataObject) -> None:
         whole = (source / name).read_bytes()
         (folder / name).write_bytes(data.draw(broken(whole) | JSON.map(json.dumps).map(str.encode)) if name == chosen else whole)
     survives(lambda: describe(find(str(folder), Silence())))
+
+
+YAML = b'model:\n  params:\n    linear_start: 0.00085\n    parameterization: "v"\n    timesteps: 1000\n'
+
+
+@pytest.mark.check(24)
+@fuzzed
+@given(
+    broken(YAML) | st.text(max_size=200).map(str.encode) | JSON.map(lambda value: json.dumps({"model": {"params": value}}).encode())
+)
+def test_descriptions_beside_single_files(place: Path, content: bytes) -> None:
+    (place / "beside.yaml").write_bytes(content)
+    survives(lambda: single_file.in_yaml(place / "beside.safetensors", "sd1"))
 
 
 @fuzzed

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sidcli.hub import needed
+from sidcli.errors import InputError
+from sidcli.families import clip_tokenizer
+from sidcli.formats.diffusers_folder import save_tokenizer
+from sidcli.hub import check_weights, is_complete, needed
 from tests.hub_server import COMMIT, Hub, Trouble
 from tests.test_cli import sid
 
@@ -70,6 +73,81 @@ def test_a_dry_run_fetches_descriptions_and_lists_the_rest_and_sampling_fetches_
         again = fetch(hub, home, "someone/sd")
         assert again.returncode == 0 and f"commit {COMMIT[:12]}" in again.stderr
         assert len(hub.requests) == count, "a full cache asks nobody"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("unet/config.json",),
+        ("vae/diffusion_pytorch_model.safetensors",),
+        ("text_encoder/model.safetensors",),
+        ("scheduler/scheduler_config.json",),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
+        ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"),
+    ],
+)
+def test_a_copy_in_the_cache_without_a_part_is_not_complete(lost: tuple[str, ...], sd_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sd_folder, tmp_path / "copy"))
+    save_tokenizer(clip_tokenizer(), copy / "tokenizer")
+    assert is_complete(copy)
+    for name in lost:
+        (copy / name).unlink()
+    assert not is_complete(copy)
+    if len(lost) == 4:
+        (copy / "tokenizer").rmdir()
+        assert not is_complete(copy)
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_copy_in_the_cache_without_a_shard_is_not_complete(variant: str, sd_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sd_folder, tmp_path / "copy"))
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    shards = [f"diffusion_pytorch_model{variant}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard in shards:
+        shutil.copyfile(weights, weights.with_name(shard))
+    weights.unlink()
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    weights.with_name(f"diffusion_pytorch_model.safetensors.index{variant}.json").write_text(json.dumps(index))
+    assert is_complete(copy)
+    weights.with_name(shards[1]).unlink()
+    assert not is_complete(copy)
+
+
+def test_of_several_variants_the_plain_one_is_read_then_full_precision_then_half() -> None:
+    files = [f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp32", ".fp16", ".bf16", ".non_ema")]
+    for first in range(4):
+        assert needed(files[first:]) == [files[first]]
+    assert needed(files[4:]) == needed(["unet/model.safetensors", "text_encoder/diffusion_pytorch_model.safetensors"]) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ["model.non_ema.safetensors", "model.int8.safetensors"],
+            "text_encoder has only the variant int8 and non_ema of its weights",
+        ),
+        (["pytorch_model.bin", "config.json"], "text_encoder has no weights in safetensors, only pytorch_model.bin: a pickle"),
+        (["config.json", "diffusion_pytorch_model.safetensors"], "text_encoder has no weights in safetensors"),
+    ],
+)
+def test_weights_that_are_not_read_are_named(files: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_weights("text_encoder", "text_encoder", files)
+    check_weights("text_encoder", "text_encoder", [*files, "model.bf16.safetensors"])
+
+
+def test_a_repository_without_weights_that_are_read_is_refused_before_a_download(repository: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(repository, tmp_path / "other"))
+    (other / "vae" / "diffusion_pytorch_model.safetensors").rename(other / "vae" / "diffusion_pytorch_model.non_ema.safetensors")
+    with Hub({"someone/sd": other}).running() as hub:
+        refused = fetch(hub, tmp_path / "home", "someone/sd")
+        assert refused.returncode == 3 and "someone/sd: vae has only the variant non_ema" in refused.stderr, refused.stderr
+        assert not any("/resolve/" in request for request in hub.requests)
+        for impossible in ("a--b/c", "someone/-x", "someone/" + "x" * 100):
+            refused = fetch(hub, tmp_path / "home", impossible)
+            assert refused.returncode == 3 and "is no id that the hub could have" in refused.stderr, refused.stderr
 
 
 def test_an_id_that_left_the_hub_is_found_under_its_new_name_and_the_old_one_in_the_cache(repository: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import inspect
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Iterable
 from functools import cache
@@ -22,10 +23,11 @@ from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.families import FAMILIES, build, clip_tokenizer, describe
 from sidcli.formats import comfyui, ldm, single_file
 from sidcli.formats.single_file import read, write
+from sidcli.sources import find
+from sidcli.teachers import load
 from tests import tiny, tiny_families
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-STUDENT = Path(families.__file__).parent / "emoji" / "weights" / "student"
 TO_K = "transformer_blocks.0.attn2.to_k.weight"
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
@@ -134,12 +136,13 @@ def test_a_file_of_another_program_is_read_by_a_folder_of_descriptions(
 
 
 def test_the_shipped_student_survives_in_half_precision(tmp_path: Path) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(STUDENT, dtype=torch.float16)
-    found = read(save(tmp_path / "emoji.safetensors", pipe, {"sid.t_init": "625"}, torch.float16))
-    for name, network in networks(pipe).items():
+    model = load(find("emoji"))
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    write(tmp_path / "emoji.safetensors", parts, model.scheduler_config, {"sid.t_init": "625"}, torch.float16)
+    found = read(tmp_path / "emoji.safetensors")
+    for name, network in parts.items():
         tensors = found.tensors(name)
-        assert equal(tensors, network.state_dict())
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+        assert equal(tensors, {key: value.half() for key, value in network.state_dict().items()})
     assert found.metadata["sid.t_init"] == "625"
     assert found.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
 
@@ -226,7 +229,8 @@ def test_given_metadata_joins_the_header_and_replaces_its_entries(pipes: dict[st
 
 def test_the_header_tells_width_before_height(pipes: dict[str, Any], tmp_path: Path) -> None:
     unet = build("unet", {**pipes["sd1"].unet.config, "sample_size": [4, 8]})
-    write(tmp_path / "a.safetensors", networks(pipes["sd1"]) | {"unet": unet}, {}, {}, torch.float32)
+    scheduler = pipes["sd1"].scheduler.config
+    write(tmp_path / "a.safetensors", networks(pipes["sd1"]) | {"unet": unet}, scheduler, {}, torch.float32)
     assert header(tmp_path / "a.safetensors")["modelspec.resolution"] == "64x32"
     assert read(tmp_path / "a.safetensors").configs["unet"]["sample_size"] == [4, 8]
 
@@ -323,7 +327,108 @@ def test_a_file_that_contradicts_the_given_descriptions_is_refused_until_someone
     assert read(path, folders["sdxl"], "v_prediction").scheduler_config["prediction_type"] == "v_prediction"
 
 
+LDM = "model: {params: {linear_start: 0.00085, linear_end: 0.0120, timesteps: 1000, scale_factor: 0.18215, EXTRA}}"
+SGM = (
+    "model: {params: {scale_factor: 0.13025, denoiser_config: {params: {scaling_config: "
+    "{target: sgm.modules.diffusionmodules.denoiser_scaling.EXTRA}}}}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "predicted"),
+    [
+        ("sd1", LDM.replace("EXTRA", 'parameterization: "v"'), "v_prediction"),
+        ("sd1", LDM.replace(", EXTRA", ""), "epsilon"),
+        ("sd2", LDM.replace("EXTRA", "parameterization: v"), "v_prediction"),
+        ("sd2", LDM.replace("EXTRA", "parameterization: eps"), "epsilon"),
+        ("sdxl", SGM.replace("EXTRA", "VScaling"), "v_prediction"),
+        ("sdxl", SGM.replace("EXTRA", "EpsScaling"), "epsilon"),
+    ],
+)
+def test_the_description_beside_a_file_says_what_it_predicts(family: str, content: str, predicted: str, tmp_path: Path) -> None:
+    path = full(family, tmp_path / "model.v1.safetensors")
+    (tmp_path / "model.v1.yaml").write_text(content)
+    found = read(path)
+    assert found.scheduler_config["prediction_type"] == predicted and not found.assumed
+    assert read(path, prediction="epsilon").scheduler_config["prediction_type"] == "epsilon"
+
+
+def test_epsilon_is_assumed_only_where_nothing_says_it(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    assert read(full("sd1", path)).assumed and read(full("sdxl", path)).assumed
+    (tmp_path / "a.yaml").write_text("title: notes about something else")
+    assert read(path).assumed
+    assert not read(path, prediction="epsilon").assumed
+    assert not read(full("sd1", path, metadata={"modelspec.prediction_type": "epsilon"})).assumed
+    assert not read(full("sdxl", path, ["v_pred"])).assumed
+    assert not read(files["sd1"]).assumed
+
+
+def test_the_notes_of_trainers_count_too(tmp_path: Path) -> None:
+    path = full("sd2", tmp_path / "a.safetensors", metadata={"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"})
+    found = read(path).scheduler_config
+    assert found["prediction_type"] == "v_prediction" and found["rescale_betas_zero_snr"]
+    full("sd2", path, metadata={"ss_v_parameterization": "False"})
+    assert read(path).scheduler_config["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (LDM.replace("EXTRA", "parameterization: x0"), "says that the model predicts 'x0', which is not supported"),
+        (SGM.replace("EXTRA", "EDMScaling"), "says that the model predicts 'EDMScaling', which is not supported"),
+        (LDM.replace("0.0120", "0.02").replace(", EXTRA", ""), "linear_end is 0.02, not the 0.012 of Stable Diffusion 1"),
+        (LDM.replace("0.18215", "1").replace(", EXTRA", ""), "scale_factor is 1, not the 0.18215"),
+        ("model: {params: [", "a.yaml is damaged"),
+        ("a: !!python/object/apply:os.system ['touch canary']", "a.yaml is damaged: could not determine a constructor"),
+        ("[" * 10_000, "a.yaml is damaged"),
+        ("a: " + "x" * 70_000, "a.yaml cannot be read"),
+        (LDM.replace("EXTRA", "parameterization: v"), "predicts epsilon, the .yaml beside it says v_prediction"),
+    ],
+    ids=range(9),
+)
+def test_a_description_beside_a_file_that_does_not_fit_it_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    path = full("sd1", tmp_path / "a.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
+    (tmp_path / "a.yaml").write_text(content)
+    assert said in refusal(path)
+    assert read(path, prediction="v_prediction").scheduler_config["prediction_type"] == "v_prediction"
+
+
+def test_the_marker_goes_before_the_description_beside_a_file(tmp_path: Path) -> None:
+    path = full("sd1", tmp_path / "a.safetensors", ["v_pred"])
+    (tmp_path / "a.yaml").write_text(LDM.replace(", EXTRA", ""))
+    assert read(path).scheduler_config["prediction_type"] == "v_prediction"
+
+
+def test_the_zero_snr_marker_also_changes_a_described_schedule(
+    files: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    path = changed(files["sd2"], tmp_path / "a.safetensors", add=markers)
+    assert read(path, folders["sd2"]).scheduler_config["rescale_betas_zero_snr"]
+
+
+def test_descriptions_that_are_not_computed_are_refused_from_a_folder_and_from_a_header(
+    files: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads(header(files["sd1"])["sid.config"])
+    config["scheduler"]["use_flow_sigmas"] = True
+    path = changed(files["sd1"], tmp_path / "a.safetensors", metadata={"sid.config": json.dumps(config)})
+    assert f"the header of {path}: scheduler: use_flow_sigmas is true" in refusal(path)
+    folder = Path(shutil.copytree(folders["sd1"], tmp_path / "described", ignore=shutil.ignore_patterns("*.safetensors")))
+    text = folder / "text_encoder" / "config.json"
+    text.write_text(json.dumps(json.loads(text.read_text()) | {"use_attention_mask": True}))
+    assert f"{text}: use_attention_mask is true" in refusal(changed(files["sd1"], path), config=folder)
+
+
 # what is refused
+
+
+def test_a_header_that_is_only_long_is_not_called_a_broken_download(files: dict[str, Path], tmp_path: Path) -> None:
+    notes = {"training": "x" * single_file.MAX_HEADER}
+    path = changed(files["sd1"], tmp_path / "a.safetensors", metadata=notes)
+    message = refusal(path)
+    assert "has a header of 8.5 MB; 8.4 MB are read -> save the model again without" in message
 
 
 @pytest.mark.check(24)

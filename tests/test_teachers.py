@@ -32,11 +32,11 @@ def change(file: Path, **entries: object) -> None:
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, "brings code of its own"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline, which is not supported"),
         ("model_index.json", {"unet": ["diffusers", "MyUNet"]}, "its unet is a MyUNet, not a UNet2DConditionModel"),
-        ("model_index.json", {"text_encoder": [None, None]}, "not supported"),
+        ("model_index.json", {"text_encoder": [None, None]}, "names no text_encoder"),
         ("unet/config.json", {"auto_map": {"AutoModel": "mine.Model"}}, "brings code of its own"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels in: an inpainting or editing model"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample' is not supported"),
-        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "makes no schedule"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, 'beta_start is "x"; it must be a number'),
         ("unet/config.json", {"cross_attention_dim": 64}, "listens to text 64 wide, its text encoders give 32"),
     ],
 )

@@ -69,6 +69,7 @@ def write_sd15_configs(folder: Path) -> Path:
     clip_tokenizer().save_pretrained(folder / "tokenizer")
     PNDMScheduler(**SD15_SCHEDULER).save_pretrained(folder / "scheduler")
     stock = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    stock |= {"tokenizer": "CLIPTokenizer", "scheduler": "PNDMScheduler"}
     index = {"_class_name": "StableDiffusionPipeline"} | {name: ["diffusers", kind] for name, kind in stock.items()}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

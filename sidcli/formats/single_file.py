@@ -9,24 +9,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sidcli.errors import InputError
+from sidcli.compatibility import check_entries, check_schedule, check_scheduler_class
+from sidcli.errors import InputError, first_line
 from sidcli.families import FAMILIES, TEXT_KEYS, build, describe, family_of
-from sidcli.files import atomic_file, read_json, save_tensors
+from sidcli.files import atomic_file, read_bytes, read_json, save_tensors
 from sidcli.formats.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
 from sidcli.sources import check_links
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 """What headers call the prediction -> what schedulers call it."""
+SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
+"""The same by the classes that a .yaml of SDXL's original code names."""
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
     ("sd1", "v_prediction"): "stable-diffusion-v1",
@@ -55,6 +59,8 @@ WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Channels of the text that a UNet reads -> the published family."""
 MAX_HEADER = 1 << 23
 """Bytes; the library, which allows 100 MB, builds ten times as much of it. SDXL's has 0.4 MB, training notes may take a few more."""
+MAX_YAML = 1 << 16
+"""Bytes of a .yaml beside a file; the published ones have 4 kB."""
 SPARE = re.compile(
     r"(^|\.)(position_ids|text_projection|logit_scale|attn_mask)(\.|$)"
     r"|^(vision_model|visual_projection|transformer\.resblocks|loss|model_ema)\."
@@ -67,6 +73,7 @@ FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
 """A tensor that shows that a component is there; of text encoders it is the token embedding."""
 
 WANTED = "pass a whole checkpoint of Stable Diffusion 1, 2 or XL, or a diffusers folder"
+DECIDE = "pass --prediction-type epsilon or --prediction-type v_prediction"
 VARIANT = "if it is a variant of this architecture, pass a diffusers folder with its descriptions"
 
 Description = tuple[dict[str, dict[str, Any]], dict[str, Any]]
@@ -83,6 +90,8 @@ class SingleFile:
     scheduler_config: dict[str, Any]
     metadata: dict[str, str]
     prefixes: dict[str, str]
+    assumed: bool = False
+    """Whether epsilon is assumed, because nothing says what the model predicts."""
 
     def tensors(self, component: str) -> dict[str, Tensor]:
         """For `families.build(component, configs[component]).load_state_dict`: all its names and shapes, in the file's precision.
@@ -117,8 +126,14 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if header > size - 8:
+            raise InputError(f"{path} is not a whole safetensors file: its header would have {header} bytes, it has {size}", hint)
         if header > MAX_HEADER:
-            raise InputError(f"{path} is not a whole safetensors file: its header would have {header} bytes", hint)
+            raise InputError(
+                f"{path} has a header of {header / 1e6:.1f} MB; {MAX_HEADER / 1e6:.1f} MB are read",
+                "save the model again without the notes of its training",
+            )
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
@@ -157,14 +172,18 @@ def read(path: Path, config: Path | None = None, prediction: str | None = None) 
     described = from_folder(config) if config else from_header(path, metadata)
     family = family_of(described[0]["unet"]) if described else by_width(path, shapes)
     prefixes = prefixes_in(path, family, shapes)
+    said = prediction or announced(path, family, shapes, metadata)
+    zero_snr = "ztsnr" in shapes or metadata.get("ss_zero_terminal_snr") == "True"
     if described:
         configs, scheduler = described
-        scheduler |= {"prediction_type": settled(path, scheduler.get("prediction_type", "epsilon"), prediction, shapes, metadata)}
+        scheduler |= {"prediction_type": settled(path, scheduler.get("prediction_type", "epsilon"), prediction, said)}
+        if zero_snr and scheduler["prediction_type"] == "v_prediction":
+            scheduler |= {"rescale_betas_zero_snr": True}
     else:
-        prediction = prediction or announced(shapes, metadata) or default_prediction(path, family)
-        published = describe(family, prediction, prediction == "v_prediction" and "ztsnr" in shapes)
+        predicted = said or default_prediction(path, family)
+        published = describe(family, predicted, predicted == "v_prediction" and zero_snr)
         configs, scheduler = published.components, published.scheduler
-    found = SingleFile(path, family, configs, scheduler, metadata, prefixes)
+    found = SingleFile(path, family, configs, scheduler, metadata, prefixes, assumed=not (described or said))
     for component in configs:
         check(found, component)
     return found
@@ -210,25 +229,70 @@ def prefixes_in(path: Path, family: str, names: Iterable[str]) -> dict[str, str]
     return prefixes
 
 
-def announced(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """The prediction by marker tensor, else by header: programs act on the marker, while headers survive merges that outdate them."""
+def announced(path: Path, family: str, names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """The prediction by marker tensor, else by the .yaml beside the file or by header; None where nothing says.
+
+    Programs act on the marker, while headers survive merges that outdate them. Raises InputError where .yaml and header disagree.
+    """
     if "v_pred" in names:
         return "v_prediction"
+    beside, header = in_yaml(path, family), in_header(metadata)
+    if beside and header and beside != header:
+        raise InputError(f"{path} says that it predicts {header}, the .yaml beside it says {beside}", DECIDE)
+    return beside or header
+
+
+def in_header(metadata: Mapping[str, str]) -> str | None:
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if metadata.get(key) in PREDICTIONS:
             return PREDICTIONS[metadata[key]]
+    trained = {"True": "v_prediction", "False": "epsilon"}.get(metadata.get("ss_v_parameterization", ""))
+    if trained:
+        return trained
     architecture = metadata.get("modelspec.architecture")
     return next((kind for (family, kind), name in ARCHITECTURES.items() if family == "sd2" and name == architecture), None)
 
 
-def settled(path: Path, described: str, asked: str | None, names: Iterable[str], metadata: Mapping[str, str]) -> str:
+def in_yaml(path: Path, family: str) -> str | None:
+    """The prediction by the description of the original code that programs look for beside a checkpoint, NAME.yaml.
+
+    None where there is no such description. Raises InputError for one that cannot be read, or that describes another diffusion.
+    """
+    file = path.with_suffix(".yaml")
+    if not file.exists():
+        return None
+    try:
+        content = yaml.safe_load(read_bytes(file, MAX_YAML))
+        params = content["model"]["params"]
+        scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target")
+        found = str(scaling).rpartition(".")[2] if scaling else str(params.get("parameterization", "eps"))
+        schedule = {key: float(params[key]) for key in ("linear_start", "linear_end", "timesteps", "scale_factor") if key in params}
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}", DECIDE) from error
+    except (KeyError, TypeError, AttributeError):  # a description of something else
+        return None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{file} is damaged: {first_line(error)}", DECIDE) from error
+    predicted = (SCALINGS if scaling else PREDICTIONS).get(found)
+    if predicted is None:
+        raise InputError(f"{file} says that the model predicts {found!r}, which is not supported", WANTED)
+    published = FAMILIES[family]
+    own = {
+        "linear_start": published.scheduler["beta_start"],
+        "linear_end": published.scheduler["beta_end"],
+        "timesteps": published.scheduler["num_train_timesteps"],
+        "scale_factor": published.components["vae"]["scaling_factor"],
+    }
+    for key, value in schedule.items():
+        if value != own[key]:
+            raise InputError(f"{file}: {key} is {value:g}, not the {own[key]:g} of {published.title}", VARIANT)
+    return predicted
+
+
+def settled(path: Path, described: str, asked: str | None, said: str | None) -> str:
     """The prediction of a described file. Raises InputError where the file contradicts the description and nobody decides."""
-    own = announced(names, metadata)
-    if asked is None and own is not None and own != described:
-        raise InputError(
-            f"{path} says that it predicts {own}, its description says {described}",
-            "pass --prediction-type epsilon or --prediction-type v_prediction",
-        )
+    if asked is None and said is not None and said != described:
+        raise InputError(f"{path} says that it predicts {said}, its description says {described}", DECIDE)
     return asked or described
 
 
@@ -237,7 +301,7 @@ def default_prediction(path: Path, family: str) -> str:
         raise InputError(
             f"{path} is Stable Diffusion 2, whose models of 512 pixels predict epsilon and whose models of 768 pixels predict v; "
             "their tensors are alike, and nothing in the file says which it is",
-            "pass --prediction-type epsilon or --prediction-type v_prediction",
+            DECIDE,
         )
     return "epsilon"
 
@@ -274,14 +338,18 @@ def trimmed(shape: Sequence[int]) -> list[int]:
 
 
 def from_folder(folder: Path) -> Description:
-    """The descriptions in the JSON files of a diffusers folder. Raises InputError where one is missing, or a link out of it."""
+    """The descriptions in the JSON files of a diffusers folder. Raises InputError where one is missing or describes what cannot be
+    computed, or where there is a link out of the folder."""
     check_links(folder)
 
-    def content(name: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(folder / name / file, "pass a diffusers folder of the same architecture")
+    def place(name: str) -> Path:
+        return folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
 
-    components = PREFIXES[family_of(content("unet"))]
-    return {name: settings(name, content(name)) for name in components}, content("scheduler", "scheduler_config.json")
+    def content(name: str) -> dict[str, Any]:
+        return read_json(place(name), "pass a diffusers folder of the same architecture")
+
+    components = {name: content(name) for name in PREFIXES[family_of(content("unet"))]}
+    return checked(components, content("scheduler"), lambda name: str(place(name)))
 
 
 def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
@@ -290,10 +358,21 @@ def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
         return None
     try:
         found = json.loads(metadata["sid.config"])
-        components = PREFIXES[family_of(found["unet"])]
-        return {name: settings(name, found[name]) for name in components}, dict(found["scheduler"])
+        components = {name: dict(found[name]) for name in PREFIXES[family_of(found["unet"])]}
+        scheduler = dict(found["scheduler"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the header of {path} is damaged: sid.config describes no model", VARIANT) from error
+    return checked(components, scheduler, lambda name: f"the header of {path}: {name}")
+
+
+def checked(components: Mapping[str, dict[str, Any]], scheduler: dict[str, Any], place: Callable[[str], str]) -> Description:
+    """Raises InputError, naming the entry, for descriptions that cannot be computed."""
+    for name, config in components.items():
+        check_entries(name, place(name), config)
+    check_scheduler_class(place("scheduler"), scheduler.get("_class_name", "DDIMScheduler"))
+    check_entries("scheduler", place("scheduler"), scheduler)
+    check_schedule(place("scheduler"), scheduler)
+    return {name: settings(name, config) for name, config in components.items()}, scheduler
 
 
 def settings(component: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""Which entries of a model's JSON files sid computes as stock diffusers does. Everything else that changes the result is refused by name.
+
+Three kinds of entries pass: those that the networks' own classes carry out when they are built from the description; those that only
+choose how diffusers samples, since sid samples by DDIM; and those of REQUIRED at a value at which they do nothing. An entry that the
+installed diffusers knows and this file does not passes at its default value only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sidcli.errors import InputError
+
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
+"""Pipelines whose parts draw from text alone; those with more channels than a latent are refused for these channels."""
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of these pipelines that have no influence on an image drawn from text."""
+SCHEDULERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers for models of the discrete variance-preserving diffusion with betas; they differ in how they sample."""
+
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""Entries of a scheduler's description that make the noise schedule."""
+# fmt: off
+BUILT: dict[str, frozenset[str]] = {
+    "unet": frozenset({
+        "sample_size", "in_channels", "out_channels", "center_input_sample", "flip_sin_to_cos", "freq_shift", "down_block_types",
+        "mid_block_type", "up_block_types", "only_cross_attention", "block_out_channels", "layers_per_block",
+        "downsample_padding", "mid_block_scale_factor", "dropout", "act_fn", "norm_num_groups", "norm_eps",
+        "cross_attention_dim", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "encoder_hid_dim",
+        "attention_head_dim", "use_linear_projection", "addition_time_embed_dim", "upcast_attention", "resnet_time_scale_shift",
+        "resnet_skip_time_act", "resnet_out_scale_factor", "time_embedding_type", "time_embedding_dim", "time_embedding_act_fn",
+        "timestep_post_act", "conv_in_kernel", "conv_out_kernel", "projection_class_embeddings_input_dim",
+        "mid_block_only_cross_attention", "cross_attention_norm", "addition_embed_type_num_heads",
+    }),
+    "vae": frozenset({
+        "in_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn",
+        "latent_channels", "norm_num_groups", "sample_size", "scaling_factor", "force_upcast", "use_quant_conv",
+        "use_post_quant_conv", "mid_block_add_attention",
+    }),
+    # What diffusers samples by, which sid does its own way; the schedule and the prediction are used.
+    "scheduler": frozenset({
+        *SCHEDULE,
+        "prediction_type", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "clip_sample", "clip_sample_range",
+        "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "solver_order", "algorithm_type",
+        "solver_type", "solver_p", "lower_order_final", "euler_at_final", "final_sigmas_type", "use_karras_sigmas",
+        "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "flow_shift", "time_shift_type", "lambda_min_clipped",
+        "interpolation_type", "sigma_min", "sigma_max", "original_inference_steps", "timestep_scaling", "predict_x0",
+        "disable_corrector", "predictor_order", "corrector_order", "tau_func", "noise_sampler_seed",
+    }),
+}
+# fmt: on
+"""Component -> entries that may have any value that its class accepts."""
+
+MAX_TIMESTEPS = 100_000
+BETAS: dict[str, tuple[tuple[type, ...], str]] = {
+    "beta_schedule": ((str,), "name"),
+    "beta_start": ((int, float), "number"),
+    "beta_end": ((int, float), "number"),
+}
+
+LAYERS = {
+    "num_hidden_layers": 100,
+    "layers_per_block": 10,
+    "transformer_layers_per_block": 40,
+    "reverse_transformer_layers_per_block": 40,
+}
+"""Three times what the largest published network has: a number with a digit too many would take all memory."""
+LEVELS = 16
+"""Values in a list; published networks have four levels."""
+
+LABELS = "class labels are an input that sid cannot give"
+EMBEDDINGS = "image embeddings are an input that sid cannot give"
+FLOW = "flow matching is not the diffusion that is distilled here"
+STATISTICS = "latents are only scaled by scaling_factor"
+REQUIRED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "unet": {
+        "class_embed_type": ((None,), LABELS),
+        "num_class_embeds": ((None,), LABELS),
+        "class_embeddings_concat": ((False, None), LABELS),
+        "addition_embed_type": ((None, "text", "text_time"), EMBEDDINGS),
+        "encoder_hid_dim_type": ((None, "text_proj"), EMBEDDINGS),
+        "dual_cross_attention": ((False, None), EMBEDDINGS),
+        "attention_type": (("default", None), "boxes and phrases are inputs that sid cannot give"),
+        "time_cond_proj_dim": ((None,), "the guidance scale is an input of a guidance-distilled model, which sid cannot give"),
+        "num_attention_heads": ((None,), "diffusers builds no such UNet"),
+    },
+    "vae": {
+        "out_channels": ((3,), "sid draws RGB images"),
+        "latents_mean": ((None,), STATISTICS),
+        "latents_std": ((None,), STATISTICS),
+        "shift_factor": ((None, 0), STATISTICS),
+    },
+    "text_encoder": {
+        "model_type": (("clip_text_model", None), "the text encoder of this family is CLIP's"),
+        "use_attention_mask": ((False, None), "prompts are encoded without an attention mask"),
+    },
+    "scheduler": {
+        "use_flow_sigmas": ((False, None), FLOW),
+        "use_dynamic_shifting": ((False, None), FLOW),
+        "shift_terminal": ((None,), FLOW),
+        "timestep_type": (("discrete", None), "the timesteps of sid are discrete"),
+        "variance_type": (
+            (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+            "a learned variance is an output that sid does not use",
+        ),
+    },
+}
+"""Component -> entry -> the values that sid can compute, and why no others."""
+
+OTHER_MODEL = "use a Stable Diffusion 1, 2 or XL model that draws from text alone"
+OTHER_COPY = "take another copy of the model"
+
+
+def check_pipeline(name: str, index: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Raises InputError where model_index.json asks for another pipeline, or for a part besides `parts` that changes the image."""
+    if index["_class_name"] not in PIPELINES:
+        raise InputError(f"{name} is a {index['_class_name']}, which is not supported", OTHER_MODEL)
+    for part, entry in index.items():
+        if part not in (*parts, *UNUSED_PARTS) and isinstance(entry, list) and entry and entry[-1] is not None:
+            raise InputError(f"{name} has a part that sid cannot use: {part}, a {entry[-1]}", OTHER_MODEL)
+
+
+def check_scheduler_class(name: str, found: Any) -> None:
+    if found not in SCHEDULERS:
+        reason = f": {FLOW}" if "Flow" in str(found) else ""
+        raise InputError(
+            f"{name}: the scheduler {shown(found)} is not supported{reason}",
+            "use a model for DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and the like: a diffusion of discrete timesteps with betas",
+        )
+
+
+def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None:
+    """Raises InputError for the first entry of one component's description that sid would not carry out; `place` names the file."""
+    kind = "text_encoder" if component.startswith("text_encoder") else component
+    for entry, (allowed, reason) in REQUIRED[kind].items():
+        if entry in config and not any(config[entry] is value or config[entry] == value for value in allowed):
+            raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported: {reason}", OTHER_MODEL)
+    for entry, most in LAYERS.items():
+        if any(type(number) is int and number > most for number in flat(config.get(entry))):
+            raise InputError(f"{place}: {entry} is {shown(config[entry])}; {most} layers at most are built", OTHER_COPY)
+    for entry in BUILT.get(kind, ()):
+        if entry != "trained_betas" and isinstance(config.get(entry), list) and len(config[entry]) > LEVELS:
+            raise InputError(f"{place}: {entry} has {len(config[entry])} values, {LEVELS} at most are read", OTHER_COPY)
+    if kind == "text_encoder":  # of which only families.TEXT_KEYS are read
+        return
+    for entry, default in defaults(component, config).items():
+        known = entry in BUILT[kind] or entry in REQUIRED[kind]
+        if not known and config.get(entry, default) not in (default, list(default) if isinstance(default, tuple) else default):
+            raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported", OTHER_MODEL)
+
+
+def flat(value: Any) -> list[Any]:
+    """A value, or what lists in each other hold."""
+    return [one for inner in value for one in flat(inner)] if isinstance(value, list | tuple) else [value]
+
+
+def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries that diffusers knows of a component's description, with their default values."""
+    import diffusers
+
+    names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": config.get("_class_name", "DDIMScheduler")}
+    parameters = inspect.signature(getattr(diffusers, names[component]).__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not inspect.Parameter.empty}
+
+
+def check_schedule(place: str, config: Mapping[str, Any]) -> None:
+    """Raises InputError where the noise schedule is left to the defaults of a library, which are those of no Stable Diffusion."""
+    steps, betas = whole({"num_train_timesteps": 1000} | dict(config), "num_train_timesteps", place), config.get("trained_betas")
+    if steps > MAX_TIMESTEPS:
+        raise InputError(f"{place}: num_train_timesteps is {steps}, more than {MAX_TIMESTEPS}", OTHER_COPY)
+    if betas is not None:
+        if not isinstance(betas, list) or len(betas) != steps:
+            raise InputError(f"{place}: trained_betas is no list of {steps} numbers, one a timestep", OTHER_COPY)
+        return
+    for entry, (kinds, what) in BETAS.items():
+        if config.get(entry) is None:
+            raise InputError(f"{place}: {entry} is missing: nothing says which noise the model was trained with", OTHER_COPY)
+        if not isinstance(config[entry], kinds):
+            raise InputError(f"{place}: {entry} is {shown(config[entry])}; it must be a {what}", OTHER_COPY)
+
+
+def whole(config: Mapping[str, Any], entry: str, place: str) -> int:
+    """A positive whole number. Raises InputError, naming the entry, for anything else."""
+    value = config.get(entry)
+    if type(value) is not int or value < 1:
+        found = f"{entry} is {shown(value)}" if entry in config else f"{entry} is missing"
+        raise InputError(f"{place}: {found}; it must be a positive whole number", OTHER_COPY)
+    return value
+
+
+def wholes(config: Mapping[str, Any], entry: str, place: str) -> list[int]:
+    """A list of positive whole numbers. Raises InputError, naming the entry, for anything else."""
+    value = config.get(entry)
+    if not isinstance(value, list | tuple) or not value or not all(type(one) is int and one > 0 for one in value):
+        found = f"{entry} is {shown(value)}" if entry in config else f"{entry} is missing"
+        raise InputError(f"{place}: {found}; it must be a list of positive whole numbers", OTHER_COPY)
+    return list(value)
+
+
+def shown(value: Any) -> str:
+    """A value as the JSON file has it, cut to a few words."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_scale(place: str, config: Mapping[str, Any]) -> None:
+    value = config.get("scaling_factor", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{place}: scaling_factor is {shown(value)}; it must be a positive number", OTHER_COPY)

@@ -1,0 +1,90 @@
+"""The tokenizer of a diffusers folder, checked against the text encoder that reads its tokens.
+
+The library puts an empty vocabulary in the place of one that is not there, and takes any other: then every prompt draws the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer
+
+from sidcli.compatibility import OTHER_COPY, OTHER_MODEL, shown, whole
+from sidcli.errors import InputError, first_line
+from sidcli.families import MAX_TOKENS
+from sidcli.files import read_json
+from sidcli.hub import has_vocabulary
+
+CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+UNSPECIFIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of a tokenizer_config.json that leave it to model_index.json which tokenizer it is."""
+PADDING = 128
+"""A text encoder may have fewer rows than this without a token: sizes are rounded up to multiples of up to 128."""
+LETTERS = 512
+"""Tokens of one byte in CLIP's encoding: each byte inside a word and at its end."""
+PUBLISHED_MARKS = {"bos_token_id": 0, "eos_token_id": 2}
+"""Ids of the begin and end marks in the published descriptions of CLIP's text encoders, which are wrong; transformers knows them."""
+
+
+def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str) -> CLIPTokenizer:
+    """The tokenizer in a folder, cut to the length that the text encoder reads.
+
+    `text_place` names the text encoder's description in errors. Raises InputError where files are missing or damaged, or where it is
+    no tokenizer of CLIP or not the one of this text encoder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: the model has no tokenizer", OTHER_COPY)
+    files = {file.name for file in folder.iterdir() if file.exists()}
+    if "tokenizer_config.json" in files:
+        settings = read_json(folder / "tokenizer_config.json")
+        found, length = settings.get("tokenizer_class"), settings.get("model_max_length", MAX_TOKENS)
+        if found not in CLASSES and found not in UNSPECIFIC:
+            raise InputError(f"{folder} holds a {found}, not a CLIPTokenizer", OTHER_MODEL)
+        if not isinstance(length, int | float) or not length >= 3:
+            raise InputError(f"{folder}: model_max_length is {shown(length)}; it must be a number of tokens", OTHER_COPY)
+    if not has_vocabulary(files):
+        raise InputError(f"{folder} has no vocabulary: neither tokenizer.json nor both vocab.json and merges.txt", OTHER_COPY)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        check_merges(tokenizer, str(folder))
+        check_tokenizer(tokenizer, str(folder), text_config, text_place)
+    except InputError:
+        raise
+    except Exception as error:  # libraries answer a stranger's file with any kind of error
+        raise InputError(f"{folder} holds no tokenizer of CLIP: {first_line(error)}", OTHER_COPY) from error
+    return tokenizer
+
+
+def check_merges(tokenizer: Any, place: str) -> None:
+    """Raises InputError where merges are missing, so that words fall apart into letters.
+
+    The tokens of a byte-pair vocabulary are letters, pairs of tokens, one for each merge, and tokens added whole.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise InputError(f"{place} holds a {model['type']} tokenizer, not the byte-pair encoding of CLIP", OTHER_COPY)
+    lost = len(model["vocab"]) - LETTERS - len(content["added_tokens"]) - len(model["merges"])
+    if lost > len(model["vocab"]) / 100:
+        raise InputError(f"{place} lacks merges: no merge makes {lost} of its {len(model['vocab'])} tokens", OTHER_COPY)
+
+
+def check_tokenizer(tokenizer: Any, place: str, text_config: Mapping[str, Any], text_place: str) -> None:
+    """Raises InputError where tokens, marks or length are not those that the text encoder was made for; sets the length to what both
+    can do."""
+    words, rows = tokenizer.get_vocab(), whole(text_config, "vocab_size", text_place)
+    last = max(words, key=words.__getitem__)
+    if words[last] >= rows:
+        raise InputError(f"{place} has a token {last!r} with the id {words[last]}; {text_place} has vocab_size {rows}", OTHER_COPY)
+    if len(words) <= rows - PADDING:
+        raise InputError(f"{place} has {len(words)} tokens; {text_place} has vocab_size {rows}", OTHER_COPY)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if tokenizer("").input_ids != [begin, end]:
+        raise InputError(f"{place} does not put its begin and end marks around a prompt", OTHER_COPY)
+    for entry, mark in {"bos_token_id": begin, "eos_token_id": end}.items():
+        if text_config.get(entry) not in (None, mark, PUBLISHED_MARKS[entry]):
+            raise InputError(f"{place} has the mark {mark}; {text_place} has {entry} {shown(text_config[entry])}", OTHER_COPY)
+    tokenizer.model_max_length = int(min(tokenizer.model_max_length, whole(text_config, "max_position_embeddings", text_place)))
