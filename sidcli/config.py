@@ -79,7 +79,7 @@ class DistillConfig:
     fake_updates: int = 1
     """Updates of the fake score for each one of the generator."""
     optimizer: str = "adam"
-    """adam: float32 second moments; adam8bit: 8-bit state, needs the extra `8bit`."""
+    """adam: float32 second moments; adam8bit: 8-bit state, needs the library bitsandbytes."""
     fake_lora: int = 0
     """Rank of a LoRA fake score that shares the frozen teacher's weights; 0 trains a full copy."""
     precision: str = "auto"

@@ -141,7 +141,7 @@ class Engine:
         try:
             from bitsandbytes.optim import Adam8bit
         except ImportError as error:
-            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install 'sidcli[8bit]'") from error
+            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install bitsandbytes") from error
         return Adam8bit(values, lr=lr, betas=(0.0, 0.999), eps=self.config.adam_eps)
 
     def _averaged(self, value: Tensor) -> Tensor:
@@ -431,7 +431,7 @@ def add_adapters(net: UNet2DConditionModel, rank: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install 'sidcli[lora]'") from error
+        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install peft") from error
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
     targets += ["conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"]
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sysconfig
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,9 +47,9 @@ class Prompts(Protocol):
 
 
 def shipped_folder() -> Path:
-    """The folder `prompts/`: beside the package in a clone, under share/sid in an installation."""
-    clone = Path(__file__).parent.parent / "prompts"
-    return clone if (clone / "general.json").exists() else Path(sysconfig.get_path("data")) / "share" / "sid" / "prompts"
+    """The folder `prompts/` of the repository, which an installation has inside the package, as `sidcli/prompt_lists/`."""
+    installed = Path(__file__).with_name("prompt_lists")
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "prompts"
 
 
 @dataclass(frozen=True, eq=False)
