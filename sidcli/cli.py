@@ -54,6 +54,9 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only."
 SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")]
 PredictionOption = Annotated[str, typer.Option(help="What the model predicts, if its files do not say: epsilon or v_prediction.")]
 ConfigOption = Annotated[str, typer.Option(help="Diffusers folder whose JSON files describe a model in a single file.")]
+ColumnOption = Annotated[
+    str | None, typer.Option(help="Column of a table given as --prompts; by default caption, text, prompt, ...")
+]
 BatchOption = Annotated[int, typer.Option(min=1, max=4096, help="Images computed at once.")]
 
 
@@ -83,8 +86,9 @@ def distill(
     width: Annotated[int | None, typer.Option(help="Width in pixels; by default the teacher's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Text file with a prompt a line, or emoji / general for those that ship.")
+        str | None, typer.Option(help="Text with one prompt a line, .csv, .tsv, .jsonl or .json; or emoji or general, built in.")
     ] = None,
+    column: ColumnOption = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of the guidance strategy; by default 2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     images: Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")] = None,
@@ -180,6 +184,8 @@ def distill(
     if memory not in ("auto", *MEMORY):
         raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
     own = {name: value for name, value in arguments.items() if name in SETTINGS and value is not None}
+    if prompts is not None and column is None:
+        own["column"] = ""  # that of a --config belongs to its own prompts
     if lr is not None:
         own = {"lr_fake": lr, "lr_generator": lr} | own
     if images is not None:
@@ -210,9 +216,9 @@ def distill(
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
         from sidcli.prompts import PromptList, open_prompts
 
-        source = open_prompts(resolved.prompts)
-        if isinstance(source, PromptList) and source.left_out:
-            console.note(source.left_out)
+        source = open_prompts(resolved.prompts, resolved.column)
+        if isinstance(source, PromptList) and source.note:
+            console.note(source.note)
         choose = _device(device, console).type == "cuda" and memory == "auto" and not begun
         if dry_run or choose:
             from sidcli import plan
@@ -256,7 +262,8 @@ def sample(
     seed: SeedOption = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50), or fewer than its own of a student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; by default its own best.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text with one prompt a line, .csv, .tsv, .jsonl or .json.")] = None,
+    column: ColumnOption = None,
     width: Annotated[int, typer.Option(min=0, help="Width in pixels; 0: the model's own.")] = 0,
     height: Annotated[int, typer.Option(min=0, help="Height in pixels; 0: the model's own.")] = 0,
     prediction_type: PredictionOption = "auto",
@@ -275,12 +282,13 @@ def sample(
     """
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
-    texts, left_out = list(prompt or []), ""
+    texts, about_prompts = list(prompt or []), ""
+    _check_column(column, prompts)
     if prompts:
         from sidcli.prompts import read_list
 
-        listed = read_list(prompts)
-        texts, left_out = [*texts, *listed.lines], listed.left_out
+        listed = read_list(prompts, column or "")
+        texts, about_prompts = [*texts, *listed.lines], listed.note
     if not texts:
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
@@ -292,8 +300,8 @@ def sample(
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
     with _console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
-        if left_out:
-            console.note(left_out)
+        if about_prompts:
+            console.note(about_prompts)
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
         found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver
@@ -353,7 +361,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Images to compare with: a folder or zip, or .npz statistics; COCO's folder for coco2014-30k."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Captions: a line each, or COCO's captions_val2014.json.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Captions: text with one a line, .csv, .tsv, .jsonl, or COCO's captions_val2014.json.")
+    ] = None,
+    column: ColumnOption = None,
     num: Annotated[
         int | None,
         typer.Option(min=2, max=1_000_000, help="Images per model; by default 300 of emoji, 30000 of COCO, else all captions."),
@@ -395,6 +406,7 @@ def evaluate(
     flags = {"fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "cmmd": cmmd, "dino": dino, "accuracy": accuracy}
     flags |= {"composition": composition, "fid_infinity": fid_infinity}
     check_protocol(protocol)
+    _check_column(column, prompts)
     bounds = limits(fail_above or [], fail_below or [])
     wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
     check_name(device)
@@ -421,7 +433,7 @@ def evaluate(
         found = [one for wish in wishes for one in look_up(wish, untrained, console)]
         name = choose(protocol, {one.is_emoji for one in found if one.files is None} == {True}, bool(reference or prompts))
         networks = Networks(team.device, console, inception, clip_model, cmmd_model, dino_model)
-        rules = open_protocol(name, networks, reference, prompts)
+        rules = open_protocol(name, networks, reference, prompts, column or "")
         rows_to_be = entrants(found, rules, team.device, num, seed, batch_size, images)
         asked = [option for option, given in flags.items() if given]
         metrics = chosen(asked, rules, everything, rows_to_be, [bound.metric for bound in bounds])
@@ -541,6 +553,11 @@ def _is_text(prompt: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _check_column(column: str | None, prompts: Path | None) -> None:
+    if column and not prompts:
+        raise UsageError(f"--column {column} names a column of --prompts, which is not given", "--prompts FILE")
 
 
 def _slug(teacher: str) -> str:

@@ -34,6 +34,8 @@ class DistillConfig:
     """Height in pixels; 0: the teacher's own."""
     prompts: str = "auto"
     """Path of a prompt list, or `emoji` or `general` for those that ship; `auto` picks by teacher."""
+    column: str = ""
+    """Column of a table given as `prompts`; empty: the first one with a usual name."""
     kappa1: float = 2.0
     """Guidance scale of the fake score in its own loss."""
     kappa2: float = 2.0
@@ -249,8 +251,10 @@ def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collect
     """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings; not those whose content is compared.
 
     A field that the run did not know yet had the value that is now its default; one that only the run knows is of a newer version.
+    Where the content of the prompts is compared, the column that they come from does not matter either.
     """
     now = dataclasses.asdict(given)
+    by_content = {*by_content, "column"} if "prompts" in by_content else by_content
     saved = {field.name: field.default for field in dataclasses.fields(given)} | saved
     changed = [name for name in now if name not in (*MAY_CHANGE, *by_content) and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now]

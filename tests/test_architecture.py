@@ -24,7 +24,7 @@ FLOORS = [
         "emoji.nouns",
         "metrics.intervals",
     },
-    {"wishes", "outputs", "sources", "imagefiles", "formats.official_pkl", "emoji.world", "emoji.sprites"},
+    {"wishes", "outputs", "sources", "imagefiles", "formats.official_pkl", "emoji.world", "emoji.sprites", "tables"},
     {"formats.single_file"},
     {
         "prompts",
