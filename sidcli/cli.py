@@ -19,6 +19,7 @@ import typer
 from sidcli import __version__
 from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
 from sidcli.devices import check_name, pick_device
+from sidcli.environment import cache_folder, flag, group, group_or_alone, prepare
 from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import check_new, check_unlocked, check_writable
 from sidcli.launch import catch
@@ -162,7 +163,7 @@ def distill(
     Example: sid distill --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 1.5
     """
     arguments = dict(locals())
-    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+    if group().count == 1 and processes > 1 and not dry_run:
         sys.exit(_launch(processes, device))
     if steps is not None and images is not None:
         raise UsageError("--steps and --images say the same thing twice", "give one of them")
@@ -209,7 +210,9 @@ def distill(
         kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
         folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
         check_writable(folder) if dry_run else check_run(folder)
-        if not dry_run and os.environ.get("RANK", "0") == "0":
+        if eval_every:
+            check_writable(cache_folder(), "cache with SID_CACHE_DIR")
+        if not dry_run and group().rank == 0:
             check_unlocked(folder)
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
@@ -415,7 +418,8 @@ def evaluate(
             check_new([file], option, overwrite)
     if images:
         check_writable(images, "--images")
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+    check_writable(cache_folder(), "cache with SID_CACHE_DIR")
+    if group().count == 1 and processes > 1:
         sys.exit(_launch(processes, device))
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
@@ -575,10 +579,7 @@ def _console(
     """
     for name in unused:  # diffusers and transformers import these where they find them, which takes seconds
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if "SID_DEBUG" not in os.environ:
+    if not flag("SID_DEBUG"):
         logging.disable()  # what libraries advise about their extras, or say of errors that we report ourselves
     from sidcli.console import Console
 
@@ -672,6 +673,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
     catch(_stop)
+    prepare()
     try:
         for argument in sys.argv[1:]:
             if not _is_text(argument):
@@ -682,10 +684,10 @@ def main() -> None:
             _say(UsageError(message, f"{getattr(getattr(error, 'ctx', None), 'command_path', 'sid')} --help"))
         sys.exit(error.exit_code)
     except SidError as error:
-        if os.environ.get("SID_DEBUG"):
+        if flag("SID_DEBUG"):
             _show_traceback()
         # What stops one of several processes stops all for the same reason, unless it is that process's own memory or disk.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, EnvironmentProblem):
+        if group_or_alone().local_rank == 0 or isinstance(error, EnvironmentProblem):
             _say(error)
         sys.exit(error.exit_code)
     except Exception:

@@ -26,6 +26,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from sidcli.environment import group_or_alone
 from sidcli.errors import EnvironmentProblem
 from sidcli.printable import json_text, printable
 
@@ -48,7 +49,7 @@ class Console:
     def __init__(self, as_json: bool = False, quiet: bool = False):
         self.as_json, self.quiet = as_json, quiet
         # Of several processes that train together one speaks; the others say only what went wrong with them.
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = group_or_alone().rank
         self.quiet |= self.rank > 0
         self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.out = Bystander(markup=False, highlight=False, emoji=False, soft_wrap=True)
