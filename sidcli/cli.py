@@ -24,7 +24,7 @@ from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted
 from sidcli.files import check_new, check_unlocked, check_writable
 from sidcli.launch import catch
 from sidcli.outputs import Places, check_export, check_run
-from sidcli.printable import printable
+from sidcli.printable import prepare_streams, printable
 from sidcli.wishes import Wish, check_protocol, limits
 
 if TYPE_CHECKING:
@@ -673,6 +673,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
     catch(_stop)
+    prepare_streams()
     prepare()
     try:
         for argument in sys.argv[1:]:
