@@ -276,6 +276,9 @@ def sample(
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
     preview: Annotated[bool, typer.Option(help="Show the image, or the contact sheet of several, in the terminal.")] = False,
+    list_prompts: Annotated[
+        bool, typer.Option("--list-prompts", help="Print the words that the built-in models know, with example prompts, and stop.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -283,6 +286,12 @@ def sample(
 
     Example: sid sample "a cat" -o out.png
     """
+    if list_prompts:
+        from sidcli.console import Console
+        from sidcli.emoji import vocabulary
+
+        Console(as_json, quiet).result(vocabulary.lines(), vocabulary.summary())
+        return
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     texts, about_prompts = list(prompt or []), ""
@@ -308,7 +317,11 @@ def sample(
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
         found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver
+        from sidcli.emoji import vocabulary
+        from sidcli.sources import read_card
 
+        if read_card(found).get("world") == "emoji" and (about_words := vocabulary.remark(texts, found.name)):
+            console.note(about_words)
         console.note(f"drawing with {found.name} ({plan.describe()}); another model: --model NAME")
         with console.progress("draw", count, "images") as advance:
             drawn, cut = driver.run(found, drawer, plan, texts, num, seed, places, batch_size, advance)

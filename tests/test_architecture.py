@@ -39,6 +39,7 @@ FLOORS = [
         "metrics.kid",
         "metrics.prdc",
         "metrics.weights",
+        "emoji.vocabulary",
     },
     {"sampler", "checkpoint", "metrics.features", "formats.order", "formats.card", "report.charts"},
     {"engine", "metrics.clip", "imagesets", "formats.diffusers_folder", "report.page"},
