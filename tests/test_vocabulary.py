@@ -23,7 +23,7 @@ def test_no_caption_of_the_emoji_world_is_remarked_on() -> None:
     ("prompt", "said"),
     [
         ("a submarine", "emoji does not know 'submarine'; `sid sample --list-prompts` prints the 152 nouns and 10 colors it knows"),
-        ("a bicicle", "'bicicle' (bicycle?);"),
+        ("a bicicle or bycicle", "'bicicle' (bicycle?), 'or', 'bycicle' (bicycle?);"),
         ("Grey ELEFANT's hat", "'grey' (gray?), 'elefant' (elephant?);"),
         ("\u043a\u043e\u0448\u043a\u0430", "'\u043a\u043e\u0448\u043a\u0430';"),
         ("\u732b on red", "'\u732b';"),

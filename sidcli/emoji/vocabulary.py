@@ -39,7 +39,7 @@ def spelled(text: str) -> list[str]:
 def close(word: str) -> list[str]:
     """Known words that may have been meant: the noun that an emoji stands for, or up to two with a similar spelling."""
     pictured = [noun for noun, emoji in NOUNS.items() if word in emoji]
-    return pictured or (difflib.get_close_matches(word, [*NOUNS, *COLOUR_LIST], 2, 0.75) if len(word) > 3 else [])
+    return pictured or (difflib.get_close_matches(word, [*NOUNS, *COLOUR_LIST], 2, 0.7) if len(word) > 3 else [])
 
 
 def remark(texts: Sequence[str], model: str) -> str:
