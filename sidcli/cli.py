@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sidcli import __version__
-from sidcli.config import MEMORY, PREDICTIONS, PRESETS, DistillConfig, preset_for, read_toml, strategy
+from sidcli.config import CHOICES, MEMORY, PREDICTIONS, PRESETS, STRATEGIES, DistillConfig, preset_for, read_toml, strategy
 from sidcli.devices import check_name, pick_device
+from sidcli.environment import cache_folder, flag, group, group_or_alone, prepare
 from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import check_new, check_unlocked, check_writable
 from sidcli.launch import catch
+from sidcli.metrics.catalogue import METRICS as MEASURED
 from sidcli.outputs import Places, check_export, check_run
-from sidcli.printable import printable
-from sidcli.wishes import Wish, check_protocol, limits
+from sidcli.printable import prepare_streams, printable
+from sidcli.wishes import PROTOCOLS, Wish, check_protocol, limits
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +50,58 @@ app = typer.Typer(
 
 METHOD, MACHINE, METRICS, NETWORKS = "Method", "Memory and speed", "Metrics", "Networks of the metrics"
 SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher"}
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+FORMATS, DTYPES = ("diffusers", "single-file", "onnx", "openvino", "torch-export", "lora"), ("fp32", "fp16", "bf16")
+BACKENDS, TRACKERS = ("auto", "torch", "onnx", "openvino"), ("tensorboard", "wandb")
+
+
+def _one_of(*values: str) -> Callable[[str], list[str]]:
+    """Completion in the shell. Where no value fits, the shell completes paths."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def _within(least: float, most: float | None = None) -> Callable[..., Any]:
+    """Callback that checks the range of an option; with `min` and `max` Typer would print it in the help. Raises UsageError."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not (least <= value and (most is None or value <= most)):
+            below = "" if most is None else f" and at most {most}"
+            raise UsageError(f"{param.opts[0]} must be at least {least}{below}, not {value}")
+        return value
+
+    return check
+
+
+def _preset(name: str) -> str:
+    """The default of a setting as the help shows it, and that of the emoji world where it differs."""
+    usual, emoji = (preset.get(name, getattr(DistillConfig, name)) for preset in (PRESETS["sd15"], PRESETS["emoji"]))
+    shown = [
+        ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        for value in (usual, emoji)
+    ]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]}; {shown[1]} for emoji-teacher"
+
+
+DeviceOption = Annotated[
+    str, typer.Option(autocompletion=_one_of("auto", "cpu", "cuda", "cuda:0"), help="auto, cpu, cuda or cuda:INDEX.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")]
-PredictionOption = Annotated[str, typer.Option(help="What the model predicts, if its files do not say: epsilon or v_prediction.")]
+SeedOption = Annotated[int, typer.Option(callback=_within(0, 2**62), help="Seed of the noise.")]
+PredictionOption = Annotated[
+    str,
+    typer.Option(
+        autocompletion=_one_of(*PREDICTIONS), help="What the model predicts, if its files do not say: epsilon or v_prediction."
+    ),
+]
 ConfigOption = Annotated[str, typer.Option(help="Diffusers folder whose JSON files describe a model in a single file.")]
-BatchOption = Annotated[int, typer.Option(min=1, max=4096, help="Images computed at once.")]
+ColumnOption = Annotated[
+    str | None, typer.Option(help="Column of a table given as --prompts; by default caption, text, prompt, ...")
+]
+BatchOption = Annotated[int, typer.Option(callback=_within(1, 4096), help="Images computed at once.")]
 
 
 def _version(wanted: bool) -> None:
@@ -77,36 +124,59 @@ def distill(
     model: Annotated[str | None, typer.Argument(metavar="[TEACHER]", help="The same as --teacher.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Embedded name, diffusers folder, single file, or hub id (@revision); default: emoji-teacher."),
+        typer.Option(
+            autocompletion=_one_of("emoji-teacher"),
+            show_default=DistillConfig.teacher,
+            help="Embedded name, diffusers folder, single file, or hub id (@revision).",
+        ),
     ] = None,
     prediction_type: Annotated[
-        str | None, typer.Option(help="What the teacher predicts, if its files do not say: epsilon or v_prediction.")
+        str | None,
+        typer.Option(
+            autocompletion=_one_of(*PREDICTIONS),
+            show_default=_preset("prediction_type"),
+            help="What the teacher predicts, if its files do not say: epsilon or v_prediction.",
+        ),
     ] = None,
     model_config: Annotated[
         str | None, typer.Option(help="Diffusers folder whose JSON files describe a teacher in a single file.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels; by default the teacher's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(show_default="the teacher's own", help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(show_default="the teacher's own", help="Height in pixels.")] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Text file with a prompt a line, or emoji / general for those that ship.")
+        str | None,
+        typer.Option(
+            autocompletion=_one_of("emoji", "general"),
+            show_default="general; emoji for emoji-teacher",
+            help="Text with one prompt per line, .csv, .tsv, .jsonl or .json; or general or emoji, which are built in.",
+        ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Scale of the guidance strategy; by default 2.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    column: ColumnOption = None,
+    guidance: Annotated[
+        float | None, typer.Option(show_default="2; 0.5 with short", help="Scale of the guidance strategy.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(show_default=_preset("steps"), help="Training steps.")] = None,
     images: Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per update, over all processes.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of prompts, noise and timesteps.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/TEACHER-gGUIDANCE.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(show_default=_preset("batch_size"), help="Images per update, over all processes.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default=_preset("seed"), help="Seed of prompts, noise and timesteps.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", show_default="runs/TEACHER-gGUIDANCE", help="Run folder.")
+    ] = None,
     device: DeviceOption = "auto",
-    resume: Annotated[Path | None, typer.Option(help="Continue from this checkpoint, not from the newest.")] = None,
+    resume: Annotated[Path | None, typer.Option(show_default="the newest", help="Checkpoint to continue from.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    save_minutes: Annotated[float, typer.Option(min=0.01, help="Minutes between checkpoints at most.")] = 8.0,
-    keep_checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints to keep.")] = 2,
-    sample_every: Annotated[int, typer.Option(min=1, help="Steps between sample grids.")] = 50,
+    save_every: Annotated[int, typer.Option(callback=_within(1), help="Steps between checkpoints.")] = 100,
+    save_minutes: Annotated[float, typer.Option(callback=_within(0.01), help="Minutes between checkpoints at most.")] = 8.0,
+    keep_checkpoints: Annotated[int, typer.Option(callback=_within(1), help="Checkpoints to keep.")] = 2,
+    sample_every: Annotated[int, typer.Option(callback=_within(1), help="Steps between sample grids.")] = 50,
     eval_every: Annotated[
-        int, typer.Option(min=0, help="Steps between quick measurements against the teacher's own images; 0: none.")
+        int, typer.Option(callback=_within(0), help="Steps between quick measurements against the teacher's own images; 0: none.")
     ] = 0,
-    tracker: Annotated[str | None, typer.Option(help="tensorboard or wandb, if installed.")] = None,
+    tracker: Annotated[
+        str | None, typer.Option(autocompletion=_one_of(*TRACKERS), help="tensorboard or wandb, if installed.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, memory, time and disk, and stop.")] = False,
     plan_for: Annotated[
         str | None, typer.Option(help="Dry run for a GPU that is not here: its memory, such as 24gb, or a name, such as rtx-4090.")
@@ -114,56 +184,186 @@ def distill(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     guidance_strategy: Annotated[
-        str | None, typer.Option(rich_help_panel=METHOD, help="lsg (by default), long, short, zero-cfg or none.")
+        str | None,
+        typer.Option(
+            rich_help_panel=METHOD,
+            autocompletion=_one_of(*STRATEGIES),
+            show_default="lsg",
+            help="lsg, long, short, zero-cfg or none.",
+        ),
     ] = None,
     kappa1: Annotated[
-        float | None, typer.Option(rich_help_panel=METHOD, help="Guidance of the fake score in its own loss.")
+        float | None,
+        typer.Option(
+            rich_help_panel=METHOD, show_default="from --guidance", help="Guidance scale of the fake score in its own loss."
+        ),
     ] = None,
-    kappa2: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="The same, in the score difference.")] = None,
-    kappa3: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="The same, in the second factor.")] = None,
-    kappa4: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Guidance of the teacher.")] = None,
-    alpha: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Alpha of the SiD loss.")] = None,
-    student_steps: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Steps of the student, 1 by default.")] = None,
+    kappa2: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=METHOD, show_default="from --guidance", help="Guidance scale of the fake score in the score difference."
+        ),
+    ] = None,
+    kappa3: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=METHOD,
+            show_default="from --guidance",
+            help="Guidance scale of the fake score in the second factor of the loss.",
+        ),
+    ] = None,
+    kappa4: Annotated[
+        float | None, typer.Option(rich_help_panel=METHOD, show_default="from --guidance", help="Guidance scale of the teacher.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(rich_help_panel=METHOD, show_default=_preset("alpha"), help="Alpha of the SiD loss.")
+    ] = None,
+    student_steps: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=METHOD, show_default=_preset("student_steps"), help="Denoising steps of the student."),
+    ] = None,
     renoise: Annotated[
-        str | None, typer.Option(rich_help_panel=METHOD, help="Noise between a student's steps: ddim, fixed or fresh.")
+        str | None,
+        typer.Option(
+            rich_help_panel=METHOD,
+            autocompletion=_one_of(*CHOICES["renoise"]),
+            show_default=_preset("renoise"),
+            help="Noise between a student's steps: ddim, fixed or fresh.",
+        ),
     ] = None,
-    t_init: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Timestep at which the student begins.")] = None,
-    t_min: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="Smallest timestep of the scores.")] = None,
-    t_max: Annotated[int | None, typer.Option(rich_help_panel=METHOD, help="First timestep above those of the scores.")] = None,
-    dropout: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Share of captions emptied.")] = None,
+    t_init: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=METHOD, show_default=_preset("t_init"), help="Timestep at which the student starts."),
+    ] = None,
+    t_min: Annotated[
+        int | None, typer.Option(rich_help_panel=METHOD, show_default=_preset("t_min"), help="Smallest timestep of the scores.")
+    ] = None,
+    t_max: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=METHOD, show_default=_preset("t_max"), help="Exclusive upper timestep of the scores."),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(rich_help_panel=METHOD, show_default=_preset("dropout"), help="Share of captions emptied.")
+    ] = None,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", "--learning-rate", rich_help_panel=METHOD, help="Learning rate of fake score and student."),
+        typer.Option(
+            "--lr",
+            "--learning-rate",
+            rich_help_panel=METHOD,
+            show_default=_preset("lr_fake"),
+            help="Learning rate of fake score and generator.",
+        ),
     ] = None,
-    lr_fake: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Of the fake score alone.")] = None,
-    lr_generator: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Of the generator alone.")] = None,
-    ema_images: Annotated[float | None, typer.Option(rich_help_panel=METHOD, help="Half-life of the average, in images.")] = None,
+    lr_fake: Annotated[
+        float | None, typer.Option(rich_help_panel=METHOD, show_default="--lr", help="Learning rate of the fake score.")
+    ] = None,
+    lr_generator: Annotated[
+        float | None, typer.Option(rich_help_panel=METHOD, show_default="--lr", help="Learning rate of the generator.")
+    ] = None,
+    ema_images: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=METHOD, show_default=_preset("ema_images"), help="Half-life of the weight average, in images."
+        ),
+    ] = None,
     fake_warmup: Annotated[
-        int | None, typer.Option(rich_help_panel=METHOD, help="Steps at the start for the fake score alone.")
+        int | None,
+        typer.Option(
+            rich_help_panel=METHOD, show_default=_preset("fake_warmup"), help="Steps at the start that train the fake score alone."
+        ),
     ] = None,
     fake_updates: Annotated[
-        int | None, typer.Option(rich_help_panel=METHOD, help="Fake score updates per generator update.")
+        int | None,
+        typer.Option(rich_help_panel=METHOD, show_default=_preset("fake_updates"), help="Fake score updates per generator update."),
     ] = None,
     fake_lora: Annotated[
-        int | None, typer.Option(rich_help_panel=METHOD, help="Rank of a LoRA fake score on the teacher's weights; 0: a full copy.")
+        int | None,
+        typer.Option(
+            rich_help_panel=METHOD,
+            show_default=_preset("fake_lora"),
+            help="Rank of a LoRA fake score on the teacher's weights; 0: a full copy.",
+        ),
     ] = None,
     memory: Annotated[
-        str, typer.Option(rich_help_panel=MACHINE, help="auto, fast, 24gb or 12gb: sets the options below.")
+        str,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            autocompletion=_one_of("auto", *MEMORY),
+            help="auto, fast, 24gb or 12gb: sets the options below.",
+        ),
     ] = "auto",
-    micro_batch: Annotated[int | None, typer.Option(rich_help_panel=MACHINE, help="Images at once; same result.")] = None,
-    precision: Annotated[str | None, typer.Option(rich_help_panel=MACHINE, help="auto, fp32 or bf16.")] = None,
-    tf32: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="TF32 matrix products on the GPU.")] = None,
-    compile: Annotated[str | None, typer.Option(rich_help_panel=MACHINE, help="torch.compile: auto, on or off.")] = None,
-    optimizer: Annotated[str | None, typer.Option(rich_help_panel=MACHINE, help="adam or adam8bit.")] = None,
-    teacher_bf16: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Frozen teacher in bf16.")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option(rich_help_panel=MACHINE, help="Recompute activations in the backward pass.")
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            show_default=_preset("micro_batch"),
+            help="Images computed at once; does not change the result.",
+        ),
     ] = None,
-    split_backward: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="One network's graph at a time.")] = None,
-    offload_average: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Weight average in main memory.")] = None,
-    offload_optimizer: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Optimizer state there too.")] = None,
-    processes: Annotated[int, typer.Option(min=1, rich_help_panel=MACHINE, help="Processes on this machine.")] = 1,
-    shard: Annotated[bool | None, typer.Option(rich_help_panel=MACHINE, help="Split the networks over them (FSDP2).")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            autocompletion=_one_of(*CHOICES["precision"]),
+            show_default=_preset("precision"),
+            help="auto, fp32 or bf16.",
+        ),
+    ] = None,
+    tf32: Annotated[
+        bool | None, typer.Option(rich_help_panel=MACHINE, show_default=_preset("tf32"), help="TF32 matrix products on the GPU.")
+    ] = None,
+    compile: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            autocompletion=_one_of(*CHOICES["compile"]),
+            show_default=_preset("compile"),
+            help="torch.compile: auto, on or off.",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            autocompletion=_one_of(*CHOICES["optimizer"]),
+            show_default=_preset("optimizer"),
+            help="adam or adam8bit.",
+        ),
+    ] = None,
+    teacher_bf16: Annotated[
+        bool | None,
+        typer.Option(rich_help_panel=MACHINE, show_default=_preset("teacher_bf16"), help="Keep the frozen teacher in bf16."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            show_default=_preset("gradient_checkpointing"),
+            help="Recompute activations in the backward pass.",
+        ),
+    ] = None,
+    split_backward: Annotated[
+        bool | None,
+        typer.Option(rich_help_panel=MACHINE, show_default=_preset("split_backward"), help="Keep one network's graph at a time."),
+    ] = None,
+    offload_average: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=MACHINE, show_default=_preset("offload_average"), help="Keep the weight average in CPU memory."
+        ),
+    ] = None,
+    offload_optimizer: Annotated[
+        bool | None,
+        typer.Option(
+            rich_help_panel=MACHINE, show_default=_preset("offload_optimizer"), help="Keep the optimizer state in CPU memory."
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(callback=_within(1), rich_help_panel=MACHINE, help="Processes on this machine.")] = 1,
+    shard: Annotated[
+        bool | None,
+        typer.Option(rich_help_panel=MACHINE, show_default=_preset("shard"), help="Split the networks over the processes (FSDP2)."),
+    ] = None,
 ) -> None:
     """Distil a teacher into a one-step student; run it again to continue.
 
@@ -173,13 +373,13 @@ def distill(
     if model is not None and teacher is not None:
         raise UsageError(f"two teachers: {model} and --teacher {teacher}", "give one of them")
     teacher, dry_run = teacher or model, dry_run or plan_for is not None
-    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+    if group().count == 1 and processes > 1 and not dry_run:
         sys.exit(_launch(processes, device))
     if steps is not None and images is not None:
         raise UsageError("--steps and --images say the same thing twice", "give one of them")
     if images is not None and images < 1:
         raise UsageError(f"--images must be at least 1, not {images}")
-    if tracker not in (None, "tensorboard", "wandb"):
+    if tracker not in (None, *TRACKERS):
         raise UsageError(f"--tracker must be tensorboard or wandb, not {tracker!r}")
     if tracker and find_spec(tracker) is None:
         raise EnvironmentProblem(f"--tracker {tracker} needs a package that is not installed", f"pip install {tracker}")
@@ -195,6 +395,8 @@ def distill(
     if memory not in ("auto", *MEMORY):
         raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
     own = {name: value for name, value in arguments.items() if name in SETTINGS and value is not None}
+    if prompts is not None and column is None:
+        own["column"] = ""  # that of a --config belongs to its own prompts
     if lr is not None:
         own = {"lr_fake": lr, "lr_generator": lr} | own
     if images is not None:
@@ -218,16 +420,18 @@ def distill(
         kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
         folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
         check_writable(folder) if dry_run else check_run(folder)
-        if not dry_run and os.environ.get("RANK", "0") == "0":
+        if eval_every:
+            check_writable(cache_folder(), "cache with SID_CACHE_DIR")
+        if not dry_run and group().rank == 0:
             check_unlocked(folder)
         begun = memory == "auto" and (folder / "config.toml").is_file()
         if begun:  # however full the device is today, the run goes on as it began
             resolved = resolve({name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]})
         from sidcli.prompts import PromptList, open_prompts
 
-        source = open_prompts(resolved.prompts)
-        if isinstance(source, PromptList) and source.left_out:
-            console.note(source.left_out)
+        source = open_prompts(resolved.prompts, resolved.column)
+        if isinstance(source, PromptList) and source.note:
+            console.note(source.note)
         planned_only = dry_run and (plan_for is not None or device.startswith("cuda"))  # for a GPU that need not be here
         on_gpu = not planned_only and _device(device, console).type == "cuda"
         from sidcli import plan
@@ -266,25 +470,42 @@ def distill(
 def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
     model: Annotated[
-        str, typer.Option(help="Embedded name, run folder, diffusers folder, single file, graphs, or hub id (@revision).")
+        str,
+        typer.Option(
+            autocompletion=_one_of("emoji", "emoji-teacher"),
+            help="Embedded name, run folder, diffusers folder, single file, graphs, or hub id (@revision).",
+        ),
     ] = "emoji",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .png for one image, a folder for more.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", show_default="named after the prompt", help="A .png for one image, a folder for more."),
+    ] = None,
     num: Annotated[
-        int, typer.Option("--num", "-n", min=1, max=100_000, help="Images per prompt, with seeds seed, seed + 1, ...")
+        int, typer.Option("--num", "-n", callback=_within(1, 100_000), help="Images per prompt, with seeds seed, seed + 1, ...")
     ] = 1,
     seed: SeedOption = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of a teacher (50), or fewer than its own of a student.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; by default its own best.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
-    width: Annotated[int, typer.Option(min=0, help="Width in pixels; 0: the model's own.")] = 0,
-    height: Annotated[int, typer.Option(min=0, help="Height in pixels; 0: the model's own.")] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(show_default="50; a student's own", help="Denoising steps; a student takes at most its own."),
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(show_default="its own best", help="Guidance scale of a teacher.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text with one prompt per line, .csv, .tsv, .jsonl or .json.")] = None,
+    column: ColumnOption = None,
+    width: Annotated[int, typer.Option(callback=_within(0), help="Width in pixels; 0: the model's own.")] = 0,
+    height: Annotated[int, typer.Option(callback=_within(0), help="Height in pixels; 0: the model's own.")] = 0,
     prediction_type: PredictionOption = "auto",
     model_config: ConfigOption = "",
-    backend: Annotated[str, typer.Option(help="auto, torch, onnx or openvino; the last two draw with an export.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(autocompletion=_one_of(*BACKENDS), help="auto, torch, onnx or openvino; the last two run an exported graph."),
+    ] = "auto",
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
     preview: Annotated[bool, typer.Option(help="Show the image, or the contact sheet of several, in the terminal.")] = False,
+    list_prompts: Annotated[
+        bool, typer.Option("--list-prompts", help="Print the words that the built-in models know, with example prompts, and stop.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -292,14 +513,21 @@ def sample(
 
     Example: sid sample "a cat" -o out.png
     """
+    if list_prompts:
+        from sidcli.console import Console
+        from sidcli.emoji import vocabulary
+
+        Console(as_json, quiet).result(vocabulary.lines(), vocabulary.summary())
+        return
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
-    texts, left_out = list(prompt or []), ""
+    texts, about_prompts = list(prompt or []), ""
+    _check_column(column, prompts)
     if prompts:
         from sidcli.prompts import read_list
 
-        listed = read_list(prompts)
-        texts, left_out = [*texts, *listed.lines], listed.left_out
+        listed = read_list(prompts, column or "")
+        texts, about_prompts = [*texts, *listed.lines], listed.note
     if not texts:
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
@@ -311,12 +539,16 @@ def sample(
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
     with _console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
-        if left_out:
-            console.note(left_out)
+        if about_prompts:
+            console.note(about_prompts)
         known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
         found, drawer, plan = _drawer(model, backend, device, steps, guidance, console, **known)
         from sidcli import sample as driver
+        from sidcli.emoji import vocabulary
+        from sidcli.sources import read_card
 
+        if read_card(found).get("world") == "emoji" and (about_words := vocabulary.remark(texts, found.name)):
+            console.note(about_words)
         console.note(f"drawing with {found.name} ({plan.describe()}); another model: --model NAME")
         with console.progress("draw", count, "images") as advance:
             drawn, cut = driver.run(found, drawer, plan, texts, num, seed, places, batch_size, advance)
@@ -338,6 +570,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL ...]",
+            autocompletion=_one_of("emoji", "emoji-teacher"),
             help="Models, NAME[,steps=N][,guidance=G], or folders and zips of images; by default emoji and emoji-teacher.",
         ),
     ] = None,
@@ -365,33 +598,41 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Option(
-            help="emoji, coco2014-30k or custom; by default emoji for emoji models, custom with a --reference or --prompts."
+            autocompletion=_one_of(*PROTOCOLS),
+            help="emoji, coco2014-30k or custom; auto: emoji for emoji models, custom with a --reference or --prompts.",
         ),
     ] = "auto",
     reference: Annotated[
         Path | None,
         typer.Option(help="Images to compare with: a folder or zip, or .npz statistics; COCO's folder for coco2014-30k."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Captions: a line each, or COCO's captions_val2014.json.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Captions: text with one a line, .csv, .tsv, .jsonl, or COCO's captions_val2014.json.")
+    ] = None,
+    column: ColumnOption = None,
     num: Annotated[
         int | None,
-        typer.Option(min=2, max=1_000_000, help="Images per model; by default 300 of emoji, 30000 of COCO, else all captions."),
+        typer.Option(
+            callback=_within(2, 1_000_000), show_default="emoji: 300; COCO: 30000; else all captions", help="Images per model."
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the teachers (50).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the teachers.")] = None,
+    steps: Annotated[int | None, typer.Option(show_default="50", help="Steps of the teachers.")] = None,
+    guidance: Annotated[float | None, typer.Option(show_default="their own best", help="Guidance scale of the teachers.")] = None,
     untrained: Annotated[
         int,
         typer.Option(
-            min=0, max=100, help="Also measure each teacher as a student of this many steps, where a distillation starts."
+            callback=_within(0, 100),
+            help="Also measure each teacher as a student of this many steps, where a distillation starts.",
         ),
     ] = 0,
     seed: SeedOption = 0,
     batch_size: BatchOption = 50,
     device: DeviceOption = "auto",
-    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the drawing.")] = 1,
+    processes: Annotated[int, typer.Option(callback=_within(1), help="Processes on this machine that share the drawing.")] = 1,
     images: Annotated[Path | None, typer.Option(help="Keep the drawn images in this folder, not in the cache.")] = None,
     inception: Annotated[
-        Path | None, typer.Option(rich_help_panel=NETWORKS, help="Inception in TorchScript; by default fetched once.")
+        Path | None,
+        typer.Option(rich_help_panel=NETWORKS, show_default="fetched once", help="Inception in TorchScript."),
     ] = None,
     clip_model: Annotated[
         str | None, typer.Option(rich_help_panel=NETWORKS, help="open_clip folder or ARCHITECTURE:TAG of the CLIP score.")
@@ -402,8 +643,18 @@ def evaluate(
     picture: Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a --report or --picture that is there.")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print the table for a paper.")] = False,
-    fail_above: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: exit with 5 if a model's is above.")] = None,
-    fail_below: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: exit with 5 if a model's is below.")] = None,
+    fail_above: Annotated[
+        list[str] | None,
+        typer.Option(
+            autocompletion=_one_of(*(f"{name}=" for name in MEASURED)), help="METRIC=VALUE: exit with 5 if a model's is above."
+        ),
+    ] = None,
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            autocompletion=_one_of(*(f"{name}=" for name in MEASURED)), help="METRIC=VALUE: exit with 5 if a model's is below."
+        ),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -414,6 +665,7 @@ def evaluate(
     flags = {"fid": fid, "kid": kid, "prdc": prdc, "clip": clip, "cmmd": cmmd, "dino": dino, "accuracy": accuracy}
     flags |= {"composition": composition, "fid_infinity": fid_infinity}
     check_protocol(protocol)
+    _check_column(column, prompts)
     bounds = limits(fail_above or [], fail_below or [])
     wishes = [Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
     check_name(device)
@@ -422,7 +674,8 @@ def evaluate(
             check_new([file], option, overwrite)
     if images:
         check_writable(images, "--images")
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+    check_writable(cache_folder(), "cache with SID_CACHE_DIR")
+    if group().count == 1 and processes > 1:
         sys.exit(_launch(processes, device))
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
@@ -440,7 +693,7 @@ def evaluate(
         found = [one for wish in wishes for one in look_up(wish, untrained, console)]
         name = choose(protocol, {one.is_emoji for one in found if one.files is None} == {True}, bool(reference or prompts))
         networks = Networks(team.device, console, inception, clip_model, cmmd_model, dino_model)
-        rules = open_protocol(name, networks, reference, prompts)
+        rules = open_protocol(name, networks, reference, prompts, column or "")
         rows_to_be = entrants(found, rules, team.device, num, seed, batch_size, images)
         asked = [option for option, given in flags.items() if given]
         metrics = chosen(asked, rules, everything, rows_to_be, [bound.metric for bound in bounds])
@@ -482,17 +735,27 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A run folder, a student folder or file, emoji, or the authors' FILE.pkl.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=_one_of("emoji"), help="A run folder, a student folder or file, emoji, or the authors' FILE.pkl."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     format: Annotated[
-        str, typer.Option("--format", help="diffusers, single-file, onnx, openvino, torch-export or lora.")
+        str,
+        typer.Option(
+            "--format", autocompletion=_one_of(*FORMATS), help="diffusers, single-file, onnx, openvino, torch-export or lora."
+        ),
     ] = "diffusers",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    variant: Annotated[str | None, typer.Option(help="Put into the names of diffusers' weight files, such as fp16.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="The model that a LoRA or a .pkl belongs to; by default the student's own.")
+    dtype: Annotated[str, typer.Option(autocompletion=_one_of(*DTYPES), help="fp32, fp16 or bf16.")] = "fp32",
+    variant: Annotated[
+        str | None, typer.Option(autocompletion=_one_of("fp16"), help="Variant in the names of diffusers' weight files: fp16.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, max=1024, help="Of a LoRA.")] = 64,
+    teacher: Annotated[
+        str | None, typer.Option(show_default="the student's own", help="The model that a LoRA or a .pkl belongs to.")
+    ] = None,
+    rank: Annotated[int, typer.Option(callback=_within(1, 1024), help="LoRA rank.")] = 64,
     verify: Annotated[bool, typer.Option(help="Draw with the export and compare before the folder appears.")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME.")] = None,
     public: Annotated[bool, typer.Option(help="Make a repository that is made by this upload public.")] = False,
@@ -562,6 +825,11 @@ def _is_text(prompt: str) -> bool:
     return True
 
 
+def _check_column(column: str | None, prompts: Path | None) -> None:
+    if column and not prompts:
+        raise UsageError(f"--column {column} names a column of --prompts, which is not given", "--prompts FILE")
+
+
 def _slug(teacher: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
 
@@ -577,10 +845,7 @@ def _console(
     """
     for name in unused:  # diffusers and transformers import these where they find them, which takes seconds
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if "SID_DEBUG" not in os.environ:
+    if not flag("SID_DEBUG"):
         logging.disable()  # what libraries advise about their extras, or say of errors that we report ourselves
     from sidcli.console import Console
 
@@ -631,9 +896,8 @@ def _drawer(
     name: str, backend: str, device: str, steps: int | None, guidance: float | None, console: Console, **overrides: Any
 ) -> tuple[Source, Drawer, Plan]:
     """Whatever draws for `sid sample`: networks in torch, or the graphs of an export."""
-    backends = ("auto", "torch", "onnx", "openvino")
-    if backend not in backends:
-        raise UsageError(f"--backend must be one of {', '.join(backends)}, not {backend!r}")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     from sidcli.sources import find, graph_format, read_card
 
     graphs = graph_format(Path(name)) if Path(name).is_dir() else None
@@ -648,7 +912,7 @@ def _drawer(
         loaded = _load(name, console, **overrides)
         plan = plan_for(loaded, steps, guidance)
         return loaded.source, Sampler(loaded, where), plan
-    if backend == "torch" or graphs not in backends:
+    if backend == "torch" or graphs not in BACKENDS:
         raise UsageError(f"{name} holds {graphs} graphs, for programs other than this one", "draw with the model it was made from")
     console.note(f"loading {name}")
     from sidcli.formats.runtime import open_graphs
@@ -674,20 +938,22 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
     catch(_stop)
+    prepare_streams()
+    prepare()
     try:
         for argument in sys.argv[1:]:
             if not _is_text(argument):
                 raise UsageError(f"{argument!r} is not valid UTF-8", "check the encoding of your terminal or script")
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="sid", standalone_mode=False))
     except typer.TyperException as error:
         if message := error.format_message():  # of a bare `sid` there is none: it has shown its help
             _say(UsageError(message, f"{getattr(getattr(error, 'ctx', None), 'command_path', 'sid')} --help"))
         sys.exit(error.exit_code)
     except SidError as error:
-        if os.environ.get("SID_DEBUG"):
+        if flag("SID_DEBUG"):
             _show_traceback()
         # What stops one of several processes stops all for the same reason, unless it is that process's own memory or disk.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, EnvironmentProblem):
+        if group_or_alone().local_rank == 0 or isinstance(error, EnvironmentProblem):
             _say(error)
         sys.exit(error.exit_code)
     except Exception:

@@ -16,6 +16,16 @@ from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes
 
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
+CHOICES = {
+    "prediction_type": PREDICTIONS,
+    "renoise": ("ddim", "fixed", "fresh"),
+    "optimizer": ("adam", "adam8bit"),
+    "precision": ("auto", "fp32", "bf16"),
+    "compile": ("auto", "on", "off"),
+}
+"""Fields of DistillConfig that take one of a few values."""
+STRATEGIES: dict[str, float | None] = {"lsg": 2.0, "long": 2.0, "short": 0.5, "zero-cfg": None, "none": None}
+"""Guidance strategies with their default scale; None where the strategy fixes every scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,8 @@ class DistillConfig:
     """Height in pixels; 0: the teacher's own."""
     prompts: str = "auto"
     """Path of a prompt list, or `emoji` or `general` for those that ship; `auto` picks by teacher."""
+    column: str = ""
+    """Column of a table given as `prompts`; empty: the first one with a usual name."""
     kappa1: float = 2.0
     """Guidance scale of the fake score in its own loss."""
     kappa2: float = 2.0
@@ -79,7 +91,7 @@ class DistillConfig:
     fake_updates: int = 1
     """Updates of the fake score for each one of the generator."""
     optimizer: str = "adam"
-    """adam: float32 second moments; adam8bit: 8-bit state, needs the extra `8bit`."""
+    """adam: float32 second moments; adam8bit: 8-bit state, needs the library bitsandbytes."""
     fake_lora: int = 0
     """Rank of a LoRA fake score that shares the frozen teacher's weights; 0 trains a full copy."""
     precision: str = "auto"
@@ -124,15 +136,8 @@ class DistillConfig:
             "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
             "shard": (not (self.shard and (self.offload_average or self.offload_optimizer)), "off where state is offloaded"),
         }
-        choices = {
-            "prediction-type": PREDICTIONS,
-            "renoise": ("ddim", "fixed", "fresh"),
-            "optimizer": ("adam", "adam8bit"),
-            "precision": ("auto", "fp32", "bf16"),
-            "compile": ("auto", "on", "off"),
-        }
-        for name, values in choices.items():
-            rules[name] = (getattr(self, name.replace("-", "_")) in values, f"one of {', '.join(values)}")
+        for name, values in CHOICES.items():
+            rules[name.replace("_", "-")] = (getattr(self, name) in values, f"one of {', '.join(values)}")
         rules |= {f"kappa{n}": (math.isfinite(getattr(self, f"kappa{n}")), "finite") for n in (1, 2, 3, 4)}
         for name, (holds, wanted) in rules.items():
             if not holds:
@@ -177,12 +182,11 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 def strategy(name: str, scale: float | None) -> dict[str, float]:
     """kappa1 to kappa4 of a guidance strategy (method 1.6). Raises UsageError for an unknown name or a scale it has no use for."""
-    scale_needed = {"lsg": 2.0, "long": 2.0, "short": 0.5, "zero-cfg": None, "none": None}
-    if name not in scale_needed:
-        raise UsageError(f"--guidance-strategy must be one of {', '.join(scale_needed)}, not {name!r}")
-    if scale is not None and scale_needed[name] is None:
+    if name not in STRATEGIES:
+        raise UsageError(f"--guidance-strategy must be one of {', '.join(STRATEGIES)}, not {name!r}")
+    if scale is not None and STRATEGIES[name] is None:
         raise UsageError(f"--guidance-strategy {name} fixes every scale; --guidance {scale:g} has no place in it", "leave it out")
-    k = scale_needed[name] if scale is None else scale
+    k = STRATEGIES[name] if scale is None else scale
     kappas = {
         "lsg": (k, k, k, k),
         "long": (1.0, 1.0, 1.0, k),
@@ -249,8 +253,10 @@ def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collect
     """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings; not those whose content is compared.
 
     A field that the run did not know yet had the value that is now its default; one that only the run knows is of a newer version.
+    Where the content of the prompts is compared, the column that they come from does not matter either.
     """
     now = dataclasses.asdict(given)
+    by_content = {*by_content, "column"} if "prompts" in by_content else by_content
     saved = {field.name: field.default for field in dataclasses.fields(given)} | saved
     changed = [name for name in now if name not in (*MAY_CHANGE, *by_content) and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now]

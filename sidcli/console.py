@@ -26,8 +26,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from sidcli.environment import group_or_alone
 from sidcli.errors import EnvironmentProblem
-from sidcli.printable import json_text, printable
+from sidcli.printable import can_show, json_text, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +49,7 @@ class Console:
     def __init__(self, as_json: bool = False, quiet: bool = False):
         self.as_json, self.quiet = as_json, quiet
         # Of several processes that train together one speaks; the others say only what went wrong with them.
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = group_or_alone().rank
         self.quiet |= self.rank > 0
         self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.out = Bystander(markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -77,7 +78,8 @@ class Console:
             return
         with self.handing_over():
             if self.as_json:
-                sys.stdout.write(json_text(data) + "\n")
+                text = json_text(data)
+                sys.stdout.write((text if can_show(sys.stdout, text) else json_text(data, only_ascii=True)) + "\n")
             else:
                 for line in lines:
                     self.out.print(printable(line))
@@ -121,8 +123,10 @@ class Console:
                 self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
 
     def preview(self, picture: Image.Image) -> None:
-        """A picture in the terminal: each character shows two pixels, one above the other. Nothing where nobody watches."""
-        if not self.live:
+        """A picture in the terminal: each character shows two pixels, one above the other. Nothing where there is no terminal, or one
+        that lacks the character."""
+        half = "\u2580"
+        if not self.live or not can_show(sys.stderr, half):
             return
         width = min(picture.width, self.err.width)
         height = max(1, round(picture.height * width / picture.width / 2))
@@ -132,7 +136,7 @@ class Console:
             for column in range(width):
                 places = (3 * ((2 * row + below) * width + column) for below in (0, 1))
                 upper, lower = (Color.from_rgb(*pixels[place : place + 3]) for place in places)
-                line.append("\u2580", Style(color=upper, bgcolor=lower))
+                line.append(half, Style(color=upper, bgcolor=lower))
             self.say(line)
 
     @contextmanager

@@ -201,10 +201,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _problem(path: Path, error: Exception) -> EnvironmentProblem:
+    forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
     free = shutil.disk_usage(nearest(path)).free
     return EnvironmentProblem(
         f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
-        f"{free / 1e9:.1f} GB are free there; choose another place or make room",
+        "choose another place" if forbidden else f"{free / 1e9:.1f} GB are free there; choose another place or make room",
     )
 
 
@@ -355,10 +356,3 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def cache_folder() -> Path:
-    """$SID_CACHE_DIR, else $XDG_CACHE_HOME/sid, else ~/.cache/sid."""
-    if "SID_CACHE_DIR" in os.environ:
-        return Path(os.environ["SID_CACHE_DIR"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sid"

@@ -21,7 +21,8 @@ from PIL import Image
 
 from sidcli import __version__
 from sidcli.emoji import world
-from sidcli.files import append_line, atomic_file, cache_folder
+from sidcli.environment import cache_folder
+from sidcli.files import append_line, atomic_file
 from sidcli.imagefiles import ImageFiles
 from sidcli.metrics.features import Extractor, in_threads
 from sidcli.parallel import Share

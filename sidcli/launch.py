@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from sidcli.environment import variable
 from sidcli.errors import SidError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -57,7 +58,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # Each process would otherwise use every core.
-    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+    shared |= {"OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))}
     team = []
     for rank in range(count):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -6,7 +6,6 @@ only offers it on GPUs. A group is there when WORLD_SIZE says so, which `acceler
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from sidcli.environment import group
 from sidcli.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def count() -> int:
     """Processes of the group this one belongs to."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return group().count
 
 
 def check_cards(device_type: str, processes: int) -> None:
@@ -52,11 +52,12 @@ class Team:
     """This process among `count`; `shard` splits weights, gradients and optimizer state over all of them (FSDP2)."""
 
     def __init__(self, device: torch.device, shard: bool = False):
-        self.rank, self.count = int(os.environ.get("RANK", "0")), count()
+        here = group()
+        self.rank, self.count = here.rank, here.count
         self.accelerator: Accelerator | None = None
         self.device, self.sharded = device, shard and self.count > 1
         if self.count > 1:
-            check_cards(device.type, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            check_cards(device.type, here.local_count)
             from accelerate import Accelerator, DistributedDataParallelKwargs
 
             kwargs = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

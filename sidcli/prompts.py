@@ -3,8 +3,8 @@
 - `emoji`: captions of the emoji world, endless;
 - `general`: a grammar of everyday subjects, attributes, places, styles, light and lenses (`prompts/general.json`), over a million
   distinct prompts;
-- a path: a .txt list, one prompt a line, or a .json: COCO's captions or a list of strings; shuffled anew each time it has been
-  read through.
+- a path: a .txt list, one prompt a line; a .csv, .tsv or .jsonl, of which one column is read; or a .json: COCO's captions, a list
+  of strings, or a list of objects. The order is shuffled again for each pass over the list.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sysconfig
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -23,9 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sidcli.errors import InputError
+from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes, size_of
 from sidcli.randomness import numpy_generator
+from sidcli.tables import SUFFIXES, Table, check_kind, looks_like_table, numbered_lines, of_rows, open_table
 
 MAX_BYTES = 1 << 30
 MAX_JSON = 1 << 27
@@ -33,8 +33,10 @@ MAX_JSON = 1 << 27
 MAX_LINE = 10_000
 """Characters of a prompt."""
 MAX_LINE_BYTES = 4 * MAX_LINE
+HEAD = 3
+"""Lines of a text that are looked at to tell whether it is a table."""
 TEXT_HINT = "give a text file with one prompt a line"
-JSON_HINT = "give COCO's captions_val2014.json or a JSON list of strings"
+JSON_HINT = "give COCO's captions_val2014.json or a JSON list of strings or of objects; JSON Lines are named .jsonl"
 
 
 class Prompts(Protocol):
@@ -48,9 +50,9 @@ class Prompts(Protocol):
 
 
 def shipped_folder() -> Path:
-    """The folder `prompts/`: beside the package in a clone, under share/sid in an installation."""
-    clone = Path(__file__).parent.parent / "prompts"
-    return clone if (clone / "general.json").exists() else Path(sysconfig.get_path("data")) / "share" / "sid" / "prompts"
+    """The folder `prompts/` of the repository, which an installation has inside the package, as `sidcli/prompt_lists/`."""
+    installed = Path(__file__).with_name("prompt_lists")
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "prompts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +60,14 @@ class PromptList:
     """A user's own prompts, in an order that is a permutation per pass over the list.
 
     `text` is all of them in UTF-8, each ended by a line feed, `ends` where: ten million prompts of 50 bytes take 0.6 GB, as strings
-    of Python they would take 1.1. `blank` lines or captions were skipped.
+    of Python they would take 1.1. `blank` lines or captions were skipped. `column` says which column of a table they are.
     """
 
     name: str
     text: bytearray
     ends: np.ndarray
     blank: int
+    column: str = ""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -78,9 +81,11 @@ class PromptList:
         return hashlib.sha256(memoryview(self.text)[:-1]).hexdigest()
 
     @property
-    def left_out(self) -> str:
-        """A sentence for people where blank lines were skipped."""
-        return f"{self.name}: {self.blank} blank {'line' if self.blank == 1 else 'lines'} skipped" if self.blank else ""
+    def note(self) -> str:
+        """For people: which column was read, and how many blank lines were skipped; empty where there is nothing to say."""
+        skipped = f"{self.blank} blank {'line' if self.blank == 1 else 'lines'} skipped" if self.blank else ""
+        said = "; ".join(part for part in (self.column, skipped) if part)
+        return f"{self.name}: {said}" if said else ""
 
     def at(self, seed: int, position: int) -> str:
         epoch, offset = divmod(position, len(self))
@@ -140,43 +145,53 @@ class Grammar:
         return template.format(**{slot: words[rng.integers(len(words))] for slot, words in self.words.items()})
 
 
-def read_list(path: Path) -> PromptList:
+def read_list(path: Path, column: str = "") -> PromptList:
     """A prompt file: UTF-8 text, one prompt a line; blank lines are skipped, a byte order mark and CRLF are fine. Or a .json.
 
-    A line ends at LF, CRLF or CR and nowhere else: U+2028, form feeds and such are characters of a prompt. Raises InputError with
-    file, line and byte for anything else.
+    Of a .csv, .tsv or .jsonl, or of any other text where `column` is given, that column is read; without, the first one that has a
+    usual name (`tables.COLUMNS`). White space in a caption of a table becomes single spaces.
+
+    Raises InputError with file and line for anything else, UsageError for a column that is not there.
     """
+    check_kind(path)
     if path.suffix.lower() == ".json":
-        return read_captions(path)
-    return _prompt_list(path, _lines(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """One at a time, so that neither a line without an end nor a file of them fills the memory."""
-    hint = "save the list as UTF-8 text"
+        return read_captions(path, column)
     try:
+        if column or path.suffix.lower() in SUFFIXES:
+            return _of_table(path, open_table(path, column, MAX_BYTES))
         size_of(path, MAX_BYTES)
-        # As Latin-1 each byte is a character: Python finds the ends of lines, and where it stands is where UTF-8 breaks.
-        with path.open(encoding="latin-1") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                content = line.removesuffix("\n").encode("latin-1")
-                if len(content) > MAX_LINE_BYTES:
-                    raise InputError(f"{path}:{number}: more than {MAX_LINE_BYTES} bytes without an end of line", TEXT_HINT)
-                if number == 1:
-                    content = content.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    text = content.decode("utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{path}:{number}: byte {error.start} is not UTF-8", hint) from error
-                yield _checked(text, f"{path}:{number}")
+        return _prompt_list(path, _lines(path))
     except OSError as error:
         raise InputError(f"cannot read the prompts {path}: {error.strerror}", TEXT_HINT) from error
 
 
-def read_captions(path: Path) -> PromptList:
-    """COCO's captions_val2014.json, or a JSON list of strings. White space in a caption becomes single spaces.
+def _of_table(path: Path, table: Table) -> PromptList:
+    others = ", ".join(name[:40] for name in table.others[:8]) + (", ..." if len(table.others) > 8 else "")
+    chosen = f"using column {table.column!r} (others: {others})" if others else ""
+    return _prompt_list(path, ("" if text is None else _caption(text, place) for place, text in table.texts), chosen)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The prompts of a text. Raises InputError where its first lines are those of a table."""
+    head: list[str] = []
+    for number, line in numbered_lines(path, MAX_LINE_BYTES, TEXT_HINT):
+        text = _checked(line.strip(), f"{path}:{number}")
+        if text and len(head) < HEAD:
+            head.append(text)
+            if len(head) == HEAD:
+                _check_text(path, head)
+        yield text
+    if len(head) < HEAD:
+        _check_text(path, head)
+
+
+def _check_text(path: Path, head: Sequence[str]) -> None:
+    if kind := looks_like_table(head):
+        raise InputError(f"{path} looks like {kind}, not like one prompt per line", "rename it to .csv, .tsv, .jsonl or .json")
+
+
+def read_captions(path: Path, column: str = "") -> PromptList:
+    """COCO's captions_val2014.json, or a JSON list of strings or of objects. White space in a caption becomes single spaces.
 
     Of COCO's, one caption for each image, in the order of image ids: of its captions that are not blank, the one with the lowest id.
 
@@ -189,10 +204,12 @@ def read_captions(path: Path) -> PromptList:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}", JSON_HINT) from error
     if isinstance(content, list):
-        return _prompt_list(path, [_caption(text, f"{path}: item {number}") for number, text in enumerate(content, 1)])
+        return _of_table(path, of_rows(path, ((f"{path}: item {number}", row) for number, row in enumerate(content, 1)), column))
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise InputError(f"{path} has no list of annotations", JSON_HINT)
+    if column:
+        raise UsageError(f"--column {column}: {path} has COCO's layout, whose captions are read", "leave --column out")
     for number, annotation in enumerate(annotations, 1):
         if not (isinstance(annotation, dict) and all(type(annotation.get(key)) is int for key in ("image_id", "id"))):
             raise InputError(f"{path}: annotation number {number} has no image_id and id that are whole numbers", JSON_HINT)
@@ -222,7 +239,7 @@ def _checked(text: str, place: str) -> str:
     return text
 
 
-def _prompt_list(path: Path, texts: Iterable[str]) -> PromptList:
+def _prompt_list(path: Path, texts: Iterable[str], column: str = "") -> PromptList:
     """Of the texts that are not empty. Raises InputError where there is none."""
     content, ends, blank = bytearray(), array("q"), 0
     for text in texts:
@@ -234,13 +251,15 @@ def _prompt_list(path: Path, texts: Iterable[str]) -> PromptList:
             blank += 1
     if not ends:
         raise InputError(f"{path} holds no prompt", TEXT_HINT)
-    return PromptList(str(path), content, np.frombuffer(ends, np.int64), blank)
+    return PromptList(str(path), content, np.frombuffer(ends, np.int64), blank, column)
 
 
-def open_prompts(source: str) -> Prompts:
-    """`emoji`, `general`, or the path of a list. Raises InputError where there is no such source."""
+def open_prompts(source: str, column: str = "") -> Prompts:
+    """`emoji`, `general`, or the path of a list, of which `column` is read. Raises InputError where there is no such source."""
+    if column and source in ("emoji", "general"):
+        raise UsageError(f"--column {column}: the prompts {source!r} have no columns", "--prompts FILE, or leave --column out")
     if source == "emoji":
         return EmojiPrompts()
     if source == "general":
         return Grammar.read(shipped_folder() / "general.json")
-    return read_list(Path(source))
+    return read_list(Path(source), column)

@@ -184,15 +184,15 @@ def emoji(networks: Networks) -> Protocol:
     )
 
 
-def listed(file: Path, listener: Listener) -> Captions:
-    """Captions of a file, in its order."""
-    prompts = read_list(file)
-    if prompts.left_out:
-        listener.note(prompts.left_out)
+def listed(file: Path, listener: Listener, column: str = "") -> Captions:
+    """Captions of a file, in its order; `column` is that of a table."""
+    prompts = read_list(file, column)
+    if prompts.note:
+        listener.note(prompts.note)
     return Captions(prompts.name, prompts.digest, prompts.first, len(prompts))
 
 
-def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Protocol:
+def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: str = "") -> Protocol:
     """`folder` holds annotations/captions_val2014.json and val2014/, as COCO's archives unpack."""
     if folder is None:
         raise UsageError(
@@ -208,7 +208,7 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Proto
     prepare, prepared = partial(square, size=COCO_SIZE), f"centre square, Lanczos to {COCO_SIZE}"
     return Protocol(
         "coco2014-30k",
-        listed(prompts or folder / COCO_CAPTIONS, networks.listener),
+        listed(prompts or folder / COCO_CAPTIONS, networks.listener, column),
         Collection(FileSet(files), len(files), prepare=prepare, prepared=prepared),
         PhotoJudges(networks, PREFIX),
         30_000,
@@ -225,7 +225,7 @@ def _images(path: Path, listener: Listener) -> ImageFiles:
     return files
 
 
-def custom(networks: Networks, reference: Path | None, prompts: Path | None) -> Protocol:
+def custom(networks: Networks, reference: Path | None, prompts: Path | None, column: str = "") -> Protocol:
     compared: Collection | Statistics | None = None
     facts: dict[str, Any] = {"reference": "none"}
     if reference and reference.suffix.lower() == ".npz":
@@ -238,7 +238,7 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None) -> 
         files = _images(reference, networks.listener)
         compared = Collection(FileSet(files), len(files))
         facts = {"reference": f"{len(files)} images of {reference.name}", "reference_files": files.fingerprint}
-    captions = listed(prompts, networks.listener) if prompts else None
+    captions = listed(prompts, networks.listener, column) if prompts else None
     return Protocol("custom", captions, compared, PhotoJudges(networks, ""), None, facts=facts)
 
 
@@ -281,12 +281,12 @@ def choose(name: str, all_emoji: bool, own: bool) -> str:
     return "emoji"
 
 
-def open_protocol(name: str, networks: Networks, reference: Path | None, prompts: Path | None) -> Protocol:
+def open_protocol(name: str, networks: Networks, reference: Path | None, prompts: Path | None, column: str = "") -> Protocol:
     """The protocol of a name. Raises UsageError where something it needs is not given."""
     if name == "coco2014-30k":
-        return coco(networks, reference, prompts)
+        return coco(networks, reference, prompts, column)
     if name == "custom":
-        return custom(networks, reference, prompts)
+        return custom(networks, reference, prompts, column)
     if reference or prompts:
         raise UsageError("the protocol emoji has captions and a reference of its own", "--protocol custom, for yours")
     return emoji(networks)

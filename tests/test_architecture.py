@@ -9,8 +9,9 @@ from tests.checks import CHECKS
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "__init__", "text", "metrics.catalogue", "printable"},
-    {"files", "launch"},
+    {"errors", "randomness", "optimizer", "__init__", "text", "metrics.catalogue", "printable"},
+    {"environment"},
+    {"files", "launch", "parallel"},
     {
         "devices",
         "config",
@@ -25,7 +26,18 @@ FLOORS = [
         "emoji.nouns",
         "metrics.intervals",
     },
-    {"wishes", "outputs", "sources", "vocabulary", "rehearsal", "imagefiles", "formats.official_pkl", "emoji.world", "emoji.sprites"},
+    {
+        "wishes",
+        "outputs",
+        "sources",
+        "vocabulary",
+        "rehearsal",
+        "imagefiles",
+        "formats.official_pkl",
+        "emoji.world",
+        "emoji.sprites",
+        "tables",
+    },
     {"formats.single_file"},
     {
         "prompts",
@@ -39,6 +51,7 @@ FLOORS = [
         "metrics.kid",
         "metrics.prdc",
         "metrics.weights",
+        "emoji.vocabulary",
     },
     {"sampler", "checkpoint", "metrics.features", "formats.order", "formats.card", "report.charts"},
     {"engine", "metrics.clip", "imagesets", "formats.diffusers_folder", "report.page"},
@@ -85,6 +98,13 @@ def test_rich_and_typer_stay_in_their_rooms_and_click_nowhere() -> None:
         assert "click" not in roots
         assert "rich" not in roots or name == "console"
         assert "typer" not in roots or name == "cli"
+
+
+def test_environment_variables_are_read_in_one_module() -> None:
+    hand_on = {"launch", "formats.official_pkl"}  # to processes of their own
+    for name, tree in modules().items():
+        reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")]
+        assert not reads or name == "environment" or name in hand_on, name
 
 
 @pytest.mark.check(22)

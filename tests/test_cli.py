@@ -15,6 +15,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from sidcli import cli, export
+from sidcli.config import CHOICES, STRATEGIES, DistillConfig
+from sidcli.formats.order import DTYPES as WRITTEN
 from sidcli.sources import find
 from sidcli.teachers import load
 from tests import inprocess
@@ -54,6 +57,84 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
     wanted = 0 if "--help" in arguments else 2
     assert f"LOADED [] {wanted}" in done.stdout, done.stdout + done.stderr
+
+
+def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    assert inprocess.sid(command, "--help") == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["distill", "sample", "eval", "export"])
+def test_help_shows_no_ranges(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(command, monkeypatch, capsys)
+    assert "<=" not in text and ">=" not in text and "range" not in text
+
+
+def test_the_help_of_distill_shows_the_defaults_of_its_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of("distill", monkeypatch, capsys)
+    rows = {words[1]: line for line in text.splitlines() if (words := line.split()) and len(words) > 1}
+    for option, default in {
+        "--teacher": "emoji-teacher",
+        "--batch-size": "512; 16 for emoji-teacher",
+        "--lr": "1e-06; 0.0001 for emoji-teacher",
+        "--kappa4": "from --guidance",
+        "--t-init": "625",
+        "--ema-images": "50000; 500 for emoji-teacher",
+        "--split-backward": "off",
+    }.items():
+        assert f"[default: ({default})]" in rows[option], rows[option]
+    defaulted = {name for name in DistillConfig.__dataclass_fields__ if f"--{name.replace('_', '-')}" in rows}
+    assert all("[default: " in rows[f"--{name.replace('_', '-')}"] for name in defaulted - {"model_config", "column"})
+
+
+def test_a_value_outside_of_its_range_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in [
+        (["sample", "a cat", "--num", "0"], "--num must be at least 1 and at most 100000, not 0"),
+        (["sample", "a cat", "--width", "-8"], "--width must be at least 0, not -8"),
+        (["distill", "--save-minutes", "nan"], "--save-minutes must be at least 0.01, not nan"),
+        (["eval", "--processes", "0"], "--processes must be at least 1, not 0"),
+        (["export", "emoji", "-o", "x", "--rank", "1025"], "--rank must be at least 1 and at most 1024, not 1025"),
+    ]:
+        assert inprocess.sid(*arguments) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("distill --guidance-strategy ", list(STRATEGIES)),
+        ("distill --guidance-strategy l", ["lsg", "long"]),
+        ("distill --memory ", ["auto", "fast", "24gb", "12gb"]),
+        ("distill --precision ", list(CHOICES["precision"])),
+        ("distill --renoise f", ["fixed", "fresh"]),
+        ("distill --optimizer ", list(CHOICES["optimizer"])),
+        ("distill --tracker w", ["wandb"]),
+        ("distill --prompts g", ["general"]),
+        ("distill --teacher /tmp/", [""]),  # then the shell completes the path
+        ("sample --device c", ["cpu", "cuda", "cuda:0"]),
+        ("sample --backend o", ["onnx", "openvino"]),
+        ("eval --protocol c", ["coco2014-30k", "custom"]),
+        ("eval --fail-above fid", ["fid=", "fid_infinity=", "fid_teacher="]),
+        ("eval emoji-", ["emoji-teacher"]),
+        ("export emoji --format ", list(cli.FORMATS)),
+        ("export emoji --dtype fp", ["fp32", "fp16"]),
+    ],
+)
+def test_values_complete_in_the_shell(
+    typed: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_SID_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"sid {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(f"sid {typed}".split(" ")) - 1))
+    assert inprocess.sid() == 0
+    assert capsys.readouterr().out.rstrip("\n").split("\n") == wanted
+
+
+def test_what_completes_is_what_an_export_knows() -> None:
+    assert tuple(export.FORMATS) == cli.FORMATS and tuple(WRITTEN) == cli.DTYPES
 
 
 @pytest.mark.check(14)

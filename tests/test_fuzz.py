@@ -81,10 +81,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @fuzzed
-@given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
-def test_prompt_lists(place: Path, content: bytes) -> None:
-    (place / "list.txt").write_bytes(content)
-    survives(lambda: read_list(place / "list.txt"))
+@given(
+    st.binary(max_size=400)
+    | st.text(max_size=200).map(str.encode)
+    | broken(b'id,caption\n1,"a cat, ""old"""\n2,a dog\n')
+    | broken(b'{"id": 1, "caption": "a cat"}\n{"id": 2, "caption": null}\n'),
+    st.sampled_from(["list.txt", "list.csv", "list.tsv", "list.jsonl"]),
+    st.sampled_from(["", "caption"]),
+)
+def test_prompt_lists(place: Path, content: bytes, name: str, column: str) -> None:
+    (place / name).write_bytes(content)
+    survives(lambda: read_list(place / name, column))
 
 
 CAPTIONS = json.dumps(

@@ -160,6 +160,8 @@ def test_a_closed_terminal_stops_a_command_unless_it_runs_under_nohup() -> None:
 
 
 def test_a_batch_that_does_not_split_evenly_is_refused(sd: Model, config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    group = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="batch-size 4 does not split over 3 processes"):
         Engine(sd, config, open_prompts("general"), torch.device("cpu"))

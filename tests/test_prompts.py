@@ -1,11 +1,16 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from sidcli.errors import InputError
+from sidcli import protocols
+from sidcli.config import DistillConfig, differences
+from sidcli.errors import InputError, UsageError
+from sidcli.hub import Silence
 from sidcli.prompts import Grammar, open_prompts, read_list
 from tests.coco import write_coco
+from tests.inprocess import sid
 
 
 def test_the_general_grammar_yields_over_a_million_prompts_and_rarely_repeats() -> None:
@@ -138,3 +143,163 @@ def test_json_that_is_no_list_of_prompts_is_refused(tmp_path: Path, content: str
     (tmp_path / "list.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=rf"list\.json:? {said}"):
         read_list(tmp_path / "list.json")
+
+
+def table(folder: Path, name: str, content: str | bytes) -> Path:
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+@pytest.mark.check(26)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("excel.csv", '\ufeffid;Caption\r\n1;"a cat; ""old"""\r\n2;"a dog\r\non a mat"\r\n'),
+        ("pandas.csv", ',file_name,text\n0,0.png,"a cat; ""old"""\n1,1.png,"a dog\non a mat"\n'),
+        ("PARTI.TSV", 'Prompt\tCategory\n"a cat; ""old"""\tAnimals\na dog  on a mat \tAnimals\n'),
+        ("old-mac.csv", 'case_number,prompt,seed\r1,"a cat; ""old""",7\r2,a dog on a mat,8\r'),
+        ("flickr.csv", 'image| number| comment\n1.jpg| 0| "a cat; ""old"""\n1.jpg| 1| a dog on a mat\n'),
+        ("one.csv", '\nprompts\n"a cat; ""old"""\n\na dog on a mat'),
+        ("rows.jsonl", '{"tag": "x", "prompt": "a cat; \\"old\\""}\r\n\r\n{"prompt": "a dog\\non a mat", "tag": 3}\r\n'),
+        ("strings.ndjson", '"a cat; \\"old\\""\n"a dog\\ton a mat"'),
+        ("objects.json", '[{"id": 1, "TEXT": "a cat; \\"old\\""}, {"TEXT": "a dog on a mat", "id": 2}]'),
+    ],
+)
+def test_the_captions_of_a_table_are_those_of_a_text_of_them(tmp_path: Path, name: str, content: str) -> None:
+    plain = read_list(table(tmp_path, "list.txt", 'a cat; "old"\na dog on a mat\n'))
+    found = read_list(table(tmp_path, name, content))
+    assert found.lines == plain.lines and found.digest == plain.digest and found.blank == 0
+
+
+def test_the_first_usual_name_is_read_and_the_note_says_so(tmp_path: Path) -> None:
+    file = table(tmp_path, "both.csv", "url,text,Caption\nx,wrong,a cat\ny,wrong,\n")
+    found = read_list(file)
+    assert found.lines == ("a cat",)
+    assert found.note == f"{file}: using column 'Caption' (others: url, text); 1 blank line skipped"
+    assert read_list(table(tmp_path, "single.csv", "caption\na cat\n")).note == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("names.csv", "alt,caption\na cat,wrong\na dog,wrong\n", "ALT"),
+        ("names.tsv", "ALT\talt\twidth\nwrong\ta cat\t3\nwrong\ta dog\t4\n", "alt"),
+        ("names.jsonl", '{"alt": "a cat", "text": "wrong"}\n{"alt": "a dog"}\n', "alt"),
+        ("names.json", '[{"alt": "a cat", "text": "wrong"}, {"alt": "a dog"}]', "Alt"),
+        ("plain.txt", "url;alt, as written\nx;a cat\ny;a dog\n", "alt, as written"),
+    ],
+)
+def test_a_column_is_found_by_its_own_name_before_any_case(tmp_path: Path, name: str, content: str, column: str) -> None:
+    assert read_list(table(tmp_path, name, content), column).lines == ("a cat", "a dog")
+
+
+@pytest.mark.check(26)
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", "url,alt\nx,a cat\n", "t.csv has no caption column; its columns are 'url', 'alt'"),
+        ("t.csv", "a cat\na dog\n", "its columns are 'a cat'"),
+        ("t.csv", "Caption,id,caption\nx,1,y\n", "t.csv has 2 columns named 'Caption': 'Caption', 'id', 'caption'"),
+        ("t.jsonl", '{"url": 1, "alt": 2}\n', "its columns are 'url', 'alt'"),
+        ("t.csv", "\n", "t.csv holds no prompt"),
+        ("t.csv", "id,caption\n", "t.csv holds no prompt"),
+        ("t.csv", 'id,caption\n1,"a\nb"\n2,a cat, old\n', "t.csv:4: 3 fields in a row, but 2 in the first"),
+        ("t.csv", "id,caption\n1\n", "t.csv:2: 1 fields in a row, but 2 in the first"),
+        ("t.csv", 'id,caption\n1,a\n2,"a cat\n3,b\n', "t.csv:3: unexpected end of data"),
+        ("t.csv", 'id,caption\n1,"a" cat\n', "t.csv:2: ',' expected after '\"'"),
+        ("t.csv", b"id,caption\n1,a c\xe4t\n", "t.csv:2: byte 5 is not UTF-8"),
+        ("t.csv", 'id,caption\n1,"a\n\nb"\n2,"a\0\n"\n', "t.csv:5: a NUL"),
+        ("t.csv", "id,caption\n1," + "x" * 10_001 + "\n", "t.csv:2: a prompt of 10001"),
+        ("t.csv", "id,caption\n" + "x" * (1 << 20) + ",x\n", "t.csv:2: more than 1048576 bytes"),
+        ("t.jsonl", '{"caption": "a"}\n\n{"caption": "b"\n', "t.jsonl:3 is not JSON"),
+        ("t.jsonl", '{"caption": "a"}\n{"text": "b"}\n', "t.jsonl:2 has no 'caption'"),
+        ("t.jsonl", '{"caption": "a"}\n"b"\n', "t.jsonl:2 has no 'caption'"),
+        ("t.jsonl", '{"caption": "a"}\n{"caption": ["b", "c"]}\n', "t.jsonl:2 has no text"),
+        ("t.jsonl", '{"caption": "a \\ud800 cat"}\n', "t.jsonl:1: character 2 is half"),
+        ("t.jsonl", "[" * 100_000 + "\n", "t.jsonl:1 is not JSON"),
+        ("t.json", '[{"caption": "a"}, {"caption": 3}]', "t.json: item 2 has no text"),
+        ("t.json", '{"caption": "a"}\n{"caption": "b"}\n', "t.json is not JSON: Extra data"),
+        ("t.parquet", b"PAR1", "t.parquet: cannot read prompts from .parquet files"),
+        ("t.XLSX", b"PK", "t.XLSX: cannot read prompts from .XLSX files"),
+        ("t.txt", "image,caption\n1.jpg,a cat\n2.jpg,a dog\n", "t.txt looks like a table with the columns 'image', 'caption'"),
+        ("t.txt", "id\ttext\n\n1\ta cat\n", "t.txt looks like a table with the columns 'id', 'text'"),
+        ("t.txt", '{"caption": "a cat"}\n{"caption": "a dog"}\n', "t.txt looks like JSON"),
+        ("t", '[\n "a cat"\n]\n', "t looks like JSON"),
+    ],
+)
+def test_a_table_that_is_none_or_has_no_captions_is_refused_with_its_place(
+    tmp_path: Path, name: str, content: str | bytes, said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        read_list(table(tmp_path, name, content))
+    assert said in caught.value.message and caught.value.hint
+
+
+def test_a_text_of_tags_stays_a_text(tmp_path: Path) -> None:
+    tags = ("a cat, text, red", "photo, a dog", "{a|b}", "[a cat]", "title")
+    assert read_list(table(tmp_path, "list.txt", "\n".join(tags))).lines == tags
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", "id,caption\n1,a cat\n", "has the columns 'id', 'caption'"),
+        ("t.jsonl", '{"id": 1, "caption": "a cat"}\n', "has the columns 'id', 'caption'"),
+        ("t.jsonl", '"a cat"\n', "t.jsonl:1 is not an object"),
+        ("t.json", '["a cat"]', "t.json: item 1 is not an object"),
+        ("t.json", '{"annotations": []}', "COCO's layout"),
+        ("t.txt", "a cat\na dog\n", "has the columns 'a cat'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_a_mistake_in_the_command(tmp_path: Path, name: str, content: str, said: str) -> None:
+    with pytest.raises(UsageError, match="--column alt") as caught:
+        read_list(table(tmp_path, name, content), "alt")
+    assert said in caught.value.message
+
+
+def test_built_in_prompts_have_no_columns() -> None:
+    for source in ("emoji", "general"):
+        with pytest.raises(UsageError, match="have no columns"):
+            open_prompts(source, "caption")
+
+
+def test_a_continued_run_compares_prompts_by_content_and_not_by_column() -> None:
+    given, inputs = DistillConfig(prompts="a.csv", column="alt"), {"prompts": "digest", "teacher": "digest"}
+    older = {name: value for name, value in dataclasses.asdict(given).items() if name != "column"}
+    assert differences(older, given, by_content=inputs) == []
+    assert differences(older | {"column": "text", "prompts": "b.txt"}, given, by_content=inputs) == []
+    assert differences(older | {"column": "text"}, given) == ["column: text -> alt"]
+
+
+def test_a_run_on_a_table_goes_on_with_a_text_of_the_same_captions_and_with_no_others(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path, "a.csv", "id,caption,alt\n1,a cat,x\n2,a dog,y\n")
+    table(tmp_path, "a.txt", "a cat\na dog\n")
+    training = ["distill", "--teacher", sd_folder, "--batch-size", "2", "--device", "cpu", "--output", "run"]
+    assert sid(*training, "--prompts", "a.csv", "--steps", "1") == 0
+    assert "a.csv: using column 'caption' (others: id, alt)" in capsys.readouterr().err
+    assert sid(*training, "--prompts", "a.csv", "--column", "alt", "--steps", "2") == 3
+    assert "prompts: " in capsys.readouterr().err.splitlines()[-1]
+    table(tmp_path, "own.toml", 'prompts = "a.csv"\ncolumn = "alt"\n')  # whose column is that of its own prompts
+    assert sid(*training, "--config", "own.toml", "--prompts", "a.txt", "--steps", "2") == 0
+    assert "continuing from step 1" in capsys.readouterr().err
+
+
+def test_sample_and_eval_read_the_column_that_they_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = table(tmp_path, "a.tsv", "alt\ttext\na cat\tx\n\ty\n")
+    assert sid("sample", "--prompts", file, "--column", "alt", "-o", "drawn", "--json") == 0
+    ended = capsys.readouterr()
+    assert [image["prompt"] for image in json.loads(ended.out)["images"]] == ["a cat"]
+    assert f"{file}: using column 'alt' (others: text); 1 blank line skipped" in ended.err
+    assert protocols.listed(file, Silence(), "alt").first(9) == ["a cat"]
+    for command in (["sample", "a cat"], ["eval"]):
+        assert sid(*command, "--column", "alt") == 2
+        assert "--column alt names a column of --prompts" in capsys.readouterr().err
+    assert sid("eval", "emoji", "--prompts", file, "--column", "url", "--clip", "--protocol", "custom") == 2
+    assert "has the columns 'alt', 'text'" in capsys.readouterr().err

@@ -14,16 +14,18 @@ from sidcli.formats.graph import GENERATOR, GraphSampler, Run
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 """Files that a runtime reads, the best first."""
+LIBRARIES = {"onnx": "onnx onnxscript onnxruntime", "openvino": "onnx onnxscript onnxruntime openvino"}
+"""What the extras of pyproject.toml install, for hints: our own name may stand for another package on an index."""
 
 
 def need(module: str, extra: str) -> Any:
-    """Import a library of an extra. Raises EnvironmentProblem that names the extra."""
+    """Import a library of an extra. Raises EnvironmentProblem that names what to install."""
     import importlib
 
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise EnvironmentProblem(f"this needs {module}, which is not installed", f"pip install 'sidcli[{extra}]'") from error
+        raise EnvironmentProblem(f"this needs {module}, which is not installed", f"pip install {LIBRARIES[extra]}") from error
 
 
 def open_graphs(folder: Path, backend: str) -> GraphSampler:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from sidcli.environment import cache_folder, flag
 from sidcli.errors import InputError
-from sidcli.files import atomic_file, cache_folder, sha256
+from sidcli.files import atomic_file, sha256
 from sidcli.hub import Listener
 
 SECONDS = 30
@@ -45,7 +45,7 @@ def fetch(weights: Weights, listener: Listener) -> Path:
     if file.is_file():
         return file
     ways_out = f"fetch {weights.url} elsewhere and put it at {file}, or pass {weights.option} FILE"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if flag("HF_HUB_OFFLINE"):
         raise InputError(f"the network {weights.name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it", ways_out)
     with (
         atomic_file(file) as temporary,

@@ -1,0 +1,83 @@
+"""The words that models of the emoji world were trained on, and what to say about others."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from sidcli.emoji.nouns import NOUNS
+from sidcli.emoji.world import ADJECTIVES, COLOUR_LIST, COLOUR_TEMPLATES, PLAIN_TEMPLATES, PROMPT_SEED, caption, plural, scene
+
+WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+SHOWN, LONGEST, EXAMPLES, WIDTH = 5, 40, 12, 100
+
+
+@cache
+def nouns() -> frozenset[str]:
+    """Nouns in singular and plural."""
+    return frozenset(form for noun in NOUNS for form in (noun, plural(noun)))
+
+
+@cache
+def words() -> frozenset[str]:
+    """Every word of the captions that the models were trained on."""
+    templates = " ".join((*PLAIN_TEMPLATES, *COLOUR_TEMPLATES))
+    return nouns() | {*COLOUR_LIST, *ADJECTIVES, "a", "an", *WORD.findall(re.sub(r"\{\w+\}", " ", templates))}
+
+
+def spelled(text: str) -> list[str]:
+    """The words of a text, lower-case and without a possessive 's, and its emoji, one by one."""
+    found = [re.sub(r"['\u2019]s$", "", word) for word in WORD.findall(text.casefold())]
+    return found + [character for character in text if unicodedata.category(character) in ("So", "Cn")]
+
+
+def close(word: str) -> list[str]:
+    """Known words that may have been meant: the noun that an emoji stands for, or up to two with a similar spelling."""
+    pictured = [noun for noun, emoji in NOUNS.items() if word in emoji]
+    return pictured or (difflib.get_close_matches(word, [*NOUNS, *COLOUR_LIST], 2, 0.7) if len(word) > 3 else [])
+
+
+def remark(texts: Sequence[str], model: str) -> str:
+    """A note on words of prompts that a model of the emoji world does not know; empty where it knows them all."""
+    unknown: dict[str, None] = {}
+    idle = ""
+    for text in texts:
+        found = spelled(text)
+        odd = [word for word in found if word not in words()]
+        unknown |= dict.fromkeys(odd)
+        if not odd and not idle and nouns().isdisjoint(found):
+            idle = text
+    said = []
+    if unknown:
+        shown = [
+            f"{word[:LONGEST]!r}" + (f" ({' or '.join(near)}?)" if (near := close(word)) else "") for word in list(unknown)[:SHOWN]
+        ]
+        said.append(
+            f"{model} does not know {', '.join(shown)}" + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
+        )
+    if idle:
+        said.append(f"{idle[:LONGEST]!r} names nothing to draw")
+    hint = f"`sid sample --list-prompts` prints the {len(NOUNS)} nouns and {len(COLOUR_LIST)} colors it knows"
+    return f"note: {'; '.join(said)}; {hint}" if said else ""
+
+
+def summary() -> dict[str, Any]:
+    """What the models can be asked for, with captions as examples."""
+    examples = [caption(scene(PROMPT_SEED, index), PROMPT_SEED, index, "train").text for index in range(EXAMPLES)]
+    adjectives = [word for word in ADJECTIVES if word not in COLOUR_LIST]
+    return {"nouns": list(NOUNS), "colors": list(COLOUR_LIST), "adjectives": adjectives, "examples": examples}
+
+
+def lines() -> list[str]:
+    """The summary for people."""
+    content = summary()
+    shown = []
+    for name in ("nouns", "colors", "adjectives"):
+        title = f"{len(content[name])} {'background colors' if name == 'colors' else name}:"
+        shown += [title, *textwrap.wrap(", ".join(content[name]), WIDTH, initial_indent="  ", subsequent_indent="  "), ""]
+    return [*shown, "examples:", *(f"  {text}" for text in content["examples"])]
