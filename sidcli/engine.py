@@ -149,9 +149,8 @@ class Engine:
 
     @property
     def images(self) -> int:
-        """Images generated for training so far, over both networks."""
-        generator_steps = max(0, self.step - self.config.fake_warmup)
-        return (self.step * self.config.fake_updates + generator_steps) * self.config.batch_size
+        """Training images per network so far, steps x batch size, as papers count them; warm-up and extra updates change nothing."""
+        return self.step * self.config.batch_size
 
     # A step
 
