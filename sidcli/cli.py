@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from sidcli.files import check_new, check_unlocked, check_writable
 from sidcli.launch import catch
 from sidcli.outputs import Places, check_export, check_run
 from sidcli.printable import printable
+from sidcli.progress import duration
 from sidcli.wishes import Wish, check_protocol, limits
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ app = typer.Typer(
 METHOD, MACHINE, METRICS, NETWORKS = "Method", "Memory and speed", "Metrics", "Networks of the metrics"
 SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher"}
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, an error as one on stderr.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the noise.")]
 PredictionOption = Annotated[str, typer.Option(help="What the model predicts, if its files do not say: epsilon or v_prediction.")]
@@ -224,22 +226,24 @@ def distill(
                 console.result(made.lines(), made.as_dict())
                 return
         if prompts is None and resolved.prompts in ("emoji", "general"):
-            console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
+            console.note(f"prompts: {source.name} (built in; override with --prompts FILE)")
         from sidcli import distill as driver
         from sidcli.console import DistillProgress
 
         known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
         model = _load(teacher, console, **known)
         rhythm = driver.Rhythm(save_every, sample_every, 60 * save_minutes, eval=eval_every)
-        with console.progress("distil", resolved.steps, "steps") as advance:
+        command = shlex.join(["sid", *sys.argv[1:]])
+        with console.progress("distill", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
-            result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker)
-        share = 100 * result.saving / max(result.seconds, 1e-9)
-        console.note(
-            f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training since the command began, "
-            f"{share:.1f} % of them waiting for checkpoints"
-        )
-        console.note(f'draw with it: sid sample "a cat" --model {result.run}')
+            result = driver.run(model, resolved, source, folder, device, rhythm, resume, listener, tracker, command)
+        if result.taken:
+            share = 100 * result.saving / max(result.seconds, 1e-9)
+            console.note(
+                f"finished: {result.step} steps, {result.images} images per network; {duration(result.seconds)} of training, "
+                f"checkpointing overhead {share:.1f} %"
+            )
+        console.note(f'generate with it: sid sample "a cat" --model {shlex.quote(str(result.run))}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
         times = {"seconds": round(result.seconds, 1), "saving_seconds": round(result.saving, 2)}
         console.result([str(result.student)], data | times | {"last": result.last})
@@ -304,7 +308,8 @@ def sample(
         if cut:
             console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
         if places.sheet:
-            console.note(f"contact sheet: {places.sheet}")
+            some = f" (the first {driver.SHEET_IMAGES} images)" if count > driver.SHEET_IMAGES else ""
+            console.note(f"contact sheet: {places.sheet}{some}")
         if preview:
             from PIL import Image
 
@@ -671,15 +676,23 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, EnvironmentProblem):
             _say(error)
         sys.exit(error.exit_code)
-    except Exception:
+    except Exception as error:
         _show_traceback()
+        if _json_asked():
+            _say(SidError(f"unexpected {type(error).__name__}: {error}", "report it, with the traceback above"))
         sys.exit(1)
+
+
+def _json_asked() -> bool:
+    """Whether --json is among the arguments, which may be too wrong to be parsed."""
+    arguments = sys.argv[1:]
+    return "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
 
 
 def _say(error: SidError) -> None:
     from sidcli.console import Console
 
-    Console().error(error.message, error.hint)
+    Console(as_json=_json_asked()).error(error)
 
 
 def _show_traceback() -> None:

@@ -28,6 +28,7 @@ from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
 from sidcli.parallel import Team, assign, count, whole
+from sidcli.progress import Progress, silent
 from sidcli.prompts import Prompts
 from sidcli.sampler import Plan, Sampler
 from sidcli.teachers import Model
@@ -347,10 +348,10 @@ class Engine:
     # State
 
     @torch.no_grad()
-    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
+    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """uint8 [B, H, W, 3] that the teacher itself draws, in the precision of the run."""
         with self._autocast():
-            images = self.sampler.images(prompts, seeds, plan)
+            images = self.sampler.images(prompts, seeds, plan, advance)
         self.sampler.model.vae.to("cpu")  # training never decodes
         return images
 

@@ -9,8 +9,8 @@ from tests.checks import CHECKS
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "__init__", "text", "metrics.catalogue", "printable"},
-    {"files", "launch"},
+    {"errors", "randomness", "optimizer", "__init__", "text", "metrics.catalogue", "printable", "progress"},
+    {"files", "launch", "parallel"},
     {
         "devices",
         "config",

@@ -17,6 +17,7 @@ from PIL import Image
 
 from sidcli.sources import find
 from sidcli.teachers import load
+from tests.inprocess import sid as in_process
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
 
@@ -100,6 +101,34 @@ def test_an_error_is_one_line_with_its_exit_code(arguments: list[str], code: int
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (["distill", "--json", "--nonsense"], "UsageError", 2),
+        (["sample", "--json", "--num", "0", "a cat"], "UsageError", 2),
+        (["eval", "emoji", "--fail-above", "fud=3", "--json"], "UsageError", 2),
+        (["sample", "a cat", "--model", "no-such-model", "--json"], "InputError", 3),
+        (["export", "emoji", "-o", "n" * 300, "--json"], "EnvironmentProblem", 4),
+    ],
+)
+def test_with_json_an_error_is_one_object_in_the_last_line_of_stderr(
+    arguments: list[str], kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process(*arguments) == code
+    said = capfd.readouterr()
+    (error,) = json.loads(said.err.splitlines()[-1]).values()
+    assert (error["type"], error["exit_code"], said.out) == (kind, code, "") and error["message"] and error.keys() >= {"hint"}
+
+
+def test_json_behind_two_dashes_is_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process("sample", "--model", "no-such-model", "--", "--json") == 3
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no model 'no-such-model'")
 
 
 def test_a_hub_teacher_without_a_network_ends_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
