@@ -306,7 +306,7 @@ def sample(
         with console.progress("draw", count, "images") as advance:
             drawn, cut = driver.run(found, drawer, plan, texts, num, seed, places, batch_size, advance)
         if cut:
-            console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
+            console.note(f"{cut} prompts were longer than the text encoder reads and were truncated")
         if places.sheet:
             some = f" (the first {driver.SHEET_IMAGES} images)" if count > driver.SHEET_IMAGES else ""
             console.note(f"contact sheet: {places.sheet}{some}")

@@ -102,7 +102,7 @@ class Result:
 
 
 class StopFlag:
-    """Remembers a signal of STOPPING until the loop asks; what can be begun anew ends `at_once`. A second signal ends the process."""
+    """Remembers a signal of STOPPING until the loop asks; an `at_once` block ends immediately. A second signal ends the process."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -179,7 +179,7 @@ def run(
                 seconds, record = loop.run()
             cut = engine.sampler.truncated
             if cut:
-                listener.note(f"{cut} prompts trained on were longer than the text encoder reads; their ends were ignored")
+                listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
             student = output / "student"
             finished = engine.student()
             if engine.team.leads:
@@ -244,7 +244,7 @@ class Loop:
                 self.leave(stopped)
 
     def look(self, evaluate: bool, paint: bool) -> None:
-        """Measure the student, paint it, or both. The time it takes is no training and not counted as such; a signal cuts it short."""
+        """Measure the student, draw its samples, or both. The time that takes does not count as training; a signal cuts it short."""
         if not (evaluate or paint):
             return
         paused = time.monotonic()
@@ -453,7 +453,7 @@ def begin_at(engine: Engine, output: Path, listener: Listener, evaluates: bool) 
     clear_leftovers(output)
     forget_after(output / "metrics.jsonl", engine.step, evaluates)
     for folder in checkpoint.set_aside(checkpoints, engine.step):
-        listener.note(f"set aside: {folder}; remove it when you are sure that you do not need it")
+        listener.note(f"set aside: {folder}; delete it if you do not need it")
     if engine.step < engine.config.steps:
         more = max(1, checkpoint.KEEP + 1 - len(checkpoint.numbered(checkpoints)))
         check_space(output, more * engine.state_bytes, f"{more} checkpoints need" if more > 1 else "a checkpoint needs")
@@ -601,11 +601,11 @@ def sample_prompts(engine: Engine, file: Path) -> list[str]:
 
 
 def prompts_for(engine: Engine, first: int, count: int) -> list[str]:
-    """Prompts to look at, which stand before those that are trained on."""
+    """Prompts for samples and proxies, from positions before those that are trained on."""
     return [engine.prompts.at(engine.config.seed, -1 - index) for index in range(first, first + count)]
 
 
 def student_plan_of(config: DistillConfig) -> Plan:
-    """How the student in training draws."""
+    """The sampling plan of the student in training."""
     grid_of_steps = exit_grid(config.t_init, config.student_steps)
     return Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]

@@ -85,6 +85,28 @@ def test_image_i_has_seed_plus_i_and_says_in_its_file_what_made_it() -> None:
     assert images.seconds_per_image is not None
 
 
+def test_progress_counts_parts_of_images_as_they_are_drawn_and_each_image_once() -> None:
+    class Slow(Painter):
+        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+            for _ in range(4):
+                advance(len(prompts) / 4, "step")
+            return super().images(prompts, seeds, plan)
+
+    images = drawn_set(Slow(), UNIT + 20)
+    images.read(range(10))
+
+    def heard() -> list[tuple[float, str]]:
+        found: list[tuple[float, str]] = []
+        Collection(images, UNIT + 20).fill([Brightness()], Share(), lambda count, text="": found.append((count, text)))
+        return found
+
+    first, again = heard(), heard()
+    assert sum(count for count, _ in first) == sum(count for count, _ in again) == pytest.approx(UNIT + 20)
+    drawn = [count for count, text in first if text == "step"]
+    assert sum(drawn) == pytest.approx(UNIT + 10) and len(drawn) == 4 * (6 + 2), "ten were drawn before"
+    assert [text for _, text in again] == ["", ""], "every feature is in the cache"
+
+
 def test_a_set_that_was_interrupted_or_damaged_goes_on_where_it_stopped() -> None:
     first, second = Painter(), Painter()
     drawn_set(first, 20).read(range(12))
