@@ -240,8 +240,8 @@ def distill(
         if result.taken:
             share = 100 * result.saving / max(result.seconds, 1e-9)
             console.note(
-                f"finished: {result.step} steps, {result.images} images per network; {duration(result.seconds)} of training, "
-                f"checkpointing overhead {share:.1f} %"
+                f"finished: {result.step} steps, {result.images} images per network; this command trained for "
+                f"{duration(result.seconds)}, checkpointing overhead {share:.1f} %"
             )
         console.note(f'generate with it: sid sample "a cat" --model {shlex.quote(str(result.run))}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}

@@ -504,23 +504,29 @@ def trained_seconds(metrics: Path) -> float:
 def complete_record(output: Path, engine: Engine, seconds: float) -> None:
     """Add to run.json when the run finished, after how many steps, training images per network and seconds of training."""
     file = output / "run.json"
-    done = {"finished": now(), "steps": engine.step, "images": engine.images, "seconds": round(seconds, 1)}
-    write_json(file, read_json(file) | done)
+    record = read_json(file)
+    done = {"steps": engine.step, "images": engine.images, "seconds": round(seconds, 1)}
+    write_json(file, record | done | {"finished": record["finished"] or now()})
 
 
 def write_record(output: Path, teacher: Model, config: DistillConfig, engine: Engine, prompts: Prompts, command: str) -> None:
-    """config.toml, from which `--config` repeats the run, and run.json: when, where and on what it runs, by which command."""
+    """config.toml, from which `--config` repeats the run, and run.json: when, where and on what it runs, by which command.
+
+    The run.json of a run with no step left stays as it is.
+    """
     file = output / "run.json"
-    begun = read_json(file).get("started") if engine.step and file.exists() else None
+    before = read_json(file) if engine.step and file.exists() else {}
     with atomic_file(output / "config.toml") as temporary:
         temporary.write_text(tomli_w.dumps(dataclasses.asdict(config)), encoding="utf-8")
+    if engine.step == config.steps and before.get("finished"):
+        return
     libraries = ("torch", "diffusers", "transformers")
     write_json(
         file,
         {
             "format": RUN_FORMAT,
             "sid": __version__,
-            "started": begun or now(),
+            "started": before.get("started") or now(),
             "finished": None,
             "command": command,
             "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
@@ -566,14 +572,17 @@ class Painter:
     def __init__(self, engine: Engine, folder: Path, listener: Listener):
         self.engine, self.folder, self.listener = engine, folder, listener
         self.texts = sample_prompts(engine, folder / "prompts.json")
+        # A run that begins anew in its folder may have another teacher.
+        self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
         if engine.team.leads:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
     def paint(self, student: Model) -> None:
         engine = self.engine
         self.draw("samples", Sampler(student, engine.device), student_plan_of(engine.config), f"{engine.step:08d}")
-        if engine.step and not (self.folder / "teacher.png").exists():
+        if engine.step and not self.has_teacher:
             self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher")
+            self.has_teacher = True
 
     def draw(self, what: str, drawer: Drawer, plan: Plan, name: str) -> None:
         size = min(GRID_IMAGES, self.engine.config.micro_batch)

@@ -217,6 +217,8 @@ def test_run_json_tells_when_by_which_command_and_on_what_a_run_was_made(
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds) and done["seconds"] == seconds[-1] > seconds[1]
     assert "2026-11-01 10:00 UTC" in (tmp_path / "run" / "report.html").read_text()
+    distill.run(load(find(str(sd_folder))), config, *arguments, Silent(), command="sid distill --quiet")
+    assert json.loads(record.read_text()) == done, "nothing was trained"
 
 
 def test_an_image_count_is_steps_times_batch_size_wherever_it_stands(
