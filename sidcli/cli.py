@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from sidcli.launch import catch
 from sidcli.metrics.catalogue import METRICS as MEASURED
 from sidcli.outputs import Places, check_export, check_run
 from sidcli.printable import prepare_streams, printable
+from sidcli.progress import duration
 from sidcli.wishes import PROTOCOLS, Wish, check_protocol, limits
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def _preset(name: str) -> str:
 DeviceOption = Annotated[
     str, typer.Option(autocompletion=_one_of("auto", "cpu", "cuda", "cuda:0"), help="auto, cpu, cuda or cuda:INDEX.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, an error as one on stderr.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
 SeedOption = Annotated[int, typer.Option(callback=_within(0, 2**62), help="Seed of the noise.")]
 PredictionOption = Annotated[
@@ -445,22 +447,24 @@ def distill(
             return
         plan.check(resolved, folder, keep_checkpoints, console)
         if prompts is None and resolved.prompts in ("emoji", "general"):
-            console.note(f"prompts: {source.name} (written by us; --prompts FILE takes your own)")
+            console.note(f"prompts: {source.name} (built in; override with --prompts FILE)")
         from sidcli import distill as driver
         from sidcli.console import DistillProgress
 
         known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
         loaded = _load(teacher, console, **known)
         rhythm = driver.Rhythm(save_every, sample_every, 60 * save_minutes, eval=eval_every, keep=keep_checkpoints)
-        with console.progress("distil", resolved.steps, "steps") as advance:
+        command = shlex.join(["sid", *sys.argv[1:]])
+        with console.progress("distill", resolved.steps, "steps") as advance:
             listener = DistillProgress(console, advance)
-            result = driver.run(loaded, resolved, source, folder, device, rhythm, resume, listener, tracker)
-        share = 100 * result.saving / max(result.seconds, 1e-9)
-        console.note(
-            f"step {result.step}, {result.images} images so far; {result.seconds:.0f} s of training since the command began, "
-            f"{share:.1f} % of them waiting for checkpoints"
-        )
-        console.note(f'draw with it: sid sample "a cat" --model {result.run}')
+            result = driver.run(loaded, resolved, source, folder, device, rhythm, resume, listener, tracker, command)
+        if result.taken:
+            share = 100 * result.saving / max(result.seconds, 1e-9)
+            console.note(
+                f"finished: {result.step} steps, {result.images} images per network; this command trained for "
+                f"{duration(result.seconds)}, checkpointing overhead {share:.1f} %"
+            )
+        console.note(f'generate with it: sid sample "a cat" --model {shlex.quote(str(result.run))}')
         data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
         times = {"seconds": round(result.seconds, 1), "saving_seconds": round(result.saving, 2)}
         console.result([str(result.student)], data | times | {"last": result.last})
@@ -553,9 +557,10 @@ def sample(
         with console.progress("draw", count, "images") as advance:
             drawn, cut = driver.run(found, drawer, plan, texts, num, seed, places, batch_size, advance)
         if cut:
-            console.note(f"{cut} prompts were longer than the text encoder reads; their ends were ignored")
+            console.note(f"{cut} prompts were longer than the text encoder reads and were truncated")
         if places.sheet:
-            console.note(f"contact sheet: {places.sheet}")
+            some = f" (the first {driver.SHEET_IMAGES} images)" if count > driver.SHEET_IMAGES else ""
+            console.note(f"contact sheet: {places.sheet}{some}")
         if preview:
             from PIL import Image
 
@@ -956,15 +961,23 @@ def main() -> None:
         if group_or_alone().local_rank == 0 or isinstance(error, EnvironmentProblem):
             _say(error)
         sys.exit(error.exit_code)
-    except Exception:
+    except Exception as error:
         _show_traceback()
+        if _json_asked():
+            _say(SidError(f"unexpected {type(error).__name__}: {error}", "report it, with the traceback above"))
         sys.exit(1)
+
+
+def _json_asked() -> bool:
+    """Whether --json is among the arguments, which may be too wrong to be parsed."""
+    arguments = sys.argv[1:]
+    return "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
 
 
 def _say(error: SidError) -> None:
     from sidcli.console import Console
 
-    Console().error(error.message, error.hint)
+    Console(as_json=_json_asked()).error(error)
 
 
 def _show_traceback() -> None:

@@ -5,39 +5,35 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.color import Color
 from rich.console import Console as Terminal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import Progress, ProgressColumn, Task
+from rich.progress_bar import ProgressBar
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from sidcli.environment import group_or_alone
-from sidcli.errors import EnvironmentProblem
+from sidcli.errors import EnvironmentProblem, SidError
 from sidcli.printable import can_show, json_text, printable
+from sidcli.progress import duration
 
 if TYPE_CHECKING:
     from PIL import Image
 
 LINE_SECONDS = 15.0
+"""Seconds between the lines of a log."""
+BAR_SECONDS = 1.0
+"""What takes less has no bar."""
 
 
 class Bystander(Terminal):
-    """A terminal whose leaving ends nothing; rich would end the program."""
+    """A terminal that survives a broken pipe; rich would end the program."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -54,6 +50,7 @@ class Console:
         self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.out = Bystander(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.live = self.err.is_terminal and not as_json and not self.quiet
+        self.bars: Bars | None = None
 
     def say(self, line: Text | str) -> None:
         """A line for people. Where nobody can hear it, a pipe closed or a log on a full disk, the work goes on in silence."""
@@ -66,9 +63,13 @@ class Console:
         if not self.quiet:
             self.say(printable(text))
 
-    def error(self, message: str, hint: str = "") -> None:
-        """One line: what happened, and what to try."""
-        message = f"process {self.rank}: {message}" if self.rank else message
+    def error(self, error: SidError) -> None:
+        """One line: what happened, and what to try; with --json the same as an object."""
+        message, hint = f"process {self.rank}: {error.message}" if self.rank else error.message, error.hint
+        if self.as_json:
+            said = {"type": type(error).__name__, "message": message, "hint": hint, "exit_code": error.exit_code}
+            self.say(json_text({"error": said}))
+            return
         line = Text("error: ", style="bold red") + Text(printable(message))
         self.say(line + Text("; try: ", style="bold") + Text(printable(hint)) if hint else line)
 
@@ -141,51 +142,102 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
-        """A bar on a terminal, a line now and then elsewhere. The block calls `advance(count, text)`."""
-        what = printable(what)
+        """A bar on a terminal, a line now and then elsewhere. The block calls `advance(count, text)`; blocks may be nested."""
         if not self.live:
-            yield Advance(self, None, None, what, total, unit)
-            return
-        amount = (
-            (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit, markup=False))
+            yield Advance(self, what, total, unit)
+        elif self.bars is not None:
+            advance = Advance(self, what, total, unit, self.bars)
+            try:
+                yield advance
+            finally:
+                advance.remove()
+        else:
+            with Bars(Line(self.err), console=self.err, transient=True) as self.bars:
+                try:
+                    yield Advance(self, what, total, unit, self.bars)
+                finally:
+                    self.bars = None
+
+
+class Bars(Progress):
+    """Bars of tasks, without those that have only just begun."""
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        return super().make_tasks_table([task for task in tasks if (task.elapsed or 0.0) >= BAR_SECONDS])
+
+
+class Line(ProgressColumn):
+    """A task on one line of the terminal, whatever its width: what, a bar, and as many details as there is room for."""
+
+    def __init__(self, terminal: Terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def render(self, task: Task) -> Table:
+        advance: Advance = task.fields["advance"]
+        width = self.terminal.width - 1
+        what = advance.what if cell_len(advance.what) <= width // 3 else set_cell_size(advance.what, width // 3 - 1) + "\u2026"
+        bar = max(5, min(40, (width - 20) // 5))
+        details = fitting(advance.details(), width - cell_len(what) - bar - 2)
+        line = Table.grid(padding=(0, 1))
+        line.add_row(
+            Text(what), ProgressBar(advance.total, advance.done, width=bar), Text(details, no_wrap=True, overflow="ellipsis")
         )
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            *amount,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-        )
-        with Progress(*columns, console=self.err) as bar:
-            yield Advance(self, bar, bar.add_task(what, total=total, text=""), what, total, unit)
+        return line
+
+
+def fitting(details: Sequence[str], width: int) -> str:
+    """The first of some details, joined by commas, that fit into `width`; the very first in any case."""
+    while len(details) > 1 and cell_len(", ".join(details)) > width:
+        details = details[:-1]
+    return ", ".join(details)
 
 
 class Advance:
     """What a progress block calls: how much more is done, and what to say beside it."""
 
-    def __init__(self, console: Console, bar: Progress | None, task: TaskID | None, what: str, total: int, unit: str):
-        self.console, self.bar, self.task, self.what, self.total, self.unit = console, bar, task, what, total, unit
-        self.done = self.first = 0
-        self.spoken = self.begun = time.monotonic()
+    def __init__(self, console: Console, what: str, total: int, unit: str, bars: Bars | None = None):
+        self.console, self.what, self.total, self.unit, self.bars = console, printable(what), total, unit, bars
+        self.done = 0.0
+        self.text = ""
+        self.spoken = time.monotonic()
+        self.counted_from: tuple[float, float] | None = None
+        """When the first call came, and how much was done then: what is measured starts there, as first calls warm up."""
+        self.task = bars.add_task(self.what, total=total, advance=self) if bars else None
 
     def begin(self, done: int) -> None:
-        """What was done before this command counts as done, but not for the time that is left."""
-        self(done)
-        self.first = done
+        """Count what was done before this command."""
+        self.done = done
+        self.show()
 
-    def left(self) -> str:
-        took, made = time.monotonic() - self.begun, self.done - self.first
-        return f"about {took / made * (self.total - self.done) / 60:.0f} min left" if made else ""
+    def remove(self) -> None:
+        if self.bars is not None and self.task is not None:
+            self.bars.remove_task(self.task)
 
-    def __call__(self, count: int, text: str = "") -> None:
+    def details(self) -> list[str]:
+        """How much is done, the time left, and what the block said last; the most important first."""
+        done = min(self.total, int(self.done + 1e-6))  # parts of images add up to whole ones but for a rounding error
+        is_bytes = self.unit == "bytes"
+        amount = f"{done / 1e6:.0f}/{self.total / 1e6:.0f} MB" if is_bytes else f"{done}/{self.total} {self.unit}".rstrip()
+        since, before = self.counted_from or (0.0, self.done)
+        took, made, left = time.monotonic() - since, self.done - before, self.total - self.done
+        remaining = f"{duration(took / made * left)} left" if made > 1e-6 and left > 1e-6 else ""
+        speed = f"{made / took / 1e6:.1f} MB/s" if is_bytes and made > 1e-6 and took else ""
+        return [part for part in (amount, remaining, speed, *self.text.split(", ")) if part]
+
+    def __call__(self, count: float, text: str = "") -> None:
         self.done += count
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=self.done, text=printable(text))
+        self.text = printable(text)
+        if self.counted_from is None and count:
+            self.counted_from = time.monotonic(), self.done
+        self.show()
+
+    def show(self) -> None:
+        if self.bars is not None and self.task is not None:
+            self.bars.update(self.task, completed=self.done)
         elif time.monotonic() - self.spoken > LINE_SECONDS and not self.console.as_json:
             self.spoken = time.monotonic()
-            amount = f"{self.done / 1e6:.0f}/{self.total / 1e6:.0f} MB" if self.unit == "bytes" else f"{self.done}/{self.total}"
-            self.console.note(" ".join(part for part in (self.what, amount, text, self.left()) if part))
+            self.console.note(f"{self.what}: {', '.join(self.details())}")
 
 
 class DistillProgress:
@@ -198,8 +250,14 @@ class DistillProgress:
         self.advance.begin(step)
 
     def stepped(self, record: dict[str, Any]) -> None:
-        shown = {"img/s": "images_per_second", "fake": "fake_loss", "gen": "generator_loss", "ratio": "ratio", "GB": "memory_gb"}
-        text = " ".join(f"{label} {record[key]:.3g}" for label, key in shown.items() if record.get(key) is not None)
+        shown = {
+            "images_per_second": "{:.3g} img/s",
+            "fake_loss": "fake {:.3g}",
+            "generator_loss": "gen {:.3g}",
+            "ratio": "ratio {:.3g}",
+            "memory_gb": "{:.3g} GB",
+        }
+        text = ", ".join(form.format(record[key]) for key, form in shown.items() if record.get(key) is not None)
         self.advance(record["step"] - self.advance.done, text)
 
     def note(self, text: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidcli.errors import EnvironmentProblem, UsageError
@@ -28,3 +31,19 @@ def pick_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(f"no device {wanted}: {torch.cuda.device_count()} CUDA devices here", "use --device cpu or auto")
     return device
+
+
+def processor() -> str:
+    """The CPU's model name, as far as the system tells."""
+    try:
+        named = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        )
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

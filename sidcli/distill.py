@@ -13,9 +13,10 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -28,8 +29,9 @@ from safetensors import SafetensorError
 
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
-from sidcli.devices import pick_device
+from sidcli.devices import cores, pick_device, processor
 from sidcli.diffusion import exit_grid
+from sidcli.emoji import world
 from sidcli.engine import Engine, StepResult, check_teacher
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
@@ -39,11 +41,12 @@ from sidcli.launch import catch, give_back
 from sidcli.outputs import check_run
 from sidcli.parallel import count
 from sidcli.pictures import grid, save_png
-from sidcli.prompts import Prompts
-from sidcli.proxy import PROXY_IMAGES, Proxy
+from sidcli.progress import Progress
+from sidcli.prompts import EmojiPrompts, Prompts
+from sidcli.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 from sidcli.report.page import write
 from sidcli.report.run import run_page
-from sidcli.sampler import Plan, Sampler, plan_for
+from sidcli.sampler import Drawer, Plan, Sampler, draw, plan_for
 from sidcli.sources import fingerprint
 from sidcli.teachers import Model
 
@@ -54,12 +57,12 @@ SKIPPED_LIMIT = 6
 
 
 class Listener(Protocol):
-    """Who wants to hear about a run: the terminal, or nobody."""
+    """Who is told about a run: the terminal, or nobody."""
 
     def started(self, step: int, steps: int) -> None: ...
     def stepped(self, record: dict[str, Any]) -> None: ...
     def note(self, text: str) -> None: ...
-    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]: ...
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]: ...
 
 
 class Tracker(Protocol):
@@ -71,7 +74,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How often things happen, in steps; changes nothing that is computed."""
+    """How often the loop saves, samples, logs and evaluates, in steps; changes nothing that is computed."""
 
     save: int
     sample: int
@@ -89,15 +92,19 @@ class Result:
     run: Path
     student: Path
     step: int
+    taken: int
+    """Steps of this command; 0 where the run was finished already."""
     images: int
+    """Training images per network of the whole run, as everywhere."""
     seconds: float
+    """Training time of this command."""
     saving: float
     """Of `seconds`, those in which the training waited for checkpoints."""
     last: dict[str, Any]
 
 
 class StopFlag:
-    """Remembers a signal of STOPPING until the loop asks; what can be begun anew ends `at_once`. A second signal ends the process."""
+    """Remembers a signal of STOPPING until the loop asks; an `at_once` block ends immediately. A second signal ends the process."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -111,7 +118,7 @@ class StopFlag:
 
     def obey(self) -> None:
         if self.number and self.impatient:
-            raise Interrupted(self.number, "stopped before the first step", "run the same command to begin again")
+            raise Interrupted(self.number, "interrupted before the first step", "run the same command again")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -142,8 +149,9 @@ def run(
     resume: Path | None,
     listener: Listener,
     tracker: str | None = None,
+    command: str = "",
 ) -> Result:
-    """Distil `teacher` into output/student, or continue the run that is there.
+    """Distill `teacher` into output/student, or continue the run that is there; `command` is recorded.
 
     Raises InputError for a continued run whose settings changed or that another version of sid has written, Interrupted after saving
     on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite or another
@@ -160,23 +168,28 @@ def run(
                 restore(engine, output, resume, inputs, listener)
                 engine.team.wait()
                 if engine.team.leads:
-                    begin_at(engine, output, rhythm.keep, listener)
-                    write_record(output, teacher, config, engine, prompts)
+                    begin_at(engine, output, rhythm, listener)
+                    write_record(output, teacher, config, engine, prompts, command)
                 engine.team.wait()
-            listener.started(engine.step, config.steps)
+            began_at = engine.step
+            for line in introduction(engine, output):
+                listener.note(line)
+            listener.started(began_at, config.steps)
             writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs, rhythm.keep)
             with open_tracker(tracker if engine.team.leads else None, output) as board:
-                seconds, record = Loop(engine, output, rhythm, writer, stop, listener, board).run()
+                loop = Loop(engine, output, rhythm, writer, stop, listener, board)
+                seconds, record = loop.run()
             cut = engine.sampler.truncated
             if cut:
-                listener.note(f"{cut} prompts trained on were longer than the text encoder reads; their ends were ignored")
+                listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
             student = output / "student"
             finished = engine.student()
             if engine.team.leads:
                 write_student(student, finished, student_card(engine, prompts))
+                complete_record(output, engine, loop.trained)
                 write(run_page(output), output / "report.html")
             engine.team.wait()
-    return Result(output, student, engine.step, engine.images, seconds, writer.seconds, record)
+    return Result(output, student, engine.step, engine.step - began_at, engine.images, seconds, writer.seconds, record)
 
 
 class Loop:
@@ -194,12 +207,15 @@ class Loop:
     ):
         self.engine, self.output, self.rhythm, self.writer, self.stop = engine, output, rhythm, writer, stop
         self.listener, self.tracker = listener, tracker
-        self.painter = Painter(engine, output / "samples")
+        self.painter = Painter(engine, output / "samples", listener)
         self.proxy: Proxy | None = None
         self.record: dict[str, Any] = {}
         self.returned = False
         self.saved, self.begun = engine.step, time.monotonic()
         self.saved_at = self.begun
+        self.trained = trained_seconds(output / "metrics.jsonl") if engine.team.leads else 0.0
+        """Seconds of training time of the whole run, as of the last record; without the time that an interruption has lost."""
+        self.trained_before = self.trained
 
     def run(self) -> tuple[float, dict[str, Any]]:
         """Returns the seconds it took and the last record. Raises Interrupted after saving, SidError where it diverges."""
@@ -230,7 +246,7 @@ class Loop:
                 self.leave(stopped)
 
     def look(self, evaluate: bool, paint: bool) -> None:
-        """Measure the student, paint it, or both. The time it takes is no training and not counted as such; a signal cuts it short."""
+        """Measure the student, draw its samples, or both. The time that takes does not count as training; a signal cuts it short."""
         if not (evaluate or paint):
             return
         paused = time.monotonic()
@@ -253,23 +269,22 @@ class Loop:
         engine = self.engine
         self.save()
         self.settle()
-        kept = ", saved" if engine.step else ""
-        raise Interrupted(
-            number, f"stopped at step {engine.step} of {engine.config.steps}{kept}", "run the same command to continue"
-        )
+        where = f"saved step {engine.step} of {engine.config.steps}" if engine.step else "nothing to save at step 0"
+        raise Interrupted(number, f"interrupted; {where}", "run the same command to continue")
 
     def open_proxy(self) -> Proxy:
         engine = self.engine
-        with self.listener.progress("the teacher's images", PROXY_IMAGES, "images") as advance:
+        with self.listener.progress("teacher images for --eval-every", PROXY_IMAGES, "images") as advance:
             proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance)
-        self.listener.note(f"the teacher's own CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
+        self.listener.note(f"the teacher's CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
         write_json(self.output / "proxy.json", {"images": PROXY_IMAGES, "teacher_clip": round(proxy.goal, 5)})
         return proxy
 
     def evaluate(self, student: Model) -> None:
         """Proxies of the student as it is now, as a line of metrics.jsonl of their own."""
         self.proxy = self.proxy or self.open_proxy()
-        found = self.proxy.measure(student, student_plan_of(self.engine.config))
+        with self.listener.progress("evaluate", PROXY_IMAGES, "images") as advance:
+            found = self.proxy.measure(student, student_plan_of(self.engine.config), advance)
         self.write({"step": self.engine.step, **found})
         self.listener.note(
             f"step {self.engine.step}: CMMD to the teacher {found['proxy_cmmd']:.4f}, CLIP score {found['proxy_clip']:.4f}"
@@ -278,8 +293,11 @@ class Loop:
     def report(self, result: StepResult, rate: float) -> None:
         """One line of metrics.jsonl; a value that is not finite becomes null."""
         numbers = {name: round(value, 6) if math.isfinite(value) else None for name, value in result.numbers().items()}
+        self.trained = self.trained_before + time.monotonic() - self.begun
         self.record = {
             "step": self.engine.step,
+            "images": self.engine.images,
+            "seconds": round(self.trained, 1),
             **numbers,
             "images_per_second": round(rate, 3),
             "memory_gb": peak_memory(self.engine),
@@ -315,7 +333,7 @@ class Loop:
         self.engine.load(found.step, checkpoint.read(found))
         self.returned, self.saved = True, found.step
         if self.engine.team.leads:
-            forget_after(self.output / "metrics.jsonl", found.step)
+            forget_after(self.output / "metrics.jsonl", found.step, bool(self.rhythm.eval))
         self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
 
     def save(self) -> None:
@@ -351,7 +369,7 @@ def advice(config: DistillConfig) -> Iterator[None]:
     except Exception as error:
         said = out_of_memory(error)
         if said is None and count() > 1 and re.search(r"[Cc]onnection (reset|closed)|gloo|NCCL", str(error)):
-            raise SidError("another process of this run has ended", "the same command again, to go on") from error
+            raise SidError("another process of this run has ended", "run the same command to continue") from error
         if said is None:
             raise
         switches = {
@@ -409,7 +427,7 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
             return
         found = latest
     changed = differences(found.config, engine.config, by_content=inputs)
-    changed += [f"{name}: its content is another" for name in inputs if found.inputs.get(name) != inputs[name]]
+    changed += [f"{name}: contents changed" for name in inputs if found.inputs.get(name) != inputs[name]]
     if found.step > engine.config.steps:
         raise UsageError(
             f"{found.folder} is beyond --steps {engine.config.steps}",
@@ -428,29 +446,29 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
     listener.note(f"continuing from step {found.step}")
 
 
-def begin_at(engine: Engine, output: Path, keep: int, listener: Listener) -> None:
+def begin_at(engine: Engine, output: Path, rhythm: Rhythm, listener: Listener) -> None:
     """Make the run folder one that has come to the engine's step and no further, with room for the checkpoints that follow.
 
     Raises EnvironmentProblem where the disk has none.
     """
     checkpoints = output / "checkpoints"
     clear_leftovers(output)
-    forget_after(output / "metrics.jsonl", engine.step)
+    forget_after(output / "metrics.jsonl", engine.step, bool(rhythm.eval))
     for folder in checkpoint.set_aside(checkpoints, engine.step):
-        listener.note(f"set aside: {folder}; remove it when you are sure that you do not need it")
+        listener.note(f"set aside: {folder}; delete it if you do not need it")
     if engine.step < engine.config.steps:
-        checkpoint.check_room(checkpoints, engine.state_bytes, keep)
+        checkpoint.check_room(checkpoints, engine.state_bytes, rhythm.keep)
 
 
-def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be taken again, the proxies of this one, which are measured before the next, and lines that a
-    crash has cut."""
+def forget_after(metrics: Path, step: int, evaluates: bool) -> None:
+    """Drop the lines of steps that will be taken again, with `evaluates` the proxies of this one, which are measured again before the
+    next, and lines that a crash has cut."""
     if metrics.exists():
         kept = []
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                if record["step"] < step + ("proxy_clip" not in record):
+                if record["step"] < step or (record["step"] == step and not (evaluates and "proxy_clip" in record)):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
@@ -458,21 +476,67 @@ def forget_after(metrics: Path, step: int) -> None:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def write_record(output: Path, teacher: Model, config: DistillConfig, engine: Engine, prompts: Prompts) -> None:
-    """config.toml, from which `--config` repeats the run, and run.json, which says where it ran and on what."""
+def introduction(engine: Engine, output: Path) -> list[str]:
+    """What a run is about to do, for people: output, steps, batch, device and precision."""
+    config, processes = engine.config, engine.team.count
+    if engine.step == config.steps and (output / "student").is_dir():
+        return [f"{output} is finished: all {config.steps} steps are done; train longer with a higher --steps"]
+    accumulation = -(-config.batch_size // (processes * config.micro_batch))
+    split = f"micro-batch {config.micro_batch}, accumulation {accumulation}, {processes} process{'es' * (processes > 1)}"
+    precision = "bf16" if engine.bf16 else "fp32"
+    return [
+        f"output: {output}; progress: {output / 'report.html'}",
+        f"{config.steps} steps of {config.batch_size} images ({split}), {engine.device}, {precision}",
+    ]
+
+
+def now() -> str:
+    """The date and time in UTC as ISO 8601 has it, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def trained_seconds(metrics: Path) -> float:
+    """Training time at the last record of metrics.jsonl; 0 where none tells."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    found = [json.loads(line).get("seconds") for line in lines]
+    return max((seconds for seconds in found if isinstance(seconds, float)), default=0.0)
+
+
+def complete_record(output: Path, engine: Engine, seconds: float) -> None:
+    """Add to run.json when the run finished, after how many steps, training images per network and seconds of training."""
+    file = output / "run.json"
+    record = read_json(file)
+    done = {"steps": engine.step, "images": engine.images, "seconds": round(seconds, 1)}
+    write_json(file, record | done | {"finished": record["finished"] or now()})
+
+
+def write_record(output: Path, teacher: Model, config: DistillConfig, engine: Engine, prompts: Prompts, command: str) -> None:
+    """config.toml, from which `--config` repeats the run, and run.json: when, where and on what it runs, by which command.
+
+    The run.json of a run with no step left stays as it is.
+    """
+    file = output / "run.json"
+    before = read_json(file) if engine.step and file.exists() else {}
     with atomic_file(output / "config.toml") as temporary:
         temporary.write_text(tomli_w.dumps(dataclasses.asdict(config)), encoding="utf-8")
+    if engine.step == config.steps and before.get("finished"):
+        return
     libraries = ("torch", "diffusers", "transformers")
     write_json(
-        output / "run.json",
+        file,
         {
             "format": RUN_FORMAT,
             "sid": __version__,
+            "started": before.get("started") or now(),
+            "finished": None,
+            "command": command,
             "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
             "teacher": provenance(teacher),
             "prompts": {"name": prompts.name, "digest": prompts.digest},
             "device": str(engine.device),
-            "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.processor(),
+            "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else processor(),
+            "processor": processor(),
+            "cores": cores(),
             "threads": torch.get_num_threads(),
             "processes": engine.team.count,
             "bf16": engine.bf16,
@@ -501,31 +565,57 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
 
 
 class Painter:
-    """The same prompts and noise at every visit, so that pictures of different steps can be laid side by side."""
+    """Samples of the same prompts and noise at every visit, so that steps can be compared; the teacher's once, after step 0.
 
-    def __init__(self, engine: Engine, folder: Path):
-        self.engine, self.folder = engine, folder
-        self.texts = prompts_for(engine, 0, GRID_IMAGES)
+    Drawing the teacher's takes as many forwards as hundreds of training steps of a small batch: the first step does not wait for it.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, listener: Listener):
+        self.engine, self.folder, self.listener = engine, folder, listener
+        self.texts = sample_prompts(engine, folder / "prompts.json")
+        # A run that begins anew in its folder may have another teacher.
+        self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
         if engine.team.leads:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
     def paint(self, student: Model) -> None:
-        if not (self.folder / "teacher.png").exists():
-            plan = plan_for(self.engine.sampler.model)
-            self.save(self.engine.teacher_images(self.texts, range(GRID_IMAGES), plan), "teacher")
-        images = Sampler(student, self.engine.device).images(self.texts, range(GRID_IMAGES), student_plan_of(self.engine.config))
-        self.save(images, f"{self.engine.step:08d}")
+        engine = self.engine
+        self.draw("samples", Sampler(student, engine.device), student_plan_of(engine.config), f"{engine.step:08d}")
+        if engine.step and not self.has_teacher:
+            self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher")
+            self.has_teacher = True
 
-    def save(self, images: torch.Tensor, name: str) -> None:
-        save_png(grid([images]), self.folder / f"{name}.png")
+    def draw(self, what: str, drawer: Drawer, plan: Plan, name: str) -> None:
+        size = min(GRID_IMAGES, self.engine.config.micro_batch)
+        with self.listener.progress(what, GRID_IMAGES, "images") as advance:
+            batches = list(draw(drawer, plan, self.texts, range(GRID_IMAGES), size, advance))
+        save_png(grid([torch.cat(batches)]), self.folder / f"{name}.png")
+
+
+def sample_prompts(engine: Engine, file: Path) -> list[str]:
+    """The prompts of the samples: those that a continued run has used so far, else as `prompts_for` has them.
+
+    Captions of the emoji world are put into correct English ("fries", not "a fries"): nothing is trained on these.
+    """
+    known = read_json(file).get("prompts") if engine.step and file.exists() else None
+    if isinstance(known, list) and len(known) == GRID_IMAGES and all(isinstance(text, str) for text in known):
+        return known
+    if isinstance(engine.prompts, EmojiPrompts):
+        positions = [-1 - index for index in range(GRID_IMAGES)]
+        scenes = [world.scene(world.PROMPT_SEED, position) for position in positions]
+        return [
+            world.shown_caption(scene, engine.config.seed, position, "train")
+            for scene, position in zip(scenes, positions, strict=True)
+        ]
+    return prompts_for(engine, 0, GRID_IMAGES)
 
 
 def prompts_for(engine: Engine, first: int, count: int) -> list[str]:
-    """Prompts to look at, which stand before those that are trained on."""
+    """Prompts for samples and proxies, from positions before those that are trained on."""
     return [engine.prompts.at(engine.config.seed, -1 - index) for index in range(first, first + count)]
 
 
 def student_plan_of(config: DistillConfig) -> Plan:
-    """How the student in training draws."""
+    """The sampling plan of the student in training."""
     grid_of_steps = exit_grid(config.t_init, config.student_steps)
     return Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
 from sidcli.parallel import Team, assign, count, whole
+from sidcli.progress import Progress, silent
 from sidcli.prompts import Prompts
 from sidcli.sampler import Plan, Sampler
 from sidcli.teachers import Model
@@ -149,9 +150,8 @@ class Engine:
 
     @property
     def images(self) -> int:
-        """Images generated for training so far, over both networks."""
-        generator_steps = max(0, self.step - self.config.fake_warmup)
-        return (self.step * self.config.fake_updates + generator_steps) * self.config.batch_size
+        """Training images per network so far, steps x batch size, as papers count them; warm-up and extra updates change nothing."""
+        return self.step * self.config.batch_size
 
     # A step
 
@@ -349,10 +349,10 @@ class Engine:
     # State
 
     @torch.no_grad()
-    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
+    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """uint8 [B, H, W, 3] that the teacher itself draws, in the precision of the run."""
         with self._autocast():
-            images = self.sampler.images(prompts, seeds, plan)
+            images = self.sampler.images(prompts, seeds, plan, advance)
         self.sampler.model.vae.to("cpu")  # training never decodes
         return images
 

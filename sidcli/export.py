@@ -19,7 +19,8 @@ from sidcli.files import atomic_folder, check_space, sha256
 from sidcli.formats import lora, official_pkl
 from sidcli.formats.card import provenance, terms_of
 from sidcli.formats.order import Order
-from sidcli.sampler import T_INIT, Progress, Sampler, plan_for
+from sidcli.progress import Progress
+from sidcli.sampler import T_INIT, Sampler, plan_for
 from sidcli.teachers import Model
 
 FORMATS = {

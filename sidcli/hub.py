@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from sidcli.errors import InputError
+from sidcli.progress import Progress, silent
 
 # Ids that left the hub, and where their content lives on.
 ALIASES = {
@@ -45,14 +46,14 @@ class Listener(Protocol):
     """Who is told what happens while a model is looked for."""
 
     def note(self, text: str) -> None: ...
-    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]: ...
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]: ...
 
 
 class Silence:
     def note(self, text: str) -> None: ...
 
-    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Callable[[int], None]]:
-        return nullcontext(lambda count: None)
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]:
+        return nullcontext(silent)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from sidcli.imagefiles import ImageFiles
 from sidcli.metrics.features import Extractor, in_threads
 from sidcli.parallel import Share
 from sidcli.pictures import save_png
-from sidcli.sampler import Drawer, Plan, Progress, png_info
+from sidcli.progress import Progress, silent
+from sidcli.sampler import Drawer, Plan, png_info
 from sidcli.sources import Source, fingerprint
 
 UNIT = 100
@@ -45,8 +46,8 @@ class ImageSet(Protocol):
         """Whether the images are wanted for themselves, and not only their features."""
         ...
 
-    def read(self, indices: range) -> list[np.ndarray]:
-        """Images uint8 [H, W, 3]."""
+    def read(self, indices: range, advance: Progress = silent) -> list[np.ndarray]:
+        """Images uint8 [H, W, 3]; `advance` hears of those that had to be drawn."""
         ...
 
 
@@ -62,7 +63,7 @@ class SceneSet:
     def key(self) -> str:
         return digest("scenes", world.digest(), self.seed, self.held_out)
 
-    def read(self, indices: range) -> list[np.ndarray]:
+    def read(self, indices: range, advance: Progress = silent) -> list[np.ndarray]:
         return list(world.render_many(self.seed, indices, self.held_out))
 
 
@@ -77,7 +78,7 @@ class FileSet:
     def key(self) -> str:
         return digest("files", self.files.fingerprint)
 
-    def read(self, indices: range) -> list[np.ndarray]:
+    def read(self, indices: range, advance: Progress = silent) -> list[np.ndarray]:
         return in_threads(self.files.read, indices)
 
 
@@ -108,11 +109,11 @@ class DrawnSet:
     def file(self, index: int) -> Path:
         return self.folder / f"{index:06d}.png"
 
-    def read(self, indices: range) -> list[np.ndarray]:
+    def read(self, indices: range, advance: Progress = silent) -> list[np.ndarray]:
         kept = {index: self._kept(index) for index in indices}
         missing = [index for index, image in kept.items() if image is None]
         for start in range(0, len(missing), self.batch_size):
-            kept |= self._draw(missing[start : start + self.batch_size])
+            kept |= self._draw(missing[start : start + self.batch_size], advance)
         return [image for image in kept.values() if image is not None]
 
     def _kept(self, index: int) -> np.ndarray | None:
@@ -123,11 +124,11 @@ class DrawnSet:
         except (OSError, SyntaxError, ValueError):
             return None
 
-    def _draw(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
+    def _draw(self, indices: Sequence[int], advance: Progress) -> dict[int, np.ndarray]:
         prompts, seeds = [self.prompts[index] for index in indices], [self.seed + index for index in indices]
         drawer = self.open_drawer()
         begun = time.monotonic()
-        images = drawer.images(prompts, seeds, self.plan).numpy()
+        images = drawer.images(prompts, seeds, self.plan, advance).numpy()
         seconds = time.monotonic() - begun
         for index, prompt, seed, image in zip(indices, prompts, seeds, images, strict=True):
             save_png(Image.fromarray(image), self.file(index), png_info(prompt, seed, self.source, self.plan))
@@ -184,12 +185,25 @@ class Collection:
         """Compute what the cache lacks of this process's share; images that it has every feature of are not looked at."""
         for number, unit in enumerate(self.units()):
             if number % share.count == share.rank:
-                todo = [extractor for extractor in extractors if _read(self.file(extractor, unit)) is None]
-                if todo or self.images.must_exist:
-                    images = in_threads(self.prepare, self.images.read(unit))
-                for extractor in todo:
-                    _write(self.file(extractor, unit), extractor(images, self.said(unit)))
-            advance(len(unit))
+                self._fill_unit(unit, extractors, advance)
+            else:
+                advance(len(unit))
+
+    def _fill_unit(self, unit: range, extractors: Sequence[Extractor], advance: Progress) -> None:
+        left = float(len(unit))
+
+        def drawn(count: float, text: str = "") -> None:
+            nonlocal left
+            left -= count
+            advance(count, text)
+
+        todo = [extractor for extractor in extractors if _read(self.file(extractor, unit)) is None]
+        if todo or self.images.must_exist:
+            images = in_threads(self.prepare, self.images.read(unit, drawn))
+        for extractor in todo:
+            advance(0, "computing features")
+            _write(self.file(extractor, unit), extractor(images, self.said(unit)))
+        advance(left)
 
     def features(self, extractor: Extractor) -> np.ndarray:
         """float32 [count, D], after `fill`."""

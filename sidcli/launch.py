@@ -1,4 +1,4 @@
-"""`sid distill --processes N`: the same command N times on this machine, as one group that trains together.
+"""`sid distill --processes N`: run the same command in N processes on this machine that train together.
 
 For more machines, `accelerate launch -m sidcli distill ...` or torchrun set the same variables.
 """
@@ -20,11 +20,10 @@ from sidcli.environment import variable
 from sidcli.errors import SidError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that ask a training to save and leave: of people, of systems, of batch schedulers that are about to take the machine, of
-a terminal that is closed."""
+"""Signals that ask a training to save and exit: Ctrl-C, a system shutdown, a batch scheduler's preemption, a closed terminal."""
 
 PATIENCE = 60.0
-"""Seconds that processes get to stop after another one has failed."""
+"""Seconds that the other processes get to exit after one has failed."""
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -42,7 +41,7 @@ def give_back(before: dict[signal.Signals, Handler]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to tell this process, a child, to stop when its parent is gone, even after kill -9. Other systems have no such thing."""
+    """Ask Linux to send this child process SIGTERM when its parent dies, even by kill -9. Does nothing on other systems."""
     prctl, tell_me = getattr(ctypes.CDLL(None), "prctl", None), 1
     if prctl is not None:
         prctl(tell_me, signal.SIGTERM)
@@ -51,7 +50,7 @@ def _die_with_parent() -> None:
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `sid ARGUMENTS` in `count` processes; signals are passed on. Returns the first exit code that is not 0, else 0.
 
-    Raises SidError where somebody killed one of them.
+    Raises SidError where one of them was killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,7 +61,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     team = []
     for rank in range(count):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # In a group of its own: a Ctrl-C reaches it through `forward`, once, and not from the terminal as well.
+        # In a process group of its own, so that a Ctrl-C reaches it once, through `forward`, and not from the terminal as well.
         command = [sys.executable, "-m", "sidcli", *arguments]
         team.append(subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_die_with_parent))
 
@@ -77,7 +76,9 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     finally:
         give_back(before)
     if code > 128 and code - 128 not in STOPPING:
-        raise SidError(f"a process of this command was ended by signal {code - 128}", "the same command again, to go on")
+        name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
+        likely = "; the system kills processes that use too much memory" if name == "SIGKILL" else ""
+        raise SidError(f"a process of this command was killed by {name}{likely}", "run the same command to continue")
     return code
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,30 +14,84 @@ from torch import Tensor
 from sidcli.files import atomic_file
 from sidcli.printable import printable
 
+FONT = Path(__file__).with_name("fonts") / "DejaVuSans.ttf"
+"""Latin, Greek and Cyrillic of DejaVu Sans, cut out with fonttools; other letters become boxes."""
+GAP = 6
+LABEL_LINES = 24
+"""Lines of a label, more than any prompt takes that a text encoder reads to its end."""
+
 
 def save_png(picture: Image.Image, file: Path, info: PngImagePlugin.PngInfo | None = None) -> None:
     with atomic_file(file) as temporary:
         picture.save(temporary, "PNG", pnginfo=info)
 
 
-def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int = 0, cell: int = 128) -> Image.Image:
-    """Pictures in rows with a line of text under each; labels that do not fit are cut."""
-    columns = columns or min(len(pictures), max(1, round(len(pictures) ** 0.5 * 1.25)))
-    rows = -(-len(pictures) // columns)
-    font = ImageFont.load_default(10)
-    sheet = Image.new("RGB", (columns * (cell + 6) + 6, rows * (cell + 20) + 6), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=False)):
-        left, top = 6 + index % columns * (cell + 6), 6 + index // columns * (cell + 20)
-        sheet.paste(
-            picture.resize((cell, cell), Image.Resampling.LANCZOS if picture.width > cell else Image.Resampling.NEAREST),
-            (left, top),
-        )
-        text = printable(label)
-        while text and font.getlength(text) > cell:
-            text = text[:-1]
-        pen.text((left, top + cell + 2), text, fill="black", font=font)
+def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int = 0) -> Image.Image:
+    """Pictures in rows, each over its label in as many lines as that takes.
+
+    Without `columns`, about a quarter more than rows, chosen so that the last row has few gaps. Pictures keep their shape: large ones
+    are shrunk, small ones are enlarged by a whole factor.
+    """
+    columns = columns or columns_for(len(pictures))
+    cell = 128 if max(max(picture.size) for picture in pictures) <= 128 else 256
+    font = ImageFont.truetype(FONT, 11 if cell == 128 else 13)
+    line = sum(font.getmetrics())
+    texts = [wrapped(label, font, cell) for label in labels[: len(pictures)]]
+    texts += [[]] * (len(pictures) - len(texts))
+    shown = [fitted(picture, cell) for picture in pictures]
+    rows = [range(first, min(first + columns, len(shown))) for first in range(0, len(shown), columns)]
+    heights = [max(shown[index].height for index in row) for row in rows]
+    lines = [max(len(texts[index]) for index in row) for row in rows]
+    below = [GAP + number * line + (GAP if number else 0) for number in lines]
+    sheet = Image.new("RGB", (columns * (cell + GAP) + GAP, sum(heights) + sum(below) + GAP), "white")
+    pen, top = ImageDraw.Draw(sheet), GAP
+    for row, height, more in zip(rows, heights, below, strict=True):
+        for column, index in enumerate(row):
+            picture, left = shown[index], GAP + column * (cell + GAP)
+            sheet.paste(picture, (left + (cell - picture.width) // 2, top + (height - picture.height) // 2))
+            for number, text in enumerate(texts[index]):
+                pen.text((left, top + height + GAP // 2 + number * line), text, fill="black", font=font)
+        top += height + more
     return sheet
+
+
+def columns_for(count: int) -> int:
+    """Columns of a sheet of `count` pictures: of those near 5/4 sqrt(count), the number that leaves the fewest gaps."""
+    ideal = 1.25 * count**0.5
+    candidates = range(math.ceil(count**0.5), max(2, int(1.44 * ideal)) + 1)
+    return min(candidates, key=lambda columns: (-count % columns, abs(columns - ideal)))
+
+
+def fitted(picture: Image.Image, cell: int) -> Image.Image:
+    """The picture at the largest size that fits into a square of `cell` pixels and suits its own pixels."""
+    longest = max(picture.size)
+    if longest > cell:
+        return picture.resize(
+            (max(1, picture.width * cell // longest), max(1, picture.height * cell // longest)), Image.Resampling.LANCZOS
+        )
+    factor = cell // longest
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The lines of a text no wider than `width` pixels, broken between words where possible; an ellipsis after LABEL_LINES."""
+    lines = [""]
+    for word in unicodedata.normalize("NFC", printable(text)).split():
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+        if len(lines) > LABEL_LINES:
+            last = lines[LABEL_LINES - 1]
+            while last and font.getlength(f"{last}\u2026") > width:
+                last = last[:-1]
+            return [*lines[: LABEL_LINES - 1], f"{last}\u2026"]
+    return lines if lines != [""] else []
 
 
 def grid(rows: Sequence[Tensor]) -> Image.Image:

@@ -39,6 +39,7 @@ from sidcli.families import build
 from sidcli.files import gigabytes
 from sidcli.hub import Listener, Silence
 from sidcli.parallel import count
+from sidcli.progress import duration
 from sidcli.sources import find
 from sidcli.teachers import Description, Overrides, describe, latent_shape
 from sidcli.text import Condition, denoise, sizes
@@ -251,9 +252,9 @@ class Plan:
             rows += [("fits", self.verdict(self.card))]
         rows += [("batch", f"{c.batch_size} = micro-batch {c.micro_batch} x {accumulation} in turn x {self.processes} processes")]
         rows += [("work", f"{c.steps} steps, {c.steps * c.batch_size} images, {self.flops_per_image / 1e12:.3g} TFLOP an image")]
-        rows += [("time", f"{duration(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
+        rows += [("time", f"{about(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
         if self.seconds is not None or not self.estimates:
-            rows += [("time", duration(self.seconds))]
+            rows += [("time", about(self.seconds))]
         rows += [("disk", f"{gigabytes(self.disk)} for checkpoints and the student")]
         rows += [("download", f"{name} {gigabytes(size)}") for name, size in self.downloads.items()]
         return [*tomli_w.dumps(dataclasses.asdict(c)).splitlines(), "", *(f"# {name:<13} {text}" for name, text in rows)]
@@ -265,12 +266,8 @@ class Plan:
         return f"no: {gigabytes(self.peak)} needed, {gigabytes(int(usable))} usable on {card.title}; try a smaller --memory recipe"
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not known until the run has taken some steps"
-    if seconds > 3 * 86400:
-        return f"about {seconds / 86400:.0f} days"
-    return f"about {seconds / 3600:.1f} h" if seconds > 5400 else f"about {max(1, round(seconds / 60))} min"
+def about(seconds: float | None) -> str:
+    return "not known until the run has taken some steps" if seconds is None else f"about {duration(seconds)}"
 
 
 def rate(output: Path) -> float | None:

@@ -17,7 +17,8 @@ from sidcli.imagesets import Collection, DrawnSet
 from sidcli.metrics.clip import Clip, Embeddings, Similarity
 from sidcli.metrics.kid import cmmd
 from sidcli.parallel import Share
-from sidcli.sampler import Plan, Progress, Sampler, draw, plan_for
+from sidcli.progress import Progress, silent
+from sidcli.sampler import Plan, Sampler, draw, plan_for
 from sidcli.sources import WEIGHTS
 from sidcli.teachers import Model
 
@@ -34,8 +35,8 @@ class TeacherDrawer:
     engine: Engine
     truncated = 0
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> torch.Tensor:
-        return self.engine.teacher_images(prompts, seeds, plan)
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+        return self.engine.teacher_images(prompts, seeds, plan, advance)
 
 
 class Proxy:
@@ -54,9 +55,9 @@ class Proxy:
         self.distance = cmmd(samples.features(self.embeddings))
         self.goal = float(samples.features(self.similarity).mean())
 
-    def measure(self, student: Model, plan: Plan) -> dict[str, float]:
+    def measure(self, student: Model, plan: Plan, advance: Progress) -> dict[str, float]:
         """`proxy_cmmd` to the teacher's images and `proxy_clip`, of the student's images."""
-        batches = draw(Sampler(student, self.device), plan, self.texts, range(len(self.texts)), BATCH, lambda count: None)
+        batches = draw(Sampler(student, self.device), plan, self.texts, range(len(self.texts)), BATCH, advance)
         images = [image for drawn in batches for image in drawn.numpy()]
         found = self.distance(self.embeddings(images, ()))
         score = float(np.mean(self.similarity(images, self.texts)))

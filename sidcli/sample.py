@@ -11,8 +11,12 @@ from PIL import Image
 
 from sidcli.outputs import Places
 from sidcli.pictures import contact_sheet, save_png
-from sidcli.sampler import Drawer, Plan, Progress, draw, png_info
+from sidcli.progress import Progress
+from sidcli.sampler import Drawer, Plan, draw, png_info
 from sidcli.sources import Source
+
+SHEET_IMAGES = 100
+"""Images on a contact sheet, the first ones."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,11 @@ def run(
         picture = Image.fromarray(pixels.numpy())
         save_png(picture, file, png_info(prompt, image_seed, source, plan))
         drawn.append(Drawn(file, prompt, image_seed))
-        if places.sheet and len(thumbnails) < 100:
+        if places.sheet and len(thumbnails) < SHEET_IMAGES:
             thumbnails.append(picture)
     if places.sheet:
-        save_png(contact_sheet(thumbnails, [f"{item.prompt} ({item.seed})" for item in drawn]), places.sheet)
+        labels = [f"{item.prompt} (seed {item.seed})" for item in drawn[:SHEET_IMAGES]]
+        save_png(contact_sheet(thumbnails, labels), places.sheet)
     return drawn, drawer.truncated
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from torch import Tensor
 from sidcli.diffusion import Renoise, exit_grid, few_steps, guided, many_steps
 from sidcli.errors import UsageError
 from sidcli.printable import json_text
+from sidcli.progress import Progress, silent
 from sidcli.sources import Source
 from sidcli.teachers import Description, Model
 from sidcli.text import TextEncoder, denoise
-
-Progress = Callable[[int], None]
 
 T_INIT = 625
 """The timestep of the one-step generator in the paper; sigma / a = 2.5 there."""
@@ -66,21 +66,27 @@ class Sampler:
         return [value.to(self.device) for value in seeded_noise(self.model.latent_shape, seeds, draws)]
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan) -> Tensor:
-        """Clean latents of a plan. A generator has its guidance built in and sees the prompt alone."""
+    def latents(
+        self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan, stepped: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Clean latents of a plan; `stepped` is called after each denoising step.
+
+        A generator has its guidance built in and sees the prompt alone.
+        """
         told = self.encode(prompts)
-        if plan.grid:
-            return few_steps(
-                lambda x, t: denoise(self.unet, x, t, told), noise.__getitem__, self.model.schedule, plan.grid, plan.renoise
-            )
-        both = told.beside(self.encode([""]).expanded(len(told)))
+        both = None if plan.grid or plan.guidance == 1.0 else told.beside(self.encode([""]).expanded(len(told)))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            if plan.guidance == 1.0:
-                return denoise(self.unet, x, t, told)
-            predicted = denoise(self.unet, torch.cat([x, x]), torch.cat([t, t]), both)
-            return guided(predicted[: len(x)], predicted[len(x) :], plan.guidance)
+            if both is None:
+                predicted = denoise(self.unet, x, t, told)
+            else:
+                conditional, unconditional = denoise(self.unet, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                predicted = guided(conditional, unconditional, plan.guidance)
+            stepped()
+            return predicted
 
+        if plan.grid:
+            return few_steps(predict, noise.__getitem__, self.model.schedule, plan.grid, plan.renoise)
         return many_steps(predict, noise[0], self.model.schedule, plan.steps)
 
     @torch.no_grad()
@@ -90,9 +96,17 @@ class Sampler:
         images = vae.decode(latents / vae.config.scaling_factor).sample
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
-        """uint8 [B, H, W, 3] of prompts and image seeds."""
-        return self.decode(self.latents(prompts, self.noise(seeds, plan.noises), plan))
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
+        """uint8 [B, H, W, 3] of prompts and image seeds; see `Drawer`."""
+        part, steps = len(prompts) / (plan.steps + 1), itertools.count(1)  # the decoder counts as a step
+
+        def stepped() -> None:
+            step = next(steps)
+            advance(part, f"step {step}/{plan.steps}" if plan.steps > 1 else "")
+
+        images = self.decode(self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped))
+        advance(part)
+        return images
 
     @property
     def truncated(self) -> int:
@@ -148,11 +162,14 @@ def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlug
 
 
 class Drawer(Protocol):
-    """What draws: networks in torch, or exported graphs. `truncated` counts prompts longer than its text encoder reads."""
+    """What draws: networks in torch, or exported graphs. `truncated` counts prompts longer than its text encoder reads.
+
+    `images` calls `advance` with parts of images, which add up to the batch.
+    """
 
     @property
     def truncated(self) -> int: ...
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor: ...
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor: ...
 
 
 def draw(
@@ -161,5 +178,4 @@ def draw(
     """Images uint8 [B, H, W, 3] batch by batch; memory does not grow with the number of prompts."""
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        yield sampler.images(chunk, seeds[start : start + batch_size], plan)
-        advance(len(chunk))
+        yield sampler.images(chunk, seeds[start : start + batch_size], plan, advance)

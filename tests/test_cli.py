@@ -20,7 +20,7 @@ from sidcli.config import CHOICES, STRATEGIES, DistillConfig
 from sidcli.formats.order import DTYPES as WRITTEN
 from sidcli.sources import find
 from sidcli.teachers import load
-from tests import inprocess
+from tests.inprocess import sid as in_process
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
 
@@ -61,7 +61,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
 
 def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    assert inprocess.sid(command, "--help") == 0
+    assert in_process(command, "--help") == 0
     return capsys.readouterr().out
 
 
@@ -98,7 +98,7 @@ def test_a_value_outside_of_its_range_is_one_line(capsys: pytest.CaptureFixture[
         (["eval", "--processes", "0"], "--processes must be at least 1, not 0"),
         (["export", "emoji", "-o", "x", "--rank", "1025"], "--rank must be at least 1 and at most 1024, not 1025"),
     ]:
-        assert inprocess.sid(*arguments) == 2
+        assert in_process(*arguments) == 2
         assert capsys.readouterr().err == f"error: {said}\n"
 
 
@@ -129,7 +129,7 @@ def test_values_complete_in_the_shell(
     monkeypatch.setenv("_SID_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"sid {typed}")
     monkeypatch.setenv("COMP_CWORD", str(len(f"sid {typed}".split(" ")) - 1))
-    assert inprocess.sid() == 0
+    assert in_process() == 0
     assert capsys.readouterr().out.rstrip("\n").split("\n") == wanted
 
 
@@ -184,6 +184,34 @@ def test_an_error_is_one_line_with_its_exit_code(arguments: list[str], code: int
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (["distill", "--json", "--nonsense"], "UsageError", 2),
+        (["sample", "--json", "--num", "0", "a cat"], "UsageError", 2),
+        (["eval", "emoji", "--fail-above", "fud=3", "--json"], "UsageError", 2),
+        (["sample", "a cat", "--model", "no-such-model", "--json"], "InputError", 3),
+        (["export", "emoji", "-o", "n" * 300, "--json"], "EnvironmentProblem", 4),
+    ],
+)
+def test_with_json_an_error_is_one_object_in_the_last_line_of_stderr(
+    arguments: list[str], kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process(*arguments) == code
+    said = capfd.readouterr()
+    (error,) = json.loads(said.err.splitlines()[-1]).values()
+    assert (error["type"], error["exit_code"], said.out) == (kind, code, "") and error["message"] and error.keys() >= {"hint"}
+
+
+def test_json_behind_two_dashes_is_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process("sample", "--model", "no-such-model", "--", "--json") == 3
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: no model 'no-such-model'")
+
+
 def test_a_hub_teacher_without_a_network_ends_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     done = sid("distill", "--teacher", "runwayml/stable-diffusion-v1-5", cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
     assert done.returncode == 3
@@ -221,7 +249,7 @@ def test_images_without_a_place_get_a_new_name_each_time(
         ["a cat", "a dog"],
         ["a cat", "a dog"],
     ):
-        assert inprocess.sid("sample", *arguments) == 0
+        assert in_process("sample", *arguments) == 0
         drawn.append(capsys.readouterr().out.splitlines()[0])
     assert drawn == [
         "a-cat-0.png",

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -22,11 +23,15 @@ from sidcli.engine import Engine, StepResult
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import check_unlocked, locked
 from sidcli.formats.order import Order
+from sidcli.progress import silent
 from sidcli.prompts import open_prompts
+from sidcli.report.page import Commands
+from sidcli.report.run import run_sections
 from sidcli.sampler import Sampler, plan_for
-from sidcli.sources import find
+from sidcli.sources import find, read_card
 from sidcli.teachers import Model, load
 from sidcli.text import Condition
+from tests.inprocess import sid
 from tests.test_checkpoint import rewritten
 
 
@@ -42,7 +47,7 @@ class Silent:
         self.notes.append(text)
 
     def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Any]:
-        return nullcontext(lambda count: None)
+        return nullcontext(silent)
 
 
 class KillAt(Silent):
@@ -126,6 +131,134 @@ def test_a_run_folder_holds_what_the_readme_promises(sd_folder: Path, config: Di
     assert not list((tmp_path / "run").rglob(".tmp-*"))
 
 
+class Heard(Silent):
+    """Keeps what a run reports while it draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[tuple[str, float, str]] = []
+
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Any]:
+        return nullcontext(lambda count, text="": self.drawn.append((what, count, text)))
+
+
+def test_the_first_step_does_not_wait_for_the_teachers_samples_and_drawing_them_is_shown_step_by_step(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    heard = Heard()
+    there: list[tuple[int, bool]] = []
+
+    def stepped(record: dict[str, Any]) -> None:
+        there.append((record["step"], (tmp_path / "run" / "samples" / "teacher.png").exists()))
+
+    heard.stepped = stepped  # type: ignore[method-assign]
+    run(sd_folder, config, tmp_path / "run", heard)
+    assert there == [(1, False), (2, False), (3, True), (4, True)]
+    teachers = [(count, text) for what, count, text in heard.drawn if what == "teacher samples"]
+    # Eight images in micro-batches of four, each of 50 steps and the decoder.
+    assert len(teachers) == 2 * 51 and teachers[11][1] == "step 12/50"
+    assert sum(count for count, _ in teachers) == pytest.approx(distill.GRID_IMAGES)
+    students = [count for what, count, _ in heard.drawn if what == "samples"]
+    assert sum(students) == pytest.approx(3 * distill.GRID_IMAGES)
+
+
+def test_a_continued_run_keeps_the_prompts_of_its_samples(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
+    file = tmp_path / "run" / "samples" / "prompts.json"
+    of_before = [f"a fries number {index}" for index in range(distill.GRID_IMAGES)]
+    file.write_text(json.dumps({"prompts": of_before, "seeds": list(range(distill.GRID_IMAGES))}))
+    run(sd_folder, config, tmp_path / "run")
+    assert json.loads(file.read_text())["prompts"] == of_before
+
+
+def test_samples_of_the_emoji_world_have_correct_captions() -> None:
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", batch_size=2, micro_batch=2, precision="fp32")
+    engine = Engine(load(find("emoji-teacher")), config, open_prompts("emoji"), torch.device("cpu"))
+    trained, shown = distill.prompts_for(engine, 0, distill.GRID_IMAGES), distill.sample_prompts(engine, Path("none"))
+    assert trained[:3] == ["a fries on a gray background", "bread on gray", "a heart on a gray background"]
+    assert shown == ["fries on a gray background", *trained[1:]]
+
+
+def test_a_run_says_what_it_is_about_to_do_and_when_it_is_finished(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
+    first, again = Silent(), Silent()
+    run(sd_folder, dataclasses.replace(config, micro_batch=2), tmp_path / "run", first)
+    assert first.notes[:2] == [
+        f"output: {tmp_path / 'run'}; progress: {tmp_path / 'run' / 'report.html'}",
+        "4 steps of 4 images (micro-batch 2, accumulation 2, 1 process), cpu, fp32",
+    ]
+    assert run(sd_folder, config, tmp_path / "run", again).taken == 0
+    assert f"{tmp_path / 'run'} is finished: all 4 steps are done; train longer with a higher --steps" in again.notes
+
+
+def test_run_json_tells_when_by_which_command_and_on_what_a_run_was_made(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = iter(range(1, 9))
+    monkeypatch.setattr(distill, "now", lambda: f"2026-11-{next(days):02d}T10:00:00Z")
+    arguments = (open_prompts("general"), tmp_path / "run", "cpu", distill.Rhythm(save=2, sample=9, log=1), None)
+    record = tmp_path / "run" / "run.json"
+
+    class Look(KillAt):
+        found: dict[str, Any]
+
+        def stepped(self, step: dict[str, Any]) -> None:
+            self.found = json.loads(record.read_text())
+            super().stepped(step)
+
+    look = Look(2)
+    with pytest.raises(Interrupted):
+        distill.run(load(find(str(sd_folder))), config, *arguments, look, command="sid distill --steps 4")
+    begun = {"started": "2026-11-01T10:00:00Z", "finished": None, "command": "sid distill --steps 4", "device": "cpu"}
+    assert look.found.items() >= begun.items() and look.found["cores"] >= 1
+    assert look.found["hardware"] == look.found["processor"] != ""
+    distill.run(load(find(str(sd_folder))), config, *arguments, Silent(), command="sid distill")
+    done = json.loads(record.read_text())
+    assert done.items() >= {"started": "2026-11-01T10:00:00Z", "finished": "2026-11-02T10:00:00Z", "command": "sid distill"}.items()
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds) and done["seconds"] == seconds[-1] > seconds[1]
+    assert "2026-11-01 10:00 UTC" in (tmp_path / "run" / "report.html").read_text()
+    distill.run(load(find(str(sd_folder))), config, *arguments, Silent(), command="sid distill --quiet")
+    assert json.loads(record.read_text()) == done, "nothing was trained"
+
+
+def test_an_image_count_is_steps_times_batch_size_wherever_it_stands(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, fake_updates=2, fake_warmup=1)
+    result = run(sd_folder, config, tmp_path / "run")
+    images = config.steps * config.batch_size
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {
+        "result": result.images,
+        "metrics.jsonl": last["images"],
+        "run.json": json.loads((tmp_path / "run" / "run.json").read_text())["images"],
+        "sid.json": json.loads((result.student / "sid.json").read_text())["images"],
+    }
+    assert found == dict.fromkeys(found, images)
+    assert f"{images} training images per network" in (tmp_path / "run" / "report.html").read_text()
+    assert last["images_per_second"] == pytest.approx(images / last["seconds"], rel=0.2)
+    shipped = read_card(find("emoji"))
+    assert shipped["images"] == shipped["steps_trained"] * shipped["config"]["batch_size"]
+    results = Path(__file__).parent / "benchmarks" / "results"
+    rows = [json.loads(line) for file in results.glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert {row["images"] / row["steps"] for row in rows if "steps" in row} == {16}
+
+
+def test_the_command_that_the_page_of_a_run_gives_for_measuring_it_works(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, stand_ins: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(sd_folder, dataclasses.replace(config, teacher=str(sd_folder), steps=1), tmp_path / "run")
+    (commands,) = (one for one in run_sections(tmp_path / "run") if isinstance(one, Commands))
+    line = next(line for _, line in commands.commands if "captions.txt" in line)
+    (tmp_path / "captions.txt").write_text("a cat\na dog\na horse\na bird\n")
+    words = shlex.split(line.replace("captions.txt", str(tmp_path / "captions.txt")))[1:]
+    networks = ("--inception", stand_ins["inception"], "--clip-model", stand_ins["clip"])
+    assert sid(*words, *networks, "--json") == 0
+    models = json.loads(capfd.readouterr().out)["models"]
+    assert [(model["model"], model["n"]) for model in models] == [(str(tmp_path / "run"), 4), (str(sd_folder), 4)]
+    assert models[0]["metrics"].keys() == {"fid_teacher", "clip"}
+
+
 def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_once_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +288,10 @@ def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_o
         "the teacher's images come from the cache"
     )
     assert any(note.startswith("step 3: CMMD to the teacher") for note in listener.notes)
+    distill.run(
+        load(find("emoji-teacher")), dataclasses.replace(config, steps=3), *arguments[:3], distill.Rhythm(1, 5), None, Silent()
+    )
+    assert measured() == again, "what is not measured again is kept"
 
 
 class KillBeforeTheFirstStep(Silent):
@@ -167,7 +304,7 @@ class KillBeforeTheFirstStep(Silent):
 def test_a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_drawn_all(tmp_path: Path) -> None:
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
     arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Rhythm(save=1, sample=5, log=1, eval=1), None)
-    with pytest.raises(Interrupted, match="stopped at step 0 of 2") as stopped:
+    with pytest.raises(Interrupted, match="interrupted; nothing to save at step 0") as stopped:
         distill.run(load(find("emoji-teacher")), config, *arguments, KillBeforeTheFirstStep())
     assert stopped.value.exit_code == 138 and not list((tmp_path / "cache").rglob("*.png"))
 
@@ -207,7 +344,7 @@ def test_prompts_and_teachers_are_compared_by_their_content(
     config = dataclasses.replace(config, prompts=str(prompts), steps=1)
     run(teacher, config, tmp_path / "run")
     prompts.write_text("a cat\na horse\n")
-    with pytest.raises(InputError, match=r"prompts: its content is another$"):
+    with pytest.raises(InputError, match=r"prompts: contents changed$"):
         run(teacher, config, tmp_path / "run")
     prompts.write_text("a cat\n\na dog\n")
     assert run(teacher, config, tmp_path / "run").step == 1, "the same prompts, however they are spaced"
@@ -215,7 +352,7 @@ def test_prompts_and_teachers_are_compared_by_their_content(
     assert run(teacher, moved, tmp_path / "run").step == 1, "the same prompts and teacher, wherever they are"
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
-    with pytest.raises(InputError, match=r"teacher: its content is another$"):
+    with pytest.raises(InputError, match=r"teacher: contents changed$"):
         run(teacher, config, tmp_path / "run")
 
 
@@ -326,7 +463,7 @@ class KillAtTheStart(Silent):
 
 @pytest.mark.check(4)
 def test_a_signal_before_the_first_step_leaves_without_one(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="stopped at step 0 of 4") as stopped:
+    with pytest.raises(Interrupted, match="interrupted; nothing to save at step 0") as stopped:
         run(sd_folder, config, tmp_path / "run", KillAtTheStart())
     assert stopped.value.exit_code == 143
     assert not list((tmp_path / "run").rglob("*.png")) and not (tmp_path / "run" / "checkpoints").exists()
@@ -345,7 +482,7 @@ def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is
         real(self, student)
 
     monkeypatch.setattr(distill.Painter, "paint", paint)
-    with pytest.raises(Interrupted, match="stopped at step 2 of 4, saved"):
+    with pytest.raises(Interrupted, match="interrupted; saved step 2 of 4"):
         run(sd_folder, config, tmp_path / "run", save=100)
     picture = tmp_path / "run" / "samples" / "00000002.png"
     assert checkpoint.numbered(tmp_path / "run" / "checkpoints") == [2] and not picture.exists()
@@ -360,7 +497,7 @@ def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is
 def test_a_signal_at_the_last_step_leaves_with_its_code_and_the_next_command_only_finishes(
     sd_folder: Path, config: DistillConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(Interrupted, match="stopped at step 4 of 4, saved") as stopped:
+    with pytest.raises(Interrupted, match="interrupted; saved step 4 of 4") as stopped:
         run(sd_folder, config, tmp_path / "run", KillAt(4))
     assert stopped.value.exit_code == 143 and not (tmp_path / "run" / "student").exists()
     saved = state(tmp_path / "run", 4)
@@ -386,7 +523,7 @@ def test_a_finished_run_started_again_does_nothing_and_says_the_same(
     first = run(sd_folder, config, tmp_path / "run")
     again = run(sd_folder, config, tmp_path / "run")
     assert (again.step, again.student) == (first.step, first.student)
-    assert first.step == config.steps and again.images == 2 * config.steps * config.batch_size
+    assert first.step == config.steps and again.images == config.steps * config.batch_size
 
 
 @pytest.mark.check(12)

@@ -21,6 +21,7 @@ from sidcli.imagefiles import open_images
 from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
 from sidcli.metrics.catalogue import METRICS, Measured
 from sidcli.parallel import Share, Team
+from sidcli.progress import Progress, silent
 from sidcli.protocols import Networks, choose, custom, emoji
 from sidcli.report.page import Table, render
 from sidcli.sampler import Plan
@@ -56,7 +57,7 @@ class Painter:
     def __init__(self) -> None:
         self.drawn: list[int] = []
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> torch.Tensor:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
         self.drawn += seeds
         return torch.stack([torch.full((8, 8, 3), seed % 256, dtype=torch.uint8) for seed in seeds])
 
@@ -73,7 +74,7 @@ def drawn_set(painter: Painter, count: int, **changes: object) -> DrawnSet:
 
 
 def filled(collection: Collection, *extractors: Brightness, share: Share = Share()) -> None:  # noqa: B008
-    collection.fill(extractors, share, lambda count: None)
+    collection.fill(extractors, share, silent)
 
 
 def test_image_i_has_seed_plus_i_and_says_in_its_file_what_made_it() -> None:
@@ -82,6 +83,28 @@ def test_image_i_has_seed_plus_i_and_says_in_its_file_what_made_it() -> None:
     with Image.open(images.file(7)) as kept:
         assert json.loads(kept.text["sid"])["seed"] == 10  # type: ignore[attr-defined]
     assert images.seconds_per_image is not None
+
+
+def test_progress_counts_parts_of_images_as_they_are_drawn_and_each_image_once() -> None:
+    class Slow(Painter):
+        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+            for _ in range(4):
+                advance(len(prompts) / 4, "step")
+            return super().images(prompts, seeds, plan)
+
+    images = drawn_set(Slow(), UNIT + 20)
+    images.read(range(10))
+
+    def heard() -> list[tuple[float, str]]:
+        found: list[tuple[float, str]] = []
+        Collection(images, UNIT + 20).fill([Brightness()], Share(), lambda count, text="": found.append((count, text)))
+        return found
+
+    first, again = heard(), heard()
+    assert sum(count for count, _ in first) == sum(count for count, _ in again) == pytest.approx(UNIT + 20)
+    drawn = [count for count, text in first if text == "step"]
+    assert sum(drawn) == pytest.approx(UNIT + 10) and len(drawn) == 4 * (6 + 2), "ten were drawn before"
+    assert [text for _, text in again] == ["", ""], "every feature is in the cache"
 
 
 def test_a_set_that_was_interrupted_or_damaged_goes_on_where_it_stopped() -> None:
@@ -241,7 +264,7 @@ def test_the_clip_score_falls_when_captions_are_shuffled() -> None:
     scores = []
     for captions in (said, said[1:] + said[:1]):
         collection = Collection(SceneSet(world.PROMPT_SEED), 60, captions)
-        collection.fill([rules.judges.clip], Share(), lambda count: None)
+        collection.fill([rules.judges.clip], Share(), silent)
         scores.append(collection.features(rules.judges.clip).mean())
     assert scores[0] > scores[1] + 0.3
 
@@ -250,7 +273,7 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
     rules, held = emoji(NETWORKS), []
 
     class Heavy(Painter):
-        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> torch.Tensor:
+        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
             held.append(sum(alive() is not None for alive in opened))
             return super().images(prompts, seeds, plan)
 

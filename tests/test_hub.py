@@ -43,7 +43,7 @@ from sidcli.hub import fetch
 try:
     print(fetch(sys.argv[1], Console()).folder)
 except SidError as error:
-    Console().error(error.message, error.hint)
+    Console().error(error)
     sys.exit(error.exit_code)
 """
 

@@ -20,6 +20,7 @@ from sidcli.metrics.intervals import share
 from sidcli.metrics.kid import kid
 from sidcli.metrics.prdc import prdc
 from sidcli.parallel import Share
+from sidcli.progress import silent
 from tests.stand_ins import write_inception
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> InceptionFeatures:
 def features_of(folder: Path, inception: InceptionFeatures) -> np.ndarray:
     files = open_images(folder)
     collection = Collection(FileSet(files), len(files))
-    collection.fill([inception], Share(), lambda count: None)
+    collection.fill([inception], Share(), silent)
     return collection.features(inception)
 
 

@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console as Terminal
 
-from sidcli import export
+from sidcli import console, export
 from sidcli.console import Console
 from sidcli.errors import EnvironmentProblem, out_of_memory
 from sidcli.files import append_line, atomic_folder, locked
@@ -606,7 +606,10 @@ def test_a_contact_sheet_writes_control_characters_out() -> None:
 
 
 @pytest.mark.check(30)
-def test_a_table_and_a_bar_on_a_terminal_take_no_name_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_and_a_bar_on_a_terminal_take_no_name_for_markup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "BAR_SECONDS", 0.0)
     voice = Console()
     voice.live, options = True, {"force_terminal": True, "width": 200, "markup": False, "highlight": False, "emoji": False}
     voice.err, voice.out = Terminal(file=sys.stderr, **options), Terminal(file=sys.stdout, **options)

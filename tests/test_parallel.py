@@ -140,7 +140,7 @@ def test_whichever_process_is_killed_the_others_end_too_and_the_checkpoints_are_
     assert found is not None and found.step >= 2 and not problems
     if victim != "the launcher":
         assert running.returncode in (1, 137) and "Traceback" not in said, said
-        assert [line for line in said.splitlines() if line.startswith("error: ")][-1].endswith("the same command again, to go on")
+        assert [line for line in said.splitlines() if line.startswith("error: ")][-1].endswith("run the same command to continue")
 
 
 def test_a_closed_terminal_stops_a_command_unless_it_runs_under_nohup() -> None:

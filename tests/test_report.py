@@ -157,11 +157,22 @@ RECORDS = [
         "images_per_second": 6.0,
         "skipped": 0.0,
     },
-    {"step": 50, "fake_loss": 70.0, "generator_loss": 9.0, "ratio": 0.5, "skipped": 0.0},
+    {"step": 50, "images": 800, "seconds": 754.2, "fake_loss": 70.0, "generator_loss": 9.0, "ratio": 0.5, "skipped": 0.0},
     {"step": 50, "proxy_clip": 0.2, "proxy_cmmd": 0.3},
 ]
-CONFIG = {"teacher": "emoji-teacher", "prompts": "emoji", "steps": 100, "seed": 0, "student_steps": 1}
-CARD = {"kind": "student", "t_init": 625, "student_steps": 1, "images": 1600, "config": CONFIG}
+CONFIG = {"teacher": "emoji-teacher", "prompts": "emoji", "steps": 100, "batch_size": 16, "seed": 0, "student_steps": 1}
+CARD = {"kind": "student", "t_init": 625, "student_steps": 1, "images": 1600, "config": CONFIG, "world": "emoji"}
+RECORD = {
+    "sid": "0.1.0",
+    "started": "2026-11-26T14:42:39Z",
+    "finished": None,
+    "versions": {"torch": "2.15.0"},
+    "teacher": {"revision": ""},
+    "device": "cpu",
+    "hardware": "A Processor",
+    "cores": 2,
+    "processes": 1,
+}
 PROMPTS = ["a cat", "a dog"]
 
 
@@ -179,7 +190,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "samples").mkdir(parents=True)
     (root / "student").mkdir()
     (root / "config.toml").write_text(tomli_w.dumps(CONFIG))
-    (root / "run.json").write_text(json.dumps({"sid": "0.1.0", "versions": {"torch": "2.15.0"}, "teacher": {"revision": ""}}))
+    (root / "run.json").write_text(json.dumps(RECORD))
     (root / "student" / "sid.json").write_text(json.dumps(CARD))
     (root / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     (root / "samples" / "prompts.json").write_text(json.dumps({"prompts": PROMPTS, "seeds": [5, 6]}))
@@ -413,11 +424,11 @@ def test_a_long_name_keeps_its_head_and_tail() -> None:
 # Run folders
 
 
-def test_a_run_shows_pictures_then_proxies_then_losses(folder: Path) -> None:
+def test_a_run_shows_results_then_pictures_then_proxies_then_losses(folder: Path) -> None:
     found = run.run_page(folder)
-    assert (found.title, found.subtitle) == ("demo", "emoji-teacher distilled into a student that draws in 1 step")
-    assert found.summary == "Step 50 of 100 · 1,600 images seen"
-    titles = ["Pictures over training", "Progress", "Losses", "Speed and memory", "How to run the student"]
+    assert (found.title, found.subtitle) == ("demo", "one-step student distilled from emoji-teacher")
+    assert found.summary == "Step 50 of 100 · 800 training images per network"
+    titles = ["Overview", "Pictures over training", "Progress", "Losses", "Speed and memory", "How to run the student"]
     assert [one.title for one in found.sections] == [*titles, "Settings", "Student", "Provenance"]
     progress, losses = section(found.sections, Curves, "Progress"), section(found.sections, Curves, "Losses")
     assert isinstance(progress, Curves) and isinstance(losses, Curves)
@@ -427,12 +438,67 @@ def test_a_run_shows_pictures_then_proxies_then_losses(folder: Path) -> None:
         ("Ratio", None),
     ]
     assert progress.curves[2].points == [(1, 0.2), (10, 0.4), (50, 0.5)]
-    assert "no signal of progress" in progress.notes[0] and "|y_teacher - y_fake| / |y_teacher - x|" in progress.notes[1]
+    assert "do not show progress" in progress.notes[0] and "|y_teacher - y_fake| / |y_teacher - x|" in progress.notes[1]
     assert {curve.title: list(curve.points) for curve in losses.curves}["Grad norm"] == [(10, 1.5)]
     assert [curve.title for curve in losses.curves] == ["Fake loss", "Generator loss", "Grad norm"]
     assert ("versions torch", "2.15.0") in section(found.sections, Facts, "Provenance").pairs  # type: ignore[attr-defined]
     text = Document(render(found))
     assert "CMMD, proxy" in [heading.text for heading in text.all("h3")]
+
+
+def test_the_overview_tells_results_dates_duration_and_hardware(folder: Path) -> None:
+    (folder / "proxy.json").write_text(json.dumps({"images": 128, "teacher_clip": 0.9}))
+    overview = section(run.run_sections(folder), Facts, "Overview")
+    assert (
+        isinstance(overview, Facts)
+        and overview.is_open
+        and dict(overview.pairs)
+        == {
+            "CMMD, proxy": "0.3000",
+            "CLIP score, proxy": "0.2000 (teacher 0.9000)",
+            "Started": "2026-11-26 14:42 UTC",
+            "Training time": "13 min",
+            "Speed": "6 images per second",
+            "Hardware": "A Processor, 2 cores",
+        }
+    )
+    on_gpu = {"finished": "2026-11-27T01:02:03Z", "device": "cuda", "hardware": "A GPU", "processes": 8}
+    (folder / "run.json").write_text(json.dumps(RECORD | on_gpu))
+    (folder / "student" / "sid.json").write_text(json.dumps(CARD | {"metrics": {"FID": 12.5}}))
+    overview = section(run.run_sections(folder), Facts, "Overview")
+    assert (
+        isinstance(overview, Facts)
+        and dict(overview.pairs).items()
+        >= {
+            "FID": "12.5",
+            "Finished": "2026-11-27 01:02 UTC",
+            "Hardware": "A GPU, 8 processes",
+        }.items()
+    )
+
+
+def test_the_axes_of_speed_and_memory_begin_at_zero_and_others_do_not(folder: Path) -> None:
+    costs, losses = (section(run.run_sections(folder), Curves, title) for title in ("Speed", "Losses"))
+    assert isinstance(costs, Curves) and isinstance(losses, Curves)
+    assert all(curve.from_zero for curve in costs.curves) and not any(curve.from_zero for curve in losses.curves)
+    points = [(0, 1.8), (10, 1.9)]
+    assert charts.plot(points, True).values[0] == charts.Tick(100.0, "0")
+    assert charts.plot(points).values[0].label == "1.8"
+
+
+def test_pictures_are_larger_than_99_pixels_on_a_desktop(page: Document) -> None:
+    """The arithmetic of the grids, with the numbers of the style; a browser confirms it below where there is one."""
+
+    def grid(selector: str) -> int:
+        return int(re.search(rf"{re.escape(selector)} {{[^}}]*?minmax\(min\(100%, (\d+)px\)", page.style)[1])  # type: ignore[index]
+
+    widest = int(re.search(r"max-width: (\d+)px; padding: ", page.style)[1])  # type: ignore[index]
+    for window in (1024, 1280, 1920):
+        room = min(window, widest) - 80
+        for selector, beside in ((".cards.pairs", 2), (".cards", 3)):
+            columns = (room + 16) // (grid(selector) + 16)
+            figure = (room - 16 * (columns - 1)) / columns
+            assert (figure - 34 - 12 * (beside - 1)) / beside > 99, (window, selector)
 
 
 def test_the_timeline_has_prompts_seeds_and_the_teacher(folder: Path) -> None:
@@ -477,7 +543,22 @@ def test_the_page_says_how_to_run_a_student_of_one_step_or_of_several(folder: Pa
     (folder / "student" / "sid.json").write_text(json.dumps(CARD | {"student_steps": 4}))
     lines = [command for _, command in section(run.run_sections(folder), Commands).commands]  # type: ignore[attr-defined]
     assert f'pipe("a cat", timesteps={list(exit_grid(625, 4))}, guidance_scale=0)' in lines[1]
-    assert "draws in 4 steps" in run.run_page(folder).subtitle
+    assert run.run_page(folder).subtitle == "4-step student distilled from emoji-teacher"
+
+
+def test_the_page_of_photographs_says_what_a_measurement_needs(folder: Path) -> None:
+    def lines() -> list[str]:
+        commands = section(run.run_sections(folder), Commands)
+        assert isinstance(commands, Commands)
+        return [command for _, command in commands.commands[2:]]
+
+    (folder / "student" / "sid.json").write_text(json.dumps({name: value for name, value in CARD.items() if name != "world"}))
+    coco = f"sid eval {folder} --protocol coco2014-30k --reference coco --fid --clip"
+    (folder / "config.toml").write_text(tomli_w.dumps(CONFIG | {"teacher": "owner/sd"}))
+    assert lines() == [f"sid eval {folder} owner/sd --prompts captions.txt", coco]
+    # `sid eval` cannot be told what a teacher predicts.
+    (folder / "config.toml").write_text(tomli_w.dumps(CONFIG | {"teacher": "sd.safetensors", "prediction_type": "v_prediction"}))
+    assert lines() == [f"sid eval {folder} --prompts captions.txt", coco]
 
 
 def test_commands_are_quoted_for_the_shell(folder: Path) -> None:
@@ -496,7 +577,7 @@ def test_a_run_that_is_still_training_has_a_page_without_a_student(folder: Path)
     shutil.rmtree(folder / "student")
     titles = [one.title for one in run.run_sections(folder)]
     assert "How to run the student" not in titles and "Student" not in titles and "Pictures over training" in titles
-    assert run.run_page(folder).summary == "Step 50 of 100"
+    assert run.run_page(folder).summary == "Step 50 of 100 · 800 training images per network"
 
 
 @pytest.mark.parametrize(
@@ -504,7 +585,7 @@ def test_a_run_that_is_still_training_has_a_page_without_a_student(folder: Path)
     [
         ("config.toml", {"Settings"}),
         ("run.json", {"Provenance"}),
-        ("metrics.jsonl", {"Progress", "Losses", "Speed and memory"}),
+        ("metrics.jsonl", {"Progress", "Losses", "Speed and memory"}),  # the overview has other sources too
         ("student/sid.json", {"Student", "How to run the student"}),
         ("samples/prompts.json", set()),
         ("samples/teacher.png", set()),
@@ -551,7 +632,8 @@ def test_a_browser_shows_it_moves_the_slider_and_asks_for_nothing(tmp_path: Path
     if executable is None:
         pytest.skip("no browser")
     file = tmp_path / "report.html"
-    write(replace(full_page("x" * 300), sections=(*full_page("x" * 300).sections, *run.run_sections(folder)[1:])), file)
+    others = [one for one in run.run_sections(folder) if not isinstance(one, Timeline)]
+    write(replace(full_page("x" * 300), sections=(*full_page("x" * 300).sections, *others)), file)
     said: list[str] = []
     with browsers.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=executable, args=["--no-sandbox"])
@@ -567,5 +649,8 @@ def test_a_browser_shows_it_moves_the_slider_and_asks_for_nothing(tmp_path: Path
         tab.locator("input").press("Home")
         assert tab.evaluate(shown) == [True, False, False] * 2
         assert tab.locator("input").get_attribute("aria-valuetext") == "step 0 of 1,000"
+        tab.set_viewport_size({"width": 1280, "height": 800})
+        widths = tab.evaluate("[...document.querySelectorAll('img')].filter(one => !one.hidden).map(one => one.clientWidth)")
+        assert min(widths) > 99
         browser.close()
     assert [line for line in said if not line.startswith("data:")] == [file.as_uri()]

@@ -70,7 +70,9 @@ def test_the_shipped_teacher_opens_in_stock_diffusers_and_lends_the_student_its_
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a cat", num_inference_steps=2, guidance_scale=2.0).images[0].size == (64, 64)
     student = find("emoji")
-    assert [student.part(name).parent.name for name in ("unet", "scheduler", "vae", "tokenizer")] == ["student"] * 2 + ["teacher"] * 2
+    assert [student.part(name).parent.name for name in ("unet", "scheduler", "vae", "tokenizer")] == ["student"] * 2 + [
+        "teacher"
+    ] * 2
     assert UNet2DConditionModel.from_pretrained(student.part("unet")).config.sample_size == 16
 
 

@@ -86,6 +86,24 @@ def test_a_model_draws_at_the_size_that_is_wished(copied: Path, width: int, heig
     assert Sampler(model, torch.device("cpu")).images(["a cat"], [0], Plan(1, grid=(625,))).shape == (1, *size, 3)
 
 
+@pytest.mark.parametrize(
+    ("plan", "texts"),
+    [
+        (Plan(1, grid=(625,)), ["", ""]),
+        (Plan(2, grid=(625, 312)), ["step 1/2", "step 2/2", ""]),
+        (Plan(3, 2.0), ["step 1/3", "step 2/3", "step 3/3", ""]),
+    ],
+)
+def test_drawing_reports_each_denoising_step_and_the_decoder_as_parts_of_the_batch(
+    copied: Path, plan: Plan, texts: list[str]
+) -> None:
+    heard: list[tuple[float, str]] = []
+    sampler = Sampler(load(find(str(copied))), torch.device("cpu"))
+    sampler.images(["a cat", "a dog"], [0, 1], plan, lambda count, text="": heard.append((count, text)))
+    assert [text for _, text in heard] == texts
+    assert [count for count, _ in heard] == pytest.approx([2 / len(texts)] * len(texts))
+
+
 def test_a_size_that_the_vae_cannot_make_is_refused(copied: Path) -> None:
     with pytest.raises(UsageError, match="--height must be a multiple of 8 for this model, at most 8192, not 60"):
         load(find(str(copied)), Overrides(height=60))

@@ -1,3 +1,6 @@
+import hashlib
+import re
+
 import numpy as np
 import pytest
 
@@ -54,6 +57,28 @@ def test_no_caption_belongs_to_both_splits() -> None:
     train = {world.caption(world.scene(0, index), 0, index, "train").text for index in range(2000)}
     held = {world.caption(world.scene(0, index), 0, index, "eval").text for index in range(2000)}
     assert not train & held
+
+
+def test_captions_are_those_that_the_shipped_models_were_trained_on_and_runs_continue_with() -> None:
+    texts = [world.caption(world.scene(5, index), 3, index, split) for split in ("train", "eval") for index in range(-500, 3000)]
+    assert hashlib.sha256("".join(map(repr, texts)).encode()).hexdigest().startswith("2bde032013d30923")
+
+
+def test_a_caption_that_is_shown_is_correct_english_and_otherwise_the_same() -> None:
+    def shown(noun: str) -> set[str]:
+        scene = world.Scene(noun, "red", 56, 4, 4, False, 1.0)
+        return {world.shown_caption(scene, 0, index, "train") for index in range(600)}
+
+    said = {noun: shown(noun) for noun in ("fries", "bread", "cat")}
+    assert {"fries", "these are fries", "some fries", "the fries on a red background", "cute fries on red"} <= said["fries"]
+    assert {"this is bread", "bread", "my bread"} <= said["bread"] and "this is a cat" in said["cat"]
+    wrong = re.compile(r"\b(an?|one) (\w+ )?(fries|bread)\b|breads|this is fries")
+    assert not [text for noun in ("fries", "bread") for text in said[noun] if wrong.search(text.replace(" a red background", ""))]
+    scenes = [world.scene(3, index) for index in range(300)]
+    plain = [index for index, scene in enumerate(scenes) if scene.noun not in world.PLURAL_NOUNS | world.MASS_NOUNS]
+    assert len(plain) > 250
+    for index in plain:
+        assert world.shown_caption(scenes[index], 3, index, "train") == world.caption(scenes[index], 3, index, "train").text
 
 
 @pytest.mark.parametrize(("noun", "wanted"), [("cat", "cats"), ("mouse", "mice"), ("fox", "foxes"), ("butterfly", "butterflies")])

@@ -95,6 +95,9 @@ PLURALS = {
     "candy": "candies",
     "cherries": "cherries",
 }
+PLURAL_NOUNS = frozenset({"grapes", "cherries", "fries"})
+MASS_NOUNS = frozenset({"corn", "broccoli", "bread", "cheese", "honey"})
+"""Nouns that take neither "a" nor a plural."""
 
 
 @dataclass(frozen=True)
@@ -163,23 +166,50 @@ def caption(picture: Scene, seed: int, index: int, split: Split, name_colour: fl
 
     Word forms vary (articles, plurals, adjectives, order), because people type them all. Only texts of the split are returned.
     """
-    rng = numpy_generator(seed, f"caption {split}", index)
-    while True:
-        named = rng.random() < name_colour
-        templates = COLOUR_TEMPLATES if named else PLAIN_TEMPLATES
-        template = templates[rng.integers(len(templates))]
-        adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))]
-        first = adjective if "{a} {adjective}" in template else picture.noun
-        text = template.format(
+    wording = _wording(picture, seed, index, split, name_colour)
+    return Caption(wording.text(picture), picture.colour if wording.template in COLOUR_TEMPLATES else None)
+
+
+def shown_caption(picture: Scene, seed: int, index: int, split: Split, name_colour: float = 0.8) -> str:
+    """The same caption to be shown to people: without the article or the plural that its noun does not take.
+
+    `caption` itself keeps them ("a fries"): the models here were trained on its texts, and runs are continued with them.
+    """
+    wording = _wording(picture, seed, index, split, name_colour)
+    template = wording.template
+    if picture.noun in PLURAL_NOUNS | MASS_NOUNS:
+        template = template.replace("{a} ", "").replace("one ", "some ").replace("{plural}", "{noun}")
+    if picture.noun in PLURAL_NOUNS:
+        template = template.replace("this is ", "these are ")
+    return Wording(template, wording.adjective).text(picture)
+
+
+class Wording(NamedTuple):
+    """A template of a caption and the adjective in it."""
+
+    template: str
+    adjective: str
+
+    def text(self, picture: Scene) -> str:
+        first = self.adjective if "{a} {adjective}" in self.template else picture.noun
+        return self.template.format(
             a=article(first),
             b=article(picture.colour),
             noun=picture.noun,
             plural=plural(picture.noun),
             colour=picture.colour,
-            adjective=adjective,
+            adjective=self.adjective,
         )
-        if in_split(text, split):
-            return Caption(text, picture.colour if named else None)
+
+
+def _wording(picture: Scene, seed: int, index: int, split: Split, name_colour: float) -> Wording:
+    rng = numpy_generator(seed, f"caption {split}", index)
+    while True:
+        templates = COLOUR_TEMPLATES if rng.random() < name_colour else PLAIN_TEMPLATES
+        template = templates[rng.integers(len(templates))]
+        wording = Wording(template, ADJECTIVES[rng.integers(len(ADJECTIVES))])
+        if in_split(wording.text(picture), split):
+            return wording
 
 
 @cache

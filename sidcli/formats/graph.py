@@ -19,6 +19,7 @@ from sidcli.errors import UsageError
 from sidcli.formats.card import write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import Order
+from sidcli.progress import Progress, silent
 from sidcli.sampler import Plan, plan_for, seeded_noise
 from sidcli.teachers import Model
 from sidcli.text import Condition, denoise, sizes
@@ -126,7 +127,7 @@ class GraphSampler:
             raise UsageError(f"these graphs do not draw at {wanted[1]}x{wanted[0]}", hint)
         self.size, self.shape = wanted, (self.shape[0], wanted[0] // factor, wanted[1] // factor)
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan) -> Tensor:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """uint8 [B, H, W, 3] of prompts and image seeds; the same noise as every other sampler takes for a seed."""
         states, pooled = [], None
         for index, tokenizer in enumerate(self.tokenizers):
@@ -142,4 +143,5 @@ class GraphSampler:
         if pooled is not None:
             inputs |= {"text_embeds": pooled, "time_ids": np.tile(np.array(sizes(*self.size), np.float32), (len(prompts), 1))}
         drawn = self.opened[GENERATOR](inputs)[0]
+        advance(len(prompts))
         return torch.from_numpy((drawn * 255).round().astype(np.uint8)).permute(0, 2, 3, 1)

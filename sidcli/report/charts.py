@@ -31,12 +31,12 @@ class Axis:
     high: float
 
     @classmethod
-    def around(cls, values: Sequence[float]) -> Axis:
-        """Around the finite ones of some values."""
+    def around(cls, values: Sequence[float], from_zero: bool = False) -> Axis:
+        """Around the finite ones of some values; `from_zero` for those that are no less than 0 and whose size counts."""
         finite = [value for value in values if math.isfinite(value)] or [0.0]
-        low, high = min(finite), max(finite)
+        low, high = 0.0 if from_zero else min(finite), max(finite)
         margin = 0.06 * ((high - low) or abs(high) or 1.0)
-        return cls(low - margin, high + margin)
+        return cls(0.0 if from_zero else low - margin, high + margin)
 
     def at(self, value: float) -> float:
         """Percent of the way from `low` to `high`."""
@@ -69,9 +69,9 @@ class Whisker:
     marks: tuple[float, float, float] | None
 
 
-def plot(points: Sequence[tuple[float, float]]) -> Plot:
+def plot(points: Sequence[tuple[float, float]], from_zero: bool = False) -> Plot:
     """A curve through (step, value) points, one at least, all finite."""
-    xs, ys = Axis(0, max(1, points[-1][0])), Axis.around([value for _, value in points])
+    xs, ys = Axis(0, max(1, points[-1][0])), Axis.around([value for _, value in points], from_zero)
     places = [(xs.at(step), round(100 - ys.at(value), 2)) for step, value in evenly(points, POINTS)]
     line = " ".join(f"{x:g},{y:g}" for x, y in places)
     values = [Tick(round(100 - tick.at, 2), tick.label) for tick in ys.ticks(4)]

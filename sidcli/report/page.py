@@ -55,11 +55,12 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Curve:
-    """`points` are (training step, value), in the order of the steps, one at least, all finite."""
+    """`points` are (training step, value), in the order of the steps, one at least, all finite; `from_zero`: so the axis begins."""
 
     title: str
     lower_is_better: bool | None
     points: Sequence[tuple[float, float]]
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Facts:
-    """Settings, provenance, protocol; a long list is folded."""
+    """Settings, provenance, protocol; a long list is folded unless `is_open`."""
 
     title: str
     pairs: Sequence[tuple[str, str]]
     notes: Sequence[str] = ()
+    is_open: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalogue import METRICS
+from sidcli.progress import duration
 from sidcli.report.charts import evenly, number
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
 
@@ -29,12 +31,12 @@ COSTS: Mapping[str, tuple[str, bool | None]] = {
     "images_per_second": ("Images per second", False),
     "memory_gb": ("Peak memory, GB", True),
 }
-COUNTS = ("step", "skipped", "skipped_in_row")
+COUNTS = ("step", "images", "seconds", "skipped", "skipped_in_row")
 NO_SIGNAL = (
-    "The losses of SiD hover and are no signal of progress: look at the pictures and at the proxies, which are measured on a few"
-    " images and compare steps of this run only."
+    "The losses of SiD fluctuate and do not show progress. Look at the pictures and the proxies; proxies are measured on few images"
+    " and compare steps of this run only."
 )
-RATIO = "The ratio is |y_teacher - y_fake| / |y_teacher - x|: how much the two denoisers differ, beside what the teacher would change in x."
+RATIO = "The ratio is |y_teacher - y_fake| / |y_teacher - x|: how far the two denoisers differ, relative to what the teacher changes in x."
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,21 @@ class Run:
     def student_steps(self) -> int:
         return _whole(self.student, "student_steps") or _whole(self.config, "student_steps") or 1
 
+    @property
+    def done(self) -> float:
+        """Training steps so far."""
+        return max(self.records, default=_whole(self.student, "steps_trained") or 0)
+
+    @property
+    def images(self) -> float | None:
+        """Training images per network so far, steps times batch size; cards of the first versions count both networks."""
+        size = _whole(self.config, "batch_size")
+        return self.done * size if size else None
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a curve."""
+        return next((record[key] for record in reversed(list(self.records.values())) if key in record), None)
+
 
 def run_page(folder: Path) -> Page:
     """The page of a run, finished or not. Raises InputError for a folder in which no run left a readable file."""
@@ -67,13 +84,13 @@ def run_page(folder: Path) -> Page:
     sections = _sections(run)
     if not sections:
         raise InputError(f"{folder} holds no run that can be read", "give the folder that sid distill wrote")
-    steps = f"{run.student_steps} step{'s' * (run.student_steps > 1)}"
-    subtitle = f"{run.teacher or 'a teacher'} distilled into a student that draws in {steps}"
+    kind = "one" if run.student_steps == 1 else str(run.student_steps)
+    subtitle = f"{kind}-step student distilled from {run.teacher or 'a teacher'}"
     return Page(folder.resolve().name, subtitle, _summary(run), sections)
 
 
 def run_sections(folder: Path) -> tuple[Section, ...]:
-    """What a run folder has to show: pictures, proxies, losses, how to run the student, settings and provenance."""
+    """What a run folder has to show: results, pictures, proxies, losses, how to run the student, settings and provenance."""
     return _sections(Run.read(folder))
 
 
@@ -82,13 +99,14 @@ def _sections(run: Run) -> tuple[Section, ...]:
     curves = {key: [(step, record[key]) for step, record in run.records.items() if key in record] for key in keys}
     losses = {key: (key.replace("_", " ").capitalize(), None) for key in curves if key not in PROXIES and key not in COSTS}
     sections = (
+        _overview(run),
         _timeline(run.folder / "samples"),
         _curves("Progress", PROXIES, curves, (NO_SIGNAL, *_goal(run), RATIO)),
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
-        _curves("Speed and memory", COSTS, curves),
+        _curves("Speed and memory", COSTS, curves, from_zero=True),
         _commands(run),
         _facts("Settings", run.config),
-        _facts("Student", {key: value for key, value in run.student.items() if key not in ("config", "teacher", "kind")}),
+        _facts("Student", {key: value for key, value in run.student.items() if key not in ("config", "teacher", "kind", "images")}),
         _facts("Provenance", run.record),
     )
     return tuple(section for section in sections if section is not None)
@@ -104,16 +122,38 @@ def _goal(run: Run) -> tuple[str, ...]:
 
 
 def _summary(run: Run) -> str:
-    done = max(run.records, default=_whole(run.student, "steps_trained") or 0)
-    last = run.records.get(done, {})
-    planned, images = _whole(run.config, "steps"), _whole(run.student, "images")
+    planned, skipped = _whole(run.config, "steps"), run.last("skipped")
     parts = [
-        f"Step {number(done)}" + (f" of {number(planned)}" if planned else ""),
-        f"{number(images)} images seen" if images else "",
-        f"{number(last['images_per_second'])} images per second" if "images_per_second" in last else "",
-        f"{number(last['skipped'])} updates left out" if last.get("skipped") else "",
+        f"Step {number(run.done)}" + (f" of {number(planned)}" if planned else ""),
+        f"{number(run.images)} training images per network" if run.images else "",
+        f"{number(skipped)} updates left out" if skipped else "",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _overview(run: Run) -> Facts | None:
+    """What people look for first: results as far as there are any, when it ran, how long and on what."""
+    pairs: dict[str, str] = {}
+    goal = _json(run.folder / "proxy.json").get("teacher_clip")
+    for key, (label, _) in PROXIES.items():
+        value = run.last(key) if key.startswith("proxy_") else None
+        if value is not None:
+            beside = f" (teacher {goal:.4f})" if key == "proxy_clip" and isinstance(goal, float) else ""
+            pairs[label] = f"{value:.4f}{beside}"
+    measured = run.student.get("metrics")
+    pairs |= {name: str(value) for name, value in measured.items()} if isinstance(measured, dict) else {}
+    for name in ("started", "finished"):
+        if found := re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\dZ", str(run.record.get(name))):
+            pairs[name.capitalize()] = f"{found[1]} {found[2]} UTC"
+    seconds, speed = run.last("seconds"), run.last("images_per_second")
+    pairs |= {"Training time": duration(seconds)} if seconds is not None else {}
+    pairs |= {"Speed": f"{number(speed)} images per second"} if speed is not None else {}
+    hardware, cores, processes = run.record.get("hardware"), _whole(run.record, "cores"), _whole(run.record, "processes")
+    if isinstance(hardware, str) and hardware:
+        on_cpu = run.record.get("device") == "cpu"
+        pairs["Hardware"] = hardware + (f", {cores} core{'s' * (cores > 1)}" if on_cpu and cores else "")
+        pairs["Hardware"] += f", {processes} processes" if processes and processes > 1 else ""
+    return Facts("Overview", list(pairs.items()), is_open=True) if pairs else None
 
 
 def _timeline(folder: Path) -> Timeline | None:
@@ -155,8 +195,9 @@ def _curves(
     shown: Mapping[str, tuple[str, bool | None]],
     curves: Mapping[str, Sequence[tuple[float, float]]],
     notes: Sequence[str] = (),
+    from_zero: bool = False,
 ) -> Curves | None:
-    found = [Curve(label, lower, curves[key]) for key, (label, lower) in shown.items() if key in curves]
+    found = [Curve(label, lower, curves[key], from_zero) for key, (label, lower) in shown.items() if key in curves]
     return Curves(title, found, notes) if found else None
 
 
@@ -179,10 +220,26 @@ def _commands(run: Run) -> Commands | None:
         "How to run the student",
         [
             ("On the command line:", f'sid sample "a cat" --model {model}'),
-            ("In stock diffusers, where no guidance may be added to that in the weights:", code),
-            ("Measured beside its teacher:", " ".join(["sid eval", model] + [shlex.quote(run.teacher)] * bool(run.teacher))),
+            ("In diffusers (keep guidance_scale=0):", code),
+            *_measuring(run, model),
         ],
     )
+
+
+def _measuring(run: Run, model: str) -> list[tuple[str, str]]:
+    """How to measure the student of a run; photographs need captions or a reference that only the reader has."""
+    # `sid eval` reads a teacher as its files describe it.
+    described = run.config.get("prediction_type", "auto") == "auto" and not run.config.get("model_config")
+    names = " ".join([model, shlex.quote(run.teacher)] if run.teacher and described else [model])
+    if run.student.get("world") == "emoji":
+        return [("Measure it beside its teacher:", f"sid eval {names}")]
+    return [
+        ("Measure it on your own captions, one a line:", f"sid eval {names} --prompts captions.txt"),
+        (
+            "Measure it as the paper does, with the validation set of COCO 2014 in the folder coco:",
+            f"sid eval {model} --protocol coco2014-30k --reference coco --fid --clip",
+        ),
+    ]
 
 
 def _facts(title: str, content: Mapping[str, Any]) -> Facts | None:

@@ -49,7 +49,7 @@ def stage(run: Path, steps: int, options: list[str], num: int) -> dict[str, Any]
 
 
 def draw(rows: list[dict[str, Any]], reference: list[dict[str, Any]], file: Path) -> None:
-    """Four panels over the images seen; horizontal lines are the scenes themselves and the teacher."""
+    """Four panels over the training images per network; horizontal lines are the scenes themselves and the teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +62,7 @@ def draw(rows: list[dict[str, Any]], reference: list[dict[str, Any]], file: Path
             axis.plot([row["images"] for row in line], [row[key] for row in line], marker="o", label=options or "defaults")
         for row, style in zip(reference, ("--", ":"), strict=False):
             axis.axhline(row[key], color="grey", linestyle=style, label=f"{row['model']}, {row['sampling']}")
-        axis.set(title=title, xlabel="images seen by the two networks")
+        axis.set(title=title, xlabel="training images per network")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[0].legend(fontsize="small")
