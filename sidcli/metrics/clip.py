@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
+from sidcli.metrics.transforms import quantized
 from sidcli.sources import check_links
 
 PREFIX = "A photo depicts "
@@ -103,16 +104,22 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine [B, 1] of each image with `prefix` and its caption, for the CLIP score."""
+    """Cosine [B, 1] of each image with `prefix` and its caption, for the CLIP score.
+
+    With `as_gigagan`, images first go through `transforms.quantized`, as in the evaluation code of published scores.
+    """
 
     clip: Clip
     prefix: str = ""
+    as_gigagan: bool = False
     reads_captions = True
 
     @property
     def name(self) -> str:
-        return f"similarity by {self.clip.name}, captions after {self.prefix!r}"
+        pixels = ", pixels truncated as in GigaGAN's code" if self.as_gigagan else ""
+        return f"similarity by {self.clip.name}, captions after {self.prefix!r}{pixels}"
 
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        told = self.clip.read([self.prefix + caption for caption in captions])
-        return (self.clip.see(images) * told).sum(1, keepdim=True).cpu().numpy()
+        texts = self.clip.read([self.prefix + caption for caption in captions])
+        seen = self.clip.see([quantized(image) for image in images] if self.as_gigagan else images)
+        return (seen * texts).sum(1, keepdim=True).cpu().numpy()

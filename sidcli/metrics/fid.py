@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from sidcli.metrics.intervals import Z, around, jackknife
 from sidcli.randomness import numpy_generator
 
 GROUPS = 20
-"""Parts of the drawn images that are left out in turn for an interval."""
+"""Parts of the drawn images that are left out in turn for an interval; fewer images have no FID."""
 POINTS = 15
 """Sample sizes that an extrapolation goes through, as in arXiv 1911.07023."""
 
@@ -39,12 +40,16 @@ def statistics(features: np.ndarray) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv 1706.08500), clamped at zero.
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv 1706.08500), clamped at zero; nan where features are not finite.
 
     The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, so no matrix root is needed and
     singular covariances do no harm.
     """
-    eigenvalues = np.linalg.eigvals(a.covariance @ b.covariance)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = a.covariance @ b.covariance
+    if not np.isfinite(product).all():
+        return math.nan
+    eigenvalues = np.linalg.eigvals(product)
     return _distance(a, b, np.sqrt(eigenvalues.astype(np.complex128)).real.sum())
 
 
@@ -62,15 +67,19 @@ def _distance(a: Statistics, b: Statistics, root: float) -> float:
 
 
 def fid(features: np.ndarray, reference: Statistics) -> Measured:
-    """Frechet distance of drawn features [n, D] to the reference, with the interval of a jackknife over groups of drawn images."""
-    count = len(features)
-    groups = np.array_split(numpy_generator(0, "jackknife").permutation(count), min(GROUPS, count - 1))
+    """Frechet distance of drawn features [n, D] to the reference, with the interval of a jackknife over groups of drawn images.
+
+    n is GROUPS at least.
+    """
+    if not np.isfinite(features).all():
+        return Measured(math.nan, math.nan, math.nan)
+    groups = np.array_split(numpy_generator(0, "jackknife").permutation(len(features)), GROUPS)
     left_out = [_quick_distance(statistics(np.delete(features, group, axis=0)), reference) for group in groups]
     return jackknife(frechet_distance(statistics(features), reference), np.array(left_out))
 
 
 def fid_infinity(features: np.ndarray, reference: Statistics, measured: Measured) -> Measured:
-    """The FID's limit for endlessly many drawn images: a line through FIDs of random parts over 1 / size (arXiv 1911.07023).
+    """The FID's limit for infinitely many drawn images: a line through FIDs of random parts over 1 / size (arXiv 1911.07023).
 
     `measured` is the FID of all of them; the interval adds its spread to that of the line.
     """
