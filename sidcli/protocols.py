@@ -217,7 +217,7 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None) -> Proto
                 f"{folder} is not COCO 2014: {needed} is missing", "unpack val2014.zip and annotations_trainval2014.zip there"
             )
     files = _images(folder / COCO_IMAGES, networks.listener)
-    prepare, prepared = partial(square, size=COCO_SIZE), f"centre square, Lanczos to {COCO_SIZE}"
+    prepare, prepared = partial(square, size=COCO_SIZE), f"center square, Lanczos to {COCO_SIZE}"
     return Protocol(
         "coco2014-30k",
         listed(prompts or folder / COCO_CAPTIONS, networks.listener),

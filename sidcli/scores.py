@@ -23,7 +23,7 @@ from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
-from sidcli.metrics.prdc import NEIGHBORS, prdc
+from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
 from sidcli.parallel import Team
 from sidcli.protocols import Protocol, scenes
 
@@ -127,6 +127,8 @@ class Evaluation:
                         f"{METRICS[metric].label} needs at least {least} images; {name} has {count}",
                         f"{least} images or more, or another metric",
                     )
+        self.neighbors: tuple[Entrant, Prdc] | None = None
+        """Precision, recall, density and coverage of the entrant measured last, which come together."""
         self.judges: dict[str, Extractor] = {name: getattr(protocol.judges, name) for name in {JUDGE[metric] for metric in metrics}}
 
     def count(self, entrant: Entrant) -> int:
@@ -222,9 +224,10 @@ class Evaluation:
         if metric == "kid":
             return self.kid(features / self.kid_unit)
         if metric in PRDC:
-            if metric == PRDC[0]:
-                self.neighbors = prdc(torch.from_numpy(self.compared(judge, len(features))), torch.from_numpy(features))
-            return getattr(self.neighbors, metric)
+            if self.neighbors is None or self.neighbors[0] is not entrant:
+                real = torch.from_numpy(self.compared(judge, len(features)))
+                self.neighbors = entrant, prdc(real, torch.from_numpy(features))
+            return getattr(self.neighbors[1], metric)
         if metric == "cmmd":
             return self.cmmd(features)
         if metric == "clip":

@@ -9,7 +9,7 @@ from tests.checks import CHECKS
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "parallel", "__init__", "text", "metrics.catalogue", "printable"},
+    {"errors", "randomness", "optimizer", "parallel", "__init__", "text", "metrics.catalogue", "png", "printable"},
     {"files", "launch"},
     {
         "devices",

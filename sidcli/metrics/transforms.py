@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: the square of the short side at the centre, resized by PIL's Lanczos filter.
+    """uint8 [H, W, 3] -> uint8 [size, size, 3]: the square of the short side at the center, resized by PIL's Lanczos filter.
 
     GigaGAN's `CenterCropLongEdge` and resize (its evaluation code for COCO): torchvision's center_crop, which rounds half pixels
     to even.
