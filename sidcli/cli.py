@@ -435,7 +435,8 @@ def evaluate(
             return
         rows = evaluation.rows(console)
         header, cells = driver.table(rows, metrics)
-        warnings, protocol_record = evaluation.warnings(rows), evaluation.record(seed)
+        warnings = [*evaluation.warnings(rows), *driver.unjudged(rows, bounds)]
+        protocol_record = evaluation.record(seed)
         if as_latex and not as_json:
             console.result(driver.latex(rows, metrics).splitlines(), {})
         else:

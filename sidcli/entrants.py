@@ -11,7 +11,7 @@ import torch
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.hub import Listener
-from sidcli.imagefiles import ImageFiles, open_images
+from sidcli.imagefiles import NOT_READ, SUFFIXES, ImageFiles, open_images
 from sidcli.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
 from sidcli.protocols import Captions, Protocol
 from sidcli.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
@@ -52,6 +52,11 @@ def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
         for note in files.notes:
             listener.note(note)
         return [Found(wish, files=files)]
+    if path.suffix.lower() in {*SUFFIXES, *NOT_READ, ".npz", ".tar"} and path.is_file():
+        raise InputError(
+            f"{path} is neither a model nor a folder or .zip of images",
+            "give the folder that holds the images; --reference also takes an .npz of statistics",
+        )
     source = find(wish.name, listener)
     found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source))
     return [found, replace(found, wish=replace(wish, untrained=untrained))] if untrained and found.is_teacher else [found]

@@ -100,6 +100,16 @@ def beyond(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
     return said
 
 
+def unjudged(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
+    """Models that a gate says nothing about, in words; a teacher's distance to its own images is not one."""
+    return [
+        f"the gate on {METRICS[metric].label} does not apply to {row.model} ({row.sampling}), of which it is not measured"
+        for metric in dict.fromkeys(bound.metric for bound in bounds if bound.metric != "fid_teacher")
+        for row in rows
+        if metric not in row.metrics
+    ]
+
+
 def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
     """The first images of each entrant, the same captions and seeds in every row."""
     count = min(SHOWN, *evaluation.counts)

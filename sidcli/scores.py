@@ -170,7 +170,7 @@ class Evaluation:
     def fill(self, listener: Listener) -> None:
         """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn.
 
-        Where there is work to wait for, images of other prompts are reported before it.
+        Where a model has to draw, which may take hours, images of other prompts are reported before it.
         """
         work: list[tuple[str, list[tuple[Collection, list[Extractor]]], Callable[[], None]]] = []
         if self.reference is not None:
@@ -182,8 +182,9 @@ class Evaluation:
             if held_out:
                 parts.append((held_out, [self.judges["features"]]))
             work.append((f"{entrant.name}, {entrant.sampling}", parts, entrant.close))
-        lacking = {judge for _, parts, _ in work for part, judges in parts for judge in judges if part.lacks(judge)}
-        for note in self.other_prompts if lacking else []:
+        missing = [(part, judge) for _, parts, _ in work for part, judges in parts for judge in judges if part.lacks(judge)]
+        lacking = {judge for _, judge in missing}
+        for note in self.other_prompts if any(isinstance(part.images, DrawnSet) for part, _ in missing) else []:
             listener.note(f"note: {note}")
         for name, judge in self.judges.items():
             if judge in lacking or (name == "features" and isinstance(self.protocol.reference, Statistics)):
@@ -294,8 +295,8 @@ class Evaluation:
                     index, prompt = wrong[0]
                     texts = (shorten(text, 60, placeholder="...") for text in (prompt, captions[index]))
                     found.append(
-                        f"{entrant.name}: {len(wrong)} of the {len(said)} images that carry a prompt were drawn from another one "
-                        "than their caption, such as {}: prompt {!r}, caption {!r}".format(files.members[index], *texts)
+                        f"{entrant.name}: {len(wrong)} of {len(said)} images with a recorded prompt were made from another one than "
+                        "their caption, for example {}: prompt {!r}, caption {!r}".format(files.members[index], *texts)
                     )
         return found
 
@@ -303,7 +304,7 @@ class Evaluation:
         """What makes these numbers worth less than they look."""
         said = list(self.other_prompts)
         fewest, most = min(self.counts), max(self.counts)
-        if fewest < most:
+        if fewest < most and not {"fid_teacher", *COMPARED}.isdisjoint(self.metrics):
             said.append(f"rows of {fewest} and of {most} images: distances of different n do not compare")
         for metric in self.metrics:
             if metric in ("fid", "fd_dinov2"):

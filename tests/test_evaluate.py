@@ -19,7 +19,7 @@ from PIL import Image
 from sidcli.emoji import world
 from sidcli.entrants import REAL, Entrant, entrants, look_up
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluate import beyond, latex, page, pictures, table
+from sidcli.evaluate import beyond, latex, page, pictures, table, unjudged
 from sidcli.hub import Silence
 from sidcli.imagefiles import open_images
 from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
@@ -222,6 +222,13 @@ def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["000000.png", "some.npz", "photo.tif"])
+def test_a_file_that_is_neither_a_model_nor_a_set_of_images_is_refused(name: str, scenes_folder: Path) -> None:
+    (scenes_folder / name).touch()
+    with pytest.raises(InputError, match=f"{name} is neither a model nor a folder or .zip of images"):
+        look_up(Wish(str(scenes_folder / name)), 0, Silence())
+
+
 def test_a_path_with_a_comma_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
     assert Wish.parse(str(tmp_path / "a,b"), None, None).name == str(tmp_path / "a,b")
@@ -356,6 +363,14 @@ def test_a_gate_asks_for_its_own_metric_and_is_refused_where_there_is_none() -> 
         chosen(["clip"], rules, False, one, ["composition"])
 
 
+def test_a_model_that_a_gate_says_nothing_about_is_named() -> None:
+    rows = [row("t", fid=3.0), row("photos", clip=0.5)]
+    assert unjudged(rows, limits(["fid=9", "fid=8", "fid_teacher=3"], ["clip=0.1"])) == [
+        "the gate on FID does not apply to photos (1 step), of which it is not measured",
+        "the gate on CLIP score does not apply to t (1 step), of which it is not measured",
+    ]
+
+
 def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "four.txt").write_text("a cat\na dog\na bus\na car\n")
     rules = custom(NETWORKS, None, tmp_path / "four.txt")
@@ -440,29 +455,29 @@ def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> N
     assert "fid_teacher" not in teacher.metrics and student.metrics["fid_teacher"].value > 0
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("few", ["drawn", "real"])
-def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so_many(
-    metric: str, few: str, stand_ins: dict[str, Path]
-) -> None:
+def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so_many(few: str, stand_ins: dict[str, Path]) -> None:
     rules = emoji(Networks(CPU, Silence(), dino=str(stand_ins["dino"])))
-    needed = {}
-    for n in (*range(1, 8), 20, 100):
-        drawn, real = (n, 100) if few == "drawn" else (100, n)
-        some = replace(rules, reference=Collection(SceneSet(world.REFERENCE_SEED), real))
-        teacher = Entrant("t", "", SceneSet(5), held_out=SceneSet(6), is_teacher=True)
-        two = [teacher, Entrant("s", "", SceneSet(7), held_out=SceneSet(8))]
-        try:
-            evaluation = Evaluation(some, two, [metric], drawn, Team(CPU))
-        except UsageError as error:
-            needed[n] = int(re.search(r"needs at least (\d+) images?; (?:t|the reference) has", error.message)[1])  # type: ignore[index]
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            evaluation.fill(Silence())
-            value = evaluation.rows(Silence())[1].metrics[metric]
-        assert np.isfinite([value.value, value.low, value.high]).all(), n
-    assert all(n < least <= 100 for n, least in needed.items()) and len(set(needed.values())) <= 1
+    teacher = Entrant("t", "", SceneSet(5), held_out=SceneSet(6), is_teacher=True)
+    two = [teacher, Entrant("s", "", SceneSet(7), held_out=SceneSet(8))]
+    for metric in METRICS:
+        needed = {}
+        for n in (1, 2, 3, 4, 5, 6, 20, 100):
+            drawn, real = (n, 100) if few == "drawn" else (100, n)
+            some = replace(rules, reference=Collection(SceneSet(world.REFERENCE_SEED), real))
+            try:
+                evaluation = Evaluation(some, two, [metric], drawn, Team(CPU))
+            except UsageError as error:
+                least = re.search(r"needs at least (\d+) images; (?:t|the reference) has", error.message)
+                assert least is not None, error.message
+                needed[n] = int(least[1])
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                evaluation.fill(Silence())
+                value = evaluation.rows(Silence())[1].metrics[metric]
+            assert np.isfinite([value.value, value.low, value.high]).all(), (metric, n)
+        assert all(n < least <= 100 for n, least in needed.items()) and len(set(needed.values())) <= 1, metric
 
 
 @pytest.mark.parametrize("color", ["black", "white"])
@@ -525,11 +540,12 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
     listener = Listening()
     evaluation.fill(listener)
     (warning,) = evaluation.warnings([])
-    assert warning.startswith(f"{place}: 1 of the 5 images that carry a prompt were drawn from another one than their caption")
-    assert "such as 1.png: prompt 'a red" in warning and "..." in warning and "\x1b" not in warning
+    assert warning.startswith(f"{place}: 1 of 5 images with a recorded prompt were made from another one than their caption")
+    assert "for example 1.png: prompt 'a red" in warning and "..." in warning and "\x1b" not in warning
+    assert listener.said == [], "nothing has to be drawn: the table follows at once"
+    slow = Entrant("s", "", drawn_set(Painter(), 5))
+    Evaluation(rules, [*entered, slow], ["clip"], 5, Team(CPU)).fill(listener)
     assert listener.said == [f"note: {warning}"]
-    evaluation.fill(listener)
-    assert len(listener.said) == 1, "nothing is left to compute: the table follows at once"
 
 
 def test_the_protocol_is_chosen_by_what_is_measured_or_asked_for() -> None:

@@ -322,6 +322,20 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
         _ = emoji(replace(plain, clip=str(tmp_path / "empty"))).judges.clip
 
 
+@pytest.mark.parametrize(
+    ("model", "said", "hint"),
+    [
+        ("nowhere", "no CLIP model nowhere: it is not a folder", "--clip-model FOLDER"),
+        ("ViT-g-14x:openai", "open_clip has no architecture 'ViT-g-14x'", "ViT-g-14, "),
+        ("ViT-g-14:openai", "'openai' is neither a file nor one of laion2b_s12b_b42k, ", "--clip-model FOLDER"),
+    ],
+)
+def test_a_clip_model_that_there_is_not_is_refused_by_what_is_wrong_with_its_name(model: str, said: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Clip(model, CPU, "--clip-model FOLDER")
+    assert said in caught.value.message and caught.value.hint.startswith(hint)
+
+
 @pytest.fixture
 def published(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A web server with a folder of files; its address."""
