@@ -594,12 +594,14 @@ def evaluate(
     prdc: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Precision, recall, density and coverage.")] = False,
     clip: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="CLIP score.")] = False,
     cmmd: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Kernel distance of CLIP embeddings.")] = False,
-    dino: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Frechet distance of DINOv2 features.")] = False,
-    accuracy: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Noun and colour accuracy, on the emoji world.")] = False,
-    composition: Annotated[
-        bool, typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and colour pairs that no model was shown.")
+    dino: Annotated[
+        bool, typer.Option("--dino", "--fd-dinov2", rich_help_panel=METRICS, help="Frechet distance of DINOv2 features.")
     ] = False,
-    fid_infinity: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="FID extrapolated to endlessly many images.")] = False,
+    accuracy: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="Noun and color accuracy, on the emoji world.")] = False,
+    composition: Annotated[
+        bool, typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and color pairs held out from training.")
+    ] = False,
+    fid_infinity: Annotated[bool, typer.Option(rich_help_panel=METRICS, help="FID extrapolated to an infinite sample.")] = False,
     protocol: Annotated[
         str,
         typer.Option(
@@ -696,7 +698,9 @@ def evaluate(
         team = Team(where)
         quiet_libraries()
         found = [one for wish in wishes for one in look_up(wish, untrained, console)]
-        name = choose(protocol, {one.is_emoji for one in found if one.files is None} == {True}, bool(reference or prompts))
+        models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
+        has_images = any(one.files is not None for one in found)
+        name = choose(protocol, models_are_emoji, has_images, bool(reference or prompts))
         networks = Networks(team.device, console, inception, clip_model, cmmd_model, dino_model)
         rules = open_protocol(name, networks, reference, prompts, column or "")
         rows_to_be = entrants(found, rules, team.device, num, seed, batch_size, images)
@@ -708,9 +712,10 @@ def evaluate(
             return
         rows = evaluation.rows(console)
         header, cells = driver.table(rows, metrics)
-        warnings, protocol_record = evaluation.warnings(), evaluation.record(seed)
+        warnings = [*evaluation.warnings(rows), *driver.unjudged(rows, bounds)]
+        protocol_record = evaluation.record(seed)
         if as_latex and not as_json:
-            console.result(driver.latex(header, cells).splitlines(), {})
+            console.result(driver.latex(rows, metrics).splitlines(), {})
         else:
             console.table(f"protocol {rules.name}, values with their 95 % intervals", header, cells)
         for warning in warnings:

@@ -11,7 +11,7 @@ import torch
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.hub import Listener
-from sidcli.imagefiles import ImageFiles, open_images
+from sidcli.imagefiles import NOT_READ, SUFFIXES, ImageFiles, open_images
 from sidcli.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
 from sidcli.protocols import Captions, Protocol
 from sidcli.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
@@ -19,7 +19,7 @@ from sidcli.sources import Source, find, graph_format, read_card
 from sidcli.teachers import Description, describe, load
 from sidcli.wishes import Wish
 
-FLOOR = "scenes (floor)"
+REAL = "real scenes"
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
     models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
     if path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models)):
         files = open_images(path)
-        if files.left_out:
-            listener.note(files.left_out)
+        for note in files.notes:
+            listener.note(note)
         return [Found(wish, files=files)]
+    if path.suffix.lower() in {*SUFFIXES, *NOT_READ, ".npz", ".tar"} and path.is_file():
+        raise InputError(
+            f"{path} is neither a model nor a folder or .zip of images",
+            "give the folder that holds the images; --reference also takes an .npz of statistics",
+        )
     source = find(wish.name, listener)
     found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
     return [found, replace(found, wish=replace(wish, untrained=untrained))] if untrained and found.is_teacher else [found]
@@ -59,7 +64,10 @@ def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
 
 @dataclass(frozen=True)
 class Entrant:
-    """One row of the table before it is measured: images that answer the protocol's captions, and those of its held-out pairs."""
+    """One row of the table before it is measured: images that answer the protocol's captions, and those of its held-out pairs.
+
+    `is_real`: no model's, but scenes of the captions themselves, for comparison.
+    """
 
     name: str
     sampling: str
@@ -67,6 +75,7 @@ class Entrant:
     limit: int | None = None
     held_out: ImageSet | None = None
     is_teacher: bool = False
+    is_real: bool = False
     close: Callable[[], None] = lambda: None
     """Lets go of what draws, so that several models need the room of one."""
 
@@ -80,13 +89,16 @@ def entrants(
     batch_size: int,
     place: Path | None,
 ) -> list[Entrant]:
-    """Everything to measure, drawn nowhere yet; on the emoji world after the floor, real scenes in place of drawn images."""
-    rows = (
-        [Entrant(FLOOR, "real", SceneSet(world.PROMPT_SEED), None, SceneSet(world.PROMPT_SEED, True))] if protocol.is_emoji else []
-    )
+    """Everything to measure, drawn nowhere yet; on the emoji world after real scenes of the same captions, as many as are drawn.
+
+    What is named twice is measured once.
+    """
+    scenes = Entrant(REAL, "not drawn", SceneSet(world.PROMPT_SEED), held_out=SceneSet(world.PROMPT_SEED, True), is_real=True)
+    rows = [scenes] if protocol.is_emoji else []
     for one in found:
         if one.files is not None:
-            rows.append(Entrant(one.wish.name, f"{len(one.files)} images", FileSet(one.files), len(one.files)))
+            size = len(one.files)
+            rows.append(Entrant(one.wish.name, f"{size} image{'s' * (size > 1)}", FileSet(one.files), size))
             continue
         if protocol.is_emoji and not one.is_emoji:
             raise InputError(
@@ -95,10 +107,10 @@ def entrants(
             )
         captions = protocol.captions
         if captions is None:
-            raise UsageError(f"{one.wish.name} needs captions to draw", "--prompts FILE")
+            raise UsageError(f"{one.wish.name} needs captions to draw", "--prompts FILE, or --prompts general for built-in ones")
         count = captions.limit if captions.limit is not None else num or protocol.default_num or 0
         rows.append(_model(one, captions, protocol.held_out, count, device, seed, batch_size, place))
-    return rows
+    return list({(row.name, row.sampling): row for row in rows}.values())
 
 
 def _model(
@@ -139,8 +151,8 @@ def _model(
         drawn(captions),
         captions.limit,
         drawn(held_out) if held_out else None,
-        one.is_teacher and not wish.untrained,
-        opened.clear,
+        is_teacher=one.is_teacher and not wish.untrained,
+        close=opened.clear,
     )
 
 

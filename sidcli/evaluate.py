@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from sidcli.entrants import FLOOR
 from sidcli.metrics.catalogue import METRICS
 from sidcli.pictures import contact_sheet, save_png
 from sidcli.printable import json_text
@@ -48,30 +48,66 @@ def turned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[list[
     return first, others
 
 
-def latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The same table for a paper, with booktabs' rules."""
-    special = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
-    special |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    lines = [" & ".join("".join(special.get(c, c) for c in cell) for cell in line) + r" \\" for line in [header, *cells]]
-    columns = "l" + "r" * (len(header) - 1)
+SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
+SPECIAL |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+"""What LaTeX would read as a command."""
+
+
+def latex(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """The same table for a paper, with booktabs' rules; the best value of each metric is bold, and so is any that is printed alike."""
+
+    def escaped(text: str) -> str:
+        return "".join(SPECIAL.get(character, character) for character in text)
+
+    header, cells = listed(rows, metrics)
+    lines = [[escaped(cell) for cell in line] for line in [header, *cells]]
+    for column, metric in enumerate(metrics, header.index("n") + 1):
+        for row in leading(rows, metric):
+            value = escaped(METRICS[metric].write(rows[row].metrics[metric].value))
+            lines[row + 1][column] = rf"\textbf{{{value}}}" + lines[row + 1][column].removeprefix(value)
+    if len(metrics) > len(rows):
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    body = [" & ".join(line) + r" \\" for line in lines]
+    columns = "l" + "r" * (len(lines[0]) - 1)
     return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]
     )
 
 
+def leading(rows: Sequence[Row], metric: str) -> list[int]:
+    """The models with the best value as it is printed; none where fewer than two have one. Real scenes do not compete."""
+    values = {
+        index: float(METRICS[metric].write(row.metrics[metric].value).removesuffix(" %"))
+        for index, row in enumerate(rows)
+        if not row.is_real and metric in row.metrics and math.isfinite(row.metrics[metric].value)
+    }
+    best = (min if METRICS[metric].lower_is_better else max)(values.values(), default=math.nan)
+    return [index for index, value in values.items() if value == best] if len(values) > 1 else []
+
+
 def beyond(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
-    """What is beyond a bound, in words; the floor is nobody's result and is not asked."""
+    """What is beyond a bound, in words. Real scenes are no model's and are not judged."""
     said = []
     for bound in bounds:
         for row in rows:
             one = row.metrics.get(bound.metric)
-            if row.model == FLOOR or one is None:
+            if row.is_real or one is None:
                 continue
-            # Which a value that is no number does not pass.
+            # nan passes no bound.
             if not (one.value <= bound.value if bound.is_above else one.value >= bound.value):
                 metric, side = METRICS[bound.metric], "above" if bound.is_above else "below"
                 said.append(f"{metric.label} of {row.model} ({row.sampling}) is {one.value:.5g}, {side} {bound.value:g}")
     return said
+
+
+def unjudged(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
+    """Models that a gate says nothing about, in words; a teacher's distance to its own images is not one."""
+    return [
+        f"the gate on {METRICS[metric].label} does not apply to {row.model} ({row.sampling}), of which it is not measured"
+        for metric in dict.fromkeys(bound.metric for bound in bounds if bound.metric != "fid_teacher")
+        for row in rows
+        if metric not in row.metrics
+    ]
 
 
 def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
@@ -101,7 +137,10 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
     ]
     sections: list[Section] = [
         Table(
-            "Scores", header, lines, [*evaluation.warnings(), "Bold where a model is better than every other beyond the intervals."]
+            "Scores",
+            header,
+            lines,
+            [*evaluation.warnings(rows), "Bold where a model is better than every other beyond the intervals."],
         ),
         Scores("Scores with their 95 % intervals", scores),
         Gallery("The same captions and seeds", captions[: len(drawn[0][1])], drawn),
@@ -115,10 +154,10 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
 
 
 def _best(rows: Sequence[Row], metric: str) -> Row | None:
-    """The model whose interval lies beyond every other model's, if there is one; the floor does not compete."""
+    """The model whose interval lies beyond every other model's, if there is one. Real scenes do not compete."""
     sign = 1 if METRICS[metric].lower_is_better else -1
     judged = sorted(
-        (row for row in rows if row.model != FLOOR and metric in row.metrics), key=lambda row: sign * row.metrics[metric].value
+        (row for row in rows if not row.is_real and metric in row.metrics), key=lambda row: sign * row.metrics[metric].value
     )
     if len(judged) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Images that others made, as an indexed set read one at a time from a folder or a zip. Nothing is ever unpacked to disk."""
+"""Images made elsewhere, as an indexed set read one at a time from a folder or a zip. Nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import stat
 import threading
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,14 +21,36 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sidcli.errors import InputError
+from sidcli.png import pixels_only, text_before_pixels
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"}
+READABLE = "PNG, JPEG, WebP, BMP or GIF"
+NOT_READ = {
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".j2k",
+    ".ppm",
+    ".pgm",
+    ".tga",
+    ".ico",
+    ".psd",
+    ".svg",
+    ".exr",
+}
+"""Suffixes of images in formats that are not read; such files are counted and reported."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 << 20
 # What Pillow and zipfile raise on damaged files, found by breaking valid ones at random.
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-HINT = "give a folder or a .zip of PNG, JPEG, WebP or BMP images"
+HINT = f"give a folder or a .zip of {READABLE} images"
+PROMPT_BYTES = 1 << 16
+"""The start of a file in which its prompt is looked for; `sid` writes it there, and prompts have 40,000 bytes at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,37 +60,49 @@ class ImageFiles:
     name: str
     fingerprint: str
     members: tuple[str, ...]
-    opened: Callable[[str], BinaryIO]
-    left_out: str = ""
-    """A sentence for people where the rule of numbers left images out."""
+    opened: Callable[[str, int], BinaryIO]
+    """From a member's name and the number of bytes that are wanted, from its start; it may give more."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: which files of the place are not among the images, and why."""
 
     def __len__(self) -> int:
         return len(self.members)
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [H, W, 3], RGB. Alpha is dropped and EXIF orientation left alone, as clean-fid does.
+        """Image `index` as uint8 [H, W, 3], RGB; of an animation the first frame.
 
-        Raises InputError, naming the file, where it is damaged, unreadable or larger than MAX_PIXELS.
+        Alpha is dropped, EXIF orientation and color profiles are ignored, as clean-fid does. Raises InputError, naming the file,
+        where it is damaged, unreadable or larger than MAX_PIXELS.
         """
         name, hint = f"{self.name}/{self.members[index]}", "replace this image or remove it"
         try:
-            with self.opened(self.members[index]) as file:
-                image = Image.open(file, formats=FORMATS)
+            with self.opened(self.members[index], MAX_BYTES) as file:
+                image = Image.open(pixels_only(file), formats=FORMATS)
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 return _rgb(image)
         except Image.DecompressionBombError as error:
             raise InputError(f"{name} has more than {MAX_PIXELS} pixels", hint) from error
         except UnidentifiedImageError as error:
-            raise InputError(f"{name} is no PNG, JPEG, WebP or BMP image", hint) from error
+            raise InputError(f"{name} is not a {READABLE} image", hint) from error
         except DAMAGE as error:
             raise InputError(f"{name} cannot be read: {str(error) or type(error).__name__}", hint) from error
 
+    def prompt(self, index: int) -> str | None:
+        """The prompt that `sid` wrote into a PNG; None for an image without one."""
+        try:
+            with self.opened(self.members[index], PROMPT_BYTES) as file:
+                made = json.loads(text_before_pixels(file, "sid", PROMPT_BYTES) or "null")
+        except (*DAMAGE, RecursionError):
+            return None
+        prompt = made.get("prompt") if isinstance(made, dict) else None
+        return prompt if isinstance(prompt, str) else None
+
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode == "I;16":  # 16-bit grey, which Pillow would clip at 255
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "I;16":  # 16-bit gray, which Pillow would clip at 255
+        gray = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
     image.info.pop("transparency", None)  # of a palette, which Pillow warns that it drops
     return np.array(image.convert("RGB"))
 
@@ -81,28 +116,32 @@ def open_images(path: Path) -> ImageFiles:
 
     Raises InputError where there is no such place, no image in it, or one that will not be read.
     """
-    opened: Callable[[str], BinaryIO]
+    opened: Callable[[str, int], BinaryIO]
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            entries, opened = _in_folder(path), lambda name: (path / name).open("rb")
+            found, opened = _in_folder(path), lambda name, most: (path / name).open("rb")
         elif stat.S_ISREG(mode) and path.suffix.lower() == ".zip":
-            entries, opened = _in_zip(path), _ZipMembers(path)
+            found, opened = _in_zip(path), _ZipMembers(path)
         else:
             raise InputError(f"{path} is neither a folder nor a .zip", HINT)
     except OSError as error:
         raise InputError(f"cannot read the images {error.filename or path}: {error.strerror or error}", HINT) from error
-    everything = len(entries)
-    entries = _numbered(sorted(entries, key=_order))
-    left_out = f"{path}: only the {len(entries)} images with numbers for names count, not the {everything - len(entries)} others"
+    images = [entry for entry in found if entry.suffix in SUFFIXES]
+    entries = _numbered(sorted(images, key=_order))
+    suffixes = Counter(entry.suffix for entry in found if entry.suffix not in SUFFIXES)
+    not_read = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
     if not entries:
-        raise InputError(f"{path} holds no image", HINT)
+        raise InputError(f"{path} holds no image" + (f" that can be read, only {not_read}" if not_read else ""), HINT)
+    notes = [f"{path}: ignoring images that are not {READABLE}: {not_read}"] if not_read else []
+    if rest := len(images) - len(entries):
+        numbered = f"{len(entries)} numbered image{'s' * (len(entries) > 1)}"
+        notes.append(f"{path}: using {numbered}; ignoring {rest} other image{'s' * (rest > 1)}")
     for entry in entries:
         if entry.size > MAX_BYTES:
             raise InputError(f"{path}/{entry.name} has {entry.size} bytes; images may have {MAX_BYTES}", "remove it")
     fingerprint = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    names = tuple(entry.name for entry in entries)
-    return ImageFiles(str(path), fingerprint, names, opened, left_out if len(entries) < everything else "")
+    return ImageFiles(str(path), fingerprint, tuple(entry.name for entry in entries), opened, tuple(notes))
 
 
 class _Entry(NamedTuple):
@@ -119,6 +158,10 @@ class _Entry(NamedTuple):
     @property
     def stem(self) -> str:
         return posixpath.splitext(posixpath.basename(self.name))[0]
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.name)[1].lower()
 
     @property
     def is_numbered(self) -> bool:
@@ -141,7 +184,7 @@ def _numbered(entries: list[_Entry]) -> list[_Entry]:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") and part != ".." for part in path.parts)
+    return path.suffix.lower() in SUFFIXES | NOT_READ and not any(part.startswith(".") and part != ".." for part in path.parts)
 
 
 def _in_folder(folder: Path) -> list[_Entry]:
@@ -169,11 +212,15 @@ def _in_zip(path: Path) -> list[_Entry]:
         for name, info in {info.filename: info for info in archive.infolist()}.items():
             if info.is_dir() or not _is_image(name):
                 continue
+            entry = _Entry(name, info.file_size, info.CRC)
+            if entry.suffix in NOT_READ:
+                entries.append(entry)
+                continue
             if info.flag_bits & 1:
                 raise InputError(f"{path}/{name} is encrypted", "zip the images without a password")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not bound what others expand to
                 raise InputError(f"{path}/{name} is compressed by method {info.compress_type}", "zip the images with deflate")
-            entries.append(_Entry(name, info.file_size, info.CRC))
+            entries.append(entry)
     return entries
 
 
@@ -193,10 +240,10 @@ class _ZipMembers:
     def __init__(self, path: Path) -> None:
         self.path, self.process, self.lock = path, 0, threading.Lock()
 
-    def __call__(self, name: str) -> BinaryIO:
+    def __call__(self, name: str, most: int) -> BinaryIO:
         with self.lock:
             if self.process != os.getpid():
                 self.archive, self.process = _zip(self.path), os.getpid()
         with self.archive.open(name) as member:
             # Never more than the promised size: a bare read() expands a member that lies about it by up to 2 GB.
-            return io.BytesIO(member.read(self.archive.getinfo(name).file_size))
+            return io.BytesIO(member.read(min(most, self.archive.getinfo(name).file_size)))

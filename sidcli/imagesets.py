@@ -7,10 +7,8 @@ stopped, and several processes that share a cache share the work by taking every
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,7 @@ from PIL import Image
 from sidcli import __version__
 from sidcli.emoji import world
 from sidcli.environment import cache_folder
-from sidcli.files import append_line, atomic_file
+from sidcli.files import atomic_file
 from sidcli.imagefiles import ImageFiles
 from sidcli.metrics.features import Extractor, in_threads
 from sidcli.parallel import Share
@@ -102,6 +100,7 @@ class DrawnSet:
     ):
         self.source, self.plan, self.prompts, self.seed = source, plan, prompts, seed
         self.open_drawer, self.batch_size, self.must_exist = open_drawer, batch_size, place is not None
+        self.drawn, self.seconds = 0, 0.0
         self.key = digest("drawn", __version__, fingerprint(source), repr(plan), prompts_key, seed)
         name = "".join(c if c.isalnum() or c in "-." else "-" for c in source.path.name)
         self.folder = (place or cache_folder() / "images") / f"{name}-{self.key}"
@@ -129,21 +128,16 @@ class DrawnSet:
         drawer = self.open_drawer()
         begun = time.monotonic()
         images = drawer.images(prompts, seeds, self.plan, advance).numpy()
-        seconds = time.monotonic() - begun
+        self.seconds += time.monotonic() - begun
+        self.drawn += len(indices)
         for index, prompt, seed, image in zip(indices, prompts, seeds, images, strict=True):
             save_png(Image.fromarray(image), self.file(index), png_info(prompt, seed, self.source, self.plan))
-        append_line(self.folder / "times.jsonl", json.dumps({"images": len(indices), "seconds": round(seconds, 4)}))
         return dict(zip(indices, images, strict=True))
 
     @property
     def seconds_per_image(self) -> float | None:
-        """Of the drawing alone, over all images of the set; None where nothing was timed."""
-        file, times = self.folder / "times.jsonl", []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-            with suppress(ValueError, KeyError, TypeError):  # of a line that a crash has cut
-                row = json.loads(line)
-                times.append((float(row["seconds"]), int(row["images"])))
-        return sum(seconds for seconds, _ in times) / max(1, sum(images for _, images in times)) if times else None
+        """Of the drawing alone, over the images that this process has drawn; None where all of them were there already."""
+        return self.seconds / self.drawn if self.drawn else None
 
 
 def digest(*parts: Any) -> str:

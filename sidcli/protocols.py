@@ -1,10 +1,11 @@
 """What an evaluation asks and compares with, by name: captions, reference images, what is done to an image, and which networks look.
 
 - `emoji`: caption i is that of scene (PROMPT_SEED, i), worded as no model was trained on and always naming the background; the
-  reference are 10,000 scenes of REFERENCE_SEED;
-- `coco2014-30k`: the GigaGAN protocol of the paper's numbers (method 2.1): 30,000 captions of COCO's validation set of 2014, its
-  images as the reference, all of them; of every image the centre square, by Lanczos to 256;
-- `custom`: your captions, your reference, images as they are.
+  reference is 10,000 scenes of REFERENCE_SEED;
+- `coco2014-30k`: the protocol of the paper's numbers, GigaGAN's: 30,000 captions of COCO's validation set of 2014, all of its
+  images as the reference; of every image the center square, resized by Lanczos to 256, and for CLIP pixels truncated as in its code;
+- `custom`: your captions, your reference, images as they are. With neither, captions of the built-in list `general`, for what needs
+  no reference.
 
 Image i answers caption i with seed `seed + i`.
 """
@@ -33,15 +34,22 @@ from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, Ince
 from sidcli.metrics.fid import Statistics
 from sidcli.metrics.transforms import square
 from sidcli.metrics.weights import INCEPTION, fetch
-from sidcli.prompts import read_list
+from sidcli.prompts import open_prompts, read_list
 from sidcli.sources import WEIGHTS
 
 REFERENCE_SCENES = 10_000
+QUICK_NUM = 300
+"""Images per model where the captions have no end."""
+GENERAL = "general"
+GENERAL_SEED = 0xE7A1
+"""Of the captions from the built-in list; distillation draws its prompts from it with seeds of its own."""
 COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
 COCO_IMAGES = Path("val2014")
 COCO_SIZE = 256
 MAX_STATISTICS = 1 << 30
 """Bytes that a reference's statistics may unpack to; those of 2048 features take 34 million."""
+ROUNDING = 1e-6
+"""Negative variances up to this share of the largest one come from float32."""
 PHOTO_CLIP, CMMD_CLIP, DINO = "ViT-g-14:laion2b_s12b_b42k", "ViT-L-14-336-quickgelu:openai", "facebook/dinov2-large"
 
 
@@ -112,9 +120,9 @@ class EmojiJudges(_WithDino):
 
 @dataclass(frozen=True)
 class PhotoJudges(_WithDino):
-    """The networks of published numbers."""
+    """The networks of published numbers; `as_gigagan`: called as GigaGAN's evaluation code calls them."""
 
-    prefix: str
+    as_gigagan: bool
 
     @cached_property
     def features(self) -> InceptionFeatures:
@@ -123,7 +131,8 @@ class PhotoJudges(_WithDino):
 
     @cached_property
     def clip(self) -> Similarity:
-        return Similarity(Clip(self.networks.clip or PHOTO_CLIP, self.networks.device, hint("--clip-model")), self.prefix)
+        clip = Clip(self.networks.clip or PHOTO_CLIP, self.networks.device, hint("--clip-model"))
+        return Similarity(clip, PREFIX, as_gigagan=True) if self.as_gigagan else Similarity(clip)
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -178,18 +187,21 @@ def emoji(networks: Networks) -> Protocol:
         captions(False),
         Collection(SceneSet(world.REFERENCE_SEED), REFERENCE_SCENES),
         EmojiJudges(networks),
-        300,
+        QUICK_NUM,
         held_out=captions(True),
         facts={"reference": f"{REFERENCE_SCENES} scenes of the emoji world", "world": world.digest()},
     )
 
 
-def listed(file: Path, listener: Listener, column: str = "") -> Captions:
-    """Captions of a file, in its order; `column` is that of a table."""
-    prompts = read_list(file, column)
-    if prompts.note:
-        listener.note(prompts.note)
-    return Captions(prompts.name, prompts.digest, prompts.first, len(prompts))
+def listed(prompts: Path, listener: Listener, column: str = "") -> Captions:
+    """Captions of a file, in its order, or of the built-in list `general`, which has no end; `column` is that of a table."""
+    if str(prompts) == GENERAL and not prompts.exists():
+        source = open_prompts(GENERAL)
+        return Captions(GENERAL, f"{GENERAL} {source.digest}", lambda count: [source.at(GENERAL_SEED, i) for i in range(count)])
+    found = read_list(prompts, column)
+    if found.note:
+        listener.note(found.note)
+    return Captions(found.name, found.digest, found.first, len(found))
 
 
 def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: str = "") -> Protocol:
@@ -205,12 +217,12 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: 
                 f"{folder} is not COCO 2014: {needed} is missing", "unpack val2014.zip and annotations_trainval2014.zip there"
             )
     files = _images(folder / COCO_IMAGES, networks.listener)
-    prepare, prepared = partial(square, size=COCO_SIZE), f"centre square, Lanczos to {COCO_SIZE}"
+    prepare, prepared = partial(square, size=COCO_SIZE), f"center square, Lanczos to {COCO_SIZE}"
     return Protocol(
         "coco2014-30k",
         listed(prompts or folder / COCO_CAPTIONS, networks.listener, column),
         Collection(FileSet(files), len(files), prepare=prepare, prepared=prepared),
-        PhotoJudges(networks, PREFIX),
+        PhotoJudges(networks, as_gigagan=True),
         30_000,
         prepare,
         prepared,
@@ -220,12 +232,13 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: 
 
 def _images(path: Path, listener: Listener) -> ImageFiles:
     files = open_images(path)
-    if files.left_out:
-        listener.note(files.left_out)
+    for note in files.notes:
+        listener.note(note)
     return files
 
 
 def custom(networks: Networks, reference: Path | None, prompts: Path | None, column: str = "") -> Protocol:
+    """With neither reference nor prompts, captions of the built-in list."""
     compared: Collection | Statistics | None = None
     facts: dict[str, Any] = {"reference": "none"}
     if reference and reference.suffix.lower() == ".npz":
@@ -238,8 +251,11 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None, col
         files = _images(reference, networks.listener)
         compared = Collection(FileSet(files), len(files))
         facts = {"reference": f"{len(files)} images of {reference.name}", "reference_files": files.fingerprint}
+    if prompts is None and reference is None:
+        prompts = Path(GENERAL)
     captions = listed(prompts, networks.listener, column) if prompts else None
-    return Protocol("custom", captions, compared, PhotoJudges(networks, ""), None, facts=facts)
+    num = QUICK_NUM if captions and captions.limit is None else None
+    return Protocol("custom", captions, compared, PhotoJudges(networks, as_gigagan=False), num, facts=facts)
 
 
 def read_statistics(file: Path) -> Statistics:
@@ -258,27 +274,28 @@ def read_statistics(file: Path) -> Statistics:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or len(mean) == 0:
         raise InputError(f"{file}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not fit", hint)
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
-        raise InputError(f"{file} holds values that are no numbers", "take the statistics again")
-    if not np.allclose(covariance, covariance.T) or (np.diag(covariance) < 0).any():
-        raise InputError(f"{file}: sigma is no covariance: not symmetric, or negative on its diagonal", "take the statistics again")
+        raise InputError(f"{file} holds values that are not finite", "compute the statistics again")
+    variances = np.diag(covariance)
+    if not np.allclose(covariance, covariance.T) or variances.min() < -ROUNDING * np.abs(variances).max():
+        raise InputError(
+            f"{file}: sigma is not a covariance: not symmetric, or negative on its diagonal", "compute the statistics again"
+        )
     return Statistics(mean, covariance, 0)
 
 
-def choose(name: str, all_emoji: bool, own: bool) -> str:
-    """The protocol that `auto` stands for: `custom` where the user brings captions or a reference, `emoji` for emoji models.
+def choose(name: str, all_emoji: bool, has_images: bool, own: bool) -> str:
+    """The protocol that `auto` stands for: `emoji` for emoji models, unless the user brings captions or a reference; else `custom`.
 
-    Raises UsageError where neither is the case.
+    Raises UsageError for folders of images with nothing to compare them with: only a model can draw the built-in captions.
     """
-    if name != "auto":
-        return name
-    if own:
-        return "custom"
-    if not all_emoji:  # which is also what images alone are
+    if name == "auto":
+        name = "emoji" if all_emoji and not own else "custom"
+    if name == "custom" and has_images and not own:
         raise UsageError(
-            "there is nothing to compare these images with",
-            "--protocol coco2014-30k --reference COCO_FOLDER, or --reference FOLDER and --prompts FILE of your own",
+            "images need something to be compared with",
+            "sid eval FOLDER --reference OTHER_FOLDER (FID, KID), or sid eval FOLDER --prompts CAPTIONS.txt (CLIP score)",
         )
-    return "emoji"
+    return name
 
 
 def open_protocol(name: str, networks: Networks, reference: Path | None, prompts: Path | None, column: str = "") -> Protocol:

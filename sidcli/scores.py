@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,16 @@ import torch
 
 from sidcli import __version__
 from sidcli.emoji import world
-from sidcli.entrants import FLOOR, Entrant
+from sidcli.entrants import REAL, Entrant
 from sidcli.errors import UsageError
 from sidcli.hub import Listener
-from sidcli.imagesets import Collection, DrawnSet
+from sidcli.imagesets import Collection, DrawnSet, FileSet
 from sidcli.metrics.catalogue import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
-from sidcli.metrics.fid import Statistics, fid, fid_infinity, statistics
+from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
-from sidcli.metrics.prdc import NEIGHBOURS, prdc
+from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
 from sidcli.parallel import Team
 from sidcli.protocols import Protocol, scenes
 
@@ -35,34 +36,37 @@ ASKED = {
     "dino": ("fd_dinov2",),
     "cmmd": ("cmmd",),
     "clip": ("clip",),
-    "accuracy": ("noun", "colour"),
+    "accuracy": ("noun", "color"),
     "composition": ("composition",),
 }
 """Metrics by the option that asks for them."""
-JUDGE = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "colour", "composition"), "features") | {
+JUDGE = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "composition"), "features") | {
     "clip": "clip",
     "cmmd": "embeddings",
     "fd_dinov2": "dino",
 }
 """The network of the protocol that a metric looks through."""
 COMPARED = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
-EMOJI_ONLY = ("noun", "colour", "composition")
-FEWEST = {"fid": 2, "fid_teacher": 2, "fd_dinov2": 2, "kid": 3, "fid_infinity": 100, "composition": 4}
-FEWEST |= dict.fromkeys(PRDC, NEIGHBOURS + 1)
-"""Images without which a metric has no value."""
+EMOJI_ONLY = ("noun", "color", "composition")
+FEWEST = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
+FEWEST |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4}
+"""Drawn images that a metric and its interval need; one where there is no entry."""
+FEWEST_REAL = {"fid": 2, "fd_dinov2": 2, "fid_infinity": 2, "kid": 2} | dict.fromkeys(PRDC, NEIGHBORS + 1)
+"""Reference images that a metric needs."""
 PER_DIMENSION = 10
 """Images per feature dimension below which a Frechet distance is mostly the bias of a small sample."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one entrant. `seconds_per_image` is the drawing alone, None where nothing was drawn."""
+    """What was measured of one entrant. `seconds_per_image` is the drawing alone, None where this command drew nothing."""
 
     model: str
     sampling: str
     n: int
     metrics: dict[str, Measured]
     seconds_per_image: float | None
+    is_real: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         numbers = {
@@ -70,42 +74,42 @@ class Row:
             for name, one in self.metrics.items()
         }
         seconds = None if self.seconds_per_image is None else round(self.seconds_per_image, 5)
-        return {"model": self.model, "sampling": self.sampling, "n": self.n, "metrics": numbers, "seconds_per_image": seconds}
+        facts = {"model": self.model, "is_real": self.is_real, "sampling": self.sampling, "n": self.n}
+        return facts | {"metrics": numbers, "seconds_per_image": seconds}
 
 
 def chosen(
-    asked: Iterable[str], protocol: Protocol, everything: bool, entered: Sequence[Entrant], gated: Iterable[str] = ()
+    asked: Sequence[str], protocol: Protocol, everything: bool, entered: Sequence[Entrant], gated: Iterable[str] = ()
 ) -> list[str]:
-    """Metrics to compute, in the catalogue's order, for the names of options in `asked` and the metrics of a gate.
+    """Metrics to compute, in the catalog's order, for the names of options in `asked` and the metrics of a gate.
 
-    With `everything`, all that this protocol can give. Raises UsageError for what was asked for by name and cannot be given.
+    Of an option that asks for several metrics, those that can be measured; with `everything`, all that this protocol offers. Raises
+    UsageError for an option or a gate of which nothing can be measured.
     """
     gated = set(gated)
-    wanted = {name for option in asked for name in ASKED[option]}
     impossible: dict[str, str] = {}
     if protocol.reference is None:
         impossible |= dict.fromkeys(COMPARED, "--reference FOLDER to compare with")
     elif isinstance(protocol.reference, Statistics):
-        only = "a reference of images; an .npz holds the statistics of one FID alone"
+        only = "a reference of images; an .npz holds the statistics of FID alone"
         impossible |= {name: only for name in COMPARED if not name.startswith("fid")}
     if protocol.captions is None:
         impossible["clip"] = "--prompts FILE with the captions of the images"
+    if not any(entrant.is_teacher for entrant in entered) or sum(not entrant.is_real for entrant in entered) < 2:
+        impossible["fid_teacher"] = "a teacher in the table, and a model beside it"
     if not protocol.is_emoji:
         impossible |= dict.fromkeys(EMOJI_ONLY, "the emoji world, whose images have a ground truth")
+    elif all(entrant.held_out is None for entrant in entered if not entrant.is_real):
+        impossible["composition"] = "a model in the table; a folder of images has no images of held-out pairs"
+    for names in [*(ASKED[option] for option in asked), *((name,) for name in gated)]:
+        if set(names) <= set(impossible):
+            works = [f"--{option.replace('_', '-')}" for option, those in ASKED.items() if not set(those) <= set(impossible)]
+            raise UsageError(f"{METRICS[names[0]].label} needs {impossible[names[0]]}", ", ".join(works))
     if everything:
-        optional = {"fid_infinity"} | ({"fd_dinov2"} if protocol.is_emoji else set())
-        wanted |= set(METRICS) - optional - set(impossible)
-    elif not wanted:
-        wanted = {name for option in ("fid", "clip", "accuracy") for name in ASKED[option]} - set(impossible)
-    if not any(entrant.is_teacher for entrant in entered) or len(entered) - protocol.is_emoji < 2:
-        impossible["fid_teacher"] = "a teacher in the table, and a model beside it"
-        wanted -= {"fid_teacher"}
-    wanted |= gated
-    for name in sorted(wanted & set(impossible)):
-        raise UsageError(f"{METRICS[name].label} needs {impossible[name]}")
-    if not wanted:
-        raise UsageError("nothing to measure: neither a reference nor captions are given", "--reference FOLDER, --prompts FILE")
-    return [name for name in METRICS if name in wanted]
+        wanted = set(METRICS) - {"fid_infinity"} - ({"fd_dinov2"} if protocol.is_emoji else set())
+    else:
+        wanted = {name for option in asked or ("fid", "clip", "accuracy") for name in ASKED[option]}
+    return [name for name in METRICS if name in (wanted - set(impossible)) | gated]
 
 
 class Evaluation:
@@ -114,17 +118,23 @@ class Evaluation:
     def __init__(self, protocol: Protocol, entered: Sequence[Entrant], metrics: Sequence[str], num: int | None, team: Team):
         self.protocol, self.entered, self.metrics, self.team = protocol, entered, metrics, team
         self.num = num or protocol.default_num
-        self.judges: dict[str, Extractor] = {name: getattr(protocol.judges, name) for name in {JUDGE[metric] for metric in metrics}}
-        counted = [(entrant.name, self.count(entrant)) for entrant in entered]
-        counted += [("the reference", self.reference.count)] if self.reference is not None else []
-        for name, count in counted:
+        counted = [(entrant.name, self.count(entrant), FEWEST) for entrant in sorted(entered, key=lambda one: one.is_real)]
+        counted += [("the reference", self.reference.count, FEWEST_REAL)] if self.reference is not None else []
+        for name, count, fewest in counted:
             for metric in metrics:
-                if count < FEWEST.get(metric, 1):
+                if count < (least := fewest.get(metric, 1)):
                     raise UsageError(
-                        f"{METRICS[metric].label} has no value with {count} images of {name}", f"{FEWEST[metric]} images or more"
+                        f"{METRICS[metric].label} needs at least {least} images; {name} has {count}",
+                        f"{least} images or more, or another metric",
                     )
+        self.neighbors: tuple[Entrant, Prdc] | None = None
+        """Precision, recall, density and coverage of the entrant measured last, which come together."""
+        self.judges: dict[str, Extractor] = {name: getattr(protocol.judges, name) for name in {JUDGE[metric] for metric in metrics}}
 
     def count(self, entrant: Entrant) -> int:
+        """Its images; of real scenes as many as any of the others has."""
+        if entrant.is_real and any(not other.is_real for other in self.entered):
+            return max(self.count(other) for other in self.entered if not other.is_real)
         limits = (self.num, entrant.limit, self.protocol.captions.limit if self.protocol.captions else None)
         return min(limit for limit in limits if limit is not None)
 
@@ -158,7 +168,10 @@ class Evaluation:
             )
 
     def fill(self, listener: Listener) -> None:
-        """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn."""
+        """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn.
+
+        Where a model has to draw, which may take hours, images of other prompts are reported before it.
+        """
         work: list[tuple[str, list[tuple[Collection, list[Extractor]]], Callable[[], None]]] = []
         if self.reference is not None:
             comparing = [self.judges[name] for name in self.judges if name != "clip"]
@@ -169,7 +182,10 @@ class Evaluation:
             if held_out:
                 parts.append((held_out, [self.judges["features"]]))
             work.append((f"{entrant.name}, {entrant.sampling}", parts, entrant.close))
-        lacking = {judge for _, parts, _ in work for part, judges in parts for judge in judges if part.lacks(judge)}
+        missing = [(part, judge) for _, parts, _ in work for part, judges in parts for judge in judges if part.lacks(judge)]
+        lacking = {judge for _, judge in missing}
+        for note in self.other_prompts if any(isinstance(part.images, DrawnSet) for part, _ in missing) else []:
+            listener.note(f"note: {note}")
         for name, judge in self.judges.items():
             if judge in lacking or (name == "features" and isinstance(self.protocol.reference, Statistics)):
                 seen = judge([np.zeros((8, 8, 3), np.uint8)], ["a"])
@@ -194,7 +210,7 @@ class Evaluation:
                 found[metric] = value
             advance(1)
         seconds = entrant.images.seconds_per_image if isinstance(entrant.images, DrawnSet) else None
-        return Row(entrant.name, entrant.sampling, self.count(entrant), found, seconds)
+        return Row(entrant.name, entrant.sampling, self.count(entrant), found, seconds, entrant.is_real)
 
     def measure(self, entrant: Entrant, metric: str, found: dict[str, Measured]) -> Measured | None:
         """One number of one entrant, None where it has no such number; `found` are those measured before."""
@@ -205,13 +221,14 @@ class Evaluation:
         if metric == "fid_infinity":
             return fid_infinity(features, self.statistics[judge], found.get("fid") or fid(features, self.statistics[judge]))
         if metric == "fid_teacher":
-            return None if entrant is self.teacher or entrant.name == FLOOR else fid(features, self.statistics["teacher"])
+            return None if entrant is self.teacher or entrant.is_real else fid(features, self.statistics["teacher"])
         if metric == "kid":
             return self.kid(features / self.kid_unit)
         if metric in PRDC:
-            if metric == PRDC[0]:
-                self.neighbours = prdc(torch.from_numpy(self.compared(judge, len(features))), torch.from_numpy(features))
-            return getattr(self.neighbours, metric)
+            if self.neighbors is None or self.neighbors[0] is not entrant:
+                real = torch.from_numpy(self.compared(judge, len(features)))
+                self.neighbors = entrant, prdc(real, torch.from_numpy(features))
+            return getattr(self.neighbors[1], metric)
         if metric == "cmmd":
             return self.cmmd(features)
         if metric == "clip":
@@ -219,17 +236,17 @@ class Evaluation:
         if metric == "composition":
             held_out = self.held_out(entrant)
             return share(np.all(self.right(held_out.features(self.judges[judge]), True), axis=1)) if held_out else None
-        return share(self.right(features, False)[:, ("noun", "colour").index(metric)])
+        return share(self.right(features, False)[:, ("noun", "color").index(metric)])
 
     def right(self, features: np.ndarray, held_out: bool) -> np.ndarray:
-        """Whether noun and background colour are those that were asked for, bool [n, 2]."""
+        """Whether noun and background color are those that were asked for, bool [n, 2]."""
         judge = self.judges["features"]
         assert isinstance(judge, EmojiFeatures)
-        nouns, colours = judge.answers(features)
+        nouns, colors = judge.answers(features)
         asked = scenes(len(features), held_out)
         right_nouns = [world.NOUN_LIST[seen] == scene.noun for seen, scene in zip(nouns, asked, strict=True)]
-        right_colours = [world.COLOUR_LIST[seen] == scene.colour for seen, scene in zip(colours, asked, strict=True)]
-        return np.stack([right_nouns, right_colours], 1)
+        right_colors = [world.COLOUR_LIST[seen] == scene.colour for seen, scene in zip(colors, asked, strict=True)]
+        return np.stack([right_nouns, right_colors], 1)
 
     def compared(self, judge: str, count: int | None = None) -> np.ndarray:
         """Features of the reference; with `count`, of so many of its images, evenly spaced."""
@@ -265,26 +282,51 @@ class Evaluation:
             found["teacher"] = statistics(self.collection(self.teacher).features(self.judges["features"]))
         return found
 
-    def warnings(self) -> list[str]:
+    @cached_property
+    def other_prompts(self) -> list[str]:
+        """A sentence for each set of files whose images say that they were drawn from other prompts than the captions."""
+        found = []
+        for entrant in self.entered:
+            if isinstance(entrant.images, FileSet) and self.protocol.captions:
+                files, captions = entrant.images.files, self.protocol.captions.first(self.count(entrant))
+                said = [(index, prompt) for index in range(len(captions)) if (prompt := files.prompt(index)) is not None]
+                wrong = [(index, prompt) for index, prompt in said if prompt.split() != captions[index].split()]
+                if wrong:
+                    index, prompt = wrong[0]
+                    texts = (shorten(text, 60, placeholder="...") for text in (prompt, captions[index]))
+                    found.append(
+                        f"{entrant.name}: {len(wrong)} of {len(said)} images with a recorded prompt were made from another one than "
+                        "their caption, for example {}: prompt {!r}, caption {!r}".format(files.members[index], *texts)
+                    )
+        return found
+
+    def warnings(self, rows: Sequence[Row]) -> list[str]:
         """What makes these numbers worth less than they look."""
-        said = []
+        said = list(self.other_prompts)
         fewest, most = min(self.counts), max(self.counts)
-        if fewest < most:
+        if fewest < most and not {"fid_teacher", *COMPARED}.isdisjoint(self.metrics):
             said.append(f"rows of {fewest} and of {most} images: distances of different n do not compare")
         for metric in self.metrics:
             if metric in ("fid", "fd_dinov2"):
-                dimensions = len(self.statistics[JUDGE[metric]].mean)
+                label, dimensions = METRICS[metric].label, len(self.statistics[JUDGE[metric]].mean)
                 if fewest < PER_DIMENSION * dimensions:
                     instead = ", or --fid-infinity" if metric == "fid" and "fid_infinity" not in self.metrics else ""
                     said.append(
-                        f"{METRICS[metric].label} of {fewest} images in {dimensions} dimensions is too high by a bias; "
-                        f"--num {PER_DIMENSION * dimensions} or more{instead}; compare only rows of one n"
+                        f"{label} is biased upwards at n = {fewest} (features of {dimensions} dimensions): "
+                        f"use --num {PER_DIMENSION * dimensions}{instead}, and compare only rows of the same n"
+                    )
+                real = next((row for row in rows if row.is_real), None)
+                below = [row.model for row in rows if real and row.metrics[metric].value < real.metrics[metric].value]
+                if below:
+                    names = ", ".join(dict.fromkeys(below))
+                    said.append(
+                        f"{label} of {names} is below that of {REAL}: at this n, bias and sampling error outweigh the difference"
                     )
         if "fid_teacher" in self.metrics and self.teacher and sum(entrant.is_teacher for entrant in self.entered) > 1:
             said.append(f"FID to teacher is to the images of {self.teacher.name}, {self.teacher.sampling}")
         judge = self.judges.get("features")
         if isinstance(judge, InceptionFeatures) and not judge.published:
-            said.append(f"{judge.file} is not the Inception of published numbers: this FID compares with nobody else's")
+            said.append(f"{judge.file} is not the Inception of published numbers: do not compare this FID with published ones")
         return said
 
     def record(self, seed: int) -> dict[str, Any]:

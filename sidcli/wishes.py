@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sidcli.errors import UsageError
-from sidcli.metrics.catalogue import METRICS
+from sidcli.metrics.catalogue import METRICS, metric_named
 
 PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 
@@ -55,20 +56,24 @@ class Bound:
 
 
 def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
-    """`METRIC=VALUE` options of a gate. Raises UsageError for others, and for a share that is not between 0 and 1."""
+    """`METRIC=VALUE` options of a gate. Raises UsageError for others, and for a value that the metric cannot have."""
     found = []
     for texts, is_above in ((above, True), (below, False)):
         option = "--fail-above" if is_above else "--fail-below"
         for text in texts:
-            name, _, value = text.partition("=")
+            given, _, value = text.partition("=")
+            name = metric_named(given)
             try:
                 bound = float(value)
             except ValueError:
-                bound = float("nan")
-            if name not in METRICS or bound != bound:
+                bound = math.nan
+            if name is None or not math.isfinite(bound):
                 raise UsageError(f"{option} wants METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
-            if METRICS[name].share and not 0 <= bound <= 1:
-                raise UsageError(f"{option} {text}: {name} is a share, between 0 and 1", f"{name}=0.85 for 85 %")
+            metric = METRICS[name]
+            if not metric.low <= bound <= metric.high:
+                possible = f"at least {metric.low}" if metric.high == math.inf else f"between {metric.low} and {metric.high}"
+                fraction = f"{name}={bound / 100:g}" if metric.high == 1 and 1 < bound <= 100 else ""
+                raise UsageError(f"{option} {text}: {metric.label} is {possible}", fraction)
             found.append(Bound(name, is_above, bound))
     return found
 

@@ -95,6 +95,6 @@ def test_recall_and_coverage_fall_when_modes_are_dropped_and_precision_does_not(
     assert half.precision.value > 0.9 * everything.precision.value
 
 
-def test_too_few_images_for_neighbours_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 images have no 5 neighbours"):
+def test_too_few_images_for_neighbors_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 images have no 5 neighbors"):
         prdc(torch.rand(5, 3), torch.rand(50, 3))

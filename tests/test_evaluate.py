@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +17,30 @@ import torch
 from PIL import Image
 
 from sidcli.emoji import world
-from sidcli.entrants import FLOOR, Entrant, entrants, look_up
+from sidcli.entrants import REAL, Entrant, entrants, look_up
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluate import beyond, latex, page, pictures, table
+from sidcli.evaluate import beyond, latex, page, pictures, table, unjudged
 from sidcli.hub import Silence
 from sidcli.imagefiles import open_images
 from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
 from sidcli.metrics.catalogue import METRICS, Measured
 from sidcli.parallel import Share, Team
 from sidcli.progress import Progress, silent
-from sidcli.protocols import Networks, choose, custom, emoji
+from sidcli.protocols import Networks, Protocol, choose, custom, emoji, listed
 from sidcli.report.page import Table, render
-from sidcli.sampler import Plan
+from sidcli.sampler import Plan, png_info
 from sidcli.scores import ASKED, Evaluation, Row, chosen
 from sidcli.sources import find
-from sidcli.wishes import Wish, check_protocol, limits
+from sidcli.wishes import Bound, Wish, check_protocol, limits
 from tests.test_cli import sid
 
 CPU = torch.device("cpu")
 NETWORKS = Networks(CPU, Silence())
+
+
+def quick(images: int = 100) -> Protocol:
+    """The emoji protocol with a small reference."""
+    return replace(emoji(NETWORKS), reference=Collection(SceneSet(world.REFERENCE_SEED), images))
 
 
 class Brightness:
@@ -50,7 +59,7 @@ class Brightness:
 
 
 class Painter:
-    """Draws each seed as a grey of its own, and counts."""
+    """Draws each seed as a gray of its own, and counts."""
 
     truncated = 0
 
@@ -82,7 +91,18 @@ def test_image_i_has_seed_plus_i_and_says_in_its_file_what_made_it() -> None:
     assert [int(image[0, 0, 0]) for image in images.read(range(20))] == list(range(3, 23))
     with Image.open(images.file(7)) as kept:
         assert json.loads(kept.text["sid"])["seed"] == 10  # type: ignore[attr-defined]
-    assert images.seconds_per_image is not None
+    assert json.loads(kept.text["sid"])["prompt"] == "a cat"
+
+
+def test_seconds_per_image_are_those_of_this_commands_drawing_and_none_where_the_cache_had_every_image() -> None:
+    first, again, more = (drawn_set(Painter(), 20) for _ in range(3))
+    assert first.seconds_per_image is None
+    first.read(range(16))
+    assert first.seconds_per_image is not None and first.drawn == 16
+    again.read(range(16))
+    assert again.seconds_per_image is None
+    more.read(range(20))
+    assert more.seconds_per_image is not None and more.drawn == 4
 
 
 def test_progress_counts_parts_of_images_as_they_are_drawn_and_each_image_once() -> None:
@@ -204,26 +224,32 @@ def test_images_wanted_for_themselves_are_drawn_even_where_their_features_are_kn
     assert len(list((tmp_path / "kept").rglob("*.png"))) == 5 and look.seen == 5
 
 
-def test_a_cut_line_among_the_times_is_passed_over() -> None:
-    images = drawn_set(Painter(), 5)
-    images.read(range(5))
-    before = images.seconds_per_image
-    with (images.folder / "times.jsonl").open("a") as times:
-        times.write('{"images": 5, "sec')
-    assert images.seconds_per_image == before
+class Listening(Silence):
+    """Remembers what a user is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
-def test_images_left_out_by_the_rule_of_numbers_are_spoken_of(scenes_folder: Path) -> None:
-    class Listening(Silence):
-        said = ""
-
-        def note(self, text: str) -> None:
-            self.said += text
-
+def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(scenes_folder / "cat.png")
+    Image.new("RGB", (8, 8)).save(scenes_folder / "dog.tif")
     listener = Listening()
     look_up(Wish(str(scenes_folder)), 0, listener)
-    assert listener.said.endswith("only the 10 images with numbers for names count, not the 1 others")
+    assert listener.said == [
+        f"{scenes_folder}: ignoring images that are not PNG, JPEG, WebP, BMP or GIF: 1 .tif",
+        f"{scenes_folder}: using 10 numbered images; ignoring 1 other image",
+    ]
+
+
+@pytest.mark.parametrize("name", ["000000.png", "some.npz", "photo.tif"])
+def test_a_file_that_is_neither_a_model_nor_a_set_of_images_is_refused(name: str, scenes_folder: Path) -> None:
+    (scenes_folder / name).touch()
+    with pytest.raises(InputError, match=f"{name} is neither a model nor a folder or .zip of images"):
+        look_up(Wish(str(scenes_folder / name)), 0, Silence())
 
 
 def test_a_path_with_a_comma_is_a_path(tmp_path: Path) -> None:
@@ -241,20 +267,20 @@ def scenes_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_the_floors_own_scenes_gets_the_floors_numbers(scenes_folder: Path) -> None:
-    rules = emoji(NETWORKS)
+def test_a_folder_of_real_scenes_gets_the_numbers_of_real_scenes(scenes_folder: Path) -> None:
+    rules = quick()
     found = look_up(Wish(str(scenes_folder)), 0, Silence())
     entered = entrants(found, rules, CPU, 10, 0, 10, None)
-    evaluation = Evaluation(rules, entered, ["kid", "clip", "noun", "colour"], 10, Team(CPU))
+    evaluation = Evaluation(rules, entered, ["kid", "clip", "noun", "color"], 10, Team(CPU))
     evaluation.fill(Silence())
-    floor, ours = evaluation.rows(Silence())
-    assert (floor.model, ours.n) == (FLOOR, 10)
+    real, ours = evaluation.rows(Silence())
+    assert (real.model, real.is_real, real.n, ours.n) == (REAL, True, 10, 10)
     for metric in ("kid", "clip", "noun"):
-        assert ours.metrics[metric].value == pytest.approx(floor.metrics[metric].value, abs=1e-6)
+        assert ours.metrics[metric].value == pytest.approx(real.metrics[metric].value, abs=1e-6)
     assert ours.metrics["noun"].value >= 0.9 and ours.metrics["clip"].value > 0.8
     shown = pictures(evaluation)
-    text = render(page(evaluation, [floor, ours], shown, 0))
-    assert "scenes (floor)" in text and METRICS["kid"].meaning in text
+    text = render(page(evaluation, [real, ours], shown, 0))
+    assert "real scenes" in text and METRICS["kid"].meaning in text
 
 
 def test_the_clip_score_falls_when_captions_are_shuffled() -> None:
@@ -295,6 +321,10 @@ def row(name: str, n: int = 400, **values: float) -> Row:
     return Row(name, "1 step", n, {metric: Measured(value, value - 1, value + 1) for metric, value in values.items()}, 0.5)
 
 
+def real_row(**values: float) -> Row:
+    return replace(row(REAL, **values), is_real=True)
+
+
 def test_a_table_with_more_metrics_than_models_is_turned() -> None:
     header, cells = table([row("a", fid=3.0), row("b", fid=4.0)], ["fid"])
     assert header == ["model", "sampling", "n", "FID", "s/image"] and cells[1][3] == "4.00 ± 1.00"
@@ -305,23 +335,37 @@ def test_a_table_with_more_metrics_than_models_is_turned() -> None:
 
 def test_a_page_points_out_a_model_only_where_it_is_better_than_the_others_beyond_the_intervals() -> None:
     rules = emoji(NETWORKS)
-    entered = [Entrant(name, "", SceneSet(0), 10) for name in (FLOOR, "a", "b")]
+    entered = [Entrant(name, "", SceneSet(0), 10) for name in (REAL, "a", "b")]
     evaluation = Evaluation(rules, entered, [], 10, Team(CPU))
     evaluation.metrics = ["kid", "noun", "clip"]
-    rows = [row(FLOOR, kid=0, noun=9, clip=9), row("a", kid=10, noun=5, clip=5), row("b", kid=7, noun=6, clip=8)]
-    scores = page(evaluation, rows, [(name, []) for name in (FLOOR, "a", "b")], 0).sections[0]
+    rows = [real_row(kid=0, noun=9, clip=9), row("a", kid=10, noun=5, clip=5), row("b", kid=7, noun=6, clip=8)]
+    scores = page(evaluation, rows, [(name, []) for name in (REAL, "a", "b")], 0).sections[0]
     assert isinstance(scores, Table)
     bold = {line[0].text: [cell.emphasis for cell in line[1:]] for line in scores.rows if any(cell.emphasis for cell in line)}
     assert bold == {"KID": [False, False, True], "CLIP score": [False, False, True]}
 
 
 def test_the_latex_table_escapes_what_latex_would_read() -> None:
-    text = latex(["model", "noun"], [["50%_a&b", "96.0 % ± 1.0 %"]])
-    assert r"50\%\_a\&b & 96.0 \% $\pm$ 1.0 \% \\" in text and text.startswith(r"\begin{tabular}{lr}")
+    text = latex([replace(row("50%_a&b", fid=3.0), sampling="1 step {x}", seconds_per_image=None)], ["fid"])
+    assert r"50\%\_a\&b & 1 step \{x\} & 400 & 3.00 $\pm$ 1.00 \\" in text and text.startswith(r"\begin{tabular}{lrrr}")
 
 
-def test_a_gate_names_every_model_and_number_beyond_it_and_leaves_the_floor_alone() -> None:
-    rows = [row(FLOOR, fid=99.0), row("mine", fid=31.25, clip=0.5), row("yours", fid=40.0)]
+def test_the_latex_table_bolds_the_best_printed_value_of_each_metric_among_models() -> None:
+    rows = [
+        real_row(fid=1.0, clip=0.9, noun=1.0),
+        row("a", fid=2.004, clip=0.5, noun=0.96),
+        row("b", fid=1.996, clip=0.7, noun=float("nan")),
+        row("c", fid=2.02, clip=0.6, noun=0.9),
+    ]
+    assert re.findall(r"\\textbf{(.*?)} ", latex(rows, ["fid", "clip", "noun"])) == ["2.00", r"96.0 \%", "2.00", "0.7000"]
+    downwards = latex(rows[:3], ["fid", "fid_teacher", "clip", "noun"])
+    assert r"FID & 1.00 $\pm$ 1.00 & \textbf{2.00} $\pm$ 1.00 & \textbf{2.00} $\pm$ 1.00 \\" in downwards
+    assert r"FID to teacher & - & - & - \\" in downwards
+    assert "textbf" not in latex(rows[:2], ["fid"]), "one model alone is not the best"
+
+
+def test_a_gate_names_every_model_and_number_beyond_it_and_leaves_real_scenes_alone() -> None:
+    rows = [real_row(fid=99.0), row("mine", fid=31.25, clip=0.5), row("yours", fid=40.0)]
     assert beyond(rows, limits(["fid=41"], ["clip=0.4"])) == []
     assert beyond(rows, limits(["fid=30"], ["clip=0.6"])) == [
         "FID of mine (1 step) is 31.25, above 30",
@@ -330,13 +374,24 @@ def test_a_gate_names_every_model_and_number_beyond_it_and_leaves_the_floor_alon
     ]
     assert len(beyond(rows, limits(["fid=30", "fid=35"], []))) == 3, "two bounds on one metric are two bounds"
     assert beyond([row("mine", fid=float("nan"))], limits(["fid=30"], [])) == ["FID of mine (1 step) is nan, above 30"]
+    assert len(beyond([row(REAL, fid=40.0)], limits(["fid=30"], []))) == 1, "a folder may have this name"
 
 
 def test_a_gate_asks_for_its_own_metric_and_is_refused_where_there_is_none() -> None:
-    rules, one = emoji(NETWORKS), [Entrant(FLOOR, "", SceneSet(0)), Entrant("s", "", SceneSet(1))]
+    rules, one = emoji(NETWORKS), [Entrant(REAL, "", SceneSet(0), is_real=True), Entrant("s", "", SceneSet(1))]
     assert chosen(["clip"], rules, False, one, ["kid"]) == ["kid", "clip"]
     with pytest.raises(UsageError, match="FID to teacher needs a teacher in the table"):
         chosen(["clip"], rules, False, one, ["fid_teacher"])
+    with pytest.raises(UsageError, match="composition needs a model in the table"):
+        chosen(["clip"], rules, False, one, ["composition"])
+
+
+def test_a_model_that_a_gate_says_nothing_about_is_named() -> None:
+    rows = [row("t", fid=3.0), row("photos", clip=0.5)]
+    assert unjudged(rows, limits(["fid=9", "fid=8", "fid_teacher=3"], ["clip=0.1"])) == [
+        "the gate on FID does not apply to photos (1 step), of which it is not measured",
+        "the gate on CLIP score does not apply to t (1 step), of which it is not measured",
+    ]
 
 
 def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes_folder: Path, tmp_path: Path) -> None:
@@ -354,10 +409,30 @@ def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possibl
         entrants(look_up(Wish("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
 
 
-@pytest.mark.parametrize("text", ["fid", "fud=3", "fid=x", "fid=nan", "noun=85"])
-def test_a_gate_that_is_no_metric_and_number_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--fail-above (wants METRIC=VALUE|noun=85: noun is a share)"):
+@pytest.mark.parametrize("text", ["fid", "fud=3", "fid=x", "fid=nan", "kid=inf"])
+def test_a_gate_that_is_not_a_metric_and_a_number_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--fail-above wants METRIC=VALUE"):
         limits([text], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        ("noun=85", "noun is between 0 and 1", "noun=0.85"),
+        ("clip=31.3", "CLIP score is between -1 and 1", "clip=0.313"),
+        ("clip=-2", "CLIP score is between -1 and 1", ""),
+        ("fid=-1", "FID is at least 0", ""),
+    ],
+)
+def test_a_bound_that_the_metric_cannot_reach_is_refused_with_its_range(text: str, said: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"--fail-below {text}: {said}") as caught:
+        limits([], [text])
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("name", ["fd_dinov2", "dino", "FD-DINOv2", "fd-dinov2"])
+def test_a_gate_takes_a_metric_by_its_option_its_key_and_its_label(name: str) -> None:
+    assert limits([f"{name}=300"], []) == [Bound("fd_dinov2", True, 300.0)]
 
 
 def test_every_option_asks_for_metrics_of_the_catalogue_and_all_of_them_have_one() -> None:
@@ -373,43 +448,137 @@ def test_what_a_protocol_cannot_give_is_left_out_of_all_and_refused_by_name(tmp_
         chosen(["kid"], rules, False, one)
     with pytest.raises(UsageError, match="CLIP score needs --prompts"):
         chosen(["clip"], rules, False, one)
-    with pytest.raises(UsageError, match="colour needs the emoji world"):
+    with pytest.raises(UsageError, match="noun needs the emoji world") as caught:
         chosen(["accuracy"], rules, False, one)
-    with pytest.raises(UsageError, match="nothing to measure"):
-        chosen([], custom(NETWORKS, None, None), False, one)
+    assert caught.value.hint == "--fid, --fid-infinity"
+
+
+def test_without_a_reference_what_needs_none_is_measured_on_built_in_captions() -> None:
+    rules = custom(NETWORKS, None, None)
+    assert rules.captions is not None and rules.captions.limit is None
+    assert rules.captions.first(3) == listed(Path("general"), Silence()).first(3) and len(set(rules.captions.first(50))) > 40
+    two = [Entrant("t", "", SceneSet(0), is_teacher=True), Entrant("s", "", SceneSet(1))]
+    assert chosen([], rules, False, two) == chosen([], rules, True, two) == ["fid_teacher", "clip"]
+    assert chosen(["fid"], rules, False, two) == ["fid_teacher"]
+    assert Evaluation(rules, two, [], None, Team(CPU)).counts == [300, 300]
+    with pytest.raises(UsageError, match="FID needs --reference FOLDER") as caught:
+        chosen(["fid"], rules, False, two[1:])
+    assert caught.value.hint == "--clip"
 
 
 def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> None:
     rules = emoji(NETWORKS)
     two = [Entrant("t", "", SceneSet(0), is_teacher=True), Entrant("s", "", SceneSet(1))]
-    assert "fid_teacher" in chosen(["fid"], rules, False, [Entrant(FLOOR, "", SceneSet(2)), *two])
-    assert "fid_teacher" not in chosen(["fid"], rules, False, [Entrant(FLOOR, "", SceneSet(2)), two[1]])
+    real = Entrant(REAL, "", SceneSet(2), is_real=True)
+    assert "fid_teacher" in chosen(["fid"], rules, False, [real, *two])
+    assert "fid_teacher" not in chosen(["fid"], rules, False, [real, two[1]])
     evaluation = Evaluation(rules, two, ["fid_teacher"], 20, Team(CPU))
     evaluation.fill(Silence())
     teacher, student = evaluation.rows(Silence())
     assert "fid_teacher" not in teacher.metrics and student.metrics["fid_teacher"].value > 0
 
 
-def test_too_few_images_for_a_metric_are_refused_before_any_work() -> None:
-    with pytest.raises(UsageError, match="precision has no value with 5 images of a"):
-        Evaluation(emoji(NETWORKS), [Entrant("a", "", SceneSet(0))], ["precision"], 5, Team(CPU))
+@pytest.mark.parametrize("few", ["drawn", "real"])
+def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so_many(few: str, stand_ins: dict[str, Path]) -> None:
+    rules = emoji(Networks(CPU, Silence(), dino=str(stand_ins["dino"])))
+    teacher = Entrant("t", "", SceneSet(5), held_out=SceneSet(6), is_teacher=True)
+    two = [teacher, Entrant("s", "", SceneSet(7), held_out=SceneSet(8))]
+    for metric in METRICS:
+        needed = {}
+        for n in (1, 2, 3, 4, 5, 6, 20, 100):
+            drawn, real = (n, 100) if few == "drawn" else (100, n)
+            some = replace(rules, reference=Collection(SceneSet(world.REFERENCE_SEED), real))
+            try:
+                evaluation = Evaluation(some, two, [metric], drawn, Team(CPU))
+            except UsageError as error:
+                least = re.search(r"needs at least (\d+) images; (?:t|the reference) has", error.message)
+                assert least is not None, error.message
+                needed[n] = int(least[1])
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                evaluation.fill(Silence())
+                value = evaluation.rows(Silence())[1].metrics[metric]
+            assert np.isfinite([value.value, value.low, value.high]).all(), (metric, n)
+        assert all(n < least <= 100 for n, least in needed.items()) and len(set(needed.values())) <= 1, metric
+
+
+@pytest.mark.parametrize("color", ["black", "white"])
+def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path) -> None:
+    for index in range(30):
+        Image.new("RGB", (64, 64), color).save(tmp_path / f"{index}.png")
+    alike = FileSet(open_images(tmp_path))
+    rules = emoji(NETWORKS)
+    metrics = [name for name in METRICS if name not in ("fid_teacher", "fid_infinity", "fd_dinov2", "composition")]
+    for reference in (Collection(SceneSet(world.REFERENCE_SEED), 30), Collection(alike, 30)):
+        one = Evaluation(replace(rules, reference=reference), [Entrant("alike", "", alike, 30)], metrics, None, Team(CPU))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one.fill(Silence())
+            (found,) = one.rows(Silence())
+        assert np.isfinite([[one.value, one.low, one.high] for one in found.metrics.values()]).all()
 
 
 def test_few_images_and_rows_of_different_sizes_are_warned_of() -> None:
-    evaluation = Evaluation(
-        emoji(NETWORKS), [Entrant("a", "", SceneSet(0)), Entrant("b", "", SceneSet(1), 10)], ["fid"], 20, Team(CPU)
-    )
+    evaluation = Evaluation(quick(), [Entrant("a", "", SceneSet(0)), Entrant("b", "", SceneSet(1), 20)], ["fid"], 30, Team(CPU))
     evaluation.fill(Silence())
-    different, biased = evaluation.warnings()
-    assert different == "rows of 10 and of 20 images: distances of different n do not compare"
-    assert biased.startswith("FID of 10 images in 128 dimensions is too high by a bias; --num 1280")
+    different, biased = evaluation.warnings(evaluation.rows(Silence()))
+    assert different == "rows of 20 and of 30 images: distances of different n do not compare"
+    assert biased.startswith("FID is biased upwards at n = 20 (features of 128 dimensions): use --num 1280, or --fid-infinity")
+
+
+def test_a_model_below_real_scenes_is_explained() -> None:
+    evaluation = Evaluation(quick(), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Team(CPU))
+    evaluation.fill(Silence())
+    rows = [real_row(fid=25.76), row("mine", fid=23.22), row("yours", fid=26.0)]
+    assert evaluation.warnings(rows)[-1].startswith("FID of mine is below that of real scenes: at this n, bias")
+    assert len(evaluation.warnings([rows[0], rows[2]])) == 1
+
+
+def test_real_scenes_are_as_many_as_the_images_beside_them(scenes_folder: Path) -> None:
+    rules = emoji(NETWORKS)
+    entered = entrants(look_up(Wish(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    assert Evaluation(rules, entered, ["clip"], None, Team(CPU)).counts == [10, 10]
+
+
+def test_what_is_named_twice_is_measured_once(scenes_folder: Path) -> None:
+    found = [one for _ in range(2) for name in ("emoji", str(scenes_folder)) for one in look_up(Wish(name), 0, Silence())]
+    assert [one.name for one in entrants(found, emoji(NETWORKS), CPU, 10, 0, 10, None)] == [REAL, "emoji", str(scenes_folder)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_of_other_prompts_than_the_captions_are_reported_before_and_beside_the_numbers(packed: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    rules = emoji(NETWORKS)
+    assert rules.captions is not None
+    prompts = rules.captions.first(5)
+    prompts[1], prompts[3] = "a red\x1b[31m dog " * 9, f" {prompts[3]}  "
+    for index, prompt in enumerate([*prompts, None]):
+        info = None if prompt is None else png_info(prompt, index, find("emoji"), Plan(1, grid=(625,)))
+        Image.new("RGB", (64, 64)).save(folder / f"{index}.png", pnginfo=info)
+    place = Path(shutil.make_archive(str(folder), "zip", folder)) if packed else folder
+    entered = entrants(look_up(Wish(str(place)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    evaluation = Evaluation(rules, entered, ["clip"], None, Team(CPU))
+    listener = Listening()
+    evaluation.fill(listener)
+    (warning,) = evaluation.warnings([])
+    assert warning.startswith(f"{place}: 1 of 5 images with a recorded prompt were made from another one than their caption")
+    assert "for example 1.png: prompt 'a red" in warning and "..." in warning and "\x1b" not in warning
+    assert listener.said == [], "nothing has to be drawn: the table follows at once"
+    slow = Entrant("s", "", drawn_set(Painter(), 5))
+    Evaluation(rules, [*entered, slow], ["clip"], 5, Team(CPU)).fill(listener)
+    assert listener.said == [f"note: {warning}"]
 
 
 def test_the_protocol_is_chosen_by_what_is_measured_or_asked_for() -> None:
-    assert choose("auto", True, False) == "emoji" and choose("auto", True, True) == "custom"
-    assert choose("coco2014-30k", True, False) == "coco2014-30k"
-    with pytest.raises(UsageError, match="nothing to compare these images with"):
-        choose("auto", False, False)
+    assert choose("auto", True, False, False) == "emoji" and choose("auto", True, False, True) == "custom"
+    assert choose("coco2014-30k", True, True, False) == "coco2014-30k"
+    assert choose("auto", False, False, False) == "custom" and choose("auto", False, True, True) == "custom"
+    for name in ("auto", "custom"):
+        with pytest.raises(UsageError, match="images need something to be compared with") as caught:
+            choose(name, False, True, False)
+        assert "sid eval FOLDER --reference OTHER_FOLDER" in caught.value.hint
     with pytest.raises(UsageError, match="--protocol must be one of"):
         check_protocol("coco")
 
@@ -433,7 +602,7 @@ def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path
     result = json.loads(first.stdout)
     rows = {(one["model"], one["sampling"]): one for one in result["models"]}
     assert list(rows) == [
-        (FLOOR, "real"),
+        (REAL, "not drawn"),
         ("emoji-teacher", "2 steps, guidance 3"),
         ("emoji-teacher", "4 steps at t = 625, 468, 312, 156"),
         ("emoji", "1 step at t = 625"),
@@ -445,10 +614,9 @@ def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path
     assert result["protocol"]["name"] == "emoji" and result["protocol"]["networks"]["features"].startswith("emoji classifier")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Content-Security-Policy" in text and "emoji-teacher" in text and (tmp_path / "rows.png").is_file()
-    times = sorted((tmp_path / "c").rglob("times.jsonl"))
-    before = [file.read_text() for file in times]
+    assert all(one["seconds_per_image"] is not None for one in result["models"] if not one["is_real"])
     second = sid("eval", "emoji", "--fid", "--num", "24", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
-    assert "| FID " in second.stdout and [file.read_text() for file in times] == before
+    assert "| FID " in second.stdout and "s/image" not in second.stdout, "nothing was drawn again"
 
 
 def test_eval_fails_with_exit_code_5_beyond_a_gate_after_printing_its_table(tmp_path: Path) -> None:

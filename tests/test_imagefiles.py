@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +111,7 @@ def test_hidden_files_and_what_is_no_image_are_passed_over(tmp_path: Path) -> No
     assert_numbers(open_images(zipped(tmp_path / "set")), 0)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp", ".bmp"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".jpe", ".jfif", ".webp", ".bmp", ".gif"])
 def test_each_format_reads_as_pillow_reads_it(tmp_path: Path, suffix: str) -> None:
     write(tmp_path, f"a{suffix}")
     read = open_images(tmp_path).read(0)
@@ -121,8 +121,94 @@ def test_each_format_reads_as_pillow_reads_it(tmp_path: Path, suffix: str) -> No
 
 def test_a_format_we_do_not_read_is_refused_whatever_its_name_says(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "a.png", "TIFF")
-    with pytest.raises(InputError, match=r"a\.png is no PNG"):
+    with pytest.raises(InputError, match=r"a\.png is not a PNG, JPEG, WebP, BMP or GIF image"):
         open_images(tmp_path).read(0)
+
+
+def test_images_in_formats_we_do_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    write(tmp_path / "set", "a.png", "b.tif", "c/d.TIF", "e.ppm", ".f.tif")
+    for files in (open_images(tmp_path / "set"), open_images(zipped(tmp_path / "set"))):
+        assert_numbers(files, 0)
+        assert files.notes == (f"{files.name}: ignoring images that are not PNG, JPEG, WebP, BMP or GIF: 1 .ppm, 2 .tif",)
+    write(tmp_path / "other", "b.tif")
+    with pytest.raises(InputError, match=r"other holds no image that can be read, only 1 \.tif"):
+        open_images(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, name: str) -> None:
+    first = picture(0).convert("P").convert("RGB")  # whose colors survive a GIF
+    first.save(tmp_path / name, save_all=True, append_images=[picture(1), picture(2)], lossless=True)
+    np.testing.assert_array_equal(open_images(tmp_path).read(0), np.asarray(first))
+
+
+def with_chunks(file: Path, *chunks: tuple[bytes, bytes]) -> Path:
+    """A PNG with more chunks behind its header."""
+    content = file.read_bytes()
+    more = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    file.write_bytes(content[:33] + more + content[33:])
+    return file
+
+
+LARGE = zlib.compress(bytes(2 << 20), 1)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"zTXt", b"workflow\0\0" + LARGE),
+        (b"iTXt", b"workflow\0\1\0\0\0" + LARGE),
+        (b"iCCP", b"profile\0\0" + LARGE),
+        (b"tEXt", b"workflow\0" + b"x" * (65 << 20)),
+        (b"eXIf", bytes(1000)),
+        (b"iCCP", b"profile\0\7"),
+        (b"acTL", b""),
+    ],
+    ids=lambda chunk: f"{chunk[0].decode()} {len(chunk[1])}",
+)
+def test_what_a_png_holds_beside_its_pixels_is_neither_read_nor_a_reason_to_refuse_it(
+    tmp_path: Path, chunk: tuple[bytes, bytes]
+) -> None:
+    file = with_chunks(write(tmp_path, "a.png") / "a.png", chunk)
+    with pytest.raises((ValueError, SyntaxError, OSError)) if len(chunk[1]) != 1000 else nullcontext(), Image.open(file) as image:
+        image.load()
+    files = open_images(tmp_path)
+    tracemalloc.start()
+    assert_numbers(files, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_png_in_many_pieces_reads_as_one(tmp_path: Path) -> None:
+    content = (write(tmp_path, "a.png") / "a.png").read_bytes()
+    start = content.index(b"IDAT") + 4
+    (length,) = struct.unpack(">I", content[start - 8 : start - 4])
+    pieces = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for byte in content[start : start + length]
+        for kind, body in ((b"IDAT", bytes([byte])), (b"teXt", b"between"))
+    )
+    (tmp_path / "a.png").write_bytes(content[: start - 8] + pieces + content[start + length + 4 :])
+    assert_numbers(open_images(tmp_path), 0)
+
+
+def test_the_prompt_of_a_png_is_read_without_its_pixels(tmp_path: Path) -> None:
+    write(tmp_path / "set", "0.png", "1.png", "2.png", "3.png", "4.jpg")
+    made = '{"prompt": "a caf\u00e9", "seed": 3}'.encode()
+    for name, body in {
+        "0.png": b"sid\0\0\0\0\0" + made,
+        "1.png": b"sid\0\0\0\0\0{not json",
+        "2.png": b"other\0\0\0\0\0" + made,
+        "3.png": b"sid\0\0\0\0\0" + b"[" * 60_000,
+    }.items():
+        with_chunks(tmp_path / "set" / name, (b"zTXt", b"a" * 3000), (b"iTXt", body))
+    for files in (open_images(tmp_path / "set"), open_images(zipped(tmp_path / "set"))):
+        assert [files.prompt(index) for index in range(5)] == ["a caf\u00e9", None, None, None, None]
+    (tmp_path / "set" / "0.png").unlink()
+    assert open_images(tmp_path / "set").prompt(0) is None
 
 
 @pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("1", "a.png"), ("P", "a.png"), ("LA", "a.png"), ("CMYK", "a.jpg")])
@@ -145,10 +231,10 @@ def test_alpha_is_dropped_without_a_warning(tmp_path: Path) -> None:
         assert files.read(1).shape == (6, 8, 3)
 
 
-def test_sixteen_bits_of_grey_become_eight(tmp_path: Path) -> None:
-    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(grey * 257).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(open_images(tmp_path).read(0), np.stack([grey] * 3, axis=2))
+def test_sixteen_bits_of_gray_become_eight(tmp_path: Path) -> None:
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(gray * 257).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(open_images(tmp_path).read(0), np.stack([gray] * 3, axis=2))
 
 
 def test_exif_orientation_is_left_alone(tmp_path: Path) -> None:
@@ -201,7 +287,7 @@ def test_what_is_not_there_not_a_set_or_empty_is_refused(tmp_path: Path) -> None
     }.items():
         with pytest.raises(InputError, match=said) as caught:
             open_images(tmp_path / name)
-        assert "PNG, JPEG, WebP or BMP" in caught.value.hint
+        assert "PNG, JPEG, WebP, BMP or GIF" in caught.value.hint
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
@@ -231,7 +317,7 @@ def test_a_cut_image_is_refused_by_name_and_the_others_are_read(tmp_path: Path, 
     file = tmp_path / "set" / name
     file.write_bytes(file.read_bytes()[:kept])
     for files in (open_images(tmp_path / "set"), open_images(zipped(tmp_path / "set"))):
-        with pytest.raises(InputError, match=f"/{name} (is no|cannot)") as caught:
+        with pytest.raises(InputError, match=f"/{name} (is not|cannot)") as caught:
             files.read(0)
         assert "replace" in caught.value.hint
         np.testing.assert_array_equal(files.read(1), np.asarray(picture(0)))

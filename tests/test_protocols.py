@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from sidcli.emoji import world
 from sidcli.entrants import Entrant, entrants, look_up
@@ -27,12 +28,14 @@ from sidcli.imagesets import SceneSet
 from sidcli.metrics import weights
 from sidcli.metrics.clip import PREFIX, Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
+from sidcli.metrics.fid import Statistics, frechet_distance
 from sidcli.parallel import Team
 from sidcli.prompts import read_list
-from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji
+from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji, read_statistics
 from sidcli.scores import Evaluation, chosen
 from sidcli.wishes import Wish
 from tests.coco import write_coco
+from tests.inprocess import sid as in_process
 from tests.test_cli import sid
 
 CPU = torch.device("cpu")
@@ -50,7 +53,7 @@ def networks(stand_ins: dict[str, Path]) -> Networks:
     return Networks(CPU, Silence(), stand_ins["inception"], clip, clip, str(stand_ins["dino"]))
 
 
-def test_an_image_of_coco_is_cropped_shrunk_by_lanczos_resized_as_clean_fid_does_and_centred_in_that_order(
+def test_an_image_of_coco_is_cropped_shrunk_by_lanczos_resized_as_clean_fid_does_and_centered_in_that_order(
     coco_folder: Path, networks: Networks
 ) -> None:
     rules = coco(networks, coco_folder, None)
@@ -86,6 +89,27 @@ def test_a_caption_of_coco_gets_the_tokens_of_a_photo_depicts_between_its_start_
         assert tokenizer([PREFIX + caption])[0].tolist() == inserted
 
 
+def test_the_clip_score_of_coco_is_computed_as_gigagans_code_does_and_others_see_the_pixels_as_they_are(
+    coco_folder: Path, networks: Networks, tmp_path: Path
+) -> None:
+    rules = coco(networks, coco_folder, None)
+    image = rules.prepare(rules.reference.images.read(range(1))[0])  # type: ignore[union-attr]
+    net, preprocess, tokenizer = Clip(str(networks.clip), CPU, "").opened
+    caption = "A man riding a wave."
+
+    def score(picture: Image.Image, text: str) -> float:
+        seen, said = net.encode_image(preprocess(picture)[None]), net.encode_text(tokenizer([text]))
+        return torch.nn.functional.cosine_similarity(seen, said).item()
+
+    tensor = Compose([ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])(Image.fromarray(image))
+    theirs = ((tensor + 1.0) * 127.5).clamp(0.0, 255.0).byte().permute(1, 2, 0).numpy()
+    with torch.no_grad():
+        truncated, exact = score(Image.fromarray(theirs), PREFIX + caption), score(Image.fromarray(image), caption)
+    assert rules.judges.clip([image], [caption])[0, 0] == pytest.approx(truncated, abs=1e-6)
+    assert custom(networks, None, None).judges.clip([image], [caption])[0, 0] == pytest.approx(exact, abs=1e-6)
+    assert abs(truncated - score(Image.fromarray(image), PREFIX + caption)) > 1e-6, "the difference can be seen"
+
+
 def test_captions_are_cocos_own_one_for_each_image_in_the_order_of_ids(coco_folder: Path, networks: Networks) -> None:
     content = json.loads((coco_folder / COCO_CAPTIONS).read_text())
     first = min(one["id"] for one in content["images"])
@@ -93,6 +117,16 @@ def test_captions_are_cocos_own_one_for_each_image_in_the_order_of_ids(coco_fold
     captions = coco(networks, coco_folder, None).captions
     assert captions is not None and captions.limit == IMAGES
     assert captions.first(2)[0] == " ".join(text.split())
+
+
+def test_models_without_a_reference_are_measured_by_clip_score_and_distance_to_their_teacher(
+    stand_ins: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["eval", "emoji", "emoji-teacher", "--protocol", "custom", "--steps", 1, "--num", 20, "--json"]
+    assert in_process(*asked, "--inception", stand_ins["inception"], "--clip-model", stand_ins["clip"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["protocol"]["captions"]["name"] == "general" and result["protocol"]["name"] == "custom"
+    assert [sorted(one["metrics"]) for one in result["models"]] == [["clip", "fid_teacher"], ["clip"]]
 
 
 def test_a_list_of_captions_can_stand_in_for_cocos(coco_folder: Path, networks: Networks, tmp_path: Path) -> None:
@@ -125,8 +159,8 @@ def test_the_whole_coco_protocol_runs_from_annotations_to_a_table(
     assert all(low["low"] <= low["value"] <= low["high"] for low in student.values())
     assert photos["fid"]["value"] < student["fid"]["value"] and photos["precision"]["value"] == 1.0
     recorded = result["protocol"]
-    assert recorded["name"] == "coco2014-30k" and recorded["prepared"] == "centre square, Lanczos to 256"
-    assert "A photo depicts" in recorded["networks"]["clip"]
+    assert recorded["name"] == "coco2014-30k" and recorded["prepared"] == "center square, Lanczos to 256"
+    assert "A photo depicts" in recorded["networks"]["clip"] and "GigaGAN" in recorded["networks"]["clip"]
     assert any("not the Inception of published numbers" in warning for warning in result["warnings"])
 
 
@@ -165,8 +199,10 @@ def test_a_reference_of_statistics_is_that_of_its_images(coco_folder: Path, netw
         ({"mu": np.zeros(3)}, "sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(2)}, "do not fit"),
         ({"mu": np.array([object()]), "sigma": np.eye(1)}, "holds no statistics"),
-        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "values that are no numbers"),
-        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
+        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "values that are not finite"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "not a covariance"),
+        ({"mu": np.zeros(2), "sigma": np.diag([1, -1e-3])}, "not a covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0, 1]])}, "not a covariance"),
         ({"mu": np.zeros(2), "sigma": np.eye(2) * 1j}, "holds no statistics"),
         ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
     ],
@@ -177,6 +213,18 @@ def test_statistics_that_are_none_are_refused(
     np.savez(tmp_path / "x.npz", **content)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=said):
         custom(networks, tmp_path / "x.npz", None)
+
+
+def test_statistics_with_the_rounding_of_float32_are_read(tmp_path: Path) -> None:
+    covariance = np.diag([-1.5e-8, 1.0, 1.0])
+    np.savez(tmp_path / "x.npz", mu=np.zeros(3, np.float32), sigma=covariance)
+    given = read_statistics(tmp_path / "x.npz")
+    assert frechet_distance(given, Statistics(np.zeros(3), np.diag([0.0, 1.0, 4.0]), 0)) == pytest.approx(1.0)
+
+
+def test_statistics_whose_products_overflow_give_no_distance_instead_of_an_error() -> None:
+    huge = Statistics(np.zeros(3), np.eye(3) * 1e300, 0)
+    assert np.isnan(frechet_distance(huge, huge))
 
 
 @pytest.mark.check(25)
@@ -205,7 +253,7 @@ def test_statistics_of_another_network_and_a_reference_too_small_are_refused_bef
         evaluation.fill(Silence())
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
-    with pytest.raises(UsageError, match="KID has no value with 1 images of the reference"):
+    with pytest.raises(UsageError, match="KID needs at least 2 images; the reference has 1"):
         Evaluation(custom(networks, tmp_path / "one", None), [Entrant("a", "", SceneSet(0))], ["kid"], 20, Team(CPU))
 
 
@@ -234,8 +282,9 @@ def test_coco_without_its_folder_or_with_another_is_told_what_to_unpack(networks
 
 def test_a_custom_protocol_asks_its_captions_of_a_model(networks: Networks, tmp_path: Path) -> None:
     found = look_up(Wish("emoji"), 0, Silence())
+    np.savez(tmp_path / "some.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UsageError, match="emoji needs captions to draw"):
-        entrants(found, custom(networks, None, None), CPU, 10, 0, 10, None)
+        entrants(found, custom(networks, tmp_path / "some.npz", None), CPU, 10, 0, 10, None)
     (tmp_path / "three.txt").write_text("a cat\na dog\na bus\n")
     rules = custom(networks, None, tmp_path / "three.txt")
     entered = entrants(found, rules, CPU, None, 0, 10, None)
@@ -271,6 +320,20 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no open_clip_config.json"):
         _ = emoji(replace(plain, clip=str(tmp_path / "empty"))).judges.clip
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "hint"),
+    [
+        ("nowhere", "no CLIP model nowhere: it is not a folder", "--clip-model FOLDER"),
+        ("ViT-g-14x:openai", "open_clip has no architecture 'ViT-g-14x'", "ViT-g-14, "),
+        ("ViT-g-14:openai", "'openai' is neither a file nor one of laion2b_s12b_b42k, ", "--clip-model FOLDER"),
+    ],
+)
+def test_a_clip_model_that_there_is_not_is_refused_by_what_is_wrong_with_its_name(model: str, said: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Clip(model, CPU, "--clip-model FOLDER")
+    assert said in caught.value.message and caught.value.hint.startswith(hint)
 
 
 @pytest.fixture

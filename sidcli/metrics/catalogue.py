@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`label`, `decimals` and `percent` are for people; JSON keeps fractions as fractions."""
+    """`label`, `decimals` and `percent` are for people; JSON keeps fractions as fractions. No value lies outside `low` and `high`."""
 
     label: str
     lower_is_better: bool
     decimals: int
     meaning: str
+    low: float = -inf
+    high: float = inf
     percent: bool = False
-    share: bool = False
-    """A share of images, whose interval ends at 0 and at 1 and is therefore written by its ends."""
+
+    @property
+    def share(self) -> bool:
+        """A share of images, whose interval ends at 0 and at 1 and is therefore written by its ends."""
+        return (self.low, self.high) == (0, 1)
 
     def write(self, value: float) -> str:
         return f"{100 * value:.{self.decimals}f} %" if self.percent else f"{value:.{self.decimals}f}"
@@ -42,22 +48,29 @@ class Measured:
 
 
 METRICS = {
-    "fid": Metric("FID", True, 2, "Frechet distance of features to the reference images (arXiv 1706.08500)"),
-    "fid_infinity": Metric("FID infinity", True, 2, "FID extrapolated to endlessly many drawn images (arXiv 1911.07023)"),
-    "fid_teacher": Metric("FID to teacher", True, 2, "Frechet distance to the teacher's images of the same captions"),
+    "fid": Metric("FID", True, 2, "Frechet distance of features to the reference images (arXiv 1706.08500)", 0),
+    "fid_infinity": Metric("FID infinity", True, 2, "FID extrapolated to an infinite number of drawn images (arXiv 1911.07023)"),
+    "fid_teacher": Metric("FID to teacher", True, 2, "Frechet distance to the teacher's images of the same captions", 0),
     "kid": Metric("KID", True, 5, "kernel distance of features to the reference images, unbiased (arXiv 1801.01401)"),
-    "precision": Metric(
-        "precision", False, 3, "share of drawn images that could be reference images (arXiv 1904.06991)", share=True
+    "precision": Metric("precision", False, 3, "share of drawn images that could be reference images (arXiv 1904.06991)", 0, 1),
+    "recall": Metric("recall", False, 3, "share of reference images that could be drawn (arXiv 1904.06991)", 0, 1),
+    "density": Metric(
+        "density", False, 3, "reference neighborhoods a drawn image is in, over k; may exceed 1 (arXiv 2002.09797)", 0
     ),
-    "recall": Metric("recall", False, 3, "share of reference images that could be drawn (arXiv 1904.06991)", share=True),
-    "density": Metric("density", False, 3, "reference neighbourhoods a drawn image is in, over k; may pass 1 (arXiv 2002.09797)"),
-    "coverage": Metric("coverage", False, 3, "share of reference images with a drawn one nearby (arXiv 2002.09797)", share=True),
-    "fd_dinov2": Metric("FD-DINOv2", True, 2, "Frechet distance in the features of DINOv2 (arXiv 2306.04675)"),
-    "cmmd": Metric("CMMD", True, 3, "kernel distance of CLIP image embeddings, times 1000 (arXiv 2401.09603)"),
-    "clip": Metric("CLIP score", False, 4, "mean cosine of image and caption, as a fraction (arXiv 2104.08718)"),
-    "noun": Metric("noun", False, 1, "images whose noun the emoji classifier sees", percent=True, share=True),
-    "colour": Metric("colour", False, 1, "images whose background colour the emoji classifier sees", percent=True, share=True),
-    "composition": Metric(
-        "composition", False, 1, "images of noun and colour pairs no model was shown, both right", percent=True, share=True
-    ),
+    "coverage": Metric("coverage", False, 3, "share of reference images with a drawn one nearby (arXiv 2002.09797)", 0, 1),
+    "fd_dinov2": Metric("FD-DINOv2", True, 2, "Frechet distance in the features of DINOv2 (arXiv 2306.04675)", 0),
+    "cmmd": Metric("CMMD", True, 3, "kernel distance of CLIP image embeddings, times 1000 (arXiv 2401.09603)", 0),
+    "clip": Metric("CLIP score", False, 4, "mean cosine of image and caption, as a fraction (arXiv 2104.08718)", -1, 1),
+    "noun": Metric("noun", False, 1, "images whose noun the emoji classifier sees", 0, 1, percent=True),
+    "color": Metric("color", False, 1, "images whose background color the emoji classifier sees", 0, 1, percent=True),
+    "composition": Metric("composition", False, 1, "images of held-out noun and color pairs, both right", 0, 1, percent=True),
 }
+ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "colour": "color"}
+"""Other names that a gate may use: those of options and of tables."""
+
+
+def metric_named(text: str) -> str | None:
+    """The metric of a name as options, JSON or tables write it: `fd_dinov2`, `dino`, `FD-DINOv2`; None where there is none."""
+    name = text.strip().lower().replace("-", "_").replace(" ", "_")
+    name = ALIASES.get(name, name)
+    return name if name in METRICS else None

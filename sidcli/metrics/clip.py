@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
+from sidcli.metrics.transforms import quantized
 from sidcli.sources import check_links
 
 PREFIX = "A photo depicts "
@@ -34,14 +36,21 @@ class Clip:
     def __init__(self, model: str, device: torch.device, hint: str):
         self.model, self.device, self.hint = model, device, hint
         self.folder = Path(model) if Path(model).is_dir() else None
-        weights = Path(model.rpartition(":")[2])
+        self.architecture, _, self.tag = model.rpartition(":")
+        weights = Path(self.tag)
         if self.folder:
             check_links(self.folder, parts=())
             content = [sha256(self._in_folder(name)) for name in ("open_clip_config.json", "open_clip_model.safetensors")]
             self.name = f"open_clip {content[1][:12]}, described by {content[0][:12]}"
+        elif self.architecture not in (known := open_clip.list_models()):
+            near = get_close_matches(self.architecture or model, known, 3)
+            reason = f"open_clip has no architecture {self.architecture!r}" if self.architecture else "it is not a folder"
+            raise InputError(f"no CLIP model {model}: {reason}", f"{', '.join(near)}, or {hint}" if near else hint)
+        elif not weights.is_file() and self.tag not in (tags := open_clip.list_pretrained_tags_by_model(self.architecture)):
+            raise InputError(f"no CLIP model {model}: {self.tag!r} is neither a file nor one of {', '.join(tags)}", hint)
         else:
             if weights.exists() and weights.suffix != ".safetensors":
-                raise InputError(f"{weights} is no .safetensors file, and other weights can run code", hint)
+                raise InputError(f"{weights} is not a .safetensors file, and other weights can run code", hint)
             self.name = f"{model} {sha256(weights)[:12]}" if weights.is_file() else model
 
     def _in_folder(self, name: str) -> Path:
@@ -53,7 +62,6 @@ class Clip:
     @cached_property
     def opened(self) -> tuple[Any, Any, Any]:
         """Network, preprocessing and tokenizer."""
-        architecture, _, tag = self.model.rpartition(":")
         try:
             if self.folder:
                 net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{self.folder}")
@@ -61,10 +69,10 @@ class Clip:
                 length = config["model_cfg"]["text_cfg"].get("context_length", 77)
                 tokenizer = open_clip.SimpleTokenizer(context_length=length)
             else:
-                net, _, preprocess = open_clip.create_model_and_transforms(architecture, tag)
-                tokenizer = open_clip.get_tokenizer(architecture)
+                net, _, preprocess = open_clip.create_model_and_transforms(self.architecture, self.tag)
+                tokenizer = open_clip.get_tokenizer(self.architecture)
         except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            repo = str(open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")).rstrip("/")
+            repo = str(open_clip.get_pretrained_cfg(self.architecture, self.tag).get("hf_hub", "")).rstrip("/")
             place = f"put open_clip_model.safetensors of {repo} into the hub's cache (HF_HOME), or " if repo else ""
             raise InputError(
                 f"cannot load the CLIP model {self.model}: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -103,16 +111,22 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine [B, 1] of each image with `prefix` and its caption, for the CLIP score."""
+    """Cosine [B, 1] of each image with `prefix` and its caption, for the CLIP score.
+
+    With `as_gigagan`, images first go through `transforms.quantized`, as in the evaluation code of published scores.
+    """
 
     clip: Clip
     prefix: str = ""
+    as_gigagan: bool = False
     reads_captions = True
 
     @property
     def name(self) -> str:
-        return f"similarity by {self.clip.name}, captions after {self.prefix!r}"
+        pixels = ", pixels truncated as in GigaGAN's code" if self.as_gigagan else ""
+        return f"similarity by {self.clip.name}, captions after {self.prefix!r}{pixels}"
 
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-        told = self.clip.read([self.prefix + caption for caption in captions])
-        return (self.clip.see(images) * told).sum(1, keepdim=True).cpu().numpy()
+        texts = self.clip.read([self.prefix + caption for caption in captions])
+        seen = self.clip.see([quantized(image) for image in images] if self.as_gigagan else images)
+        return (seen * texts).sum(1, keepdim=True).cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,18 +13,22 @@ from sidcli.metrics.intervals import Z, around, jackknife
 from sidcli.randomness import numpy_generator
 
 GROUPS = 20
-"""Parts of the drawn images that are left out in turn for an interval."""
+"""Parts of the drawn images that are left out in turn for an interval; fewer images have no FID."""
 POINTS = 15
 """Sample sizes that an extrapolation goes through, as in arXiv 1911.07023."""
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean [D] and covariance [D, D] of n feature vectors, float64."""
+    """Mean [D] and covariance [D, D] of n feature vectors, float64.
+
+    `factor` [n, D], whose product with itself is the covariance, is kept where n is at most D.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
     n: int
+    factor: np.ndarray | None = None
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -35,24 +40,32 @@ class Statistics:
 def statistics(features: np.ndarray) -> Statistics:
     """Of features [n, D], n at least 2. The covariance divides by n - 1, as clean-fid's does."""
     values = features.astype(np.float64)
-    return Statistics(values.mean(0), np.cov(values, rowvar=False), len(values))
+    n, dimensions = values.shape
+    mean = values.mean(0)
+    factor = (values - mean) / math.sqrt(n - 1) if n <= dimensions else None
+    return Statistics(mean, np.cov(values, rowvar=False), n, factor)
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv 1706.08500), clamped at zero.
+def frechet_distance(a: Statistics, b: Statistics, quick: bool = False) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv 1706.08500), clamped at zero; nan where features are not finite.
 
     The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, so no matrix root is needed and
-    singular covariances do no harm.
+    singular covariances do no harm. With C_a = F^T F of fewer vectors than dimensions, those are the eigenvalues of F C_b F^T and
+    zeros. `quick` takes them from the symmetric C_b^(1/2) C_a C_b^(1/2): ten times as fast once b's root is known, and less exact by
+    some 1e-6 where a covariance is singular.
     """
-    eigenvalues = np.linalg.eigvals(a.covariance @ b.covariance)
-    return _distance(a, b, np.sqrt(eigenvalues.astype(np.complex128)).real.sum())
-
-
-def _quick_distance(a: Statistics, b: Statistics) -> float:
-    """The same from the eigenvalues of the symmetric b^(1/2) C_a b^(1/2): ten times as fast once b's root is known, and less exact
-    by some 1e-6 where a covariance is singular."""
-    eigenvalues = np.linalg.eigvalsh(b.root @ a.covariance @ b.root)
-    return _distance(a, b, np.sqrt(eigenvalues.clip(0.0)).sum())
+    if a.factor is None and b.factor is not None:
+        a, b = b, a
+    with np.errstate(over="ignore", invalid="ignore"):
+        if a.factor is not None:
+            product = a.factor @ b.covariance @ a.factor.T
+        else:
+            product = b.root @ a.covariance @ b.root if quick else a.covariance @ b.covariance
+    if not np.isfinite(product).all():
+        return math.nan
+    if a.factor is not None or quick:
+        return _distance(a, b, np.sqrt(np.linalg.eigvalsh(product).clip(0.0)).sum())
+    return _distance(a, b, np.sqrt(np.linalg.eigvals(product).astype(np.complex128)).real.sum())
 
 
 def _distance(a: Statistics, b: Statistics, root: float) -> float:
@@ -62,22 +75,26 @@ def _distance(a: Statistics, b: Statistics, root: float) -> float:
 
 
 def fid(features: np.ndarray, reference: Statistics) -> Measured:
-    """Frechet distance of drawn features [n, D] to the reference, with the interval of a jackknife over groups of drawn images."""
-    count = len(features)
-    groups = np.array_split(numpy_generator(0, "jackknife").permutation(count), min(GROUPS, count - 1))
-    left_out = [_quick_distance(statistics(np.delete(features, group, axis=0)), reference) for group in groups]
+    """Frechet distance of drawn features [n, D] to the reference, with the interval of a jackknife over groups of drawn images.
+
+    n is GROUPS at least.
+    """
+    if not (np.isfinite(features).all() and np.isfinite(reference.covariance).all()):
+        return Measured(math.nan, math.nan, math.nan)
+    groups = np.array_split(numpy_generator(0, "jackknife").permutation(len(features)), GROUPS)
+    left_out = [frechet_distance(statistics(np.delete(features, group, axis=0)), reference, quick=True) for group in groups]
     return jackknife(frechet_distance(statistics(features), reference), np.array(left_out))
 
 
 def fid_infinity(features: np.ndarray, reference: Statistics, measured: Measured) -> Measured:
-    """The FID's limit for endlessly many drawn images: a line through FIDs of random parts over 1 / size (arXiv 1911.07023).
+    """The FID's limit for infinitely many drawn images: a line through FIDs of random parts over 1 / size (arXiv 1911.07023).
 
     `measured` is the FID of all of them; the interval adds its spread to that of the line.
     """
     count = len(features)
     sizes = np.linspace(count // 5, count, POINTS).astype(int)
     parts = [numpy_generator(0, "extrapolation", int(size)).choice(count, size, replace=False) for size in sizes]
-    distances = [_quick_distance(statistics(features[part]), reference) for part in parts]
+    distances = [frechet_distance(statistics(features[part]), reference, quick=True) for part in parts]
     (_, limit), spread = np.polyfit(1 / sizes, distances, 1, cov=True)
     own = measured.half_width / Z
     return around(float(limit), float(np.hypot(own, spread[1, 1] ** 0.5)))

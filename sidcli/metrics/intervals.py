@@ -12,16 +12,16 @@ Z = 1.959964
 
 def mean(values: np.ndarray) -> Measured:
     """Mean of one number per image, [n], with the interval of the normal approximation."""
-    centre = float(values.mean())
-    return around(centre, float(values.std(ddof=1) / len(values) ** 0.5))
+    center = float(values.mean())
+    return around(center, float(values.std(ddof=1) / len(values) ** 0.5))
 
 
 def share(hits: np.ndarray) -> Measured:
     """Share of images that have a property, bool [n], with Wilson's interval, which keeps a width at 0 and at 1."""
     count, value = len(hits), float(hits.mean())
-    centre = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    center = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * (value * (1 - value) / count + Z**2 / (4 * count**2)) ** 0.5
-    return Measured(value, max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half)))
+    return Measured(value, max(0.0, min(value, center - half)), min(1.0, max(value, center + half)))
 
 
 def jackknife(value: float, left_out: np.ndarray) -> Measured:

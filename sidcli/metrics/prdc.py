@@ -1,4 +1,4 @@
-"""Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of drawn images, by nearest neighbours of features."""
+"""Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of drawn images, by nearest neighbors of features."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from sidcli.metrics.catalogue import Measured
 from sidcli.metrics.intervals import mean, share
 
-NEIGHBOURS = 5
+NEIGHBORS = 5
 CHUNK = 1000
 """Rows of a distance matrix held at once: memory grows with the number of images, not with its square."""
 
 
 @dataclass(frozen=True)
 class Prdc:
-    """`precision`: drawn images that could be real; `recall`: real ones that could be drawn; `density`: how many real neighbourhoods a
+    """`precision`: drawn images that could be real; `recall`: real ones that could be drawn; `density`: how many real neighborhoods a
     drawn image is in, over k (may pass 1); `coverage`: real images with a drawn one nearby. The intervals count images of the one
-    set while the other's neighbourhoods stay as they are."""
+    set while the other's neighborhoods stay as they are."""
 
     precision: Measured
     recall: Measured
@@ -30,12 +30,12 @@ class Prdc:
 def radii(features: Tensor, k: int) -> Tensor:
     """Distance [n] of each of n features [n, D] to its k-th nearest other one. Raises ValueError where n is not above k."""
     if len(features) <= k:
-        raise ValueError(f"{len(features)} images have no {k} neighbours each")
+        raise ValueError(f"{len(features)} images have no {k} neighbors each")
     return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(CHUNK)])
 
 
-def prdc(real: Tensor, drawn: Tensor, k: int = NEIGHBOURS) -> Prdc:
-    """Of features float [n, D] and [m, D], n and m above k. A neighbourhood is the ball around an image to its k-th neighbour."""
+def prdc(real: Tensor, drawn: Tensor, k: int = NEIGHBORS) -> Prdc:
+    """Of features float [n, D] and [m, D], n and m above k. A neighborhood is the ball around an image to its k-th neighbor."""
     real, drawn = real.double(), drawn.double()  # two equal images must be at no distance, whatever the chunks
     real_radii, drawn_radii = radii(real, k), radii(drawn, k)
     inside = torch.zeros(len(drawn), dtype=torch.long)

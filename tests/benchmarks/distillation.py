@@ -29,7 +29,7 @@ def sid(*arguments: str) -> dict[str, Any]:
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
     """A row of `sid eval` with its metrics as plain numbers, under the names of this benchmark's files."""
-    names = {"fid": "fid", "clip": "clip", "noun_accuracy": "noun", "colour_accuracy": "colour"}
+    names = {"fid": "fid", "clip": "clip", "noun_accuracy": "noun", "colour_accuracy": "color"}
     values = {name: row["metrics"][metric]["value"] for name, metric in names.items()}
     return {name: row[name] for name in ("model", "sampling", "n", "seconds_per_image")} | values
 
