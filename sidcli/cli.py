@@ -23,6 +23,7 @@ from sidcli.devices import check_name, pick_device
 from sidcli.environment import cache_folder, flag, group, group_or_alone, prepare
 from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import check_new, check_unlocked, check_writable
+from sidcli.formats.order import DTYPES, FORMATS
 from sidcli.launch import catch
 from sidcli.metrics.catalogue import METRICS as MEASURED
 from sidcli.outputs import Places, check_export, check_run
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sidcli.console import Console
     from sidcli.sampler import Drawer, Plan
     from sidcli.sources import Source
-    from sidcli.teachers import Model
+    from sidcli.teachers import Description, Model, Overrides
 
 EPILOG = (
     "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
@@ -52,7 +53,6 @@ app = typer.Typer(
 
 METHOD, MACHINE, METRICS, NETWORKS = "Method", "Memory and speed", "Metrics", "Networks of the metrics"
 SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher"}
-FORMATS, DTYPES = ("diffusers", "single-file", "onnx", "openvino", "torch-export", "lora"), ("fp32", "fp16", "bf16")
 BACKENDS, TRACKERS = ("auto", "torch", "onnx", "openvino"), ("tensorboard", "wandb")
 
 
@@ -787,29 +787,45 @@ def export(
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
     if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
         raise UsageError(f"--push-to-hub wants OWNER/NAME, not {push_to_hub!r}")
+    from sidcli.formats.order import Order, check
+
+    order = Order(dtype, variant, rank)
+    check(format, order)
     output = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     check_export(output, overwrite)
     stopped, smaller = ("nothing half-written is left", "the same command again"), "free some memory, or pass --no-verify"
     with _console(as_json, quiet, stopped, smaller, () if format == "lora" else ("bitsandbytes", "peft")) as console:
         from sidcli import export as driver
-        from sidcli.formats.order import Order
 
-        order = Order(dtype, variant, rank)
-        driver.check(format, order)
         known = {"prediction_type": prediction_type, "model_config": model_config}
+        of_teacher = known if teacher and teacher.endswith(".safetensors") else {}
+        base: tuple[str, dict[str, Any]] | None = None
         if is_pickle:
-            base = _load(str(teacher), console, **known)
-            console.note(f"reading {model} in a process of its own")
-            loaded = driver.imported(Path(model), base)
+            base = str(teacher), known
+            described = driver.released(Path(model), _describe(base[0], **base[1]))
         else:
-            of_teacher = known if teacher and teacher.endswith(".safetensors") else {}
-            loaded = _load(model, console, **({} if of_teacher else known))
+            of_student = {} if of_teacher else known
+            described = _describe(model, **of_student)
             if format == "lora":
-                recorded = loaded.card.get("config", {})
+                recorded = described.card.get("config", {})
                 again = {name: recorded[name] for name in known if name in recorded}
-                base = _load(teacher or driver.teacher_of(loaded), console, **(of_teacher if teacher else again))
+                base = (teacher, of_teacher) if teacher else (driver.teacher_of(described), again)
+        described_base = _describe(base[0], **base[1]) if base and format == "lora" else None
+        driver.check(described, described_base, format, order, output)
+        driver.licensed(described, license, needed=push_to_hub is not None)
+        if push_to_hub:
+            driver.check_upload(push_to_hub)
+        weights = None
+        if is_pickle:
+            console.note(f"reading {model} in a separate process")
+            weights = driver.weights_of(Path(model), described)
+        loaded_base = _load(base[0], console, **base[1]) if base else None
+        if weights is not None and loaded_base is not None:
+            loaded = driver.imported(described, weights, loaded_base)
+        else:
+            loaded = _load(model, console, **of_student)
         if format == "lora":
-            order = Order(dtype, variant, rank, base)
+            order = Order(dtype, variant, rank, loaded_base)
         loaded = driver.licensed(loaded, license, needed=push_to_hub is not None)
         with console.progress(f"export {format}", 3, "stages") as advance:
             done = driver.run(loaded, format, output, order, verify, advance)
@@ -891,15 +907,32 @@ def _device(name: str, console: Console) -> torch.device:
     return device
 
 
-def _load(name: str, console: Console, **overrides: Any) -> Model:
-    if overrides.get("prediction_type", "auto") not in PREDICTIONS:
-        raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {overrides['prediction_type']!r}")
-    console.note(f"loading {name}")
+def _describe(name: str, **overrides: Any) -> Description:
+    """What is known of a model before its weights are read or downloaded."""
+    checked = _overrides(**overrides)
     from sidcli.sources import find
-    from sidcli.teachers import Overrides, load, quiet_libraries
+    from sidcli.teachers import describe, quiet_libraries
 
     quiet_libraries()
-    return load(find(name, console), Overrides(**overrides), console)
+    return describe(find(name, descriptions_only=True), checked)
+
+
+def _overrides(**overrides: Any) -> Overrides:
+    if overrides.get("prediction_type", "auto") not in PREDICTIONS:
+        raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {overrides['prediction_type']!r}")
+    from sidcli.teachers import Overrides
+
+    return Overrides(**overrides)
+
+
+def _load(name: str, console: Console, **overrides: Any) -> Model:
+    checked = _overrides(**overrides)
+    console.note(f"loading {name}")
+    from sidcli.sources import find
+    from sidcli.teachers import load, quiet_libraries
+
+    quiet_libraries()
+    return load(find(name, console), checked, console)
 
 
 def _drawer(

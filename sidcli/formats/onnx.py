@@ -1,4 +1,4 @@
-"""ONNX graphs of a student, run by onnxruntime or by OpenVINO. The extra `onnx` brings what is needed."""
+"""ONNX graphs of a student, run by onnxruntime or by OpenVINO."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ from sidcli.formats.runtime import open_graphs
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
 
-USAGE = """```bash
-sid sample "a cat" --model FOLDER
-```
-
-`text_encoder.onnx` turns token ids into states; `generator.onnx` turns normal noise and states into images in 0..1, of any batch and
-size. Everything the student was trained with (timestep, schedule, VAE scale) is inside."""
+IMPORTS = "import onnxruntime"
+RUN = """    return onnxruntime.InferenceSession(f"FOLDER/{name}.onnx").run(None, inputs)"""
 
 
 def write_one(
@@ -36,7 +32,8 @@ def write_one(
     weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
         try:
             program: Any = torch.onnx.export(
                 module.eval(),
@@ -49,12 +46,12 @@ def write_one(
                 verbose=False,
             )
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
     program.save(file.with_suffix(".onnx"), external_data=weights > 1.5e9)
 
 
 def write(folder: Path, model: Model, order: Order) -> None:
-    write_graphs(folder, model, order, write_one, "onnx", USAGE)
+    write_graphs(folder, model, order, write_one, "onnx", IMPORTS, RUN)
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""OpenVINO's own files (.xml and .bin) of a student, made from its ONNX graphs. The extra `openvino` brings what is needed."""
+"""OpenVINO's own files (.xml and .bin) of a student, made from its ONNX graphs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from torch import Tensor, nn
 from sidcli.formats import onnx
 from sidcli.formats.graph import write_graphs
 from sidcli.formats.order import Order
-from sidcli.formats.runtime import need, open_graphs
+from sidcli.formats.runtime import library, open_graphs
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
+
+IMPORTS = "import openvino"
+RUN = """    # By default a CPU with bf16 would compute in it.
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    graph = openvino.Core().compile_model(f"FOLDER/{name}.xml", "CPU", options)
+    return list(graph(inputs).values())"""
 
 
 def write_one(
     module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], file: Path, axes: dict[str, dict[int, str]]
 ) -> None:
-    openvino = need("openvino", "openvino")
+    openvino = library("openvino")
     onnx.write_one(module, inputs, outputs, file, axes)
     graph = file.with_suffix(".onnx")
     openvino.save_model(openvino.Core().read_model(str(graph)), str(file.with_suffix(".xml")), compress_to_fp16=False)
@@ -27,7 +33,7 @@ def write_one(
 
 
 def write(folder: Path, model: Model, order: Order) -> None:
-    write_graphs(folder, model, order, write_one, "openvino", onnx.USAGE.replace(".onnx", ".xml"))
+    write_graphs(folder, model, order, write_one, "openvino", IMPORTS, RUN)
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:

@@ -1,15 +1,43 @@
-"""What an export is asked for, the same for every format."""
+"""What an export is asked for: the formats, and everything that can be refused before a heavy library is imported."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import torch
+from sidcli.errors import EnvironmentProblem, UsageError
 
-from sidcli.errors import UsageError
-from sidcli.teachers import Model
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    from sidcli.teachers import Model
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""--dtype -> its name in torch."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One value of --format. `module` in sidcli.formats has write() and draw(); `packages` are imported by it and are not among our
+    dependencies; `in_diffusers` says that a stock pipeline draws with it."""
+
+    module: str
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    packages: tuple[str, ...] = ()
+    in_diffusers: bool = False
+
+
+FORMATS = {
+    "diffusers": Format("diffusers_folder", in_diffusers=True),
+    "single-file": Format("single_file_folder", in_diffusers=True),
+    "onnx": Format("onnx", ("fp32", "fp16"), ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": Format("openvino", ("fp32", "fp16"), ("onnx", "onnxscript", "openvino")),
+    "torch-export": Format("torch_export"),
+    "lora": Format("lora", packages=("peft",), in_diffusers=True),
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +53,37 @@ class Order:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown --dtype {self.dtype!r}", f"one of {', '.join(DTYPES)}")
         if self.variant not in (None, "fp16"):
-            raise UsageError(f"--variant must be fp16, the one that is read back everywhere, not {self.variant!r}", "leave it out")
+            raise UsageError(
+                f"--variant must be fp16, the only one that other programs look for, not {self.variant!r}", "leave it out"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return dtype
+
+
+def check(name: str, order: Order) -> None:
+    """Raises UsageError for a format that does not exist or cannot hold what was ordered, EnvironmentProblem where a package that it
+    needs is not installed."""
+    if name not in FORMATS:
+        raise UsageError(f"unknown format {name!r}", f"one of {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    if order.dtype not in form.dtypes:
+        raise UsageError(f"--format {name} does not support --dtype {order.dtype}", f"--dtype {' or '.join(form.dtypes)}")
+    if order.variant and name != "diffusers":
+        raise UsageError(f"--variant applies to --format diffusers only, not to {name}", "leave it out")
+    require(form.packages, f"--format {name}")
+
+
+def require(packages: Sequence[str], what: str) -> None:
+    """Raises EnvironmentProblem where one of these packages is not installed. Imports none of them."""
+    # None in sys.modules stands for a package that is hidden, which find_spec does not expect.
+    missing = [package for package in packages if sys.modules.get(package, package) is None or find_spec(package) is None]
+    if missing:
+        raise EnvironmentProblem(
+            f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            f"pip install {' '.join(packages)}",
+        )

@@ -1,7 +1,8 @@
-"""Running exported graphs without torch doing the arithmetic: onnxruntime and OpenVINO, each an extra, imported when asked for."""
+"""Running exported graphs without torch doing the arithmetic: onnxruntime and OpenVINO, imported when asked for."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,21 @@ from transformers import CLIPTokenizer
 from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.files import read_json
 from sidcli.formats.graph import GENERATOR, GraphSampler, Run
+from sidcli.formats.order import require
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 """Files that a runtime reads, the best first."""
-LIBRARIES = {"onnx": "onnx onnxscript onnxruntime", "openvino": "onnx onnxscript onnxruntime openvino"}
-"""What the extras of pyproject.toml install, for hints: our own name may stand for another package on an index."""
 
 
-def need(module: str, extra: str) -> Any:
-    """Import a library of an extra. Raises EnvironmentProblem that names what to install."""
-    import importlib
-
+def library(name: str) -> Any:
+    """Import a library that is not among our dependencies. Raises EnvironmentProblem where it is missing or broken."""
+    require((name,), "this command")
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ImportError as error:
-        raise EnvironmentProblem(f"this needs {module}, which is not installed", f"pip install {LIBRARIES[extra]}") from error
+        raise EnvironmentProblem(
+            f"{name} is installed but cannot be imported: {error}", f"pip install --force-reinstall {name}"
+        ) from error
 
 
 def open_graphs(folder: Path, backend: str) -> GraphSampler:
@@ -52,7 +53,7 @@ def open_graphs(folder: Path, backend: str) -> GraphSampler:
 
 
 def _onnxruntime(file: Path) -> Run:
-    runtime = need("onnxruntime", "onnx")
+    runtime = library("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -60,7 +61,7 @@ def _onnxruntime(file: Path) -> Run:
 
 
 def _openvino(file: Path) -> Run:
-    openvino = need("openvino", "openvino")
+    openvino = library("openvino")
     # Its own choice on a CPU with bf16 would be to compute in it.
     compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     order = [output.get_any_name() for output in compiled.outputs]

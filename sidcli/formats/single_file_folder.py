@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sidcli.errors import InputError
 from sidcli.families import clip_tokenizer
 from sidcli.files import write_json
 from sidcli.formats import single_file
-from sidcli.formats.card import write_card
+from sidcli.formats.card import PROMPT, sides, write_card
 from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, write_pipeline
 from sidcli.formats.order import Order
 from sidcli.sampler import plan_for
-from sidcli.teachers import Model
+from sidcli.teachers import Description, Model, read_schedule
 
 FILE = "student.safetensors"
-PROMPT = "a cat"
-USAGE = """- **ComfyUI**: put `{file}` into `models/checkpoints` and open `comfyui_workflow.json`. The ordinary KSampler begins at another
-  noise level; the workflow's sigmas ({sigmas}) are what this model was trained for.
-- **AUTOMATIC1111, Forge**: sampler Euler, schedule type Karras, steps {steps}, CFG scale 1, and in the settings for sampler parameters
-  `sigma max` = {first}{only}.
-- **stable-diffusion.cpp**: `sd-cli -m {file} --sampling-method euler --steps {steps} --cfg-scale 1 --sigmas "{sigmas}" -p "{prompt}"`
-- **diffusers**: `from_single_file` takes a scheduler that does not fit; use `sid export --format diffusers`.
-- **sid**: `sid sample "{prompt}" --model {file}`"""
+SCHEDULE = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
+"""The schedule of Stable Diffusion 1, 2 and XL, which the programs that read single files take for granted."""
+
+COMFYUI = """- **ComfyUI** 0.7.0 or newer, which has the node ManualSigmas: put `{file}` into `models/checkpoints` and open
+  `comfyui_workflow.json`. A KSampler node would start at another noise level; this model was trained for the workflow's sigmas,
+  {sigmas}."""
+A1111 = """- **AUTOMATIC1111, Forge** (not tested): sampling method Euler, schedule type Karras, sampling steps 1, CFG scale 1, size
+  {width} x {height}, and in the settings under sampler parameters `sigma max` = {first:.4f}.{first_step}"""
+SD_CPP = """- **stable-diffusion.cpp**:
+
+  ```bash
+  {command}
+  ```
+"""
+OTHERS = """- **AUTOMATIC1111, Forge, stable-diffusion.cpp**: they have no exact settings for this model, whose schedule has a zero terminal
+  SNR."""
+SID = """- **sid**:
+
+  ```bash
+  {commands}
+  ```
+
+  The second command writes a folder for diffusers, whose `from_single_file` would not use this model's scheduler."""
 
 
 def sigmas(model: Model) -> list[float]:
@@ -39,30 +62,73 @@ def sigmas(model: Model) -> list[float]:
     return values
 
 
+def has_zero_snr(known: Model | Description) -> bool:
+    """Whether a schedule is that of Stable Diffusion rescaled to a zero terminal SNR (arXiv 2305.08891), and not the plain one; a
+    student's ends at its first timestep. Raises InputError for any other schedule, which programs that read single files do not know."""
+    own = known.schedule.abar
+    for rescaled in (False, True):
+        config = SCHEDULE | {"rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
+        usual = read_schedule(config).abar[: len(own)]
+        if usual.shape == own.shape and torch.allclose(usual, own, rtol=0, atol=1e-6):
+            return rescaled
+    raise InputError(
+        f"{known.source.name} has a noise schedule of its own; programs that read single files use Stable Diffusion's",
+        "use --format diffusers",
+    )
+
+
 def write(folder: Path, model: Model, order: Order) -> None:
-    """Raises InputError for a model with words of its own, which the programs that read such files would not know."""
+    """Raises InputError for a model with a vocabulary or a schedule of its own, which programs that read such files do not know."""
     if model.tokenizers[0].get_vocab() != clip_tokenizer().get_vocab():
         raise InputError(
-            f"{model.source.name} has a tokenizer of its own; programs that read single files bring CLIP's",
-            "use --format diffusers",
+            f"{model.source.name} has a tokenizer of its own; programs that read single files use CLIP's", "use --format diffusers"
         )
+    zero_snr, prediction = has_zero_snr(model), model.schedule.prediction
     names = ["unet", "vae", "text_encoder", "text_encoder_2"]
     networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
-    card = model.card | {"format": "single-file"}
-    single_file.write(folder / FILE, networks, model.scheduler_config, {"sid.card": json.dumps(card)}, order.torch_dtype)
+    card = model.card | {"format": "single-file", "dtype": order.dtype}
+    scheduler = SCHEDULE | {"rescale_betas_zero_snr": zero_snr, "prediction_type": prediction}
+    single_file.write(folder / FILE, networks, scheduler, {"sid.card": json.dumps(card)}, order.torch_dtype)
     levels, (height, width) = sigmas(model), model.size
-    zero_snr = bool(model.scheduler_config.get("rescale_betas_zero_snr"))
-    steps = workflow(FILE, levels, width, height, PROMPT, 0, model.schedule.prediction, zero_snr)
+    steps = workflow(FILE, levels, width, height, PROMPT, 0, prediction, zero_snr)
     write_json(folder / "comfyui_workflow.json", steps)
-    usage = USAGE.format(
-        file=FILE,
-        sigmas=", ".join([*(f"{level:.6f}" for level in levels), "0"]),
-        steps=len(levels),
-        first=f"{levels[0]:.4f}",
-        only="" if len(levels) == 1 else " (exact for one step; with more, its own levels lie elsewhere than this model's)",
-        prompt=PROMPT,
-    )
-    write_card(folder, model, card, usage)
+    write_card(folder, model, card, usage(model))
+
+
+def usage(model: Model) -> str:
+    """How other programs run the file, as Markdown. What they have no exact setting for is left out."""
+    levels, (height, width) = sigmas(model), model.size
+    programs = [COMFYUI.format(file=FILE, sigmas=", ".join(f"{level:.6f}" for level in [*levels, 0]))]
+    if has_zero_snr(model):
+        programs.append(OTHERS)
+    else:
+        if model.schedule.prediction == "epsilon":  # for others it depends on their version and on files beside the model
+            more = f" This runs the first of the model's {len(levels)} steps alone: there is no setting for the others."
+            programs.append(A1111.format(width=width, height=height, first=levels[0], first_step=more if len(levels) > 1 else ""))
+        programs.append(SD_CPP.format(command=shlex.join(sd_cpp(model))).rstrip())
+    draw = ["sid", "sample", PROMPT, "--model", FILE]
+    convert = ["sid", "export", FILE, "--format", "diffusers", "-o", "diffusers"]
+    programs.append(SID.format(commands=f"{shlex.join(draw)}\n  {shlex.join(convert)}"))
+    return "\n".join(programs)
+
+
+def sd_cpp(model: Model) -> list[str]:
+    """The command of stable-diffusion.cpp that draws what `sid sample` draws for seed 0."""
+    levels, (height, width) = sigmas(model), model.size
+    options = {
+        "-m": FILE,
+        "--prediction": "eps" if model.schedule.prediction == "epsilon" else "v",
+        "--sampling-method": "euler",
+        "--steps": len(levels),
+        "--sigmas": ",".join(f"{level:.6f}" for level in [*levels, 0]),
+        "--cfg-scale": 1,
+        "-W": width,
+        "-H": height,
+        "--rng": "cpu",
+        "-s": 0,
+        "-p": PROMPT,
+    }
+    return ["sd-cli", *(str(word) for pair in options.items() for word in pair)]
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
@@ -70,6 +136,6 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
     scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
     with tempfile.TemporaryDirectory() as described:
         write_pipeline(Path(described), model, scheduler, model.card, order, weights=False)
-        options = {"config": described, "local_files_only": True, "torch_dtype": order.torch_dtype}
+        options = {"config": described, "local_files_only": True, "dtype": order.torch_dtype}
         pipe = stock(model).from_single_file(str(folder / FILE), **options, scheduler=scheduler)
-    return run_pipeline(pipe, plan_for(model), prompt, seed)
+    return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))

@@ -15,12 +15,10 @@ from sidcli.formats.order import Order
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
 
-USAGE = """```python
-import torch
-
-draw = torch.export.load("FOLDER/generator.pt2").module()
-images = draw(torch.randn(1, *LATENT_SHAPE), states)   # states: text_encoder.pt2 of token ids; images in 0..1
-```"""
+IMPORTS = "import torch"
+RUN = """    program = torch.export.load(f"FOLDER/{name}.pt2").module()
+    outputs = program(*(torch.from_numpy(value) for value in inputs.values()))
+    return [value.detach().numpy() for value in (outputs if isinstance(outputs, tuple) else (outputs,))]"""
 
 
 def write_one(
@@ -34,8 +32,7 @@ def write_one(
 
 
 def write(folder: Path, model: Model, order: Order) -> None:
-    usage = USAGE.replace("LATENT_SHAPE", str(list(model.latent_shape)))
-    write_graphs(folder, model, order, write_one, "torch-export", usage)
+    write_graphs(folder, model, order, write_one, "torch-export", IMPORTS, RUN)
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
