@@ -821,7 +821,7 @@ def export(
             weights = driver.weights_of(Path(model), described)
         loaded_base = _load(base[0], console, **base[1]) if base else None
         if weights is not None and loaded_base is not None:
-            loaded = driver.imported(described, weights, loaded_base)
+            loaded = driver.imported(described, Path(model), weights, loaded_base)
         else:
             loaded = _load(model, console, **of_student)
         if format == "lora":

@@ -171,7 +171,7 @@ def released(file: Path, base: Description) -> Description:
         "student_steps": 1,
         "renoise": "ddim",
         "teacher": provenance(base),
-        "imported": {"file": file.name, "sha256": sha256(file)},
+        "imported": {"file": file.name},
         "sid": __version__,
     }
     return dataclasses.replace(base, card=card)
@@ -194,11 +194,12 @@ def weights_of(file: Path, known: Description) -> dict[str, Tensor]:
     return weights
 
 
-def imported(known: Description, weights: dict[str, Tensor], base: Model) -> Model:
-    """A released generator, known and read, around the other networks of its teacher."""
+def imported(known: Description, file: Path, weights: dict[str, Tensor], base: Model) -> Model:
+    """A released generator, known and read from `file`, around the other networks of its teacher."""
     unet = copy.deepcopy(base.unet)
     unet.load_state_dict(weights, assign=True)
-    return dataclasses.replace(base, unet=unet.requires_grad_(False), card=known.card)
+    card = known.card | {"imported": {"file": file.name, "sha256": sha256(file)}}
+    return dataclasses.replace(base, unet=unet.requires_grad_(False), card=card)
 
 
 def compare(model: Model, folder: Path, order: Order, room: ModuleType) -> tuple[int, int | None]:

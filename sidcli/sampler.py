@@ -22,6 +22,8 @@ from sidcli.text import TextEncoder, denoise
 
 T_INIT = 625
 """The timestep of the one-step generator in the paper; sigma / a = 2.5 there."""
+TEACHER_STEPS = 50
+"""Steps of DDIM that a teacher takes unless it is told how many."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
     check_wishes(steps, guidance)
     if steps is not None and steps > model.schedule.steps:
         raise UsageError(f"{model.source.name} has {model.schedule.steps} timesteps; --steps {steps} is not possible")
-    return Plan(steps or 50, model.default_guidance if guidance is None else guidance)
+    return Plan(steps or TEACHER_STEPS, model.default_guidance if guidance is None else guidance)
 
 
 def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:

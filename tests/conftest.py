@@ -12,6 +12,7 @@ os.environ["COLUMNS"] = "100"
 
 import torch
 
+from sidcli import sampler
 from sidcli.config import DistillConfig
 from sidcli.sources import find
 from sidcli.teachers import Model, load, quiet_libraries
@@ -76,6 +77,12 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def few_teacher_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher draws in 5 steps instead of 50 unless it is told how many: each training draws with its teacher."""
+    monkeypatch.setattr(sampler, "TEACHER_STEPS", 5)
 
 
 @pytest.fixture

@@ -155,8 +155,8 @@ def test_the_first_step_does_not_wait_for_the_teachers_samples_and_drawing_them_
     run(sd_folder, config, tmp_path / "run", heard)
     assert there == [(1, False), (2, False), (3, True), (4, True)]
     teachers = [(count, text) for what, count, text in heard.drawn if what == "teacher samples"]
-    # Eight images in micro-batches of four, each of 50 steps and the decoder.
-    assert len(teachers) == 2 * 51 and teachers[11][1] == "step 12/50"
+    # Eight images in micro-batches of four, each of five steps and the decoder.
+    assert len(teachers) == 2 * 6 and teachers[2][1] == "step 3/5"
     assert sum(count for count, _ in teachers) == pytest.approx(distill.GRID_IMAGES)
     students = [count for what, count, _ in heard.drawn if what == "samples"]
     assert sum(students) == pytest.approx(3 * distill.GRID_IMAGES)

@@ -148,7 +148,7 @@ def test_every_family_format_and_dtype_draws_what_sid_draws_and_its_card_says_ho
     pair: tuple[Model, Model], form: str, dtype: str, traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, student = pair
-    keep_onnx(traced / f"{teacher.source.path.parent.name}-{dtype}", monkeypatch)
+    keep_onnx(traced / f"{'xl' if teacher.is_xl else teacher.schedule.prediction}-{dtype}", monkeypatch)
     variant = "fp16" if (form, dtype) == ("diffusers", "fp16") else None
     order = Order(dtype, variant, rank=10_000, teacher=teacher if form == "lora" else None)
     done = export.run(student, form, tmp_path / "out", order, True, lambda count: None)
@@ -176,6 +176,25 @@ def test_every_family_format_and_dtype_draws_what_sid_draws_and_its_card_says_ho
             assert run_card(card, teacher, tmp_path / "wide.png").shape == (24, 40, 3)
     for command in card.commands():
         check_command(command, card, student, dtype, monkeypatch)
+
+
+def test_sample_draws_with_graphs_at_any_size_and_with_either_backend(
+    plain: Model, traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_onnx(traced / "epsilon-fp32", monkeypatch)
+    exported(plain, "onnx", tmp_path / "graphs")
+    drawn = {}
+    for backend in ("onnx", "openvino"):
+        place = tmp_path / f"{backend}.png"
+        assert sid("sample", "a cat", "--model", tmp_path / "graphs", "--backend", backend, "-o", place) == 0
+        drawn[backend] = np.asarray(Image.open(place))
+        assert is_near(drawn[backend], ours(plain), "fp32")
+    wide = tmp_path / "wide.png"
+    assert sid("sample", "a cat", "--model", tmp_path / "graphs", "--width", "48", "-o", wide) == 0
+    assert Image.open(wide).size == (48, 32)
+    capsys.readouterr()
+    assert sid("sample", "a cat", "--model", tmp_path / "graphs", "--prediction-type", "epsilon", "-o", "x.png") == 2
+    assert "what they predict is inside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["diffusers", "single-file", "lora"])

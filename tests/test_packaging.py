@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sidcli.formats.runtime import LIBRARIES
+from sidcli.formats.order import FORMATS
 
 REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -58,8 +58,9 @@ def test_the_distribution_refers_to_itself_by_its_name_and_hints_name_the_librar
             found |= {library for inner in rest.rstrip("]").split(",") for library in libraries(inner)} if name == own else {name}
         return {name.partition(">=")[0] for name in found}
 
-    for extra, hint in LIBRARIES.items():
-        assert set(hint.split()) == libraries(extra)
+    needed = {requirement.partition(">=")[0] for requirement in PROJECT["dependencies"]}
+    for name, form in FORMATS.items():
+        assert set(form.packages) <= (libraries(name) if name in extras else needed), name
     assert libraries("dev") >= {"bitsandbytes", "openvino", "onnx", "setuptools"}
     sources = [*(REPOSITORY / "sidcli").rglob("*.py"), REPOSITORY / "README.md", REPOSITORY / "Makefile"]
     assert not [file.name for file in sources if re.search(r"sidcli\[|pip install \W*sid", file.read_text(encoding="utf-8"))]
