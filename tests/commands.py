@@ -1,8 +1,9 @@
-"""`sid` in a fork of this process, which has every library in memory already: a command takes its own time and none for imports."""
+"""Running `sid`: in a fork of this process, which has every library in memory and needs no time for imports, or in a new process."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from sidcli import cli, console, distill, evaluate, export, scores
 
+REPOSITORY = Path(__file__).parent.parent
 LOADED = (console, distill, evaluate, export, scores)
 """What commands import only when they run; imported here so that no fork does."""
 
@@ -55,6 +57,13 @@ def sid(*arguments: object, cwd: Path | None = None, **environment: str) -> Ende
         cli.main()
 
     return in_a_child(command)
+
+
+def process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `sid ARGUMENTS` in a process of its own, for settings that libraries read when they are imported."""
+    command = [sys.executable, "-m", "sidcli", *map(str, arguments)]
+    settings = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=settings)
 
 
 def _counters(process: int | str) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
         "except SystemExit as end: code = end.code\n"
         f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules], code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     wanted = 0 if "--help" in arguments else 2
     assert f"LOADED [] {wanted}" in done.stdout, done.stdout + done.stderr
 
@@ -275,11 +275,10 @@ def test_an_export_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) ->
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as export:
         while not any(tmp_path.glob(".tmp-*")) and export.poll() is None:
             time.sleep(0.05)
-        for _ in range(6):  # a callback inside a library can lose what a signal raises; people ask again
+        while export.poll() is None:  # a callback inside a library can lose what a signal raises; people ask again
             export.terminate()
             with suppress(subprocess.TimeoutExpired):
                 export.wait(timeout=10)
-                break
     assert export.returncode == 143
     assert list(tmp_path.iterdir()) == []
 

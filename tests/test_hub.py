@@ -15,8 +15,8 @@ from sidcli.errors import InputError
 from sidcli.families import clip_tokenizer
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.hub import check_weights, is_complete, needed
+from tests.commands import process as sid
 from tests.hub_server import COMMIT, Hub, Trouble
-from tests.test_cli import sid
 
 STALE = ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pipeline.py")
 
@@ -51,7 +51,7 @@ except SidError as error:
 def fetch(hub: Hub, home: Path, model: str, offline: str = "0", **more: str) -> subprocess.CompletedProcess[str]:
     """A download in a process of its own, since the hub's library reads its settings when it is imported."""
     env = os.environ | environment(hub, home, offline) | more
-    return subprocess.run([sys.executable, "-c", FETCH, model], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([sys.executable, "-c", FETCH, model], capture_output=True, text=True, env=env)
 
 
 def test_a_dry_run_fetches_descriptions_and_lists_the_rest_and_sampling_fetches_it_once(repository: Path, tmp_path: Path) -> None:
@@ -285,7 +285,6 @@ def watched(commands: list[list[str]], cwd: Path, home: Path, *wrapper: str) -> 
         env=os.environ | settings,
         capture_output=True,
         text=True,
-        timeout=200,
     )
     return re.findall(r"(.*?ENDED \d+)\n", done.stderr, re.DOTALL)
 
@@ -344,7 +343,6 @@ def test_a_token_opens_the_hub_and_is_written_and_shown_nowhere(repository: Path
             env=os.environ | settings | {"HF_TOKEN": TOKEN, "SID_DEBUG": "1"},
             capture_output=True,
             text=True,
-            timeout=200,
         )
         assert re.findall(r"ENDED (\d+)", done.stderr) == ["0", "0", "0", "3"], done.stderr
         assert "Traceback" in done.stderr and TOKEN not in done.stdout + done.stderr

@@ -56,7 +56,7 @@ def each(
     """Exit codes and error lines of several commands, with `modules` before the libraries."""
     settings = {"PYTHONPATH": ":".join(map(str, [*modules, REPOSITORY])), "OMP_NUM_THREADS": "1"} | environment
     command = [*wrapper, sys.executable, "-c", EACH, json.dumps(commands)]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
     codes = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
     return codes, [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -311,9 +311,7 @@ run("export", "emoji", "-o", "student")
 @pytest.mark.check(11)
 def test_running_out_of_memory_is_one_line_that_says_what_was_asked_for_and_what_helps(here: Path) -> None:
     settings = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SID_CACHE_DIR": str(here.parent / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", SHORT_OF_MEMORY], env=os.environ | settings, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], env=os.environ | settings, capture_output=True, text=True)
     codes = [line for line in done.stdout.splitlines() if line.isdecimal()]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert codes == ["0", "0", "0", "4", "4", "4"] and "Traceback" not in done.stderr, done.stderr

@@ -44,7 +44,7 @@ def command(teacher: Path, output: Path, *more: str) -> list[str]:
 
 
 def distilled(arguments: list[str], output: Path) -> dict[str, torch.Tensor]:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(output / "student")  # one process speaks
     return {
@@ -107,13 +107,13 @@ def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, 
 def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path, number: signal.Signals, who: str) -> None:
     arguments = command(sd_folder, tmp_path / "run", "--processes", "2", "--steps", "100000")
     running = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert running.poll() is None
         time.sleep(0.2)
     team = psutil.Process(running.pid).children()
     assert len(team) == 2
     (running if who == "the launcher" else team[1]).send_signal(number)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate()
     assert running.returncode == 128 + number, said
     assert not any(process.is_running() for process in team)
     assert "saved" in said and said.count("error:") == 1
@@ -133,8 +133,8 @@ def test_whichever_process_is_killed_the_others_end_too_and_the_checkpoints_are_
     team = psutil.Process(running.pid).children()
     order = sorted(team, key=lambda process: int(process.environ()["RANK"]))
     {"the launcher": running, "the leader": order[0], "the other": order[1]}[victim].kill()
-    _, said = running.communicate(timeout=120)
-    psutil.wait_procs(team, timeout=60)
+    _, said = running.communicate()
+    psutil.wait_procs(team)
     assert not any(process.is_running() for process in team)
     found, problems = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.step >= 2 and not problems

@@ -35,8 +35,8 @@ from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, cu
 from sidcli.scores import Evaluation, chosen
 from sidcli.wishes import Wish
 from tests.coco import write_coco
+from tests.commands import sid
 from tests.inprocess import sid as in_process
-from tests.test_cli import sid
 
 CPU = torch.device("cpu")
 IMAGES = 40

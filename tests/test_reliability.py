@@ -235,7 +235,7 @@ def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_p
     else:
         step_reached(command, tmp_path / "run", int(moment.split()[1]))
     os.kill(command.pid, number)
-    command.communicate(timeout=60)
+    command.communicate()
     assert command.returncode == 128 + number
     with pytest.raises(ProcessLookupError):
         os.killpg(command.pid, 0)
@@ -249,6 +249,14 @@ def step_reached(command: subprocess.Popen[str], run: Path, step: int) -> None:
     while max(checkpoint.numbered(run / "checkpoints"), default=0) < step:
         assert command.poll() is None
         time.sleep(0.01)
+
+
+def work(command: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait until a running command has used a processor for `seconds` more, or has ended."""
+    process = psutil.Process(command.pid)
+    until = sum(process.cpu_times()[:2]) + seconds
+    while command.poll() is None and sum(process.cpu_times()[:2]) < until:
+        time.sleep(0.05)
 
 
 @pytest.mark.check(4)
@@ -265,12 +273,12 @@ def test_a_second_signal_ends_a_training_in_the_middle_of_a_step_and_gives_the_t
         said += os.read(terminal, 4096)
     while not (tmp_path / "run" / "report.html").exists():
         time.sleep(0.05)
-    time.sleep(1)  # the page is the last thing before the first step, whose 4000 pieces take minutes
+    work(command, seconds=1)  # the page is the last thing before the first step, whose 4000 micro-batches take minutes
     command.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    work(command, seconds=0.5)
     assert command.poll() is None, "the first waits for the end of the step"
     command.send_signal(signal.SIGTERM)
-    assert command.wait(timeout=60) == 143
+    assert command.wait() == 143
     with suppress(OSError):  # the other end is closed
         while more := os.read(terminal, 4096):
             said += more
