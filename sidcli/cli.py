@@ -25,7 +25,7 @@ from sidcli.errors import EnvironmentProblem, GateError, InputError, Interrupted
 from sidcli.files import check_new, check_unlocked, check_writable
 from sidcli.formats.order import DTYPES, FORMATS
 from sidcli.launch import catch
-from sidcli.metrics.catalogue import METRICS as MEASURED
+from sidcli.metrics.catalog import METRICS as MEASURED
 from sidcli.outputs import Places, check_export, check_run
 from sidcli.printable import prepare_streams, printable
 from sidcli.progress import duration
@@ -636,7 +636,9 @@ def evaluate(
     batch_size: BatchOption = 50,
     device: DeviceOption = "auto",
     processes: Annotated[int, typer.Option(callback=_within(1), help="Processes on this machine that share the drawing.")] = 1,
-    images: Annotated[Path | None, typer.Option(help="Keep the drawn images in this folder, not in the cache.")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Keep the generated images in this folder instead of the cache.")
+    ] = None,
     inception: Annotated[
         Path | None,
         typer.Option(rich_help_panel=NETWORKS, show_default="fetched once", help="Inception in TorchScript."),
@@ -679,8 +681,8 @@ def evaluate(
     for file, option in ((report, "--report"), (picture, "--picture")):
         if file:
             check_new([file], option, overwrite)
-    if images:
-        check_writable(images, "--images")
+    if image_folder:
+        check_writable(image_folder, "--image-folder")
     check_writable(cache_folder(), "cache with SID_CACHE_DIR")
     if group().count == 1 and processes > 1:
         sys.exit(_launch(processes, device))
@@ -703,7 +705,7 @@ def evaluate(
         name = choose(protocol, models_are_emoji, has_images, bool(reference or prompts))
         networks = Networks(team.device, console, inception, clip_model, cmmd_model, dino_model)
         rules = open_protocol(name, networks, reference, prompts, column or "")
-        rows_to_be = entrants(found, rules, team.device, num, seed, batch_size, images)
+        rows_to_be = entrants(found, rules, team.device, num, seed, batch_size, image_folder)
         asked = [option for option, given in flags.items() if given]
         metrics = chosen(asked, rules, everything, rows_to_be, [bound.metric for bound in bounds])
         evaluation = Evaluation(rules, rows_to_be, metrics, num, team)
@@ -770,7 +772,7 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME.")] = None,
     public: Annotated[bool, typer.Option(help="Make a repository that is made by this upload public.")] = False,
     license: Annotated[
-        str | None, typer.Option(help="Licence of the teacher, such as openrail++, where its files do not say.")
+        str | None, typer.Option(help="License of the teacher, such as openrail++, where its files do not say.")
     ] = None,
     prediction_type: PredictionOption = "auto",
     model_config: ConfigOption = "",

@@ -180,7 +180,7 @@ class Engine:
             with self.team.gradients(self.fake_call, last):
                 predicted = self._predict(self.fake_call, x_t, draw.t, told, (config.kappa1,))[0]
                 loss = sid.fake_score_loss(self.schedule.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
-                # Processes average their gradients; the loss is normalised by the global batch already.
+                # Processes average their gradients; the loss is normalized by the global batch already.
                 (loss * self.team.count).backward()
             total += loss.detach()
         return self._update(self.optimizer_fake, self.team.sum(total))

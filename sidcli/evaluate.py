@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sidcli.metrics.catalogue import METRICS
+from sidcli.metrics.catalog import METRICS
 from sidcli.pictures import contact_sheet, save_png
 from sidcli.printable import json_text
 from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table

@@ -18,7 +18,7 @@ from sidcli.entrants import REAL, Entrant
 from sidcli.errors import UsageError
 from sidcli.hub import Listener
 from sidcli.imagesets import Collection, DrawnSet, FileSet
-from sidcli.metrics.catalogue import METRICS, Measured
+from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
@@ -245,7 +245,7 @@ class Evaluation:
         nouns, colors = judge.answers(features)
         asked = scenes(len(features), held_out)
         right_nouns = [world.NOUN_LIST[seen] == scene.noun for seen, scene in zip(nouns, asked, strict=True)]
-        right_colors = [world.COLOUR_LIST[seen] == scene.colour for seen, scene in zip(colors, asked, strict=True)]
+        right_colors = [world.COLOR_LIST[seen] == scene.color for seen, scene in zip(colors, asked, strict=True)]
         return np.stack([right_nouns, right_colors], 1)
 
     def compared(self, judge: str, count: int | None = None) -> np.ndarray:

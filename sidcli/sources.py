@@ -66,7 +66,7 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """Where licence and card of the model are to be found. What lies beside a single file is its own only where we wrote it."""
+        """Where license and card of the model are to be found. What lies beside a single file is its own only where we wrote it."""
         return self.path.parent if self.is_file and (self.path.parent / "sid.json").is_file() else self.path
 
 

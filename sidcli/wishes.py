@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sidcli.errors import UsageError
-from sidcli.metrics.catalogue import METRICS, metric_named
+from sidcli.metrics.catalog import METRICS, metric_named
 
 PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 

@@ -9,7 +9,7 @@ from tests.checks import CHECKS
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "__init__", "text", "metrics.catalogue", "png", "printable", "progress"},
+    {"errors", "randomness", "optimizer", "__init__", "text", "metrics.catalog", "png", "printable", "progress"},
     {"environment"},
     {"files", "launch", "parallel"},
     {

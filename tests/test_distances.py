@@ -87,9 +87,9 @@ def test_precision_recall_density_and_coverage_follow_their_definitions(chunk: i
 
 
 def test_recall_and_coverage_fall_when_modes_are_dropped_and_precision_does_not() -> None:
-    centres = np.eye(6) * 20
-    real = np.concatenate([features(index, 60) + centre for index, centre in enumerate(centres)])
-    drawn = np.concatenate([features(10 + index, 60) + centre for index, centre in enumerate(centres)])
+    centers = np.eye(6) * 20
+    real = np.concatenate([features(index, 60) + center for index, center in enumerate(centers)])
+    drawn = np.concatenate([features(10 + index, 60) + center for index, center in enumerate(centers)])
     everything, half = (prdc(torch.from_numpy(real), torch.from_numpy(images)) for images in (drawn, drawn[:180]))
     assert half.recall.high < 0.6 * everything.recall.value and half.coverage.high < 0.6 * everything.coverage.value
     assert half.precision.value > 0.9 * everything.precision.value

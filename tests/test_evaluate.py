@@ -23,7 +23,7 @@ from sidcli.evaluate import beyond, latex, page, pictures, table, unjudged
 from sidcli.hub import Silence
 from sidcli.imagefiles import open_images
 from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
-from sidcli.metrics.catalogue import METRICS, Measured
+from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.parallel import Share, Team
 from sidcli.progress import Progress, silent
 from sidcli.protocols import Networks, Protocol, choose, custom, emoji, listed
@@ -435,7 +435,7 @@ def test_a_gate_takes_a_metric_by_its_option_its_key_and_its_label(name: str) ->
     assert limits([f"{name}=300"], []) == [Bound("fd_dinov2", True, 300.0)]
 
 
-def test_every_option_asks_for_metrics_of_the_catalogue_and_all_of_them_have_one() -> None:
+def test_every_option_asks_for_metrics_of_the_catalog_and_all_of_them_have_one() -> None:
     assert {metric for metrics in ASKED.values() for metric in metrics} == set(METRICS)
 
 

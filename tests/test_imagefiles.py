@@ -220,10 +220,10 @@ def test_other_kinds_of_pixels_become_rgb(tmp_path: Path, mode: str, name: str) 
 
 
 def test_alpha_is_dropped_without_a_warning(tmp_path: Path) -> None:
-    colours = picture(0)
-    colours.putalpha(128)
-    colours.save(tmp_path / "a.png")
-    colours.convert("P").save(tmp_path / "b.png", transparency=bytes(range(256)))
+    colors = picture(0)
+    colors.putalpha(128)
+    colors.save(tmp_path / "a.png")
+    colors.convert("P").save(tmp_path / "b.png", transparency=bytes(range(256)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         files = open_images(tmp_path)

@@ -194,11 +194,11 @@ def blur(image: np.ndarray, strength: float) -> np.ndarray:
     return np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
 
 
-def wrong_colours(image: np.ndarray, strength: float) -> np.ndarray:
+def wrong_colors(image: np.ndarray, strength: float) -> np.ndarray:
     return (image * (1 - strength) + image[..., [2, 0, 1]] * strength).astype(np.uint8)
 
 
-@pytest.mark.parametrize("worse", [noise, blur, wrong_colours])
+@pytest.mark.parametrize("worse", [noise, blur, wrong_colors])
 def test_fid_and_kid_are_near_zero_between_halves_of_real_scenes_and_rise_as_images_get_worse(
     worse: Callable[[np.ndarray, float], np.ndarray], scenes: tuple[list[np.ndarray], list[np.ndarray], EmojiFeatures]
 ) -> None:

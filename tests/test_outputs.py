@@ -121,8 +121,8 @@ def test_every_output_option_refuses_what_cannot_be_before_torch_is_imported(tmp
         ([*evaluate, "--picture", "file/rows.png"], "choose another --picture"),
         ([*evaluate, "--picture", "folder.png"], "give --picture the name of a file"),
         ([*evaluate, "--picture", "there.png"], "there.png exists already"),
-        ([*evaluate, "--images", "file"], "choose another --images"),
-        ([*evaluate, "--images", f"file/{long}"], "choose another --images"),
+        ([*evaluate, "--image-folder", "file"], "choose another --image-folder"),
+        ([*evaluate, "--image-folder", f"file/{long}"], "choose another --image-folder"),
         ([*write, "file"], "file is a file, not a folder"),
         ([*write, "file/student"], "file is a file, not a folder"),
         ([*write, "folder.png"], "folder.png exists already"),
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_torch_is_imported(tmp
         ["sample", "a cat", "-o", "closed/run", "--overwrite"],
         ["eval", "emoji", "--report", "closed/page.html"],
         ["eval", "emoji", "--picture", "closed/rows.png"],
-        ["eval", "emoji", "--images", "closed/run"],
+        ["eval", "emoji", "--image-folder", "closed/run"],
         ["export", "emoji", "-o", "closed/student"],
         ["export", "emoji", "-o", "closed/new/student"],
     ]
@@ -169,7 +169,19 @@ def test_what_is_there_stays_unless_overwrite_says_so_and_a_link_is_never_writte
     outside.mkdir()
     (outside / "file").write_text("not ours")
     draws = ["sample", "a cat", "a dog"]
-    evaluates = ["eval", "emoji", "--accuracy", "--num", "2", "--report", "page.html", "--picture", "rows.png", "--images", "kept"]
+    evaluates = [
+        "eval",
+        "emoji",
+        "--accuracy",
+        "--num",
+        "2",
+        "--report",
+        "page.html",
+        "--picture",
+        "rows.png",
+        "--image-folder",
+        "kept",
+    ]
     assert sid(*draws, "-o", "out") == 0 and sid(*evaluates) == 0 and sid("export", "emoji", "-o", "student") == 0
     (kept,) = (here / "kept").iterdir()
     outputs = ["out/000001.png", "out/sheet.png", "page.html", "rows.png", "student", f"kept/{kept.name}/times.jsonl"]
@@ -273,7 +285,7 @@ def test_auto_says_which_device_it_chose(here: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.check(11)
-def test_memory_that_is_not_had_is_recognised_whoever_asked_for_it() -> None:
+def test_memory_that_is_not_had_is_recognized_whoever_asked_for_it() -> None:
     def refused(ask: Callable[[], object]) -> str | None:
         with pytest.raises((MemoryError, RuntimeError)) as caught:
             ask()
@@ -468,7 +480,19 @@ def test_a_stopped_command_says_in_one_line_what_is_kept_and_leaves_nothing_half
     assert last_line() == "error: stopped; images that were drawn are kept; try: the other prompts alone, or --overwrite"
     drawn = sorted((here / "many").iterdir())
     assert 3 < len(drawn) < 2000 and all(Image.open(file).size == (64, 64) for file in drawn)
-    evaluates = ["eval", "emoji", "--accuracy", "--num", "200", "--batch-size", "2", "--images", "kept", "--report", "page.html"]
+    evaluates = [
+        "eval",
+        "emoji",
+        "--accuracy",
+        "--num",
+        "200",
+        "--batch-size",
+        "2",
+        "--image-folder",
+        "kept",
+        "--report",
+        "page.html",
+    ]
     assert stopped(number, lambda: any(here.glob("kept/*/000003.png")), *evaluates) == 128 + number
     assert "what was drawn and looked at is kept" in last_line() and not (here / "page.html").exists()
     (kept,) = (here / "kept").iterdir()

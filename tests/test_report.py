@@ -22,7 +22,7 @@ from PIL import Image
 from sidcli.diffusion import exit_grid
 from sidcli.emoji import world
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.metrics.catalogue import METRICS, Measured
+from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.report import charts, run
 from sidcli.report.page import (
     Cell,
@@ -326,8 +326,8 @@ def test_every_chart_has_a_name_a_description_and_its_numbers_in_a_table(page: D
     assert "1|0.5||" in rows and "10|0.25|3|" in rows
 
 
-def luminance(colour: str) -> float:
-    parts = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+def luminance(color: str) -> float:
+    parts = (int(color[index : index + 2], 16) / 255 for index in (1, 3, 5))
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -369,13 +369,13 @@ def test_nothing_moves_for_readers_who_do_not_want_it_and_the_focus_is_seen(page
     assert ":focus-visible { outline: 3px" in still and "outline: none" not in still
 
 
-def test_a_contestant_has_one_colour_in_every_table_chart_and_gallery(page: Document) -> None:
+def test_a_contestant_has_one_color_in_every_table_chart_and_gallery(page: Document) -> None:
     named = {(element.text, element["class"]) for element in page.all("span") if "contestant" in element["class"]}
     assert named == {("plain", "contestant c0"), ("plain 2", "contestant c1"), ("plain 3", "contestant c2")}
     assert [mark["class"] for mark in page.all("g")] == ["c0", "c1"]
     for place in ("th", "p"):
-        coloured = [element for element in page.all("span") if any(above.tag == place for above in element.above)]
-        assert len(coloured) == {"th": 1 + 3, "p": 2 * 3}[place]
+        colored = [element for element in page.all("span") if any(above.tag == place for above in element.above)]
+        assert len(colored) == {"th": 1 + 3, "p": 2 * 3}[place]
     assert all(f"--c{index}:" in page.style and f".c{index} {{" in page.style for index in range(8))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from sidcli.emoji import world
 from sidcli.metrics.features import EmojiFeatures
+from sidcli.progress import silent
 from sidcli.protocols import emoji_captions, scenes
 from sidcli.sampler import Sampler, draw, plan_for
 from sidcli.sources import WEIGHTS, find, fingerprint
@@ -28,28 +29,28 @@ def test_every_shipped_file_is_data_and_not_code() -> None:
 
 
 def named(images: list[np.ndarray], scenes: list[world.Scene]) -> tuple[float, float]:
-    """Shares of images whose noun and whose colour the classifier names."""
+    """Shares of images whose noun and whose color the classifier names."""
     look = EmojiFeatures()
-    nouns, colours = look.answers(look(images))
+    nouns, colors = look.answers(look(images))
     right = [
-        (world.NOUN_LIST[a] == scene.noun, world.COLOUR_LIST[b] == scene.colour)
-        for a, b, scene in zip(nouns, colours, scenes, strict=True)
+        (world.NOUN_LIST[a] == scene.noun, world.COLOR_LIST[b] == scene.color)
+        for a, b, scene in zip(nouns, colors, scenes, strict=True)
     ]
     return tuple(np.mean(right, axis=0))  # type: ignore[return-value]
 
 
 def test_the_classifier_names_fresh_scenes() -> None:
     scenes = [world.scene(987, index) for index in range(300)]
-    nouns, colours = named([world.render(scene) for scene in scenes], scenes)
-    assert nouns >= 0.98 and colours >= 0.99
+    nouns, colors = named([world.render(scene) for scene in scenes], scenes)
+    assert nouns >= 0.98 and colors >= 0.99
 
 
 def test_the_shipped_student_draws_what_it_is_asked_for() -> None:
     student, asked = load(find("emoji")), scenes(100)
     plan = plan_for(student)
-    drawn = draw(Sampler(student, CPU), plan, emoji_captions(100), range(100), 50, lambda _: None)
-    nouns, colours = named([image for images in drawn for image in images.numpy()], asked)
-    assert nouns > 0.7 and colours > 0.9
+    drawn = draw(Sampler(student, CPU), plan, emoji_captions(100), range(100), 50, silent)
+    nouns, colors = named([image for images in drawn for image in images.numpy()], asked)
+    assert nouns > 0.7 and colors > 0.9
 
 
 @pytest.mark.check(19)
@@ -57,8 +58,8 @@ def test_an_image_depends_on_its_prompt_and_seed_and_not_on_its_batch() -> None:
     student = load(find("emoji"))
     sampler, plan = Sampler(student, CPU), plan_for(student)
     prompts, seeds = ["a cat", "a dog on red", "a bus"], [5, 6, 7]
-    together = torch.cat(list(draw(sampler, plan, prompts, seeds, 3, lambda _: None)))
-    alone = torch.cat(list(draw(sampler, plan, prompts, seeds, 1, lambda _: None)))
+    together = torch.cat(list(draw(sampler, plan, prompts, seeds, 3, silent)))
+    alone = torch.cat(list(draw(sampler, plan, prompts, seeds, 1, silent)))
     assert (together.int() - alone.int()).abs().max() <= 1
 
 

@@ -262,7 +262,7 @@ def full(family: str, path: Path, markers: Iterable[str] = (), metadata: dict[st
     return path
 
 
-def test_published_models_are_recognised_by_their_tensors(tmp_path: Path) -> None:
+def test_published_models_are_recognized_by_their_tensors(tmp_path: Path) -> None:
     for family in FAMILIES:
         found = read(full(family, tmp_path / f"{family}.safetensors"), prediction="epsilon")
         assert (found.family, found.configs) == (family, FAMILIES[family].components)

@@ -1,11 +1,11 @@
-"""The judge of the emoji world: names the noun and the background colour of an image, and lends its features to the emoji-FID."""
+"""The judge of the emoji world: names the noun and the background color of an image, and lends its features to the emoji-FID."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from sidcli.emoji.world import COLOUR_LIST, NOUN_LIST
+from sidcli.emoji.world import COLOR_LIST, NOUN_LIST
 
 FEATURES = 128
 
@@ -34,13 +34,13 @@ class Classifier(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.SiLU())
         self.body = nn.Sequential(Residual(24, 32), Residual(32, 64), Residual(64, 128), Residual(128, FEATURES))
         self.noun = nn.Linear(FEATURES, len(NOUN_LIST))
-        self.colour = nn.Linear(FEATURES, len(COLOUR_LIST))
+        self.color = nn.Linear(FEATURES, len(COLOR_LIST))
 
     def features(self, x: Tensor) -> Tensor:
         """Features float32 [B, 128]: the average over the last 4 x 4 grid."""
         return self.body(self.stem(x / 127.5 - 1.0)).mean((2, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits over NOUN_LIST [B, nouns] and over COLOUR_LIST [B, 10]."""
+        """Logits over NOUN_LIST [B, nouns] and over COLOR_LIST [B, 10]."""
         features = self.features(x)
-        return self.noun(features), self.colour(features)
+        return self.noun(features), self.color(features)

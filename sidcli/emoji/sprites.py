@@ -1,6 +1,6 @@
 """Draw the sprite sheet of the emoji world: one tile per noun, from the Noto Color Emoji font.
 
-Run once, by hand, when the list of nouns changes; the sheet is committed beside this file together with the font's licence:
+Run once, by hand, when the list of nouns changes; the sheet is committed beside this file together with the font's license:
 
     python -m sidcli.emoji.sprites /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 """
@@ -22,7 +22,7 @@ FONT_SIZE = 109
 
 
 def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
-    """One emoji as a TILE x TILE RGBA image, cropped to its ink and centred."""
+    """One emoji as a TILE x TILE RGBA image, cropped to its ink and centerd."""
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((12, 12), character, font=font, embedded_color=True)
     box = canvas.getbbox()

@@ -220,25 +220,25 @@ FILLERS = (
 
 def loose_caption(picture: world.Scene, index: int) -> world.Caption:
     """A training caption, three times in ten with stray words in it: what people add should not change what is drawn."""
-    text, colour = world.caption(picture, world.TEACHER_SEED, index, "train")
+    text, color = world.caption(picture, world.TEACHER_SEED, index, "train")
     rng = numpy_generator(world.TEACHER_SEED, "fillers", index)
     if rng.random() < 0.3:
         words = text.split(" ")
         for _ in range(rng.integers(1, 4)):
             words.insert(rng.integers(len(words) + 1), FILLERS[rng.integers(len(FILLERS))])
         text = " ".join(words)
-    return world.Caption(text, colour)
+    return world.Caption(text, color)
 
 
 def train_text(output: Path, steps: int, batch: int = 96) -> None:
-    """Teach the text encoder to say the noun and the background colour of a caption; after that it is frozen.
+    """Teach the text encoder to say the noun and the background color of a caption; after that it is frozen.
 
     The drawing network then gets clean conditions from its first step on, and the text is encoded without gradients.
     """
     captions = [loose_caption(world.scene(world.TEACHER_SEED, index), index).text for index in range(20000)]
     tokenizer = models.new_tokenizer([*captions, *FILLERS])
     encoder = models.new_text_encoder(tokenizer)
-    heads = nn.Linear(models.TEXT_WIDTH, len(world.NOUN_LIST) + len(world.COLOUR_LIST) + 1)
+    heads = nn.Linear(models.TEXT_WIDTH, len(world.NOUN_LIST) + len(world.COLOR_LIST) + 1)
     net = nn.ModuleDict({"encoder": encoder, "heads": heads})
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -246,13 +246,13 @@ def train_text(output: Path, steps: int, batch: int = 96) -> None:
         scenes = [world.scene(world.TEACHER_SEED, index) for index in indices]
         captions = [loose_caption(picture, index) for picture, index in zip(scenes, indices, strict=True)]
         nouns = torch.tensor([world.NOUN_LIST.index(picture.noun) for picture in scenes])
-        asked = [*world.COLOUR_LIST, None]
-        colours = torch.tensor([asked.index(caption.colour) for caption in captions])
+        asked = [*world.COLOR_LIST, None]
+        colors = torch.tensor([asked.index(caption.color) for caption in captions])
         states = encoder(models.tokens(tokenizer, [caption.text for caption in captions])).last_hidden_state
         # The last place is padding, which attends to the whole caption.
-        noun_logits, colour_logits = heads(states[:, -1]).split([len(world.NOUN_LIST), len(world.COLOUR_LIST) + 1], dim=1)
-        total = F.cross_entropy(noun_logits, nouns) + F.cross_entropy(colour_logits, colours)
-        right = (noun_logits.argmax(1) == nouns) & (colour_logits.argmax(1) == colours)
+        noun_logits, color_logits = heads(states[:, -1]).split([len(world.NOUN_LIST), len(world.COLOR_LIST) + 1], dim=1)
+        total = F.cross_entropy(noun_logits, nouns) + F.cross_entropy(color_logits, colors)
+        right = (noun_logits.argmax(1) == nouns) & (color_logits.argmax(1) == colors)
         return total, {"loss": total.detach(), "both_right": right.float().mean()}
 
     Fit("text", net, loss, output, steps, lr=1e-3, decay=0.99).run()
@@ -361,11 +361,11 @@ def train_classifier(output: Path, steps: int, batch: int = 64) -> None:
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         scenes, pixels = metric_batch(step, batch)
         nouns = torch.tensor([world.NOUN_LIST.index(picture.noun) for picture in scenes])
-        colours = torch.tensor([world.COLOUR_LIST.index(picture.colour) for picture in scenes])
+        colors = torch.tensor([world.COLOR_LIST.index(picture.color) for picture in scenes])
         with half_precision():
-            noun_logits, colour_logits = net(pixels)
-        total = F.cross_entropy(noun_logits.float(), nouns) + F.cross_entropy(colour_logits.float(), colours)
-        right = {"noun": noun_logits.argmax(1) == nouns, "colour": colour_logits.argmax(1) == colours}
+            noun_logits, color_logits = net(pixels)
+        total = F.cross_entropy(noun_logits.float(), nouns) + F.cross_entropy(color_logits.float(), colors)
+        right = {"noun": noun_logits.argmax(1) == nouns, "color": color_logits.argmax(1) == colors}
         return total, {"loss": total.detach(), **{name: hit.float().mean() for name, hit in right.items()}}
 
     Fit("classifier", net, loss, output, steps, lr=2e-3, decay=0.99).run()
@@ -386,7 +386,7 @@ def train_clip(output: Path, steps: int, batch: int = 128) -> None:
             for picture, index in zip(scenes, indices, strict=True)
         ]
         # Several images of a batch may fit a caption equally well; none of them is then the wrong answer.
-        same = torch.tensor([[a.noun == b.noun and a.colour == b.colour for a in scenes] for b in scenes]).float()
+        same = torch.tensor([[a.noun == b.noun and a.color == b.color for a in scenes] for b in scenes]).float()
         target = same / same.sum(1, keepdim=True)
         with half_precision():
             image = F.normalize(net.encode_image(pixels / 127.5 - 1.0).float(), dim=1)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from sidcli.emoji.nouns import NOUNS
-from sidcli.emoji.world import ADJECTIVES, COLOUR_LIST, COLOUR_TEMPLATES, PLAIN_TEMPLATES, PROMPT_SEED, caption, plural, scene
+from sidcli.emoji.world import ADJECTIVES, COLOR_LIST, COLOR_TEMPLATES, PLAIN_TEMPLATES, PROMPT_SEED, caption, plural, scene
 
 WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 SHOWN, LONGEST, EXAMPLES, WIDTH = 5, 40, 12, 100
@@ -26,8 +26,8 @@ def nouns() -> frozenset[str]:
 @cache
 def words() -> frozenset[str]:
     """Every word of the captions that the models were trained on."""
-    templates = " ".join((*PLAIN_TEMPLATES, *COLOUR_TEMPLATES))
-    return nouns() | {*COLOUR_LIST, *ADJECTIVES, "a", "an", *WORD.findall(re.sub(r"\{\w+\}", " ", templates))}
+    templates = " ".join((*PLAIN_TEMPLATES, *COLOR_TEMPLATES))
+    return nouns() | {*COLOR_LIST, *ADJECTIVES, "a", "an", *WORD.findall(re.sub(r"\{\w+\}", " ", templates))}
 
 
 def spelled(text: str) -> list[str]:
@@ -39,7 +39,7 @@ def spelled(text: str) -> list[str]:
 def close(word: str) -> list[str]:
     """Known words that may have been meant: the noun that an emoji stands for, or up to two with a similar spelling."""
     pictured = [noun for noun, emoji in NOUNS.items() if word in emoji]
-    return pictured or (difflib.get_close_matches(word, [*NOUNS, *COLOUR_LIST], 2, 0.7) if len(word) > 3 else [])
+    return pictured or (difflib.get_close_matches(word, [*NOUNS, *COLOR_LIST], 2, 0.7) if len(word) > 3 else [])
 
 
 def remark(texts: Sequence[str], model: str) -> str:
@@ -62,15 +62,15 @@ def remark(texts: Sequence[str], model: str) -> str:
         )
     if idle:
         said.append(f"{idle[:LONGEST]!r} names nothing to draw")
-    hint = f"`sid sample --list-prompts` prints the {len(NOUNS)} nouns and {len(COLOUR_LIST)} colors it knows"
+    hint = f"`sid sample --list-prompts` prints the {len(NOUNS)} nouns and {len(COLOR_LIST)} colors it knows"
     return f"note: {'; '.join(said)}; {hint}" if said else ""
 
 
 def summary() -> dict[str, Any]:
     """What the models can be asked for, with captions as examples."""
     examples = [caption(scene(PROMPT_SEED, index), PROMPT_SEED, index, "train").text for index in range(EXAMPLES)]
-    adjectives = [word for word in ADJECTIVES if word not in COLOUR_LIST]
-    return {"nouns": list(NOUNS), "colors": list(COLOUR_LIST), "adjectives": adjectives, "examples": examples}
+    adjectives = [word for word in ADJECTIVES if word not in COLOR_LIST]
+    return {"nouns": list(NOUNS), "colors": list(COLOR_LIST), "adjectives": adjectives, "examples": examples}
 
 
 def lines() -> list[str]:

@@ -1,9 +1,9 @@
-"""The emoji world: a text-to-image world without a download. One emoji on one coloured background, 64 x 64 pixels.
+"""The emoji world: a text-to-image world without a download. One emoji on one colored background, 64 x 64 pixels.
 
-Every scene is a pure function of (seed, index), so images, captions and ground truth (noun, colour, scale, place) are endless and
+Every scene is a pure function of (seed, index), so images, captions and ground truth (noun, color, scale, place) are endless and
 exact. Two kinds of held-out material let us measure on what no model was trained on:
 
-- `HELD_OUT_PAIRS`: about 5 % of the (noun, colour) pairs never appear in a scene unless asked for (composition);
+- `HELD_OUT_PAIRS`: about 5 % of the (noun, color) pairs never appear in a scene unless asked for (composition);
 - a tenth of all caption texts, chosen by their hash, never appear in the "train" split (word forms).
 """
 
@@ -28,7 +28,7 @@ SHEET_COLUMNS = 12
 SPRITE_SIZES = (36, 40, 44, 48, 52, 56)
 NOUN_LIST = tuple(NOUNS)
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 58, 52),
     "green": (72, 160, 80),
     "blue": (66, 120, 214),
@@ -40,7 +40,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 244),
     "black": (34, 34, 38),
 }
-COLOUR_LIST = tuple(COLOURS)
+COLOR_LIST = tuple(COLORS)
 
 # Scenes of different purposes come from different seeds, so no set ever holds a scene of another.
 TEACHER_SEED, METRIC_SEED, REFERENCE_SEED, FLOOR_SEED, PROMPT_SEED = 1, 2, 3, 4, 5
@@ -62,30 +62,30 @@ PLAIN_TEMPLATES = (
     "my {noun}",
     "this is {a} {noun}",
 )
-COLOUR_TEMPLATES = (
-    "{a} {noun} on {b} {colour} background",
-    "{a} {noun} on {b} {colour} background",
-    "{a} {noun} on {b} {colour} background",
-    "{a} {noun} on {colour}",
-    "{noun} on {colour}",
-    "{noun} on {b} {colour} background",
-    "the {noun} on {b} {colour} background",
-    "{plural} on {colour}",
-    "{plural} on {b} {colour} background",
-    "{a} {adjective} {noun} on {b} {colour} background",
-    "{a} {adjective} {noun} on {colour}",
-    "{adjective} {noun} on {colour}",
-    "{noun}, {colour} background",
-    "{a} {noun}, {colour} background",
-    "{a} {noun} with {b} {colour} background",
-    "{a} {noun} in front of {b} {colour} background",
-    "{colour} background with {a} {noun}",
-    "{b} {colour} background with {a} {noun}",
-    "an emoji of {a} {noun} on {b} {colour} background",
-    "a picture of {a} {noun} on {b} {colour} background",
+COLOR_TEMPLATES = (
+    "{a} {noun} on {b} {color} background",
+    "{a} {noun} on {b} {color} background",
+    "{a} {noun} on {b} {color} background",
+    "{a} {noun} on {color}",
+    "{noun} on {color}",
+    "{noun} on {b} {color} background",
+    "the {noun} on {b} {color} background",
+    "{plural} on {color}",
+    "{plural} on {b} {color} background",
+    "{a} {adjective} {noun} on {b} {color} background",
+    "{a} {adjective} {noun} on {color}",
+    "{adjective} {noun} on {color}",
+    "{noun}, {color} background",
+    "{a} {noun}, {color} background",
+    "{a} {noun} with {b} {color} background",
+    "{a} {noun} in front of {b} {color} background",
+    "{color} background with {a} {noun}",
+    "{b} {color} background with {a} {noun}",
+    "an emoji of {a} {noun} on {b} {color} background",
+    "a picture of {a} {noun} on {b} {color} background",
 )
-# A colour before the noun describes the noun, never the background: "red apple on blue" is a blue scene.
-ADJECTIVES = ("cute", "little", "small", "big", "happy", "shiny", "nice", "beautiful", "round", "funny", "new", "old", *COLOUR_LIST)
+# A color before the noun describes the noun, never the background: "red apple on blue" is a blue scene.
+ADJECTIVES = ("cute", "little", "small", "big", "happy", "shiny", "nice", "beautiful", "round", "funny", "new", "old", *COLOR_LIST)
 PLURALS = {
     "mouse": "mice",
     "wolf": "wolves",
@@ -102,10 +102,10 @@ MASS_NOUNS = frozenset({"corn", "broccoli", "bread", "cheese", "honey"})
 
 @dataclass(frozen=True)
 class Scene:
-    """Ground truth of one image. Sizes and places in pixels, from the top left corner; `shade` scales the background colour."""
+    """Ground truth of one image. Sizes and places in pixels, from the top left corner; `shade` scales the background color."""
 
     noun: str
-    colour: str
+    color: str
     size: int
     left: int
     top: int
@@ -118,7 +118,7 @@ def _text_hash(text: str) -> int:
 
 
 HELD_OUT_PAIRS = frozenset(
-    (noun, colour) for noun in NOUN_LIST for colour in COLOUR_LIST if _text_hash(f"pair {noun} {colour}") % 20 == 0
+    (noun, color) for noun in NOUN_LIST for color in COLOR_LIST if _text_hash(f"pair {noun} {color}") % 20 == 0
 )
 
 
@@ -127,12 +127,12 @@ def scene(seed: int, index: int, held_out: bool = False) -> Scene:
     rng = numpy_generator(seed, "scene", index)
     while True:
         noun = NOUN_LIST[rng.integers(len(NOUN_LIST))]
-        colour = COLOUR_LIST[rng.integers(len(COLOUR_LIST))]
-        if ((noun, colour) in HELD_OUT_PAIRS) == held_out:
+        color = COLOR_LIST[rng.integers(len(COLOR_LIST))]
+        if ((noun, color) in HELD_OUT_PAIRS) == held_out:
             break
     size = SPRITE_SIZES[rng.integers(len(SPRITE_SIZES))]
     left, top = (int(place) for place in rng.integers(0, SIZE - size + 1, 2))
-    return Scene(noun, colour, size, left, top, bool(rng.integers(2)), float(rng.uniform(0.94, 1.04)))
+    return Scene(noun, color, size, left, top, bool(rng.integers(2)), float(rng.uniform(0.94, 1.04)))
 
 
 def plural(noun: str) -> str:
@@ -155,27 +155,27 @@ def in_split(text: str, split: Split) -> bool:
 
 
 class Caption(NamedTuple):
-    """A caption and the background colour it asks for; None where it leaves the background open."""
+    """A caption and the background color it asks for; None where it leaves the background open."""
 
     text: str
-    colour: str | None
+    color: str | None
 
 
-def caption(picture: Scene, seed: int, index: int, split: Split, name_colour: float = 0.8) -> Caption:
-    """A caption of the scene, a function of (seed, index); names the background with probability `name_colour`.
+def caption(picture: Scene, seed: int, index: int, split: Split, name_color: float = 0.8) -> Caption:
+    """A caption of the scene, a function of (seed, index); names the background with probability `name_color`.
 
     Word forms vary (articles, plurals, adjectives, order), because people type them all. Only texts of the split are returned.
     """
-    wording = _wording(picture, seed, index, split, name_colour)
-    return Caption(wording.text(picture), picture.colour if wording.template in COLOUR_TEMPLATES else None)
+    wording = _wording(picture, seed, index, split, name_color)
+    return Caption(wording.text(picture), picture.color if wording.template in COLOR_TEMPLATES else None)
 
 
-def shown_caption(picture: Scene, seed: int, index: int, split: Split, name_colour: float = 0.8) -> str:
+def shown_caption(picture: Scene, seed: int, index: int, split: Split, name_color: float = 0.8) -> str:
     """The same caption to be shown to people: without the article or the plural that its noun does not take.
 
     `caption` itself keeps them ("a fries"): the models here were trained on its texts, and runs are continued with them.
     """
-    wording = _wording(picture, seed, index, split, name_colour)
+    wording = _wording(picture, seed, index, split, name_color)
     template = wording.template
     if picture.noun in PLURAL_NOUNS | MASS_NOUNS:
         template = template.replace("{a} ", "").replace("one ", "some ").replace("{plural}", "{noun}")
@@ -194,18 +194,18 @@ class Wording(NamedTuple):
         first = self.adjective if "{a} {adjective}" in self.template else picture.noun
         return self.template.format(
             a=article(first),
-            b=article(picture.colour),
+            b=article(picture.color),
             noun=picture.noun,
             plural=plural(picture.noun),
-            colour=picture.colour,
+            color=picture.color,
             adjective=self.adjective,
         )
 
 
-def _wording(picture: Scene, seed: int, index: int, split: Split, name_colour: float) -> Wording:
+def _wording(picture: Scene, seed: int, index: int, split: Split, name_color: float) -> Wording:
     rng = numpy_generator(seed, f"caption {split}", index)
     while True:
-        templates = COLOUR_TEMPLATES if rng.random() < name_colour else PLAIN_TEMPLATES
+        templates = COLOR_TEMPLATES if rng.random() < name_color else PLAIN_TEMPLATES
         template = templates[rng.integers(len(templates))]
         wording = Wording(template, ADJECTIVES[rng.integers(len(ADJECTIVES))])
         if in_split(wording.text(picture), split):
@@ -215,7 +215,7 @@ def _wording(picture: Scene, seed: int, index: int, split: Split, name_colour: f
 @cache
 def digest() -> str:
     """A short hash of everything that decides what scenes look like."""
-    rules = repr((NOUN_LIST, COLOURS, SPRITE_SIZES, sorted(HELD_OUT_PAIRS)))
+    rules = repr((NOUN_LIST, COLORS, SPRITE_SIZES, sorted(HELD_OUT_PAIRS)))
     return hashlib.blake2b(rules.encode() + SHEET.read_bytes(), digest_size=6).hexdigest()
 
 
@@ -227,7 +227,7 @@ def _sheet() -> Image.Image:
 
 @cache
 def _sprite(position: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One sprite at one size: premultiplied colour [size, size, 3] in 0..255 and opacity [size, size, 1] in 0..1."""
+    """One sprite at one size: premultiplied color [size, size, 3] in 0..255 and opacity [size, size, 1] in 0..1."""
     column, row = position % SHEET_COLUMNS * TILE, position // SHEET_COLUMNS * TILE
     tile = _sheet().crop((column, row, column + TILE, row + TILE)).resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(tile, dtype=np.float32)
@@ -238,11 +238,11 @@ def _sprite(position: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndar
 
 def render(picture: Scene) -> np.ndarray:
     """The scene as uint8 [64, 64, 3]."""
-    colour, opacity = _sprite(NOUN_LIST.index(picture.noun), picture.size, picture.mirror)
-    background = np.minimum(np.asarray(COLOURS[picture.colour], dtype=np.float32) * picture.shade, 255.0)
+    color, opacity = _sprite(NOUN_LIST.index(picture.noun), picture.size, picture.mirror)
+    background = np.minimum(np.asarray(COLORS[picture.color], dtype=np.float32) * picture.shade, 255.0)
     image = np.broadcast_to(background, (SIZE, SIZE, 3)).copy()
     window = image[picture.top : picture.top + picture.size, picture.left : picture.left + picture.size]
-    window[:] = window * (1.0 - opacity) + colour
+    window[:] = window * (1.0 - opacity) + color
     return (np.clip(image, 0.0, 255.0) + 0.5).astype(np.uint8)
 
 

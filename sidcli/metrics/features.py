@@ -110,9 +110,9 @@ class EmojiFeatures:
 
     @torch.no_grad()
     def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Noun and colour, as indices [n] into NOUN_LIST and COLOUR_LIST, that the classifier names for features [n, 128]."""
+        """Noun and color, as indices [n] into NOUN_LIST and COLOR_LIST, that the classifier names for features [n, 128]."""
         seen = torch.from_numpy(features)
-        return self.net.noun(seen).argmax(1).numpy(), self.net.colour(seen).argmax(1).numpy()
+        return self.net.noun(seen).argmax(1).numpy(), self.net.color(seen).argmax(1).numpy()
 
 
 class InceptionFeatures:
@@ -155,7 +155,7 @@ class InceptionFeatures:
 
 @dataclass(frozen=True)
 class DinoFeatures:
-    """The normalised class token [B, D] of DINOv2, of images resized to 224 x 224 (PIL bicubic), as in arXiv 2306.04675.
+    """The normalized class token [B, D] of DINOv2, of images resized to 224 x 224 (PIL bicubic), as in arXiv 2306.04675.
 
     `model` is a folder or a hub id that transformers reads. Raises InputError where there is none.
     """

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.catalog import Measured
 from sidcli.metrics.intervals import Z, around, jackknife
 from sidcli.randomness import numpy_generator
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.catalog import Measured
 
 Z = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.catalog import Measured
 from sidcli.metrics.intervals import jackknife
 
 SIGMA = 10.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.catalog import Measured
 from sidcli.metrics.intervals import mean, share
 
 NEIGHBORS = 5

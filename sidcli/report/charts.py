@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sidcli.metrics.catalogue import Measured
+from sidcli.metrics.catalog import Measured
 
 POINTS = 200
 """Points of a curve that are kept; a chart is not drawn wider than twice as many pixels."""

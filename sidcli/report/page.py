@@ -15,7 +15,7 @@ from PIL import Image
 
 from sidcli import __version__
 from sidcli.files import atomic_file
-from sidcli.metrics.catalogue import Measured, Metric
+from sidcli.metrics.catalog import Measured, Metric
 from sidcli.printable import printable
 from sidcli.report import charts
 
@@ -23,8 +23,8 @@ LONGEST_SIDE = 256
 SMALL_SIDE = 128
 """Pictures below this many pixels are shown with their pixels as they are."""
 QUALITY = 90
-COLOURS = 8
-"""Colours of contestants in the template; a ninth contestant begins again with the first."""
+COLORS = 8
+"""Colors of contestants in the template; a ninth contestant begins again with the first."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Page:
 
     @property
     def contestants(self) -> list[str]:
-        """Every name that has a colour, in the order in which they come up."""
+        """Every name that has a color, in the order in which they come up."""
         galleries = [name for section in self.sections if isinstance(section, Gallery) for name, _ in section.rows]
         scores = [section for section in self.sections if isinstance(section, Scores)]
         return list(
@@ -199,8 +199,8 @@ def render(page: Page) -> str:
         "plot": charts.plot,
         "whiskers": charts.whiskers,
     }
-    colours = {name: f"c{index % COLOURS}" for index, name in enumerate(page.contestants)}
-    return environment.get_template("page.html").render(page=page, colours=colours, version=__version__)
+    colors = {name: f"c{index % COLORS}" for index, name in enumerate(page.contestants)}
+    return environment.get_template("page.html").render(page=page, colors=colors, version=__version__)
 
 
 def write(page: Page, file: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sidcli.errors import InputError
 from sidcli.files import read_json
-from sidcli.metrics.catalogue import METRICS
+from sidcli.metrics.catalog import METRICS
 from sidcli.progress import duration
 from sidcli.report.charts import evenly, number
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline

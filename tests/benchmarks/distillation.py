@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PANELS = (("fid", "emoji-FID"), ("noun_accuracy", "noun accuracy"), ("colour_accuracy", "colour accuracy"), ("clip", "CLIP score"))
+PANELS = (("fid", "emoji-FID"), ("noun_accuracy", "noun accuracy"), ("color_accuracy", "color accuracy"), ("clip", "CLIP score"))
 
 
 def sid(*arguments: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def sid(*arguments: str) -> dict[str, Any]:
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
     """A row of `sid eval` with its metrics as plain numbers, under the names of this benchmark's files."""
-    names = {"fid": "fid", "clip": "clip", "noun_accuracy": "noun", "colour_accuracy": "color"}
+    names = {"fid": "fid", "clip": "clip", "noun_accuracy": "noun", "color_accuracy": "color"}
     values = {name: row["metrics"][metric]["value"] for name, metric in names.items()}
     return {name: row[name] for name in ("model", "sampling", "n", "seconds_per_image")} | values
 

@@ -65,7 +65,7 @@ METRICS = {
     "color": Metric("color", False, 1, "images whose background color the emoji classifier sees", 0, 1, percent=True),
     "composition": Metric("composition", False, 1, "images of held-out noun and color pairs, both right", 0, 1, percent=True),
 }
-ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "colour": "color"}
+ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "color": "color"}
 """Other names that a gate may use: those of options and of tables."""
 
 
