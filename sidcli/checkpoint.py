@@ -158,7 +158,7 @@ def read(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def set_aside(root: Path, step: int) -> list[Path]:
-    """Rename checkpoints after `step`, damaged ones or those of a way that is not gone on, so that a run that continues from `step`
+    """Rename checkpoints newer than `step`, so that a run that continues from `step`
     neither counts them as its newest nor writes over them. Returns their new names; they are never removed by us."""
     renamed = []
     for newer in sorted(number for number in numbered(root) if number > step):

@@ -378,7 +378,7 @@ def distill(
     if group().count == 1 and processes > 1 and not dry_run:
         sys.exit(_launch(processes, device))
     if steps is not None and images is not None:
-        raise UsageError("--steps and --images say the same thing twice", "give one of them")
+        raise UsageError("--steps and --images exclude each other", "give one of them")
     if images is not None and images < 1:
         raise UsageError(f"--images must be at least 1, not {images}")
     if tracker not in (None, *TRACKERS):
@@ -513,7 +513,7 @@ def sample(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw images of prompts.
+    """Generate images from prompts.
 
     Example: sid sample "a cat" -o out.png
     """
@@ -648,7 +648,7 @@ def evaluate(
     ] = None,
     cmmd_model: Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="The same for the CMMD.")] = None,
     dino_model: Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="Folder or hub id of DINOv2.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a page to look at (.html).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a --report or --picture that is there.")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print the table for a paper.")] = False,
@@ -667,7 +667,7 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure models side by side, images drawn once and kept. Without a metric named: FID, CLIP score and accuracy.
+    """Evaluate models side by side; images are cached. Default metrics: FID, CLIP score and accuracy.
 
     Example: sid eval emoji emoji-teacher --fid --clip
     """
@@ -770,7 +770,7 @@ def export(
     rank: Annotated[int, typer.Option(callback=_within(1, 1024), help="LoRA rank.")] = 64,
     verify: Annotated[bool, typer.Option(help="Draw with the export and compare before the folder appears.")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME.")] = None,
-    public: Annotated[bool, typer.Option(help="Make a repository that is made by this upload public.")] = False,
+    public: Annotated[bool, typer.Option(help="Create the repository as public; default: private.")] = False,
     license: Annotated[
         str | None, typer.Option(help="License of the teacher, such as openrail++, where its files do not say.")
     ] = None,
@@ -788,7 +788,7 @@ def export(
     if is_pickle and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
     if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
-        raise UsageError(f"--push-to-hub wants OWNER/NAME, not {push_to_hub!r}")
+        raise UsageError(f"--push-to-hub must be OWNER/NAME, not {push_to_hub!r}")
     from sidcli.formats.order import Order, check
 
     order = Order(dtype, variant, rank)
@@ -958,7 +958,7 @@ def _drawer(
         plan = plan_for(loaded, steps, guidance)
         return loaded.source, Sampler(loaded, where), plan
     if backend == "torch" or graphs not in BACKENDS:
-        raise UsageError(f"{name} holds {graphs} graphs, for programs other than this one", "draw with the model it was made from")
+        raise UsageError(f"{name} holds {graphs} graphs, which sid does not run", "draw with the model it was made from")
     console.note(f"loading {name}")
     from sidcli.formats.runtime import open_graphs
     from sidcli.sampler import student_plan

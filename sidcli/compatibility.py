@@ -201,7 +201,7 @@ def check_schedule(place: str, config: Mapping[str, Any]) -> None:
         raise InputError(f"{place}: num_train_timesteps is {steps}, more than {MAX_TIMESTEPS}", OTHER_COPY)
     if betas is not None:
         if not isinstance(betas, list) or len(betas) != steps:
-            raise InputError(f"{place}: trained_betas is no list of {steps} numbers, one a timestep", OTHER_COPY)
+            raise InputError(f"{place}: trained_betas is not a list of {steps} numbers, one per timestep", OTHER_COPY)
         return
     for entry, (kinds, what) in BETAS.items():
         if config.get(entry) is None:

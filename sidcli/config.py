@@ -61,7 +61,7 @@ class DistillConfig:
     t_min: int = 20
     """Smallest timestep at which scores are compared."""
     t_max: int = 980
-    """First timestep above those at which scores are compared; never drawn itself."""
+    """Exclusive upper timestep for scores."""
     steps: int = 10000
     """Training steps; each one updates the fake score and then the generator."""
     batch_size: int = 512
@@ -185,7 +185,7 @@ def strategy(name: str, scale: float | None) -> dict[str, float]:
     if name not in STRATEGIES:
         raise UsageError(f"--guidance-strategy must be one of {', '.join(STRATEGIES)}, not {name!r}")
     if scale is not None and STRATEGIES[name] is None:
-        raise UsageError(f"--guidance-strategy {name} fixes every scale; --guidance {scale:g} has no place in it", "leave it out")
+        raise UsageError(f"--guidance-strategy {name} fixes every scale; --guidance {scale:g} has no effect", "leave it out")
     k = STRATEGIES[name] if scale is None else scale
     kappas = {
         "lsg": (k, k, k, k),

@@ -64,7 +64,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Draw:
-    """All that chance decides about one micro-batch: prompts, generator noise per visit, score noise [b, C, h, w] and timesteps [b]."""
+    """Random inputs of one micro-batch: prompts, generator noise per step, score noise [b, C, h, w] and timesteps [b]."""
 
     prompts: list[str]
     latents: list[Tensor]

@@ -128,7 +128,7 @@ def _model(
     opened: list[Drawer] = []
     if one.known is None:
         if wish.own:
-            raise UsageError(f"{wish.name} holds graphs, which draw as they were made to", "leave steps= and guidance= out")
+            raise UsageError(f"{wish.name} holds graphs, whose sampling is fixed", "leave steps= and guidance= out")
         plan = student_plan(read_card(source), None, None, wish.name)
     elif wish.untrained:
         plan = untrained_plan(wish.untrained)

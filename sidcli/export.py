@@ -87,7 +87,7 @@ def networks(known: Description) -> dict[str, Any]:
     except Exception as error:  # libraries answer a stranger's description with any kind of error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"the description of {known.source.name} makes no network: {reason}", "take another copy of the model"
+            f"the description of {known.source.name} does not describe a network: {reason}", "take another copy of the model"
         ) from error
 
 

@@ -248,7 +248,7 @@ def _open_own(path: Path, flags: int) -> TextIO:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise EnvironmentProblem(f"{path} is a link, through which nothing is written", "remove the link") from error
+            raise EnvironmentProblem(f"{path} is a link; sid does not write through links", "remove the link") from error
         raise
     return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "r+", encoding="utf-8")
 
@@ -289,7 +289,7 @@ def check_writable(folder: Path, option: str = "--output") -> None:
         folder.exists()
         existing = nearest(folder)
     except OSError as error:
-        raise EnvironmentProblem(f"{str(folder)[:80]} is no place for files: {error.strerror}", instead) from error
+        raise EnvironmentProblem(f"{str(folder)[:80]} cannot hold files: {error.strerror}", instead) from error
     for place in (folder, *folder.parents):
         if place.is_symlink() and not place.exists():
             raise EnvironmentProblem(f"{place} is a link to a place that is not there", instead)
@@ -311,7 +311,7 @@ def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:
             is_folder, exists = file.is_dir(), file.exists() or file.is_symlink()
         except OSError as error:
             raise EnvironmentProblem(
-                f"{str(file)[:80]} is no name for a file: {error.strerror}", f"choose another {option}"
+                f"{str(file)[:80]} is not a valid file name: {error.strerror}", f"choose another {option}"
             ) from error
         if is_folder:
             raise UsageError(f"{file} is a folder", f"give {option} the name of a file")

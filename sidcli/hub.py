@@ -212,9 +212,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         )
         return Fetched(folder, repo, commit, tuple(missing.items()))
     except HFValidationError as error:
-        raise InputError(
-            f"{named} is no id that the hub could have", "check the spelling: OWNER/NAME or OWNER/NAME@REVISION"
-        ) from error
+        raise InputError(f"{named} is not a valid hub id", "check the spelling: OWNER/NAME or OWNER/NAME@REVISION") from error
     except GatedRepoError as error:
         raise InputError(f"{repo} asks you to accept its terms", "accept them on its page and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
@@ -246,7 +244,7 @@ def unreachable(named: str, error: Exception) -> InputError:
     reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
     return InputError(
         f"cannot reach {named} on the hub, and the cache has no complete copy: {reason}",
-        "run again to go on where it stopped, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",
+        "run again to continue the download, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",
     )
 
 

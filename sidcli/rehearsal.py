@@ -24,7 +24,7 @@ def rehearse(
     """
     found = misfit(json.dumps(networks), latent, length)
     if found:
-        raise InputError(f"{places[found[0]]} makes no network that draws: {found[1]}", OTHER_COPY)
+        raise InputError(f"{places[found[0]]} does not describe a network that generates images: {found[1]}", OTHER_COPY)
 
 
 @lru_cache(maxsize=8)  # a model is described, and then loaded

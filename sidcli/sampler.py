@@ -135,7 +135,8 @@ def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float
     check_wishes(steps, guidance)
     own = int(card.get("student_steps", 1))
     if steps is not None and steps > own:
-        raise UsageError(f"{name} was trained to draw in {own} steps at most, not {steps}", "leave --steps out")
+        at_most = "is a one-step model" if own == 1 else f"was trained for at most {own} steps"
+        raise UsageError(f"{name} {at_most}; --steps {steps} is not possible", "leave --steps out")
     if guidance not in (None, 0, 1):
         raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
     wanted = steps or own

@@ -293,7 +293,7 @@ def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str,
         )
     check_scale(places["vae"], vae)
     if "sample_size" in vae and _sides(vae) is None:
-        raise InputError(f"{places['vae']}: sample_size is {shown(vae['sample_size'])}, which is no size of an image", OTHER_COPY)
+        raise InputError(f"{places['vae']}: sample_size is {shown(vae['sample_size'])}, which is not an image size", OTHER_COPY)
     second = networks.get("text_encoder_2")
     told = whole(text, "hidden_size", places["text_encoder"])
     if second:
@@ -301,7 +301,9 @@ def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str,
     heard = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
     widths = set(heard) if isinstance(heard, list) else {heard}
     if widths != {told}:
-        raise InputError(f"{name}: the UNet listens to text {heard} wide, its text encoders give {told}", OTHER_COPY)
+        raise InputError(
+            f"{name}: the UNet's cross_attention_dim {heard} does not match the text encoders' width {told}", OTHER_COPY
+        )
     added = unet.get("addition_embed_type") == "text_time"
     if added != bool(second):
         have = "has no text_encoder_2" if added else "has a text_encoder_2"
@@ -369,7 +371,7 @@ def _sample_size(config: dict[str, Any], place: str) -> tuple[int, int]:
     sides, value = _sides(config), config.get("sample_size")
     if sides is None:
         raise InputError(
-            f"{place}: sample_size is {shown(value)}, which is no size to draw at", "pass --width and --height, in pixels"
+            f"{place}: sample_size is {shown(value)}, which is not an image size", "pass --width and --height, in pixels"
         )
     if re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))) and type(value) is int and value < 64:
         return 64, 64  # the first versions wrote another number, and stock pipelines correct it
@@ -448,14 +450,15 @@ def check_files(folder: Path) -> None:
         named = read_json(file).get("weight_map")
         for shard in named.values() if isinstance(named, dict) else [named]:
             if not (isinstance(shard, str) and WEIGHTS.fullmatch(shard) and (folder / shard).is_file()):
-                raise InputError(f"{file} names {shard}, which is no shard beside it", "take another copy of the model")
+                raise InputError(f"{file} names {shard}, which is not beside it", "take another copy of the model")
     for file in sorted(file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name)):
         with single_file.opened(file) as content:
             for key in content.keys():  # noqa: SIM118 - no mapping
                 kind = content.get_slice(key).get_dtype()
                 if kind not in single_file.FLOATS and not single_file.SPARE.search(key):
                     raise InputError(
-                        f"{file} holds {key} as {kind}, which is no float", "use the model in half precision or better"
+                        f"{file} holds {key} as {kind}, which is not a floating-point type",
+                        "use the model in half precision or better",
                     )
 
 
@@ -494,13 +497,13 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
     try:
         scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in SCHEDULE})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"the scheduler's description makes no schedule: {first_line(error)}", OTHER_COPY) from error
+        raise InputError(f"the scheduler does not describe a noise schedule: {first_line(error)}", OTHER_COPY) from error
     if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # true of no NaN
-        raise InputError("the scheduler's description makes no schedule: betas must lie between 0 and 1", OTHER_COPY)
+        raise InputError("the scheduler does not describe a noise schedule: betas must lie between 0 and 1", OTHER_COPY)
     schedule = Schedule.from_betas(scheduler.betas, prediction)
     if prediction == "epsilon" and schedule.abar[-1] == 0:
         raise InputError(
-            "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where nothing else is left",
+            "a schedule with zero terminal SNR needs a teacher that predicts v: predicted noise says nothing about the image where no signal is left",
             "--prediction-type v_prediction, if that is what it predicts",
         )
     return schedule

@@ -68,7 +68,7 @@ def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
             except ValueError:
                 bound = math.nan
             if name is None or not math.isfinite(bound):
-                raise UsageError(f"{option} wants METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
+                raise UsageError(f"{option} must be METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
             metric = METRICS[name]
             if not metric.low <= bound <= metric.high:
                 possible = f"at least {metric.low}" if metric.high == math.inf else f"between {metric.low} and {metric.high}"

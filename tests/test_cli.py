@@ -131,7 +131,7 @@ def test_values_complete_in_the_shell(
     [
         (["distill", "--steps", "3", "--images", "9"], 2, "--steps and --images"),
         (["distill", "--batch-size", "0"], 2, "--batch-size must be at least 1, not 0"),
-        (["sample", "a cat", "--model", "emoji", "--steps", "4"], 2, "was trained to draw in 1 steps at most, not 4"),
+        (["sample", "a cat", "--model", "emoji", "--steps", "4"], 2, "emoji is a one-step model; --steps 4 is not possible"),
         (["sample", "a cat", "--model", "no-such-model"], 3, "no model 'no-such-model'"),
         (["sample", "a cat", "--model", "weights.ckpt"], 3, "no model 'weights.ckpt': there is no such file"),
         (["distill", "--prompts", "missing.txt"], 3, "missing.txt"),
@@ -149,7 +149,7 @@ def test_values_complete_in_the_shell(
         (["export", "emoji", "-o", "x", "--format", "gif"], 2, "unknown format"),
         (["export", "emoji", "-o", "x", "--format", "onnx", "--dtype", "bf16"], 2, "fp32 or fp16"),
         (["export", "emoji", "-o", "x", "--variant", "../x"], 2, "--variant must be fp16"),
-        (["export", "emoji", "-o", "n" * 300], 4, "no place for files"),
+        (["export", "emoji", "-o", "n" * 300], 4, "cannot hold files"),
         (["export", "emoji", "-o", ".", "--overwrite"], 2, "is not an export, and --overwrite replaces nothing else"),
         (["export", "their.pkl", "-o", "x"], 2, "--teacher ID"),
         (["export", "emoji", "-o", "x", "--push-to-hub", "me"], 2, "OWNER/NAME"),

@@ -79,16 +79,20 @@ def test_pipelines_are_those_of_diffusers() -> None:
         (SCHEDULER, {"beta_start": ...}, "beta_start is missing: nothing says which noise"),
         (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000, more than"),
         (SCHEDULER, {"num_train_timesteps": "1000"}, 'num_train_timesteps is "1000"; it must be'),
-        (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "trained_betas is no list of 1000 numbers"),
+        (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "trained_betas is not a list of 1000 numbers"),
         (SCHEDULER, {"beta_end": 12}, "betas must lie between 0 and 1"),
         (VAE, {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, "latents_mean is [0.1, 0.1, 0.1, 0.1]"),
         (VAE, {"shift_factor": 0.1}, "shift_factor is 0.1"),
         (VAE, {"out_channels": 6}, "out_channels is 6, which is not supported: sid draws RGB images"),
         (VAE, {"scaling_factor": None}, "scaling_factor is null; it must be a positive number"),
         (VAE, {"latent_channels": 16}, "takes latents of 4 channels, its VAE gives 16"),
-        (VAE, {"sample_size": None}, "sample_size is null, which is no size of an image"),
+        (VAE, {"sample_size": None}, "sample_size is null, which is not an image size"),
         (VAE, {"block_out_channels": ...}, "vae/config.json: block_out_channels is missing"),
-        (VAE, {"up_block_types": ["UpDecoderBlock2D"] * 2}, "vae/config.json makes no network that draws: it turns latents"),
+        (
+            VAE,
+            {"up_block_types": ["UpDecoderBlock2D"] * 2},
+            "vae/config.json does not describe a network that generates images: it turns latents",
+        ),
         (UNET, {"num_class_embeds": 10}, "num_class_embeds is 10, which is not supported: class labels"),
         (UNET, {"class_embed_type": "projection"}, 'class_embed_type is "projection"'),
         (UNET, {"addition_embed_type": "image"}, "image embeddings are an input"),
@@ -98,15 +102,19 @@ def test_pipelines_are_those_of_diffusers() -> None:
         (UNET, {"dual_cross_attention": True}, "dual_cross_attention is true"),
         (UNET, {"out_channels": 8}, "out_channels is 8 where in_channels is 4: a learned variance"),
         (UNET, {"addition_embed_type": "text_time"}, 'addition_embed_type is "text_time", but the model has no text_encoder_2'),
-        (UNET, {"norm_num_groups": 7}, "unet/config.json makes no network that draws: ValueError: num_channels"),
-        (UNET, {"down_block_types": ["DownBlock3D"] * 4}, "unet/config.json makes no network that draws"),
+        (
+            UNET,
+            {"norm_num_groups": 7},
+            "unet/config.json does not describe a network that generates images: ValueError: num_channels",
+        ),
+        (UNET, {"down_block_types": ["DownBlock3D"] * 4}, "unet/config.json does not describe a network that generates images"),
         (UNET, {"layers_per_block": [1, 1, 1, 10**9]}, "layers_per_block is [1, 1, 1, 1000000000]; 10 layers at most"),
         (UNET, {"transformer_layers_per_block": [[1], [10**9]]}, "40 layers at most are built"),
         (VAE, {"block_out_channels": [8] * 10**5}, "block_out_channels has 100000 values, 16 at most are read"),
         (TEXT, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; 100 layers at most are built"),
         (TEXT, {"use_attention_mask": True}, "use_attention_mask is true"),
         (TEXT, {"model_type": "t5"}, 'model_type is "t5"'),
-        (TEXT, {"num_attention_heads": 3}, "text_encoder/config.json makes no network that draws"),
+        (TEXT, {"num_attention_heads": 3}, "text_encoder/config.json does not describe a network that generates images"),
         (TEXT, {"hidden_size": ...}, "text_encoder/config.json: hidden_size is missing"),
         (INDEX, {"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet, a ControlNetModel"),
         (INDEX, {"_class_name": "StableDiffusionLDM3DPipeline"}, "is a StableDiffusionLDM3DPipeline, which is not supported"),
@@ -188,7 +196,7 @@ def test_entries_that_the_unet_itself_computes_draw_as_in_stock_diffusers(restor
 def test_a_model_without_a_size_draws_at_the_size_that_is_wished(restored: dict[str, Path]) -> None:
     change(restored["sd"] / UNET, sample_size=None)
     folder = find(str(restored["sd"]))
-    assert "unet/config.json: sample_size is null, which is no size to draw at" in refusal(restored["sd"])
+    assert "unet/config.json: sample_size is null, which is not an image size" in refusal(restored["sd"])
     assert "sample_size is null" in refusal(restored["sd"], Overrides(width=64))
     assert load(folder, Overrides(width=64, height=32)).size == (32, 64)
 

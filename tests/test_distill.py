@@ -512,7 +512,7 @@ def test_a_link_in_a_run_folder_is_not_written_through(sd_folder: Path, config: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"format": 1}')
     (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(EnvironmentProblem, match=rf"{name} is a link, through which nothing is written"):
+    with pytest.raises(EnvironmentProblem, match=rf"{name} is a link; sid does not write through links"):
         run(sd_folder, config, tmp_path / "run")
     assert not (tmp_path / "outside").exists()
 
@@ -603,7 +603,7 @@ def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: Dis
         theirs = np.asarray(pipe("a cat", timesteps=list(plan.grid), guidance_scale=0, generator=generator).images[0])
         assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1, steps
     assert export.run(model, "diffusers", tmp_path / "export", Order(), True, lambda count: None).difference in (0, 1)
-    with pytest.raises(UsageError, match="4 steps at most, not 5"):
+    with pytest.raises(UsageError, match="at most 4 steps; --steps 5"):
         plan_for(model, 5, None)
 
 

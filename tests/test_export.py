@@ -389,9 +389,9 @@ def described_student(folder: Path, **card: Any) -> Path:
         ({"teacher": {}}, ["--format", "lora"], 2, "does not say which teacher"),
         ({}, ["--push-to-hub", "me/mine"], 2, "the license of"),
         ({}, ["--push-to-hub", "me/mine", "--license", "mit"], 3, "HF_HUB_OFFLINE is set"),
-        ({}, [], 4, "bytes free; the export needs 4264"),
-        ({}, ["--dtype", "fp16", "--format", "onnx"], 4, "bytes free; the export needs 2378"),
-        ({}, ["--format", "lora", "--rank", "1", "--teacher", "SELF"], 4, "bytes free; the export needs"),
+        ({}, [], 4, "has 1 MB of disk space free; the export needs 4.26 GB"),
+        ({}, ["--dtype", "fp16", "--format", "onnx"], 4, "has 1 MB of disk space free; the export needs 2.38 GB"),
+        ({}, ["--format", "lora", "--rank", "1", "--teacher", "SELF"], 4, "has 1 MB of disk space free; the export needs"),
     ],
 )
 def test_what_descriptions_tell_is_said_before_a_weight_is_read(
@@ -407,7 +407,7 @@ def test_what_descriptions_tell_is_said_before_a_weight_is_read(
     if "SELF" in options:
         options = [str(tiny.write_sd15_configs(tmp_path / "teacher")) if word == "SELF" else word for word in options]
     if code == 4:
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "total used free")(2, 1, 1))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "total used free")(2e6, 1e6, 1e6))
     assert sid("export", folder, "-o", tmp_path / "out", *options) == code
     shown = capsys.readouterr().err
     assert said in shown and "loading" not in shown and "Traceback" not in shown, shown

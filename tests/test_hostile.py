@@ -457,7 +457,7 @@ def test_a_list_of_shards_that_leads_elsewhere_is_refused(shard: object, weights
     names = load_file(tmp_path / "outside.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
     (copied / f"{weights}.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"\.index\.json names .* which is no shard beside it"):
+    with pytest.raises(InputError, match=r"\.index\.json names .* which is not beside it"):
         load(find(str(copied)))
 
 

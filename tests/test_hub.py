@@ -147,7 +147,7 @@ def test_a_repository_without_weights_that_are_read_is_refused_before_a_download
         assert not any("/resolve/" in request for request in hub.requests)
         for impossible in ("a--b/c", "someone/-x", "someone/" + "x" * 100):
             refused = fetch(hub, tmp_path / "home", impossible)
-            assert refused.returncode == 3 and "is no id that the hub could have" in refused.stderr, refused.stderr
+            assert refused.returncode == 3 and "is not a valid hub id" in refused.stderr, refused.stderr
 
 
 def test_an_id_that_left_the_hub_is_found_under_its_new_name_and_the_old_one_in_the_cache(repository: Path, tmp_path: Path) -> None:

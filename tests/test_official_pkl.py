@@ -654,7 +654,7 @@ def test_what_is_missing_on_this_machine_is_said(tmp_path: Path, monkeypatch: py
     with pytest.raises(EnvironmentProblem):
         tensors(path, tmp_path / "nowhere")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
-    with pytest.raises(EnvironmentProblem, match="10 bytes free"):
+    with pytest.raises(EnvironmentProblem, match="of disk space free"):
         tensors(path)
 
 

@@ -107,12 +107,12 @@ def test_every_output_option_refuses_what_cannot_be_before_torch_is_imported(tmp
         ([*distill, "file"], "file is a file, not a folder"),
         ([*distill, "file/run"], "file is a file, not a folder"),
         ([*distill, "dangling/run"], "is a link to a place that is not there"),
-        ([*distill, long], "is no place for files"),
+        ([*distill, long], "cannot hold files"),
         ([*sample, "file/cat.png"], "file is a file, not a folder"),
         ([*sample, "file"], "file is a file, not a folder"),
         ([*sample, "folder.png"], "folder.png is a folder"),
         ([*sample, "there.png"], "there.png exists already"),
-        ([*sample, f"{long}.png"], "is no name for a file"),
+        ([*sample, f"{long}.png"], "is not a valid file name"),
         ([*sample, "dangling/cat.png"], "is a link to a place that is not there"),
         ([*evaluate, "--report", "file/page.html"], "choose another --report"),
         ([*evaluate, "--report", "folder.png"], "give --report the name of a file"),
@@ -128,7 +128,7 @@ def test_every_output_option_refuses_what_cannot_be_before_torch_is_imported(tmp
         ([*write, "folder.png"], "folder.png exists already"),
         ([*write, "folder.png", "--overwrite"], "is not an export"),
         ([*write, "dangling"], "is a link to a place that is not there"),
-        ([*write, long], "is no place for files"),
+        ([*write, long], "cannot hold files"),
     ]
     before = tree(here)
     codes, said = each([arguments for arguments, _ in cases], here, stub(tmp_path / "stubs", "torch"))

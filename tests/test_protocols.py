@@ -315,7 +315,7 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
         photo.dino([image], [])
     assert DINO in caught.value.message and "--dino-model FOLDER" in caught.value.hint
     (tmp_path / "no.pt").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="is no Inception in TorchScript"):
+    with pytest.raises(InputError, match="is not the Inception network in TorchScript"):
         InceptionFeatures(tmp_path / "no.pt", CPU)([image])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no open_clip_config.json"):

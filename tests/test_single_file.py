@@ -506,7 +506,7 @@ def test_damaged_descriptions_are_refused(files: dict[str, Path], folders: dict[
     config = json.loads(header(files["sd1"])["sid.config"])
     config["unet"]["down_block_types"] = ["Nothing2D"] * 4
     changed(files["sd1"], path, metadata={"sid.config": json.dumps(config)})
-    assert "makes no network" in refusal(path)
+    assert "does not describe a network" in refusal(path)
     assert "unet/config.json cannot be read" in refusal(path, config=tmp_path)
 
 

@@ -37,7 +37,7 @@ def change(file: Path, **entries: object) -> None:
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels in: an inpainting or editing model"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample' is not supported"),
         ("scheduler/scheduler_config.json", {"beta_start": "x"}, 'beta_start is "x"; it must be a number'),
-        ("unet/config.json", {"cross_attention_dim": 64}, "listens to text 64 wide, its text encoders give 32"),
+        ("unet/config.json", {"cross_attention_dim": 64}, "cross_attention_dim 64 does not match the text encoders' width 32"),
     ],
 )
 def test_a_model_that_cannot_teach_is_refused_with_the_reason(copied: Path, file: str, entries: dict, said: str) -> None:

@@ -52,7 +52,7 @@ def pack_student(run: Path) -> None:
         own, shared = (load_file(next((WEIGHTS / kind / name).glob("*.safetensors"))) for kind in ("student", "teacher"))
         if own.keys() != shared.keys() or any(not torch.equal(value, shared[key]) for key, value in own.items()):
             raise InputError(
-                f"the {name} of {run} is not that of the packed teacher", "pack nets first, and distil from that teacher"
+                f"the {name} of {run} is not that of the packed teacher", "pack nets first, and distill from that teacher"
             )
     for name in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(WEIGHTS / "student" / name)

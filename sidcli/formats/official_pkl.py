@@ -88,10 +88,10 @@ def mapped(source: str) -> memoryview:
 def network(data: bytes | memoryview) -> dict[str, View]:
     """The tensors of the generator in a file's content, under the names that state_dict() has for them."""
     if bytes(data[:4]) == b"PK\x03\x04":
-        raise InputError("a zip archive, as torch.save writes training states, and no released generator", HINT)
+        raise InputError("a zip archive, as torch.save writes training states, not a released generator", HINT)
     content = Reader(data).load()
     if content == MAGIC:
-        raise InputError("written by torch.save: a training state or a state dict, and no released generator", HINT)
+        raise InputError("written by torch.save: a training state or a state dict, not a released generator", HINT)
     if type(content) is not dict:
         raise InputError(f"holds a {typename(content)}, not a dict with the key 'ema'", HINT)
     if "ema" not in content:
@@ -184,13 +184,17 @@ def tensors(path: Path, scratch: Path | None = None) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from sidcli.files import gigabytes
+
     if not path.is_file():
         raise InputError(f"{path}: no such file", "pass a .pkl that the authors released")
     try:
         with tempfile.TemporaryDirectory(prefix="sid-", dir=scratch, ignore_cleanup_errors=True) as folder:
             free, needed = shutil.disk_usage(folder).free, path.stat().st_size
             if free < needed:
-                raise EnvironmentProblem(f"{folder} has {free} bytes free; reading {path} takes {needed}", ROOM)
+                raise EnvironmentProblem(
+                    f"{folder} has {gigabytes(free)} of disk space free; reading {path} needs {gigabytes(needed)}", ROOM
+                )
             target = Path(folder).absolute() / "ema.safetensors"
             run_child(path, target)
             # load_file maps, so the content outlives the file: a float32 network is never copied.

@@ -114,7 +114,9 @@ class SingleFile:
             with torch.device("meta"):
                 network = build(component, self.configs[component])
         except Exception as error:  # libraries answer a stranger's description with any kind of error
-            raise InputError(f"the description of the {TITLES[component]} of {self.path} makes no network: {error}") from error
+            raise InputError(
+                f"the description of the {TITLES[component]} of {self.path} does not describe a network: {error}"
+            ) from error
         places = placed(self.family, component, network, self.prefixes[component])
         return {name: (places[name], list(tensor.shape)) for name, tensor in network.state_dict().items()}
 

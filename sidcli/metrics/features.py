@@ -78,7 +78,7 @@ def check_source(file: Path) -> None:
             if any(member.file_size > MAX_DESCRIPTION or b"__setstate__" in archive.read(member) for member in sources):
                 raise InputError(f"{file} would run a program of its own when it is loaded", SCRIPT_HINT)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error) as error:
-        raise InputError(f"{file} is no Inception in TorchScript: {error}", SCRIPT_HINT) from error
+        raise InputError(f"{file} is not the Inception network in TorchScript: {error}", SCRIPT_HINT) from error
 
 
 def check_graph(file: Path, graph: Any) -> None:
@@ -146,7 +146,7 @@ class InceptionFeatures:
                 return net.to(self.device)
             except (RuntimeError, AttributeError) as error:
                 reason = (str(error).strip().splitlines() or [""])[0]
-                raise InputError(f"{self.file} is no Inception in TorchScript: {reason}", SCRIPT_HINT) from error
+                raise InputError(f"{self.file} is not the Inception network in TorchScript: {reason}", SCRIPT_HINT) from error
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:

@@ -71,7 +71,7 @@ def frechet_distance(a: Statistics, b: Statistics, quick: bool = False) -> float
 def _distance(a: Statistics, b: Statistics, root: float) -> float:
     difference = a.mean - b.mean
     squared = float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * root)
-    return 0.0 if squared < 0.0 else squared  # and not max(0, ...), to which a value that is no number is 0
+    return 0.0 if squared < 0.0 else squared  # max(0, nan) would be 0; keep NaN
 
 
 def fid(features: np.ndarray, reference: Statistics) -> Measured:
