@@ -163,13 +163,18 @@ def cached(repo: str, revision: str) -> Path | None:
     return folder if is_complete(folder) else None
 
 
+def connection_error() -> type[Exception]:
+    """The error that the hub's HTTP library raises where there is no connection: httpx2's, or httpx's in huggingface_hub 1."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__bases__ if base.__name__ == "HTTPError")
+
+
 def download(repo: str, revision: str, listener: Listener, descriptions_only: bool) -> Fetched:
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -221,7 +226,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         if not isinstance(error, LocalEntryNotFoundError):
             raise InputError(f"{repo} has no revision {revision!r}", "check the branch, tag or commit after @") from error
         raise unreachable(named, error) from error
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (connection_error(), OfflineModeIsEnabled, OSError) as error:
         raise unreachable(named, error) from error
 
 
@@ -268,7 +273,6 @@ def upload(folder: Path, repo: str, private: bool, listener: Listener) -> str:
 
     Raises InputError where the hub refuses or cannot be reached; files that arrived before are not sent again.
     """
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -285,7 +289,7 @@ def upload(folder: Path, repo: str, private: bool, listener: Listener) -> str:
         raise InputError(
             f"the hub did not take {repo}: {(str(error).strip().splitlines() or ['no reason given'])[0]}", hint
         ) from error
-    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (connection_error(), OfflineModeIsEnabled, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{folder} is written, but was not uploaded to {repo}: {reason}",

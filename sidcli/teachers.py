@@ -503,7 +503,7 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
     schedule = Schedule.from_betas(scheduler.betas, prediction)
     if prediction == "epsilon" and schedule.abar[-1] == 0:
         raise InputError(
-            "a schedule with zero terminal SNR needs a teacher that predicts v: predicted noise says nothing about the image where no signal is left",
+            "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where no signal is left",
             "--prediction-type v_prediction, if that is what it predicts",
         )
     return schedule
