@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
-from sidcli.files import atomic_folder, write_json
+from sidcli.files import atomic_folder, read_json, write_json
 from sidcli.formats.card import PROMPT, call, grid_of, is_deterministic, sides, visits, write_card
 from sidcli.formats.order import DTYPES, Order
 from sidcli.sampler import Plan, plan_for
@@ -122,6 +122,9 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
             copy.deepcopy(network).to("cpu", order.torch_dtype).save_pretrained(folder / name, variant=order.variant)
         else:
             network.save_config(folder / name) if name in ("unet", "vae") else network.config.save_pretrained(folder / name)
+        described = read_json(folder / name / "config.json")
+        described.pop("_name_or_path", None)  # the folder on this machine that the network was read from
+        write_json(folder / name / "config.json", described)
         index[name] = [type(network).__module__.split(".")[0], type(network).__name__]
     for name, tokenizer in tokenizers.items():
         save_tokenizer(tokenizer, folder / name)
