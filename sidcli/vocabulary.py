@@ -5,6 +5,8 @@ The library puts an empty vocabulary in the place of one that is not there, and 
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +17,17 @@ from transformers import CLIPTokenizer
 from sidcli.compatibility import OTHER_COPY, OTHER_MODEL, shown, whole
 from sidcli.errors import InputError, first_line
 from sidcli.families import MAX_TOKENS
-from sidcli.files import read_json
+from sidcli.files import read_bytes, read_json
 from sidcli.hub import has_vocabulary
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNSPECIFIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of a tokenizer_config.json that leave it to model_index.json which tokenizer it is."""
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What a tokenizer is read from."""
+MOST_PARSED = 8
+_PARSED: dict[bytes, CLIPTokenizer] = {}
+"""Tokenizers by the content of their files."""
 PADDING = 128
 """A text encoder may have fewer rows than this without a token: sizes are rounded up to multiples of up to 128."""
 LETTERS = 512
@@ -48,14 +55,26 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str
     if not has_vocabulary(files):
         raise InputError(f"{folder} has no vocabulary: neither tokenizer.json nor both vocab.json and merges.txt", OTHER_COPY)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        check_merges(tokenizer, str(folder))
+        tokenizer = _opened(folder)
         check_tokenizer(tokenizer, str(folder), text_config, text_place)
     except InputError:
         raise
     except Exception as error:  # libraries answer a stranger's file with any kind of error
         raise InputError(f"{folder} holds no tokenizer of CLIP: {first_line(error)}", OTHER_COPY) from error
     return tokenizer
+
+
+def _opened(folder: Path) -> CLIPTokenizer:
+    """A tokenizer from its files. Files of the same content are parsed once: a command reads them for its plan and again to draw."""
+    present = [folder / name for name in FILES if (folder / name).exists()]
+    content = hashlib.sha256(b"".join(file.name.encode() + hashlib.sha256(read_bytes(file)).digest() for file in present)).digest()
+    if content not in _PARSED:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        check_merges(tokenizer, str(folder))
+        if len(_PARSED) >= MOST_PARSED:
+            _PARSED.clear()
+        _PARSED[content] = tokenizer
+    return copy.copy(_PARSED[content])
 
 
 def check_merges(tokenizer: Any, place: str) -> None:

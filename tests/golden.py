@@ -1,0 +1,108 @@
+"""Ten training steps of the emoji world under six settings, as numbers: what a change of the code that is meant to change no result
+must reproduce.
+
+    python -m tests.golden record      # writes tests/golden.json again, on another machine or after a change that is meant
+
+On the machine of the record every number is equal bit for bit. Elsewhere another order of additions changes the last bits, and Adam
+amplifies them from step to step: there the first step is compared, within a tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sidcli.config import PRESETS, DistillConfig, strategy
+from sidcli.engine import Engine
+from sidcli.files import read_json
+from sidcli.optimizer import SecondMomentAdam, local
+from sidcli.prompts import open_prompts
+from sidcli.sources import WEIGHTS, find
+from sidcli.teachers import Overrides, load
+
+RECORD = Path(__file__).with_suffix(".json")
+STEPS = 10
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lsg": {},
+    "zero-cfg": {"strategy": "zero-cfg"},
+    "v prediction": {"prediction_type": "v_prediction"},
+    "four steps": {"student_steps": 4},
+    "lora fake score": {"fake_lora": 4},
+    "split backward": {"split_backward": True, "gradient_checkpointing": True, "micro_batch": 2},
+}
+
+
+def machine() -> dict[str, str]:
+    """What decides the last bits of a result."""
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
+    return {"processor": model, "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of values and their order; names do not count, so that a state may be renamed."""
+    found = hashlib.sha256()
+    for value in tensors.values():
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def teacher(folder: Path, prediction: str) -> Path:
+    """The emoji teacher; its description says that it predicts `prediction`, whatever its weights were trained for."""
+    shutil.copytree(WEIGHTS / "teacher", folder)
+    described = folder / "scheduler" / "scheduler_config.json"
+    described.write_text(json.dumps(read_json(described) | {"prediction_type": prediction}))
+    return folder
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Losses and other measurements [step], gradient norms [update] and hashes of the state after the last step."""
+    given = dict(SETTINGS[name])
+    scales = strategy(given.pop("strategy", "lsg"), None)
+    prediction = given.pop("prediction_type", "epsilon")
+    settings = PRESETS["emoji"] | {"batch_size": 4, "micro_batch": 4, "precision": "fp32", "steps": STEPS} | scales | given
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", **settings)
+    model = load(find(str(teacher(folder / "teacher", prediction))), Overrides())
+    engine = Engine(model, config, open_prompts("emoji"), torch.device("cpu"))
+    norms: list[float] = []
+    step = SecondMomentAdam.step
+
+    def measured(optimizer: SecondMomentAdam) -> None:
+        values = [local(value.grad) for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+        norms.append(float(torch.stack([value.double().square().sum() for value in values]).sum().sqrt()))
+        step(optimizer)
+
+    with mock.patch.object(SecondMomentAdam, "step", measured):
+        numbers = [engine.advance().numbers() for _ in range(STEPS)]
+    return {
+        "measured": {key: [row[key] for row in numbers] for key in numbers[0]},
+        "gradient_norms": norms,
+        "state": {file: digest(tensors) for file, tensors in engine.tensors().items()},
+        "config": dataclasses.asdict(config),
+    }
+
+
+def record() -> None:
+    torch.set_num_threads(1)
+    runs = {}
+    for name in SETTINGS:
+        with tempfile.TemporaryDirectory() as folder:
+            runs[name] = {key: value for key, value in run(name, Path(folder)).items() if key != "config"}
+            print(name, runs[name]["state"])
+    RECORD.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["record"]:
+        sys.exit("usage: python -m tests.golden record")
+    record()

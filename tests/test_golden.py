@@ -1,0 +1,21 @@
+"""Results stay what they were: see tests/golden.py."""
+
+from pathlib import Path
+
+import pytest
+
+from sidcli.files import read_json
+from tests import golden
+
+RECORD = read_json(golden.RECORD)
+
+
+@pytest.mark.parametrize("name", golden.SETTINGS)
+def test_ten_steps_end_as_they_were_recorded(name: str, tmp_path: Path) -> None:
+    found, wanted = golden.run(name, tmp_path), RECORD["runs"][name]
+    if golden.machine() == RECORD["machine"]:
+        assert {key: found[key] for key in wanted} == wanted
+    else:
+        for key, values in wanted["measured"].items():
+            assert found["measured"][key][0] == pytest.approx(values[0], rel=1e-3, abs=1e-3), key
+        assert found["gradient_norms"][:2] == pytest.approx(wanted["gradient_norms"][:2], rel=1e-2)
