@@ -164,7 +164,7 @@ def cached(repo: str, revision: str) -> Path | None:
 
 
 def connection_error() -> type[Exception]:
-    """The error that the hub's HTTP library raises where there is no connection: httpx2's, or httpx's in huggingface_hub 1."""
+    """The error that the HTTP library of the hub raises where there is no connection; which library that is changes with its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__bases__ if base.__name__ == "HTTPError")

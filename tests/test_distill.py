@@ -250,12 +250,12 @@ def test_the_command_that_the_page_of_a_run_gives_for_measuring_it_works(
     run(sd_folder, dataclasses.replace(config, teacher=str(sd_folder), steps=1), tmp_path / "run")
     (commands,) = (one for one in run_sections(tmp_path / "run") if isinstance(one, Commands))
     line = next(line for _, line in commands.commands if "captions.txt" in line)
-    (tmp_path / "captions.txt").write_text("a cat\na dog\na horse\na bird\n")
+    (tmp_path / "captions.txt").write_text("".join(f"a cat of {index} years\n" for index in range(20)))
     words = shlex.split(line.replace("captions.txt", str(tmp_path / "captions.txt")))[1:]
     networks = ("--inception", stand_ins["inception"], "--clip-model", stand_ins["clip"])
     assert sid(*words, *networks, "--json") == 0
     models = json.loads(capfd.readouterr().out)["models"]
-    assert [(model["model"], model["n"]) for model in models] == [(str(tmp_path / "run"), 4), (str(sd_folder), 4)]
+    assert [(model["model"], model["n"]) for model in models] == [(str(tmp_path / "run"), 20), (str(sd_folder), 20)]
     assert models[0]["metrics"].keys() == {"fid_teacher", "clip"}
 
 

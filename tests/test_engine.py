@@ -257,10 +257,10 @@ def test_a_warm_up_step_moves_the_fake_score_alone(sd: Model, config: DistillCon
     before = snapshot(built)
     first = built.advance()
     after = built.tensors()
-    assert first.generator_loss is None and built.images == 2
+    assert first.generator_loss is None and built.images == 4
     assert all(torch.equal(before["generator"][name], value) for name, value in after["generator"].items())
     assert any(not torch.equal(before["fake_score"][name], value) for name, value in after["fake_score"].items())
-    assert built.advance().generator_loss is not None and built.images == 6
+    assert built.advance().generator_loss is not None and built.images == 8
 
 
 def test_a_value_that_is_not_finite_leaves_every_weight_as_it_was_and_is_counted(sd: Model, config: DistillConfig) -> None:

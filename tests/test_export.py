@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sidcli import distill, export
 from sidcli.config import DistillConfig
-from sidcli.errors import EnvironmentProblem, GateError, InputError, UsageError
+from sidcli.errors import GateError, InputError, UsageError
 from sidcli.formats import graph, lora, onnx, single_file, single_file_folder
 from sidcli.formats.order import FORMATS, Order
 from sidcli.outputs import check_export
@@ -520,7 +520,7 @@ def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / kept).parent.mkdir(exist_ok=True)
         (tmp_path / kept).write_text("{}")
     for folder in ("run", "project"):
-        with pytest.raises(EnvironmentProblem, match="is not an export"):
+        with pytest.raises(UsageError, match="is not an export"):
             check_export(tmp_path / folder, True)
     (tmp_path / "run" / "config.toml").unlink()
     check_export(tmp_path / "run", True)
