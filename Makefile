@@ -22,7 +22,7 @@ test: .venv/ready
 
 # The checks that repeat themselves: nineteen more runs killed twice each, 10,000 odd files for every reader.
 soak: .venv/ready
-	$(BIN)/python -m pytest -m soak --durations 0 tests/test_reliability.py
+	$(BIN)/python -m pytest -m soak --durations 0 tests/test_reliability.py tests/test_parallel.py tests/test_export.py
 	SID_FUZZ_CASES=10000 $(BIN)/python -m pytest --durations 0 tests/test_fuzz.py
 
 lint: .venv/ready

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from sidcli import cli, console, distill, evaluate, export, scores
 
@@ -36,7 +37,8 @@ def in_a_child(work: Callable[[], object]) -> Ended:
         place = Path(name)
         child = os.fork()
         if child == 0:
-            _work(work, place)
+            (place / "before").write_text(" ".join(map(str, _counters("self"))))
+            _run(work, *(os.open(place / stream, os.O_WRONLY | os.O_CREAT) for stream in ("stdout", "stderr")))
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its counters can be read until it is waited for
         _, read = _counters(child)
         _, status, used = os.wait4(child, 0)
@@ -48,15 +50,40 @@ def in_a_child(work: Callable[[], object]) -> Ended:
 
 def sid(*arguments: object, cwd: Path | None = None, **environment: str) -> Ended:
     """Run `sid ARGUMENTS` in a fork, in the folder `cwd`."""
+    return in_a_child(_command(arguments, cwd, environment))
 
-    def command() -> None:
-        if cwd is not None:
-            os.chdir(cwd)
-        os.environ.update(environment)
-        sys.argv = ["sid", *map(str, arguments)]
-        cli.main()
 
-    return in_a_child(command)
+class Running:
+    """A `sid` command in a fork that runs beside this process, in a session of its own. It is used like subprocess.Popen."""
+
+    def __init__(self, *arguments: object, cwd: Path, **environment: str):
+        self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        reading, writing = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.close(reading)
+            _run(_command(arguments, cwd, environment), self._stdout.fileno(), writing)
+        os.close(writing)
+        self.stderr = os.fdopen(reading)
+
+    def wait(self, options: int = 0) -> int | None:
+        """Wait for the end; with os.WNOHANG, only look whether it has ended."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def poll(self) -> int | None:
+        return self.wait(os.WNOHANG)
+
+    def communicate(self) -> tuple[str, str]:
+        """Wait for the end. Returns stdout and what is left of stderr."""
+        said = self.stderr.read()
+        self.wait()
+        self._stdout.seek(0)
+        return self._stdout.read(), said
 
 
 def process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +93,17 @@ def process(*arguments: object, cwd: Path | None = None, **environment: str) -> 
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=settings)
 
 
+def _command(arguments: Sequence[object], cwd: Path | None, environment: dict[str, str]) -> Callable[[], None]:
+    def command() -> None:
+        if cwd is not None:
+            os.chdir(cwd)
+        os.environ.update(environment)
+        sys.argv = ["sid", *map(str, arguments)]
+        cli.main()
+
+    return command
+
+
 def _counters(process: int | str) -> tuple[int, int]:
     """Bytes of memory (0 for a process that has ended) and bytes read so far."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
@@ -73,14 +111,13 @@ def _counters(process: int | str) -> tuple[int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), int(read.split()[1])
 
 
-def _work(work: Callable[[], object], place: Path) -> None:
-    """The child: never returns."""
+def _run(work: Callable[[], object], stdout: int, stderr: int) -> NoReturn:
+    """The child: it does the work with an empty pipe as stdin and these descriptors, and never returns."""
     code: object = 0
     try:
-        (place / "before").write_text(" ".join(map(str, _counters("self"))))
         os.dup2(os.pipe()[0], 0)
-        for number, stream in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(place / stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         work()

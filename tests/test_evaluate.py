@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sidcli import protocols
 from sidcli.emoji import world
 from sidcli.entrants import REAL, Entrant, entrants, look_up
 from sidcli.errors import InputError, UsageError
@@ -595,7 +596,8 @@ def test_an_image_folder_is_read_in_the_order_of_its_numbers(scenes_folder: Path
     np.testing.assert_array_equal(images.read(range(3, 4))[0], world.render(world.scene(world.PROMPT_SEED, 3)))
 
 
-def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path: Path) -> None:
+def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocols, "REFERENCE_SCENES", 600)
     asked = ["eval", "emoji-teacher,steps=2", "emoji", "--all", "--num", "24", "--report", "page.html", "--picture", "rows.png"]
     first = sid(*asked, "--untrained", "4", "--json", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
     assert first.returncode == 0, first.stderr
@@ -637,7 +639,7 @@ def test_eval_fails_with_exit_code_5_beyond_a_gate_after_printing_its_table(tmp_
 
 
 def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
-    asked = ["eval", "emoji", "--accuracy", "--clip", "--num", "120", "--json"]
+    asked = ["eval", "emoji", "--accuracy", "--clip", "--num", "24", "--json"]
     one = sid(*asked, cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "one"))
     two = sid(*asked, "--processes", "2", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr

@@ -297,7 +297,7 @@ def test_a_model_in_the_cache_works_without_a_network_and_nobody_is_asked(reposi
     home = tmp_path / "home"
     with Hub({"someone/sd": repository}).running() as hub:
         assert fetch(hub, home, "someone/sd").returncode == 0
-    train = ["distill", "--teacher", "someone/sd", "--steps", "1", "--batch-size", "2", "-o", "run", "--device", "cpu"]
+    train = ["distill", "--teacher", "someone/sd", "--steps", "1", "--batch-size", "8", "-o", "run", "--device", "cpu"]
     commands = [
         ["sample", "a cat", "--steps", "1", "--model", "someone/sd", "-o", "teacher.png"],
         train,
@@ -328,7 +328,7 @@ TOKEN = "hf_VeRySeCrEtToKeN0123456789"
 def test_a_token_opens_the_hub_and_is_written_and_shown_nowhere(repository: Path, tmp_path: Path) -> None:
     here, home = tmp_path / "here", tmp_path / "home"
     here.mkdir()
-    train = ["distill", "--teacher", "someone/sd", "--steps", "1", "--batch-size", "2", "-o", "run", "--device", "cpu"]
+    train = ["distill", "--teacher", "someone/sd", "--steps", "1", "--batch-size", "8", "-o", "run", "--device", "cpu"]
     commands = [
         train,
         ["sample", "a cat", "--model", "run", "-o", "cat.png", "--json"],

@@ -19,7 +19,7 @@ from sidcli.errors import UsageError
 from sidcli.prompts import open_prompts
 from sidcli.teachers import Model
 
-SETTINGS = ["--prompts", "general", "--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", "--precision", "fp32"]
+SETTINGS = ["--prompts", "general", "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--device", "cpu", "--precision", "fp32"]
 # Where a gradient is all but zero, Adam's step has a rounding error's sign; a large epsilon makes steps follow gradients.
 SMOOTH = "adam_eps = 0.1\n"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
@@ -61,7 +61,7 @@ def alone(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 WAYS = {
-    "two processes in pieces": ["--processes", "2", "--micro-batch", "1"],
+    "two processes in pieces": ["--processes", "2", "--micro-batch", "2"],
     "two processes with sharded networks": ["--processes", "2", "--shard"],
 }
 
@@ -103,7 +103,10 @@ def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, 
 
 
 @pytest.mark.check(4)
-@pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, "the launcher"), (signal.SIGUSR1, "one of the processes")])
+@pytest.mark.parametrize(
+    ("number", "who"),
+    [(signal.SIGTERM, "the launcher"), pytest.param(signal.SIGUSR1, "one of the processes", marks=pytest.mark.soak)],
+)
 def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path, number: signal.Signals, who: str) -> None:
     arguments = command(sd_folder, tmp_path / "run", "--processes", "2", "--steps", "100000")
     running = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
@@ -121,7 +124,9 @@ def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path,
 
 
 @pytest.mark.check(2)
-@pytest.mark.parametrize("victim", ["the launcher", "the leader", "the other"])
+@pytest.mark.parametrize(
+    "victim", ["the other", *(pytest.param(name, marks=pytest.mark.soak) for name in ("the launcher", "the leader"))]
+)
 def test_whichever_process_is_killed_the_others_end_too_and_the_checkpoints_are_whole(
     sd_folder: Path, tmp_path: Path, victim: str
 ) -> None:

@@ -28,6 +28,7 @@ from sidcli.config import DistillConfig
 from sidcli.engine import Engine
 from sidcli.prompts import open_prompts
 from sidcli.teachers import Model
+from tests.commands import Running, process
 from tests.killing import killed_at
 
 REPOSITORY = Path(__file__).parent.parent
@@ -61,22 +62,8 @@ def test_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the
     assert len(outcomes) >= 8
 
 
-def sid(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """A `sid` command in a session of its own, one thread, nothing from the network."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, "-m", "sidcli", *arguments],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
 def training(teacher: Path) -> list[str]:
-    options = {"--teacher": teacher, "--steps": STEPS, "--batch-size": 2, "--lr": 1e-3, "--precision": "fp32", "--device": "cpu"}
+    options = {"--teacher": teacher, "--steps": STEPS, "--batch-size": 8, "--lr": 1e-3, "--precision": "fp32", "--device": "cpu"}
     options |= {"--save-every": 1, "--sample-every": 6, "--output": "run"}
     return ["distill", *(str(part) for pair in options.items() for part in pair)]
 
@@ -91,7 +78,7 @@ def uninterrupted(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run that nobody disturbed, and the seconds it took."""
     folder = tmp_path_factory.mktemp("whole")
     begun = time.monotonic()
-    done = sid(*training(sd_folder), cwd=folder)
+    done = Running(*training(sd_folder), cwd=folder)
     _, said = done.communicate()
     assert done.returncode == 0, said
     return folder / "run", time.monotonic() - begun
@@ -122,14 +109,15 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
     whole, seconds = uninterrupted
     rng = random.Random(seed)
     for _ in range(2):
-        command = sid(*training(sd_folder), cwd=tmp_path)
-        try:
-            command.wait(rng.uniform(0.4, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
+        command = Running(*training(sd_folder), cwd=tmp_path)
+        until = time.monotonic() + rng.uniform(0.4, 1.0) * seconds
+        while command.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        if command.returncode is None:
             os.killpg(command.pid, signal.SIGKILL)
             assert command.wait() == -signal.SIGKILL
         command.communicate()
-    last = sid(*training(sd_folder), cwd=tmp_path)
+    last = Running(*training(sd_folder), cwd=tmp_path)
     _, said = last.communicate()
     assert last.returncode == 0, said
     one, two = final_state(whole), final_state(tmp_path / "run")
@@ -191,7 +179,7 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_its_last_checkpoint_whol
     assert "run" in done.stderr and ("of disk space free; a checkpoint needs" in done.stderr or "No space left" in done.stderr)
     found, problems = checkpoint.latest(tmp_path / "kept" / "checkpoints")
     assert found is not None and not problems
-    again = sid(*training(sd_folder)[:-2], "--steps", str(found.step + 1), "--output", "kept", cwd=tmp_path)
+    again = Running(*training(sd_folder)[:-2], "--steps", str(found.step + 1), "--output", "kept", cwd=tmp_path)
     _, said = again.communicate()
     assert again.returncode == 0 and f"continuing from step {found.step}" in said, said
 
@@ -227,8 +215,7 @@ def test_a_disk_that_is_full_from_any_file_operation_of_the_writer_on_keeps_the_
 def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_process_left(
     number: int, moment: str, sd_folder: Path, tmp_path: Path
 ) -> None:
-    command = sid(*training(sd_folder)[:-2], "--steps", "400", "--output", "run", cwd=tmp_path)
-    assert command.stderr is not None
+    command = Running(*training(sd_folder)[:-2], "--steps", "400", "--output", "run", cwd=tmp_path)
     if moment == "loading":
         while "loading" not in command.stderr.readline():
             assert command.poll() is None
@@ -244,7 +231,7 @@ def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_p
         assert found is not None and found.step >= 1 and not problems
 
 
-def step_reached(command: subprocess.Popen[str], run: Path, step: int) -> None:
+def step_reached(command: Running, run: Path, step: int) -> None:
     """Wait until a running command has saved a step."""
     while max(checkpoint.numbered(run / "checkpoints"), default=0) < step:
         assert command.poll() is None
@@ -291,17 +278,16 @@ def test_a_second_signal_ends_a_training_in_the_middle_of_a_step_and_gives_the_t
 def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded_and_a_killed_one_leaves_no_lock(
     sd_folder: Path, tmp_path: Path
 ) -> None:
-    first = sid(*training(sd_folder), "--steps", "400", cwd=tmp_path)
+    first = Running(*training(sd_folder), "--steps", "400", cwd=tmp_path)
     step_reached(first, tmp_path / "run", 1)
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / "torch.py").write_text("raise SystemExit(77)")
-    second = sid(*training(sd_folder), cwd=tmp_path, PYTHONPATH=f"{tmp_path / 'trap'}:{REPOSITORY}")
-    _, said = second.communicate()
-    assert second.returncode == 4 and f"in use by process {first.pid}" in said
+    second = process(*training(sd_folder), cwd=tmp_path, PYTHONPATH=f"{tmp_path / 'trap'}:{REPOSITORY}")
+    assert second.returncode == 4 and f"in use by process {first.pid}" in second.stderr
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     last = max(checkpoint.numbered(tmp_path / "run" / "checkpoints"))
-    third = sid(*training(sd_folder), "--steps", str(last + 1), cwd=tmp_path)
+    third = Running(*training(sd_folder), "--steps", str(last + 1), cwd=tmp_path)
     _, said = third.communicate()
     assert third.returncode == 0, said
 
@@ -317,13 +303,14 @@ def test_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_folder: Pa
 
 
 @pytest.mark.check(18)
-def test_a_long_run_keeps_its_memory_and_its_open_files(sd: Model, config: DistillConfig) -> None:
+@pytest.mark.parametrize("steps", [45, pytest.param(150, marks=pytest.mark.soak)])
+def test_a_long_run_keeps_its_memory_and_its_open_files(steps: int, sd: Model, config: DistillConfig) -> None:
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
     process = psutil.Process()
-    for _ in range(50):
+    for _ in range(steps // 3):
         engine.advance()
     memory, files_open = process.memory_info().rss, process.num_fds()
-    for _ in range(150):
+    for _ in range(steps):
         engine.advance()
     assert process.memory_info().rss < 1.05 * memory and process.num_fds() == files_open
 
@@ -333,7 +320,7 @@ def test_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> None:
     prompts = ["../../x", "/etc/passwd", "C:\\x", "a/b", "cat " * 1250, "\U0001f431", ".", "CON", "a\tb"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     (tmp_path / "inside").mkdir()
-    done = sid("sample", "--prompts", "../prompts.txt", "-o", "out", "--json", cwd=tmp_path / "inside")
+    done = Running("sample", "--prompts", "../prompts.txt", "-o", "out", "--json", cwd=tmp_path / "inside")
     said, _ = done.communicate()
     assert done.returncode == 0
     names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
@@ -359,9 +346,8 @@ def test_prompts_that_look_like_paths_name_no_file(tmp_path: Path) -> None:
 )
 def test_numbers_that_make_no_sense_are_usage_errors_before_anything_is_loaded(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(77)")
-    done = sid(*arguments, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
-    _, said = done.communicate()
-    assert done.returncode == 2 and "Traceback" not in said, said
+    done = process(*arguments, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.check(32)
