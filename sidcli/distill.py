@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from sidcli import __version__, checkpoint
 from sidcli.config import DistillConfig, differences
 from sidcli.devices import cores, pick_device, processor
-from sidcli.diffusion import exit_grid
+from sidcli.diffusion.sampling import exit_grid
 from sidcli.emoji import world
 from sidcli.engine import Engine, StepResult, check_teacher
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
@@ -158,7 +158,7 @@ def run(
     process of the team has died.
     """
     check_run(output)
-    check_teacher(teacher.source.name, teacher.is_student, teacher.schedule.steps, config)
+    check_teacher(teacher.source.name, teacher.is_student, teacher.path.steps, config)
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             engine = Engine(teacher, config, prompts, pick_device(device_name))

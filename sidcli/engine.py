@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from sidcli import randomness, text
 from sidcli.config import DistillConfig
-from sidcli.diffusion import exit_grid, few_steps, guided
+from sidcli.diffusion.guidance import guided
+from sidcli.diffusion.sampling import exit_grid, few_steps
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
@@ -87,7 +88,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         self.sampler = Sampler(teacher, self.device)
-        self.schedule = teacher.schedule
+        self.path = teacher.path
         self.teacher = self.sampler.unet
         self.generator = self._trained_copy(self.teacher)
         self.fake_score = self._with_lora(self.teacher) if config.fake_lora else self._trained_copy(self.teacher)
@@ -176,10 +177,10 @@ class Engine:
             told = self.sampler.encode(draw.prompts)
             with torch.no_grad():
                 x = self._generate(self.generator, draw, told)
-            x_t = self.schedule.noised(x, draw.noise, draw.t)
+            x_t = self.path.noised(x, draw.noise, draw.t)
             with self.team.gradients(self.fake_call, last):
                 predicted = self._predict(self.fake_call, x_t, draw.t, told, (config.kappa1,))[0]
-                loss = sid.fake_score_loss(self.schedule.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
+                loss = sid.fake_score_loss(self.path.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
                 # Processes average their gradients; the loss is normalized by the global batch already.
                 (loss * self.team.count).backward()
             total += loss.detach()
@@ -217,8 +218,8 @@ class Engine:
         config, x = self.config, x.requires_grad_()
 
         def clean(net: nn.Module, scales: tuple[float, ...]) -> list[Tensor]:
-            x_t = self.schedule.noised(x, draw.noise, draw.t)
-            return [self.schedule.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, told, scales)]
+            x_t = self.path.noised(x, draw.noise, draw.t)
+            return [self.path.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, told, scales)]
 
         networks: list[Callable[[], list[Tensor]]] = [
             lambda: clean(self.fake_score, (config.kappa2, config.kappa3)),
@@ -321,7 +322,7 @@ class Engine:
         return few_steps(
             lambda x, t: self.denoise(net, x, t, told),
             lambda visit: draw.latents[visit],
-            self.schedule,
+            self.path,
             grid,
             self.config.renoise,  # type: ignore[arg-type]
         )

@@ -341,7 +341,7 @@ def described(config: DistillConfig, listener: Listener) -> Description:
     """The teacher's description, checked against the settings. Reads no weights."""
     source = find(config.teacher, listener, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
-    check_teacher(source.name, known.card.get("kind") == "student", known.schedule.steps, config)
+    check_teacher(source.name, known.card.get("kind") == "student", known.path.steps, config)
     return known
 
 

@@ -12,7 +12,8 @@ import torch
 from PIL import PngImagePlugin
 from torch import Tensor
 
-from sidcli.diffusion import Renoise, exit_grid, few_steps, guided, many_steps
+from sidcli.diffusion.guidance import guided
+from sidcli.diffusion.sampling import Renoise, exit_grid, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.printable import json_text
 from sidcli.progress import Progress, silent
@@ -88,8 +89,8 @@ class Sampler:
             return predicted
 
         if plan.grid:
-            return few_steps(predict, noise.__getitem__, self.model.schedule, plan.grid, plan.renoise)
-        return many_steps(predict, noise[0], self.model.schedule, plan.steps)
+            return few_steps(predict, noise.__getitem__, self.model.path, plan.grid, plan.renoise)
+        return many_steps(predict, noise[0], self.model.path, plan.steps)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -125,8 +126,8 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
     if model.is_student:
         return student_plan(model.card, steps, guidance, model.source.name)
     check_wishes(steps, guidance)
-    if steps is not None and steps > model.schedule.steps:
-        raise UsageError(f"{model.source.name} has {model.schedule.steps} timesteps; --steps {steps} is not possible")
+    if steps is not None and steps > model.path.steps:
+        raise UsageError(f"{model.source.name} has {model.path.steps} timesteps; --steps {steps} is not possible")
     return Plan(steps or TEACHER_STEPS, model.default_guidance if guidance is None else guidance)
 
 

@@ -34,7 +34,7 @@ from sidcli.compatibility import (
     whole,
     wholes,
 )
-from sidcli.diffusion import Schedule
+from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
 from sidcli.files import read_json
@@ -100,7 +100,7 @@ class Description(Known):
     source: Source
     networks: dict[str, dict[str, Any]]
     scheduler_config: dict[str, Any]
-    schedule: Schedule
+    path: DiscretePath
     card: dict[str, Any]
     empty_is_zero: bool
     size: tuple[int, int]
@@ -123,7 +123,7 @@ class Model(Known):
     vae: AutoencoderKL
     text_encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
-    schedule: Schedule
+    path: DiscretePath
     scheduler_config: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
     empty_is_zero: bool = False
@@ -211,11 +211,11 @@ def _described(source: Source, wishes: Overrides, listener: Listener) -> Descrip
         places = {name: str(source.part(name) / "config.json") for name in networks}
     size = _size(wishes, networks, places)
     _check_fit(source.name, networks, places)
-    schedule = read_schedule(scheduler_config)
+    path = read_path(scheduler_config)
     texts = [name for name in networks if name.startswith("text_encoder")]
     tokenizers = tuple(_tokenizer(source, file, name, networks[name], places[name]) for name in texts)
     rehearse(networks, places, latent_shape(networks["unet"]), min(tokenizer.model_max_length for tokenizer in tokenizers))
-    return Description(source, networks, scheduler_config, schedule, card, empty_is_zero, size, tokenizers, file)
+    return Description(source, networks, scheduler_config, path, card, empty_is_zero, size, tokenizers, file)
 
 
 def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, Any], bool]:
@@ -406,7 +406,7 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
         nets["vae"],
         tuple(nets[name] for name in known.texts),
         known.tokenizers,
-        known.schedule,
+        known.path,
         known.scheduler_config,
         known.card,
         known.empty_is_zero,
@@ -489,8 +489,8 @@ def _stored(folder: Path, name: str) -> dict[str, Any]:
     return {"use_safetensors": True, "local_files_only": True, "variant": variant or None}
 
 
-def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
-    """The schedule of any diffusers scheduler config. Raises InputError for a prediction type we cannot convert."""
+def read_path(scheduler_config: dict[str, Any]) -> DiscretePath:
+    """The path of any diffusers scheduler config. Raises InputError for a prediction type we cannot convert."""
     prediction = scheduler_config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
@@ -500,10 +500,10 @@ def read_schedule(scheduler_config: dict[str, Any]) -> Schedule:
         raise InputError(f"the scheduler does not describe a noise schedule: {first_line(error)}", OTHER_COPY) from error
     if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # true of no NaN
         raise InputError("the scheduler does not describe a noise schedule: betas must lie between 0 and 1", OTHER_COPY)
-    schedule = Schedule.from_betas(scheduler.betas, prediction)
-    if prediction == "epsilon" and schedule.abar[-1] == 0:
+    path = DiscretePath.from_betas(scheduler.betas, prediction)
+    if prediction == "epsilon" and path.abar[-1] == 0:
         raise InputError(
             "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where no signal is left",
             "--prediction-type v_prediction, if that is what it predicts",
         )
-    return schedule
+    return path

@@ -9,15 +9,26 @@ from tests.checks import CHECKS
 
 PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
-    {"errors", "randomness", "optimizer", "__init__", "text", "metrics.catalog", "png", "printable", "progress"},
-    {"environment"},
+    {
+        "errors",
+        "randomness",
+        "optimizer",
+        "__init__",
+        "text",
+        "metrics.catalog",
+        "png",
+        "printable",
+        "progress",
+        "diffusion.path",
+        "diffusion.guidance",
+    },
+    {"environment", "diffusion.sampling"},
     {"files", "launch", "parallel"},
     {
         "devices",
         "config",
         "hub",
         "formats.inert_pickle",
-        "diffusion",
         "families",
         "compatibility",
         "formats.ldm",

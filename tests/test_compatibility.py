@@ -154,9 +154,9 @@ def test_the_parts_of_sdxl_must_fit_together(file: str, entries: dict, said: str
     ],
 )
 def test_entries_that_only_choose_how_diffusers_samples_pass(entries: dict, restored: dict[str, Path]) -> None:
-    plain = describe(find(str(restored["sd"]))).schedule
+    plain = describe(find(str(restored["sd"]))).path
     change(restored["sd"] / SCHEDULER, **entries)
-    assert torch.equal(describe(find(str(restored["sd"]))).schedule.abar, plain.abar)
+    assert torch.equal(describe(find(str(restored["sd"]))).path.abar, plain.abar)
 
 
 def test_an_entry_of_a_later_diffusers_passes_at_its_default_value_alone(

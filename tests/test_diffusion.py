@@ -1,27 +1,31 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from sidcli.diffusion import Schedule, few_steps, guided, many_steps
+from sidcli.diffusion.guidance import guided
+from sidcli.diffusion.path import DiscretePath, FlowPath, Prediction
+from sidcli.diffusion.sampling import few_steps, many_steps
 from sidcli.errors import InputError
-from sidcli.teachers import read_schedule
+from sidcli.teachers import read_path
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
 
-def schedule(prediction: str = "epsilon") -> Schedule:
-    return read_schedule(SD | {"prediction_type": prediction})
+def path(prediction: str = "epsilon") -> DiscretePath:
+    return read_path(SD | {"prediction_type": prediction})
 
 
 def test_the_schedule_of_stable_diffusion_has_the_published_values() -> None:
-    a, sigma = schedule().scale(torch.tensor([20, 625, 979]))
+    a, sigma = path().scale(torch.tensor([20, 625, 979]))
     assert a.flatten().tolist() == pytest.approx([0.9906, 0.3712, 0.0769], abs=1e-4)
     assert sigma.flatten().tolist() == pytest.approx([0.1367, 0.9286, 0.9970], abs=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_the_clean_latent_and_the_noise(prediction: str) -> None:
-    rule = schedule(prediction)
+    rule = path(prediction)
     x, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([20, 500, 979])
     x_t = rule.noised(x, noise, t)
     a, sigma = rule.scale(t)
@@ -30,8 +34,43 @@ def test_a_perfect_prediction_gives_back_the_clean_latent_and_the_noise(predicti
     torch.testing.assert_close(rule.noise(perfect, x_t, t), noise, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "target"),
+    [
+        ("epsilon", lambda x, noise, a, sigma: noise),
+        ("v_prediction", lambda x, noise, a, sigma: a * noise - sigma * x),
+        ("sample", lambda x, noise, a, sigma: x),
+        ("flow", lambda x, noise, a, sigma: noise - x),
+    ],
+)
+@pytest.mark.parametrize("kind", ["discrete", "flow"])
+def test_every_prediction_gives_back_the_clean_latent_and_the_noise_on_either_path(
+    prediction: Prediction, target: Callable[..., torch.Tensor], kind: str
+) -> None:
+    rule = FlowPath(prediction=prediction) if kind == "flow" else DiscretePath(path().abar, prediction)
+    x, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([20, 500, 979])
+    a, sigma = rule.scale(t)
+    x_t = rule.noised(x, noise, t)
+    torch.testing.assert_close(x_t, a * x + sigma * noise)
+    out = target(x, noise, a, sigma)
+    torch.testing.assert_close(rule.clean(out, x_t, t), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rule.noise(out, x_t, t), noise, atol=1e-4, rtol=1e-4)
+    one = rule.noised(x[:1], noise[:1], 20)
+    torch.testing.assert_close(rule.clean(out[:1], one, 20), rule.clean(out, x_t, t)[:1])
+
+
+def test_the_flow_path_is_a_straight_line_and_its_velocity_is_constant() -> None:
+    x, noise, rule = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), FlowPath()
+    torch.testing.assert_close(rule.noised(x, noise, torch.tensor([0, 1000])), torch.stack([x[0], noise[1]]))
+    torch.testing.assert_close(rule.noised(x, noise, torch.tensor([250.0, 0.5]))[0], 0.75 * x[0] + 0.25 * noise[0])
+    velocity = (rule.noised(x, noise, 600) - rule.noised(x, noise, 400)) / 0.2
+    torch.testing.assert_close(velocity, noise - x, atol=1e-5, rtol=1e-5)
+    euler = rule.noised(x, noise, 700) - 0.7 * velocity
+    torch.testing.assert_close(rule.clean(velocity, rule.noised(x, noise, 700), 700), euler)
+
+
 def test_epsilon_error_is_abar_times_v_error() -> None:
-    rule = schedule("v_prediction")
+    rule = path("v_prediction")
     x, noise, wrong, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
     x_t = rule.noised(x, noise, t)
     a, sigma = rule.scale(t)
@@ -47,7 +86,7 @@ def test_the_one_step_generator_feeds_sigma_z_at_t_init_and_returns_the_clean_la
         seen.update(x=x, t=t)
         return torch.full_like(x, 0.5)
 
-    drawn = few_steps(denoise, lambda _: z, schedule(), (625,))
+    drawn = few_steps(denoise, lambda _: z, path(), (625,))
     torch.testing.assert_close(seen["x"], 0.928564 * z, rtol=1e-5, atol=1e-6)
     assert seen["t"].tolist() == [625, 625]
     torch.testing.assert_close(drawn, 2.5017056 * z - 0.928564 / 0.3711724 * 0.5, rtol=1e-5, atol=1e-5)
@@ -66,12 +105,12 @@ def test_many_steps_equal_the_ddim_of_diffusers(prediction: str, zero_snr: bool)
     x = noise
     for t in scheduler.timesteps:
         x = scheduler.step(denoise(x, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(many_steps(denoise, noise, read_schedule(rule), 10), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(many_steps(denoise, noise, read_path(rule), 10), x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_schedule_that_ends_in_nothing_but_noise_is_refused_for_epsilon() -> None:
     with pytest.raises(InputError, match="zero terminal SNR needs a teacher that predicts v"):
-        read_schedule(SD | {"prediction_type": "epsilon", "rescale_betas_zero_snr": True})
+        read_path(SD | {"prediction_type": "epsilon", "rescale_betas_zero_snr": True})
 
 
 def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional_prediction() -> None:

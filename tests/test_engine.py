@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from sidcli.config import MEMORY, DistillConfig, strategy
-from sidcli.diffusion import exit_grid, few_steps
+from sidcli.diffusion.sampling import exit_grid, few_steps
 from sidcli.engine import Draw, Engine, ema_beta
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
@@ -53,7 +53,7 @@ class Naive:
     """The two losses of method 1.4 and 1.5, sample by sample in float64, straight from the equations."""
 
     def __init__(self, built: Engine, model: Model):
-        self.config, self.prediction = built.config, model.schedule.prediction
+        self.config, self.prediction = built.config, model.path.prediction
         self.nets = {
             name: copy.deepcopy(net).double().requires_grad_(True)
             for name, net in (("psi", built.fake_score), ("phi", built.teacher), ("theta", built.generator))
@@ -304,8 +304,8 @@ def test_one_step_of_a_few_step_student_is_the_one_step_generator(sd: Model) -> 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x) * t.view(-1, 1, 1, 1) / 1000
 
-    one = few_steps(denoise, lambda _: z, sd.schedule, (625,))
-    torch.testing.assert_close(few_steps(denoise, lambda _: z, sd.schedule, exit_grid(625, 4)[:1], "fixed"), one)
+    one = few_steps(denoise, lambda _: z, sd.path, (625,))
+    torch.testing.assert_close(few_steps(denoise, lambda _: z, sd.path, exit_grid(625, 4)[:1], "fixed"), one)
 
 
 def test_a_lora_fake_score_leaves_the_teachers_weights_alone_and_shares_them(sd: Model, config: DistillConfig) -> None:

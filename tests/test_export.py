@@ -129,7 +129,7 @@ def check_command(command: list[str], card: Card, student: Model, dtype: str, mo
         levels = [*single_file_folder.sigmas(student), 0.0]
         assert command[0] == "sd-cli" and options(command) == {
             "-m": "student.safetensors",
-            "--prediction": {"epsilon": "eps", "v_prediction": "v"}[student.schedule.prediction],
+            "--prediction": {"epsilon": "eps", "v_prediction": "v"}[student.path.prediction],
             "--sampling-method": "euler",
             "--steps": str(len(levels) - 1),
             "--sigmas": ",".join(f"{level:.6f}" for level in levels),
@@ -164,7 +164,7 @@ def test_every_family_format_and_dtype_draws_what_sid_draws_and_its_card_says_ho
     pair: tuple[Model, Model], form: str, dtype: str, traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, student = pair
-    keep_onnx(traced / f"{'xl' if teacher.is_xl else teacher.schedule.prediction}-{dtype}", monkeypatch)
+    keep_onnx(traced / f"{'xl' if teacher.is_xl else teacher.path.prediction}-{dtype}", monkeypatch)
     variant = "fp16" if (form, dtype) == ("diffusers", "fp16") else None
     order = Order(dtype, variant, rank=10_000, teacher=teacher if form == "lora" else None)
     done = export.run(student, form, tmp_path / "out", order, True, lambda count: None)
@@ -179,7 +179,7 @@ def test_every_family_format_and_dtype_draws_what_sid_draws_and_its_card_says_ho
     assert card.data.get("inference") == (parameters if form in ("diffusers", "lora") else None)
     assert card.data.get("library_name") == {"single-file": None, "torch-export": None, "lora": "diffusers"}.get(form, form)
     assert card.facts["Image size"] == f"{width} x {height} pixels" and card.facts["Timesteps"] == "625"
-    assert card.facts["Format"] == f"{form}, {dtype}" and card.facts["Prediction"] == student.schedule.prediction
+    assert card.facts["Format"] == f"{form}, {dtype}" and card.facts["Prediction"] == student.path.prediction
     assert card.facts["Training prompts"] == "a &#124; b"
     if form in ("diffusers", "lora"):
         assert is_near(run_card(card, teacher, tmp_path / "cat.png"), ours(meant(form, teacher, student)), dtype)

@@ -75,8 +75,8 @@ def test_half_precision_files_serve_where_there_are_no_others(copied: Path) -> N
 
 
 def test_what_the_user_says_about_the_prediction_wins(copied: Path) -> None:
-    assert describe(find(str(copied))).schedule.prediction == "epsilon"
-    assert describe(find(str(copied)), Overrides("v_prediction")).schedule.prediction == "v_prediction"
+    assert describe(find(str(copied))).path.prediction == "epsilon"
+    assert describe(find(str(copied)), Overrides("v_prediction")).path.prediction == "v_prediction"
 
 
 @pytest.mark.parametrize(("width", "height", "size"), [(0, 0, (64, 64)), (128, 0, (64, 128)), (96, 80, (80, 96))])

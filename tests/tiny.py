@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sidcli.families import clip_tokenizer
 from sidcli.sources import Source
-from sidcli.teachers import Model, read_schedule
+from sidcli.teachers import Model, read_path
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -56,7 +56,7 @@ def sd15() -> Model:
     for net in (unet, vae, text):
         net.eval().requires_grad_(False)
     source = Source("sd15", Path(), "random weights")
-    return Model(source, unet, vae, (text,), (clip_tokenizer(),), read_schedule(SD15_SCHEDULER), SD15_SCHEDULER)
+    return Model(source, unet, vae, (text,), (clip_tokenizer(),), read_path(SD15_SCHEDULER), SD15_SCHEDULER)
 
 
 def write_sd15_configs(folder: Path) -> Path:

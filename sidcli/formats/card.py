@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sidcli.diffusion import exit_grid
+from sidcli.diffusion.sampling import exit_grid
 from sidcli.files import write_json
 from sidcli.printable import printable
 from sidcli.teachers import Description, Model
@@ -121,7 +121,7 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
         "Format": f"{card['format']}, {card['dtype']}",
         "Image size": f"{width} x {height} pixels",
         "Timesteps": ", ".join(map(str, grid_of(card))),
-        "Prediction": model.schedule.prediction,
+        "Prediction": model.path.prediction,
     }
     if "kappa1" in config:
         facts["Guidance scales in training (kappa 1 to 4)"] = ", ".join(f"{config[f'kappa{index}']:g}" for index in (1, 2, 3, 4))

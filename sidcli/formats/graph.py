@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidcli.diffusion import few_steps
+from sidcli.diffusion.sampling import few_steps
 from sidcli.errors import UsageError
 from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
@@ -71,8 +71,8 @@ class Drawing(nn.Module):
         super().__init__()
         self.unet, self.vae = copy.deepcopy(model.unet).to(dtype), copy.deepcopy(model.vae)
         self.vae.to(torch.float32 if stays_float32(model, dtype) else dtype)
-        self.schedule, self.plan = model.schedule, plan
-        assert self.schedule.values  # computed before the graph is traced
+        self.path, self.plan = model.path, plan
+        assert self.path.values  # computed before the graph is traced
         self.scaling = float(model.vae.config.scaling_factor)
 
     def forward(self, noise: Tensor, states: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Drawing(nn.Module):
         latents = few_steps(
             lambda x, t: denoise(self.unet, x.to(self.unet.dtype), t, told),
             lambda _: noise,
-            self.schedule,
+            self.path,
             self.plan.grid,
             self.plan.renoise,
         )

@@ -141,7 +141,7 @@ def _loader(teacher: Model, order: Order) -> tuple[str, str]:
     name = printable(source.name)
     if source.is_file:
         family = family_of(teacher.unet.config)
-        like = LIKE[family, teacher.schedule.prediction]
+        like = LIKE[family, teacher.path.prediction]
         return f'from_single_file("TEACHER", config="CONFIG", {dtype})', (
             f" `TEACHER` is {name}; `CONFIG` is a diffusers pipeline of the same architecture ({FAMILIES[family].title}: {like})."
         )

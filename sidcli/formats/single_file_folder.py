@@ -19,7 +19,7 @@ from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, write_pipeline
 from sidcli.formats.order import Order
 from sidcli.sampler import plan_for
-from sidcli.teachers import Description, Model, read_schedule
+from sidcli.teachers import Description, Model, read_path
 
 FILE = "student.safetensors"
 SCHEDULE = {
@@ -57,7 +57,7 @@ def sigmas(model: Model) -> list[float]:
     """Noise levels sigma / a of the student's timesteps, as these programs count them."""
     values = []
     for t in plan_for(model).grid:
-        a, sigma = model.schedule.scale(t)
+        a, sigma = model.path.scale(t)
         values.append(float(sigma) / float(a))
     return values
 
@@ -65,10 +65,10 @@ def sigmas(model: Model) -> list[float]:
 def has_zero_snr(known: Model | Description) -> bool:
     """Whether a schedule is that of Stable Diffusion rescaled to a zero terminal SNR (arXiv 2305.08891), and not the plain one; a
     student's ends at its first timestep. Raises InputError for any other schedule, which programs that read single files do not know."""
-    own = known.schedule.abar
+    own = known.path.abar
     for rescaled in (False, True):
         config = SCHEDULE | {"rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
-        usual = read_schedule(config).abar[: len(own)]
+        usual = read_path(config).abar[: len(own)]
         if usual.shape == own.shape and torch.allclose(usual, own, rtol=0, atol=1e-6):
             return rescaled
     raise InputError(
@@ -83,7 +83,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
         raise InputError(
             f"{model.source.name} has a tokenizer of its own; programs that read single files use CLIP's", "use --format diffusers"
         )
-    zero_snr, prediction = has_zero_snr(model), model.schedule.prediction
+    zero_snr, prediction = has_zero_snr(model), model.path.prediction
     names = ["unet", "vae", "text_encoder", "text_encoder_2"]
     networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
     card = model.card | {"format": "single-file", "dtype": order.dtype}
@@ -102,7 +102,7 @@ def usage(model: Model) -> str:
     if has_zero_snr(model):
         programs.append(OTHERS)
     else:
-        if model.schedule.prediction == "epsilon":  # for others it depends on their version and on files beside the model
+        if model.path.prediction == "epsilon":  # for others it depends on their version and on files beside the model
             more = f" This runs the first of the model's {len(levels)} steps alone: there is no setting for the others."
             programs.append(A1111.format(width=width, height=height, first=levels[0], first_step=more if len(levels) > 1 else ""))
         programs.append(SD_CPP.format(command=shlex.join(sd_cpp(model))).rstrip())
@@ -117,7 +117,7 @@ def sd_cpp(model: Model) -> list[str]:
     levels, (height, width) = sigmas(model), model.size
     options = {
         "-m": FILE,
-        "--prediction": "eps" if model.schedule.prediction == "epsilon" else "v",
+        "--prediction": "eps" if model.path.prediction == "epsilon" else "v",
         "--sampling-method": "euler",
         "--steps": len(levels),
         "--sigmas": ",".join(f"{level:.6f}" for level in [*levels, 0]),

@@ -207,7 +207,7 @@ def _commands(run: Run) -> Commands | None:
         return None
     visits = "num_inference_steps=1"
     if steps > 1:
-        from sidcli.diffusion import exit_grid  # brings torch along
+        from sidcli.diffusion.sampling import exit_grid  # brings torch along
 
         visits = f"timesteps={list(exit_grid(t_init, steps))}"
     code = (

@@ -30,7 +30,7 @@ from sidcli.families import FAMILIES, build, clip_tokenizer
 from sidcli.prompts import open_prompts
 from sidcli.sampler import Plan, Sampler
 from sidcli.sources import Source, find
-from sidcli.teachers import Model, load, quiet_libraries, read_schedule
+from sidcli.teachers import Model, load, quiet_libraries, read_path
 from tests import tiny, tiny_families
 from tests.benchmarks.throughput import Naive, matrix_peak, wait
 from tests.gpu.graphs import attach
@@ -69,9 +69,9 @@ class Lab:
         texts = tuple(nets[name] for name in ("text_encoder", "text_encoder_2") if name in nets)
         tokenizers = tuple(clip_tokenizer(entry["pad_token"]) for entry in family.tokenizers.values())
         source = Source(kind, Path(), "random weights")
-        schedule = read_schedule(family.scheduler)
+        path = read_path(family.scheduler)
         empty = bool(family.pipeline)
-        return Model(source, nets["unet"], nets["vae"], texts, tokenizers, schedule, family.scheduler, {}, empty)
+        return Model(source, nets["unet"], nets["vae"], texts, tokenizers, path, family.scheduler, {}, empty)
 
     def free(self) -> None:
         gc.collect()

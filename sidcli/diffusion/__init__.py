@@ -1,0 +1,1 @@
+"""Diffusion maths: paths between clean latents and noise, guidance, sampling. Pure functions of tensors."""

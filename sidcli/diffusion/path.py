@@ -1,0 +1,120 @@
+"""Paths x_t = a(t) x + sigma(t) eps between clean latents and noise, and conversions of what a network predicts.
+
+A network predicts p x + q eps. With x_t this gives both the clean latent and the noise:
+
+    x   = (q x_t - sigma out) / (a q - sigma p)
+    eps = (a out - p x_t) / (a q - sigma p)
+
+so that no other code depends on the prediction type.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+Coefficient = Tensor | float
+"""float32 [B, 1, 1, 1] for timesteps [B], a number for one timestep."""
+Timestep = Tensor | int
+"""One per latent [B], or one for all."""
+
+
+def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    """The (p, q) of a prediction type: a network predicts p x + q eps."""
+    match prediction:
+        case "epsilon":
+            return 0.0, 1.0
+        case "v_prediction":  # arXiv 2202.00512
+            return -sigma, a
+        case "sample":
+            return 1.0, 0.0
+        case "flow":  # the velocity d x_t / d t of x_t = (1 - t) x + t eps, arXiv 2210.02747
+            return -1.0, 1.0
+
+
+class Path:
+    """A path with the prediction type of a network that was trained on it. Subclasses define `scale`."""
+
+    prediction: Prediction
+
+    @property
+    def steps(self) -> int:
+        """Timesteps are counted from 0 to this number."""
+        raise NotImplementedError
+
+    def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
+        """a(t) and sigma(t)."""
+        raise NotImplementedError
+
+    def noised(self, x: Tensor, noise: Tensor, t: Timestep) -> Tensor:
+        """x_t = a x + sigma eps."""
+        a, sigma = self.scale(t)
+        return a * x + sigma * noise
+
+    def clean(self, out: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """The clean latent that a network's output stands for."""
+        a, sigma = self.scale(t)
+        p, q = predicted(self.prediction, a, sigma)
+        if isinstance(q, float) and q == 0.0:
+            return out / p
+        return (q * x_t - sigma * out) / (a * q - sigma * p)
+
+    def noise(self, out: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+        """The noise that a network's output stands for."""
+        a, sigma = self.scale(t)
+        p, q = predicted(self.prediction, a, sigma)
+        if isinstance(p, float) and p == 0.0:
+            return out / q
+        return (a * out - p * x_t) / (a * q - sigma * p)
+
+
+@dataclass(frozen=True, eq=False)
+class DiscretePath(Path):
+    """A discrete variance-preserving path: a = sqrt(abar), sigma = sqrt(1 - abar). `abar` is float64 [T], cumulative products of
+    1 - beta; t is an integer in 0 .. T - 1."""
+
+    abar: Tensor
+    prediction: Prediction
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, prediction: Prediction) -> DiscretePath:
+        return cls(torch.cumprod(1.0 - betas.double(), 0), prediction)
+
+    @property
+    def steps(self) -> int:
+        return len(self.abar)
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """abar as plain numbers, which a graph that is exported keeps as constants."""
+        return tuple(self.abar.tolist())
+
+    def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
+        """a(t) and sigma(t); square roots are taken in float64."""
+        if isinstance(t, int):
+            return math.sqrt(self.values[t]), math.sqrt(1.0 - self.values[t])
+        abar = self.abar.to(t.device)[t].view(-1, 1, 1, 1)
+        return abar.sqrt().float(), (1.0 - abar).sqrt().float()
+
+
+@dataclass(frozen=True)
+class FlowPath(Path):
+    """The straight path of flow matching (arXiv 2209.03003, 2210.02747): x_t = (1 - t) x + t eps with t in 0 .. 1.
+
+    t is counted in `steps` units, as published networks read it: t = 0.25 is 250 of 1,000.
+    """
+
+    steps: int = 1000
+    prediction: Prediction = "flow"
+
+    def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
+        if isinstance(t, int):
+            return 1.0 - t / self.steps, t / self.steps
+        sigma = t.double().view(-1, 1, 1, 1) / self.steps
+        return (1.0 - sigma).float(), sigma.float()
