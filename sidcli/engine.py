@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sidcli import randomness, text
+from sidcli import randomness
 from sidcli.config import DistillConfig
-from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.sampling import exit_grid, few_steps
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
+from sidcli.families import build
+from sidcli.models.unet import Cond, add_adapters, denoise, guided_predictions
 from sidcli.objectives import sid
 from sidcli.optimizer import SecondMomentAdam, local
 from sidcli.parallel import Team, assign, count, whole
@@ -33,7 +33,6 @@ from sidcli.progress import Progress, silent
 from sidcli.prompts import Prompts
 from sidcli.sampler import Plan, Sampler
 from sidcli.teachers import Model
-from sidcli.text import Condition
 
 FAKE, GENERATOR = "fake", "generator"
 
@@ -115,10 +114,10 @@ class Engine:
     # Building
 
     @staticmethod
-    def _trained_copy(net: UNet2DConditionModel) -> UNet2DConditionModel:
+    def _trained_copy(net: Any) -> Any:
         return copy.deepcopy(net).requires_grad_(True)
 
-    def _with_lora(self, net: UNet2DConditionModel) -> UNet2DConditionModel:
+    def _with_lora(self, net: Any) -> Any:
         """A second network on the teacher's own weights, with adapters of its own beside them."""
         shared: dict[int, Any] = {id(value): value for value in net.parameters()}
         twin = copy.deepcopy(net, shared)
@@ -127,7 +126,7 @@ class Engine:
             add_adapters(twin, self.config.fake_lora)
         return twin
 
-    def _arrange(self, net: UNet2DConditionModel) -> None:
+    def _arrange(self, net: Any) -> None:
         """Layout, recomputation and compilation as configured; none of them changes what is computed."""
         if self.config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
@@ -174,12 +173,12 @@ class Engine:
         total = torch.zeros((), device=self.device)
         for samples, last in self._micro_batches():
             draw = self._draw(FAKE, update, samples)
-            told = self.sampler.encode(draw.prompts)
+            cond = self.sampler.encode(draw.prompts)
             with torch.no_grad():
-                x = self._generate(self.generator, draw, told)
+                x = self._generate(self.generator, draw, cond)
             x_t = self.path.noised(x, draw.noise, draw.t)
             with self.team.gradients(self.fake_call, last):
-                predicted = self._predict(self.fake_call, x_t, draw.t, told, (config.kappa1,))[0]
+                predicted = self._predict(self.fake_call, x_t, draw.t, cond, (config.kappa1,))[0]
                 loss = sid.fake_score_loss(self.path.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
                 # Processes average their gradients; the loss is normalized by the global batch already.
                 (loss * self.team.count).backward()
@@ -194,13 +193,13 @@ class Engine:
             value.requires_grad_(False)
         for samples, last in self._micro_batches():
             draw = self._draw(GENERATOR, 0, samples)
-            told = self.sampler.encode(draw.prompts)
+            cond = self.sampler.encode(draw.prompts)
             with self.team.gradients(self.generator_call, last):
                 with torch.set_grad_enabled(not self.config.split_backward):
-                    x = self._generate(self.generator_call, draw, told)
-                gradient, measured = self._score_gradient(x.detach(), draw, told)
+                    x = self._generate(self.generator_call, draw, cond)
+                gradient, measured = self._score_gradient(x.detach(), draw, cond)
                 if self.config.split_backward:
-                    x = self._generate(self.generator_call, draw, told)
+                    x = self._generate(self.generator_call, draw, cond)
                 x.backward(gradient * self.team.count)
             totals += measured
         for value in own:
@@ -209,7 +208,7 @@ class Engine:
         self._update(self.optimizer_generator, totals[0])
         return totals[0], totals[1], totals[2]
 
-    def _score_gradient(self, x: Tensor, draw: Draw, told: Condition) -> tuple[Tensor, Tensor]:
+    def _score_gradient(self, x: Tensor, draw: Draw, cond: Cond) -> tuple[Tensor, Tensor]:
         """d loss / d x of the generator loss, through both score networks, and (loss, ratio, spread) of these samples.
 
         The chain rule is taken apart at the clean predictions: d loss / d y first, then one pull-back through each network. With
@@ -219,7 +218,7 @@ class Engine:
 
         def clean(net: nn.Module, scales: tuple[float, ...]) -> list[Tensor]:
             x_t = self.path.noised(x, draw.noise, draw.t)
-            return [self.path.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, told, scales)]
+            return [self.path.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, cond, scales)]
 
         networks: list[Callable[[], list[Tensor]]] = [
             lambda: clean(self.fake_score, (config.kappa2, config.kappa3)),
@@ -316,36 +315,29 @@ class Engine:
 
     # Networks
 
-    def _generate(self, net: nn.Module, draw: Draw, told: Condition) -> Tensor:
+    def _generate(self, net: nn.Module, draw: Draw, cond: Cond) -> Tensor:
         """Samples [b, C, h, w] of the generator, which stops where the draw says."""
         grid = exit_grid(self.config.t_init, self.config.student_steps)[: len(draw.latents)]
         return few_steps(
-            lambda x, t: self.denoise(net, x, t, told),
+            lambda x, t: self.denoise(net, x, t, cond),
             lambda visit: draw.latents[visit],
             self.path,
             grid,
             self.config.renoise,  # type: ignore[arg-type]
         )
 
-    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, told: Condition) -> Tensor:
+    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's prediction in float32, computed in bf16 where that was chosen."""
         with self._autocast():
-            return text.denoise(net, x, t, told).float()
+            return denoise(net, x, t, cond).float()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # A weight is used once a forward: caching its bf16 copy would cost its memory and save nothing.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
 
-    def _predict(self, net: nn.Module, x_t: Tensor, t: Tensor, told: Condition, scales: tuple[float, ...]) -> list[Tensor]:
-        """Guided predictions for each scale from one call: the unconditional half only runs if a scale is not 1, and vice versa."""
-        empty = self.empty.expanded(len(told))
-        if all(scale == 1.0 for scale in scales):
-            return [self.denoise(net, x_t, t, told)] * len(scales)
-        if all(scale == 0.0 for scale in scales):
-            return [self.denoise(net, x_t, t, empty)] * len(scales)
-        both = self.denoise(net, torch.cat([x_t, x_t]), torch.cat([t, t]), told.beside(empty))
-        conditional, unconditional = both.chunk(2)
-        return [guided(conditional, unconditional, scale) for scale in scales]
+    def _predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, scales: tuple[float, ...]) -> list[Tensor]:
+        """Guided predictions for each scale from one call."""
+        return guided_predictions(lambda x, t, cond: self.denoise(net, x, t, cond), x_t, t, cond, self.empty, scales)
 
     # State
 
@@ -363,7 +355,7 @@ class Engine:
         Every process must ask: where weights are sharded, each holds a part.
         """
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self.generator.config)
+            unet = build("unet", self.generator.config)
         names = [name for name, _ in self.generator.named_parameters()]
         weights = {name: whole(value) for name, value in zip(names, self.average, strict=True)}
         unet.load_state_dict(weights, assign=True)
@@ -426,17 +418,6 @@ def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillCo
         raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
     if config.t_init >= timesteps or config.t_max > timesteps:
         raise UsageError(f"the teacher's schedule has {timesteps} timesteps; --t-init and --t-max must fit in it")
-
-
-def add_adapters(net: UNet2DConditionModel, rank: int) -> None:
-    """LoRA of this rank beside every attention, feed-forward and convolution weight; they add nothing at first."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install peft") from error
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-    targets += ["conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"]
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
 def _states(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -220,20 +220,26 @@ def family_of(unet_config: Mapping[str, Any]) -> str:
     return "sd2" if unet_config.get("use_linear_projection") else "sd1"
 
 
-def build(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """A network with fresh weights, made where torch stands (`with torch.device("meta")` it costs no memory)."""
+def network_class(component: str) -> Any:
+    """The class of a component; what a model's own files name is checked against it, and never used."""
     if component == "unet":
         from diffusers import UNet2DConditionModel
 
-        return UNet2DConditionModel.from_config(dict(config))
+        return UNet2DConditionModel
     if component == "vae":
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL.from_config(dict(config))
+        return AutoencoderKL
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    text = text_config(config)
-    return CLIPTextModelWithProjection(text) if component == "text_encoder_2" else CLIPTextModel(text)
+    return {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
+
+
+def build(component: str, config: Mapping[str, Any]) -> nn.Module:
+    """A network with fresh weights, made where torch stands (`with torch.device("meta")` it costs no memory)."""
+    kind = network_class(component)
+    network: nn.Module = kind(text_config(config)) if component.startswith("text") else kind.from_config(dict(config))
+    return network
 
 
 def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from sidcli.environment import group
 from sidcli.errors import EnvironmentProblem
+from sidcli.models.unet import blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,10 +79,10 @@ class Team:
         size = len(samples) // self.count
         return samples[self.rank * size : (self.rank + 1) * size]
 
-    def split(self, net: UNet2DConditionModel) -> None:
+    def split(self, net: nn.Module) -> None:
         """Under `shard`, leave each process its part of the weights; call it before an optimizer sees them."""
         if self.sharded:
-            for part in (*net.down_blocks, net.mid_block, *net.up_blocks, net):
+            for part in (*blocks(net), net):
                 fully_shard(part)
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -20,7 +20,6 @@ from unittest import mock
 import psutil
 import tomli_w
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
@@ -31,17 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from sidcli import checkpoint
 from sidcli.config import DistillConfig
 from sidcli.devices import pick_device
-from sidcli.engine import add_adapters, check_split, check_teacher, optimizer_bytes, state_bytes
+from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
 from sidcli.errors import UsageError
 from sidcli.families import build
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
 from sidcli.hub import Listener, Silence
+from sidcli.models.unet import Cond, add_adapters, denoise, sizes
 from sidcli.parallel import count
 from sidcli.progress import duration
 from sidcli.sources import find
 from sidcli.teachers import Description, Overrides, describe, latent_shape
-from sidcli.text import Condition, denoise, sizes
 
 RESERVE = 0.06
 """Share of a card's memory left for what the plan does not see, such as fragmentation."""
@@ -93,7 +92,7 @@ class Activations:
     such block counts, and of the others their inputs.
     """
 
-    def __init__(self, net: UNet2DConditionModel, recompute: bool):
+    def __init__(self, net: Any, recompute: bool):
         self.net, self.recompute = net, recompute
         self.weights = {storage(value) for value in net.parameters()}
         self.kept: dict[int, int] = {}
@@ -140,7 +139,7 @@ def storage(value: Tensor) -> int:
 
 
 def activations(
-    unet: UNet2DConditionModel, rows: int, config: DistillConfig, cond: Condition, trained: bool, device_type: str = "cpu"
+    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu"
 ) -> tuple[int, int]:
     """Bytes that one forward of `rows` latents keeps, and those of gradients alive at once in its backward pass.
 
@@ -155,11 +154,11 @@ def activations(
     return meter.total, TRANSIENT * meter.widest
 
 
-def forward(net: UNet2DConditionModel, rows: int, cond: Condition) -> None:
+def forward(net: Any, rows: int, cond: Cond) -> None:
     """Run the network on the meta device."""
     x = torch.empty(rows, *latent_shape(net.config), device="meta", requires_grad=True)
-    many = cond.expanded(rows)  # as tensors of their own: a view would be copied by each layer that reads it
-    many = Condition(many.states.contiguous(), dict(many.added))
+    many = cond.expand(rows)  # as tensors of their own: a view would be copied by each layer that reads it
+    many = Cond(many.states.contiguous(), dict(many.added))
     denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
@@ -283,7 +282,7 @@ def branches(*scales: float) -> int:
     return 1 if set(scales) in ({1.0}, {0.0}) else 2
 
 
-def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, cond: Condition) -> int:
+def flops_per_image(config: DistillConfig, unet: Any, cond: Cond) -> int:
     """Model FLOP of one image in one step, recomputation not counted: 18 forwards of the UNet under guidance, 11 without.
 
     A backward costs two forwards, or one where only the input's gradient is wanted.
@@ -295,21 +294,21 @@ def flops_per_image(config: DistillConfig, unet: UNet2DConditionModel, cond: Con
     return counter.get_total_flops() * (fake_step * config.fake_updates + generator_step)
 
 
-def condition(known: Description) -> Condition:
+def condition(known: Description) -> Cond:
     """What one prompt becomes, on the meta device."""
     texts = [known.networks[name] for name in known.texts]
     states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
     if len(texts) == 1:
-        return Condition(states)
+        return Cond(states)
     pooled = torch.empty(1, texts[-1]["projection_dim"], device="meta")
-    return Condition(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
+    return Cond(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Numbers of weights by their place in a run, and the UNet they belong to, on the meta device."""
 
-    unet: UNet2DConditionModel
+    unet: Any
     weights: int
     trained: int
     """Trained by the fake score."""
@@ -322,7 +321,7 @@ class Sizes:
             nets = {name: build(name, settings) for name, settings in known.networks.items()}
             weights = trained = size_of(nets["unet"].parameters())
             if config.fake_lora:
-                add_adapters(lora := copy.deepcopy(nets["unet"]).requires_grad_(False), config.fake_lora)  # type: ignore[arg-type]
+                add_adapters(lora := copy.deepcopy(nets["unet"]).requires_grad_(False), config.fake_lora)
                 trained = size_of(value for value in lora.parameters() if value.requires_grad)
         text = sum(size_of(nets[name].parameters()) for name in known.texts)
         return cls(nets["unet"], weights, trained, text, size_of(nets["vae"].parameters()))  # type: ignore[arg-type]

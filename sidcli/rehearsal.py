@@ -12,7 +12,7 @@ import torch
 from sidcli.compatibility import OTHER_COPY
 from sidcli.errors import InputError, first_line
 from sidcli.families import build
-from sidcli.text import Condition, denoise, sizes
+from sidcli.models.unet import Cond, denoise, sizes
 
 
 def rehearse(
@@ -46,7 +46,7 @@ def misfit(networks: str, latent: tuple[int, int, int], length: int) -> tuple[st
                     added = {"text_embeds": output.text_embeds, "time_ids": torch.empty(1, len(sizes(0, 0)), device=device)}
             name, x = "unet", torch.empty(1, *latent, device=device)
             t = torch.zeros(1, dtype=torch.long, device=device)
-            predicted = denoise(built["unet"], x, t, Condition(torch.cat(states, -1), added))
+            predicted = denoise(built["unet"], x, t, Cond(torch.cat(states, -1), added))
             if predicted.shape != x.shape:
                 return "unet", f"it turns latents {list(x.shape)} into {list(predicted.shape)}"
             name, image = "vae", built["vae"].decode(x).sample

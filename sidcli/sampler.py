@@ -6,20 +6,21 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from PIL import PngImagePlugin
 from torch import Tensor
 
-from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.sampling import Renoise, exit_grid, few_steps, many_steps
 from sidcli.errors import UsageError
+from sidcli.models.codec import to_bytes
+from sidcli.models.unet import TextEncoder, denoise, guided_predictions
 from sidcli.printable import json_text
 from sidcli.progress import Progress, silent
 from sidcli.sources import Source
 from sidcli.teachers import Description, Model
-from sidcli.text import TextEncoder, denoise
 
 T_INIT = 625
 """The timestep of the one-step generator in the paper; sigma / a = 2.5 there."""
@@ -76,15 +77,12 @@ class Sampler:
 
         A generator has its guidance built in and sees the prompt alone.
         """
-        told = self.encode(prompts)
-        both = None if plan.grid or plan.guidance == 1.0 else told.beside(self.encode([""]).expanded(len(told)))
+        cond = self.encode(prompts)
+        scale = 1.0 if plan.grid else plan.guidance
+        empty = cond if scale == 1.0 else self.encode([""])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            if both is None:
-                predicted = denoise(self.unet, x, t, told)
-            else:
-                conditional, unconditional = denoise(self.unet, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-                predicted = guided(conditional, unconditional, plan.guidance)
+            (predicted,) = guided_predictions(partial(denoise, self.unet), x, t, cond, empty, (scale,))
             stepped()
             return predicted
 
@@ -95,9 +93,7 @@ class Sampler:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images uint8 [B, H, W, 3] on the CPU."""
-        vae = self.model.vae.to(self.device)
-        images = vae.decode(latents / vae.config.scaling_factor).sample
-        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+        return to_bytes(self.model.codec.to(self.device).decode(latents))
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """uint8 [B, H, W, 3] of prompts and image seeds; see `Drawer`."""

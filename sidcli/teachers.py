@@ -17,9 +17,9 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from sidcli.compatibility import (
     OTHER_COPY,
@@ -36,10 +36,11 @@ from sidcli.compatibility import (
 )
 from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError, UsageError, first_line
-from sidcli.families import FAMILIES, build, clip_tokenizer, text_config
+from sidcli.families import FAMILIES, build, clip_tokenizer, network_class, text_config
 from sidcli.files import read_json
 from sidcli.formats import single_file
 from sidcli.hub import PICKLES, PRECISIONS, WEIGHTS, Listener, Silence, check_weights, weights_by_variant
+from sidcli.models.codec import Codec, codec_factor
 from sidcli.rehearsal import rehearse
 from sidcli.sources import PARTS, Source, graph_format, read_card
 from sidcli.vocabulary import CLASSES as TOKENIZERS
@@ -47,12 +48,6 @@ from sidcli.vocabulary import check_tokenizer, read_tokenizer
 
 LARGEST = 8192
 """Pixels on a side; more is a slip of the finger."""
-CLASSES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
 
 
 @dataclass(frozen=True)
@@ -119,9 +114,9 @@ class Model(Known):
     """The networks of one text-to-image model, float32 and in eval mode, and what is known about it."""
 
     source: Source
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoders: tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
     path: DiscretePath
     scheduler_config: dict[str, Any]
@@ -133,7 +128,7 @@ class Model(Known):
     def is_xl(self) -> bool:
         return len(self.text_encoders) == 2
 
-    def with_unet(self, unet: UNet2DConditionModel) -> Model:
+    def with_unet(self, unet: Any) -> Model:
         """The same model around another drawing network."""
         return dataclasses.replace(self, unet=unet)
 
@@ -146,19 +141,18 @@ class Model(Known):
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
         _, height, width = self.latent_shape
-        factor = vae_factor(self.vae.config)
+        factor = self.codec.factor
         return height * factor, width * factor
+
+    @property
+    def codec(self) -> Codec:
+        return Codec(self.vae)
 
 
 def latent_shape(unet_config: Any) -> tuple[int, int, int]:
     size = unet_config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return unet_config["in_channels"], height, width
-
-
-def vae_factor(vae_config: Any) -> int:
-    """Pixels along one side of a latent's pixel."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def quiet_libraries() -> None:
@@ -230,7 +224,7 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     check_pipeline(source.name, index, PARTS)
     networks = {}
     for name in names:
-        asked, wanted = _class_of(source, index, name), CLASSES[name].__name__
+        asked, wanted = _class_of(source, index, name), network_class(name).__name__
         if asked != wanted:
             raise InputError(f"{source.name}: its {name} is a {asked}, not a {wanted}", "use a stock pipeline")
         place = source.part(name) / "config.json"
@@ -353,7 +347,7 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
 def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
     """Height and width in pixels, as wished; then the UNet's configuration says so too."""
     wholes(networks["vae"], "block_out_channels", places["vae"])
-    factor = vae_factor(networks["vae"])
+    factor = codec_factor(networks["vae"])
     wanted = (wishes.height, wishes.width)
     if not all(wanted):
         height, width = _sample_size(networks["unet"], places["unet"])
@@ -434,7 +428,7 @@ def _network(known: Description, name: str) -> Any:
     if name in known.texts:  # whose description may also choose an implementation, even one to be downloaded
         options |= {"config": text_config(known.networks[name]), "attn_implementation": "sdpa"}
     # The libraries would fill gaps with noise and leave over what does not fit, each with a warning.
-    net, report = CLASSES[name].from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    net, report = network_class(name).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     misshaped = [f"{key} of shape {list(found)}, where {list(wanted)} belongs" for key, found, wanted in report["mismatched_keys"]]
     spare = [key for key in report["unexpected_keys"] if not single_file.SPARE.search(key)]
     for found, what in ((misshaped, "has"), (report["missing_keys"], "lacks"), (spare, "has no place for")):

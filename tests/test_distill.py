@@ -23,6 +23,7 @@ from sidcli.engine import Engine, StepResult
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import check_unlocked, locked
 from sidcli.formats.order import Order
+from sidcli.models.unet import Cond
 from sidcli.progress import silent
 from sidcli.prompts import open_prompts
 from sidcli.report.page import Commands
@@ -30,7 +31,6 @@ from sidcli.report.run import run_sections
 from sidcli.sampler import Sampler, plan_for
 from sidcli.sources import find, read_card
 from sidcli.teachers import Model, load
-from sidcli.text import Condition
 from tests.inprocess import sid
 from tests.test_checkpoint import rewritten
 
@@ -557,7 +557,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int, times: float) -> N
         healthy = self.empty
         if self.step >= from_step and left[0] > 0:
             left[0] -= 1
-            self.empty = Condition(torch.full_like(healthy.states, float("nan")))
+            self.empty = Cond(torch.full_like(healthy.states, float("nan")))
         result = real(self)
         self.empty = healthy
         return result

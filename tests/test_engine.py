@@ -11,10 +11,10 @@ from diffusers import DDPMScheduler
 from sidcli.config import MEMORY, DistillConfig, strategy
 from sidcli.diffusion.sampling import exit_grid, few_steps
 from sidcli.engine import Draw, Engine, ema_beta
+from sidcli.models.unet import Cond
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import Model, load
-from sidcli.text import Condition
 from tests.gradients import gradient, perturbed
 
 CPU = torch.device("cpu")
@@ -268,7 +268,7 @@ def test_a_value_that_is_not_finite_leaves_every_weight_as_it_was_and_is_counted
     built.advance()
     before = snapshot(built)
     good = built.empty
-    built.empty = Condition(torch.full_like(good.states, float("nan")))
+    built.empty = Cond(torch.full_like(good.states, float("nan")))
     result = built.advance()
     assert result.skipped.item() == result.skipped_in_row.item() == 2
     for name in ("generator", "fake_score", "optimizer_fake", "optimizer_generator"):

@@ -17,10 +17,10 @@ from sidcli.config import MEMORY, DistillConfig
 from sidcli.engine import Engine
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.hub import Silence
+from sidcli.models.unet import Cond, denoise
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import Model, load
-from sidcli.text import Condition, denoise
 from tests import tiny
 
 
@@ -81,7 +81,7 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
         alive = denoise(engine.generator, x, t, told)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(sd.unet.config)
-    counted, _ = plan.activations(unet, 4, config, Condition(torch.empty(1, 77, 32, device="meta")), trained=True)
+    counted, _ = plan.activations(unet, 4, config, Cond(torch.empty(1, 77, 32, device="meta")), trained=True)
     assert alive.requires_grad and counted == pytest.approx(sum(kept.values()), rel=0.1)
 
 

@@ -19,10 +19,11 @@ from sidcli.errors import UsageError
 from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import DTYPES, Order
+from sidcli.models.codec import Codec
+from sidcli.models.unet import Cond, denoise, sizes
 from sidcli.progress import Progress, silent
 from sidcli.sampler import Plan, plan_for, seeded_noise
-from sidcli.teachers import Model, vae_factor
-from sidcli.text import Condition, denoise, sizes
+from sidcli.teachers import Model
 
 GENERATOR = "generator"
 
@@ -73,22 +74,20 @@ class Drawing(nn.Module):
         self.vae.to(torch.float32 if stays_float32(model, dtype) else dtype)
         self.path, self.plan = model.path, plan
         assert self.path.values  # computed before the graph is traced
-        self.scaling = float(model.vae.config.scaling_factor)
 
     def forward(self, noise: Tensor, states: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> Tensor:
         # The UNet joins text_embeds with an embedding of time_ids that is always float32, and converts the result: ONNX does not
         # join two types.
         added = {} if text_embeds is None or time_ids is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        told = Condition(states.to(self.unet.dtype), added)
+        cond = Cond(states.to(self.unet.dtype), added)
         latents = few_steps(
-            lambda x, t: denoise(self.unet, x.to(self.unet.dtype), t, told),
+            lambda x, t: denoise(self.unet, x.to(self.unet.dtype), t, cond),
             lambda _: noise,
             self.path,
             self.plan.grid,
             self.plan.renoise,
         )
-        images = self.vae.decode((latents / self.scaling).to(self.vae.dtype)).sample.float()
-        return (images / 2 + 0.5).clamp(0, 1)
+        return Codec(self.vae).decode(latents)
 
 
 def stays_float32(model: Model, dtype: torch.dtype) -> bool:
@@ -174,14 +173,14 @@ def size_step(model: Model) -> int:
     """
     step = 2 ** (len(model.unet.config.block_out_channels) - 1)
     sides = model.latent_shape[1:]
-    return step * vae_factor(model.vae.config) if all(side % step == 0 and side > step for side in sides) else 0
+    return step * model.codec.factor if all(side % step == 0 and side > step for side in sides) else 0
 
 
 def _sizes(model: Model, multiple: int) -> str:
     height, width = model.size
     if not multiple:
         return f"The size is fixed: {width} x {height} pixels."
-    factor = vae_factor(model.vae.config)
+    factor = model.codec.factor
     told = ", and `time_ids` says both in pixels" if model.is_xl else ""
     return (
         f"Width and height may be any multiples of {multiple} pixels: the last two sides of `noise` are height and width divided by"

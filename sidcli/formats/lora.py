@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sidcli.errors import InputError, UsageError
@@ -50,13 +49,13 @@ def fits(name: str, value: Tensor) -> bool:
     return value.ndim in (2, 4) and name.endswith(".weight")
 
 
-def size(unet: UNet2DConditionModel, rank: int) -> int:
+def size(unet: Any, rank: int) -> int:
     """Numbers in a LoRA of this UNet, also of one on the meta device."""
     shapes = [(len(value), value.numel() // len(value)) for name, value in unet.named_parameters() if fits(name, value)]
     return sum(min(rank, *shape) * sum(shape) for shape in shapes)
 
 
-def check_teacher(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
+def check_teacher(student: Any, teacher: Any) -> None:
     """Raises InputError where the two UNets differ in a parameter's name or shape; both may be on the meta device."""
     before = dict(teacher.named_parameters())
     for name, after in student.named_parameters():
@@ -79,7 +78,7 @@ def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return down.float().contiguous(), up.float().contiguous()
 
 
-def layers(student: UNet2DConditionModel, teacher: UNet2DConditionModel, rank: int) -> tuple[dict[str, Tensor], float]:
+def layers(student: Any, teacher: Any, rank: int) -> tuple[dict[str, Tensor], float]:
     """LoRA weights by diffusers' names, and the share of the squared difference, over all parameters, that they keep.
 
     Raises InputError where the two do not fit.

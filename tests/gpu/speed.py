@@ -92,10 +92,10 @@ def forward_flops(model: Model) -> int:
     """FLOP of one forward of one latent, counted on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet.config)
-    told = plan.Condition(torch.empty(1, 77, int(unet.config["cross_attention_dim"]), device="meta"))
+    told = plan.Cond(torch.empty(1, 77, int(unet.config["cross_attention_dim"]), device="meta"))
     if model.is_xl:
         projection = int(model.text_encoders[1].config.projection_dim)
-        told = plan.Condition(
+        told = plan.Cond(
             told.states, {"text_embeds": torch.empty(1, projection, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
         )
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,0 +1,63 @@
+"""The codec of a latent diffusion model: images to latents and back through its VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def codec_factor(config: Mapping[str, Any]) -> int:
+    """Pixels along one side of a latent's pixel, by the VAE's configuration."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A VAE with the scale and shift of its latents: z = (encoded - shift) * scale."""
+
+    vae: Any
+
+    @property
+    def channels(self) -> int:
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent's pixel."""
+        return codec_factor(self.vae.config)
+
+    @property
+    def scale(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def shift(self) -> float:
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
+    def to(self, device: torch.device | str) -> Codec:
+        """Move the VAE."""
+        network: nn.Module = self.vae
+        network.to(device)
+        return self
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in -1..1 -> the mean latents float32 [B, C, h, w]."""
+        mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> images float32 [B, 3, H, W] in 0..1."""
+        value = latents / self.scale
+        if self.shift:
+            value = value + self.shift
+        images = self.vae.decode(value.to(self.vae.dtype)).sample.float()
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images float32 [B, 3, H, W] in 0..1 -> uint8 [B, H, W, 3] on the CPU."""
+    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu()

@@ -1,0 +1,145 @@
+"""The UNet families, Stable Diffusion 1, 2 and XL: conditioning, guided prediction, and the parts of the network that others use.
+
+One text encoder for Stable Diffusion 1 and 2, two of them for SDXL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from sidcli.diffusion.guidance import guided
+from sidcli.errors import EnvironmentProblem
+
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"),
+)
+"""Modules that get an adapter: attention, feed-forward and convolutions."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What prompts become for the UNet: `states` float32 [B, tokens, width]; for SDXL also `added`, the pooled `text_embeds` [B, P] and
+    the sizes `time_ids` [B, 6]."""
+
+    states: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def expand(self, count: int) -> Cond:
+        """The cond of one prompt, `count` times."""
+        return Cond(self.states.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()})
+
+    def cat(self, other: Cond) -> Cond:
+        """Both as one batch, this one first."""
+        return Cond(
+            torch.cat([self.states, other.states]),
+            {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+        )
+
+
+def denoise(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The raw prediction [B, C, h, w] of a UNet for x_t [B, C, h, w], timesteps int64 [B] and B conds."""
+    more: dict[str, Any] = {"added_cond_kwargs": dict(cond.added)} if cond.added else {}
+    return net(x, t, cond.states, **more).sample
+
+
+Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
+"""(x_t [B, C, h, w], t [B], B conds) -> prediction [B, C, h, w]."""
+
+
+def guided_predictions(denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond, scales: Sequence[float]) -> list[Tensor]:
+    """Predictions [B, C, h, w] under classifier-free guidance, one per scale, from one call of the network.
+
+    `empty` is the cond of the empty prompt [1]. The unconditional half only runs where a scale is not 1, and the conditional one where a
+    scale is not 0.
+    """
+    if all(scale == 1.0 for scale in scales):
+        return [denoise(x_t, t, cond)] * len(scales)
+    nothing = empty.expand(len(cond))
+    if all(scale == 0.0 for scale in scales):
+        return [denoise(x_t, t, nothing)] * len(scales)
+    both = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(nothing))
+    conditional, unconditional = both.chunk(2)
+    return [guided(conditional, unconditional, scale) for scale in scales]
+
+
+def blocks(net: Any) -> list[nn.Module]:
+    """The parts of a UNet in the order of its forward pass, for sharding and for a discriminator that reads features."""
+    return [*net.down_blocks, net.mid_block, *net.up_blocks]
+
+
+def features(net: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The output [B, channels, h, w] of the UNet's middle block, which a discriminator classifies (arXiv 2405.14867)."""
+    found: list[Tensor] = []
+    hook = net.mid_block.register_forward_hook(lambda module, inputs, output: found.append(output))
+    try:
+        denoise(net, x, t, cond)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def add_adapters(net: Any, rank: int) -> None:
+    """LoRA of this rank beside every module of LORA_TARGETS; they add nothing at first. Raises EnvironmentProblem without peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install peft") from error
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+
+
+def sizes(height: int, width: int) -> list[float]:
+    """What SDXL is told about an image of its own that is neither scaled nor cropped: original size, crop, size, in pixels."""
+    return [float(height), float(width), 0.0, 0.0, float(height), float(width)]
+
+
+class TextEncoder:
+    """One model's text encoders on one device. `truncated` counts prompts that were longer than they read.
+
+    With two encoders (SDXL, arXiv 2307.01952) the states before each one's last layer stand side by side, and the second one's
+    projection of the whole prompt is added. `empty_is_zero`: the empty prompt is all zeros, as SDXL was published.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        tokenizers: Sequence[CLIPTokenizer],
+        size: tuple[int, int],
+        empty_is_zero: bool,
+        device: torch.device,
+    ):
+        self.encoders = [encoder.to(device) for encoder in encoders]
+        self.tokenizers, self.size, self.empty_is_zero, self.device = tokenizers, size, empty_is_zero, device
+        self.truncated = 0
+
+    def tokens(self, prompts: Sequence[str], index: int) -> Tensor:
+        """Token ids int64 [B, length] for one encoder."""
+        tokenizer: Any = self.tokenizers[index]
+        config: Any = self.encoders[index].config
+        length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        if index == 0:
+            self.truncated += sum(len(row) > length for row in tokenizer(list(prompts)).input_ids)
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        return tokenizer(list(prompts), **options).input_ids.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        if len(self.encoders) == 1:
+            return Cond(self.encoders[0](self.tokens(prompts, 0)).last_hidden_state)
+        outputs = [net(self.tokens(prompts, index), output_hidden_states=True) for index, net in enumerate(self.encoders)]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[-1].text_embeds
+        if self.empty_is_zero:
+            said = torch.tensor([float(bool(prompt)) for prompt in prompts], device=self.device)
+            states, pooled = states * said[:, None, None], pooled * said[:, None]
+        ids = torch.tensor(sizes(*self.size), device=self.device).expand(len(prompts), -1)
+        return Cond(states, {"text_embeds": pooled, "time_ids": ids})
