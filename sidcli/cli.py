@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -367,7 +368,7 @@ def distill(
         typer.Option(rich_help_panel=MACHINE, show_default=_preset("shard"), help="Split the networks over the processes (FSDP2)."),
     ] = None,
 ) -> None:
-    """Distil a teacher into a one-step student; run it again to continue.
+    """Distill a teacher into a one-step student; run it again to continue.
 
     Example: sid distill --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance 1.5
     """
@@ -399,6 +400,8 @@ def distill(
     own = {name: value for name, value in arguments.items() if name in SETTINGS and value is not None}
     if prompts is not None and column is None:
         own["column"] = ""  # that of a --config belongs to its own prompts
+    if lr is not None and not 0 < lr < math.inf:
+        raise UsageError(f"--lr must be positive, not {lr}")
     if lr is not None:
         own = {"lr_fake": lr, "lr_generator": lr} | own
     if images is not None:
@@ -553,7 +556,8 @@ def sample(
 
         if read_card(found).get("world") == "emoji" and (about_words := vocabulary.remark(texts, found.name)):
             console.note(about_words)
-        console.note(f"drawing with {found.name} ({plan.describe()}); another model: --model NAME")
+        other = "; another model: --model NAME" if model == "emoji" else ""
+        console.note(f"drawing with {found.name} ({plan.describe()}){other}")
         with console.progress("draw", count, "images") as advance:
             drawn, cut = driver.run(found, drawer, plan, texts, num, seed, places, batch_size, advance)
         if cut:

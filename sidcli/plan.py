@@ -248,7 +248,8 @@ class Plan:
         rows += [("memory", f"at the peak {gigabytes(self.peak)}, off the device {gigabytes(self.main_memory)}")]
         if self.card:
             rows += [("fits", self.verdict(self.card))]
-        rows += [("batch", f"{c.batch_size} = micro-batch {c.micro_batch} x {accumulation} in turn x {self.processes} processes")]
+        processes = f"{self.processes} {'process' if self.processes == 1 else 'processes'}"
+        rows += [("batch", f"{c.batch_size} = micro-batch {c.micro_batch} x accumulation {accumulation} x {processes}")]
         rows += [("work", f"{c.steps} steps, {c.steps * c.batch_size} images, {self.flops_per_image / 1e12:.3g} TFLOP an image")]
         rows += [("time", f"{about(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
         if self.seconds is not None or not self.estimates:

@@ -207,7 +207,7 @@ def read_captions(path: Path, column: str = "") -> PromptList:
         return _of_table(path, of_rows(path, ((f"{path}: item {number}", row) for number, row in enumerate(content, 1)), column))
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
-        raise InputError(f"{path} has no list of annotations", JSON_HINT)
+        raise InputError(f"{path} is neither a list nor COCO's captions, an object with a list of annotations", JSON_HINT)
     if column:
         raise UsageError(f"--column {column}: {path} has COCO's layout, whose captions are read", "leave --column out")
     for number, annotation in enumerate(annotations, 1):
@@ -240,7 +240,7 @@ def _checked(text: str, place: str) -> str:
 
 
 def _prompt_list(path: Path, texts: Iterable[str], column: str = "") -> PromptList:
-    """Of the texts that are not empty. Raises InputError where there is none."""
+    """Of the texts that are not empty. Raises InputError where there is none; `column` says which column was read."""
     content, ends, blank = bytearray(), array("q"), 0
     for text in texts:
         if text:
@@ -250,6 +250,8 @@ def _prompt_list(path: Path, texts: Iterable[str], column: str = "") -> PromptLi
         else:
             blank += 1
     if not ends:
+        if column:
+            raise InputError(f"{path} holds no prompt; {column}", "--column NAME reads another one")
         raise InputError(f"{path} holds no prompt", TEXT_HINT)
     return PromptList(str(path), content, np.frombuffer(ends, np.int64), blank, column)
 

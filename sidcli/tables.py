@@ -133,7 +133,7 @@ def _of_fields(path: Path, lines: Iterator[tuple[int, str]], wanted: str) -> Tab
                 continue
             if len(row) != len(columns):
                 raise InputError(
-                    f"{place}: {len(row)} fields in a row, but {len(columns)} in the first",
+                    f"{place}: the row has {len(row)} fields, the header {len(columns)}",
                     f"quote texts that contain {_shown(delimiter)}, or save the captions as .txt, one per line",
                 )
             yield place, row[index]

@@ -219,6 +219,8 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     if not isinstance(kind, str):
         raise InputError(f"{source.name} brings code of its own ({kind}), which is never run", "use a model of stock classes")
     texts = ["text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
+    if kind.startswith("StableDiffusionXL") and len(texts) == 1:
+        raise InputError(f"{source.path / 'model_index.json'} is of a {kind} and names no text_encoder_2", OTHER_MODEL)
     names = ["unet", "vae", *texts]
     refuse_code(source, index)
     check_pipeline(source.name, index, PARTS)

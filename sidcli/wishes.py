@@ -63,12 +63,14 @@ def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
         for text in texts:
             given, _, value = text.partition("=")
             name = metric_named(given)
+            if name is None:
+                raise UsageError(f"{option} must be METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
             try:
                 bound = float(value)
             except ValueError:
                 bound = math.nan
-            if name is None or not math.isfinite(bound):
-                raise UsageError(f"{option} must be METRIC=VALUE, not {text!r}", f"METRIC is one of {', '.join(METRICS)}")
+            if not math.isfinite(bound):
+                raise UsageError(f"{option} must be METRIC=VALUE with a number, not {text!r}", f"for example {name}=0.5")
             metric = METRICS[name]
             if not metric.low <= bound <= metric.high:
                 possible = f"at least {metric.low}" if metric.high == math.inf else f"between {metric.low} and {metric.high}"

@@ -39,7 +39,7 @@ class Card:
 
     def commands(self) -> list[list[str]]:
         """Shell commands, in blocks and in the text."""
-        lines = [*self.code("bash").splitlines(), *re.findall(r"`(sid \S+ [^`]+)`", self.body)]
+        lines = [*self.code("bash").splitlines(), *re.findall(r"`(sid [^\s`]+ [^`]+)`", self.body)]
         return [shlex.split(line) for line in lines]
 
     def draw(self, places: dict[str, Path], at: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,11 +10,16 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import NoReturn
 
-from sidcli import cli, console, distill, evaluate, export, scores
+import torch
 
+from sidcli import cli, console, distill, evaluate, export, sampler, scores
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
 REPOSITORY = Path(__file__).parent.parent
 LOADED = (console, distill, evaluate, export, scores)
 """What commands import only when they run; imported here so that no fork does."""
@@ -49,41 +55,63 @@ def in_a_child(work: Callable[[], object]) -> Ended:
 
 
 def sid(*arguments: object, cwd: Path | None = None, **environment: str) -> Ended:
-    """Run `sid ARGUMENTS` in a fork, in the folder `cwd`."""
+    """Run `sid ARGUMENTS`, a command that trains nothing, in a fork, in the folder `cwd`."""
     return in_a_child(_command(arguments, cwd, environment))
 
 
 class Running:
-    """A `sid` command in a fork that runs beside this process, in a session of its own. It is used like subprocess.Popen."""
+    """A `sid` command that runs beside this process, in a session of its own. It is used like subprocess.Popen.
+
+    It is a fork of a server that has every library in memory. This process cannot be forked for a training: PyTorch computes no gradients
+    in a fork of a process that has computed some.
+    """
 
     def __init__(self, *arguments: object, cwd: Path, **environment: str):
-        self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        reading, writing = os.pipe()
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            os.close(reading)
-            _run(_command(arguments, cwd, environment), self._stdout.fileno(), writing)
-        os.close(writing)
-        self.stderr = os.fdopen(reading)
+        self._place = tempfile.TemporaryDirectory()
+        self.stdout, self.stderr = Path(self._place.name) / "stdout", Path(self._place.name) / "stderr"
+        for stream in (self.stdout, self.stderr):
+            stream.touch()
+        words = [str(argument) for argument in arguments]
+        settings = dict(os.environ) | environment
+        self._process = SERVER.Process(
+            target=_served, args=(words, str(cwd), settings, str(self.stdout), str(self.stderr), sampler.TEACHER_STEPS)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
 
-    def wait(self, options: int = 0) -> int | None:
-        """Wait for the end; with os.WNOHANG, only look whether it has ended."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
 
     def poll(self) -> int | None:
-        return self.wait(os.WNOHANG)
+        return self.returncode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self.returncode
 
     def communicate(self) -> tuple[str, str]:
-        """Wait for the end. Returns stdout and what is left of stderr."""
-        said = self.stderr.read()
+        """Wait for the end. Returns stdout and stderr."""
         self.wait()
-        self._stdout.seek(0)
-        return self._stdout.read(), said
+        return self.stdout.read_text(errors="replace"), self.stderr.read_text(errors="replace")
+
+
+def train(*arguments: object, cwd: Path | None = None, **environment: str) -> Ended:
+    """Run `sid ARGUMENTS`, a command that trains. Its growth and what it reads are not measured."""
+    running = Running(*arguments, cwd=cwd or Path.cwd(), **environment)
+    said = running.communicate()
+    assert running.returncode is not None
+    return Ended(running.returncode, *said, nan, nan)
+
+
+def _served(words: list[str], cwd: str, settings: dict[str, str], stdout: str, stderr: str, teacher_steps: int) -> None:
+    """A child of the server."""
+    os.setsid()
+    os.environ.clear()
+    sampler.TEACHER_STEPS = teacher_steps
+    torch.set_num_threads(1)
+    _run(_command(words, Path(cwd), settings), *(os.open(stream, os.O_WRONLY) for stream in (stdout, stderr)))
 
 
 def process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

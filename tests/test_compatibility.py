@@ -71,6 +71,7 @@ def test_pipelines_are_those_of_diffusers() -> None:
     [
         (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, '"FlowMatchEulerDiscreteScheduler" is not supported: flow'),
         (INDEX, {"scheduler": ["diffusers", "FlowMatchHeunDiscreteScheduler"]}, "flow matching"),
+        (INDEX, {"_class_name": "StableDiffusionXLPipeline"}, "is of a StableDiffusionXLPipeline and names no text_encoder_2"),
         (SCHEDULER, {"_class_name": "EDMEulerScheduler"}, 'the scheduler "EDMEulerScheduler" is not supported'),
         (SCHEDULER, {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, 'timestep_type is "continuous"'),
         (SCHEDULER, {"use_flow_sigmas": True}, "use_flow_sigmas is true"),

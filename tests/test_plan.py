@@ -105,7 +105,7 @@ def test_time_is_known_once_the_run_folder_has_measured_a_rate(sd_folder: Path, 
 def test_a_process_computes_no_more_at_once_than_its_share_of_the_batch(sd_folder: Path, config: DistillConfig) -> None:
     config = dataclasses.replace(config, teacher=str(sd_folder))
     alone, four = (plan.make(config, Path("run"), "cpu", processes, Silence()) for processes in (1, 4))
-    assert "# batch         4 = micro-batch 1 x 1 in turn x 4 processes" in four.lines()
+    assert "# batch         4 = micro-batch 1 x accumulation 1 x 4 processes" in four.lines()
     assert four.device_memory["activations"] < alone.device_memory["activations"]
     with pytest.raises(UsageError, match="batch-size 4 does not split over 3 processes"):
         plan.make(config, Path("run"), "cpu", 3, Silence())

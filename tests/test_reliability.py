@@ -217,8 +217,9 @@ def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_p
 ) -> None:
     command = Running(*training(sd_folder)[:-2], "--steps", "400", "--output", "run", cwd=tmp_path)
     if moment == "loading":
-        while "loading" not in command.stderr.readline():
+        while "loading" not in command.stderr.read_text():
             assert command.poll() is None
+            time.sleep(0.01)
     else:
         step_reached(command, tmp_path / "run", int(moment.split()[1]))
     os.kill(command.pid, number)

@@ -8,10 +8,22 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
+from itertools import count, islice
 from typing import Any
 
 from sidcli.emoji.nouns import NOUNS
-from sidcli.emoji.world import ADJECTIVES, COLOR_LIST, COLOR_TEMPLATES, PLAIN_TEMPLATES, PROMPT_SEED, caption, plural, scene
+from sidcli.emoji.world import (
+    ADJECTIVES,
+    COLOR_LIST,
+    COLOR_TEMPLATES,
+    MASS_NOUNS,
+    PLAIN_TEMPLATES,
+    PLURAL_NOUNS,
+    PROMPT_SEED,
+    caption,
+    plural,
+    scene,
+)
 
 WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 SHOWN, LONGEST, EXAMPLES, WIDTH = 5, 40, 12, 100
@@ -68,7 +80,10 @@ def remark(texts: Sequence[str], model: str) -> str:
 
 def summary() -> dict[str, Any]:
     """What the models can be asked for, with captions as examples."""
-    examples = [caption(scene(PROMPT_SEED, index), PROMPT_SEED, index, "train").text for index in range(EXAMPLES)]
+    pictures = ((index, scene(PROMPT_SEED, index)) for index in count())
+    # The models were trained on "one cherries" too, which nobody would write.
+    regular = ((index, picture) for index, picture in pictures if picture.noun not in PLURAL_NOUNS | MASS_NOUNS)
+    examples = [caption(picture, PROMPT_SEED, index, "train").text for index, picture in islice(regular, EXAMPLES)]
     adjectives = [word for word in ADJECTIVES if word not in COLOR_LIST]
     return {"nouns": list(NOUNS), "colors": list(COLOR_LIST), "adjectives": adjectives, "examples": examples}
 

@@ -30,8 +30,8 @@ pipe = {pipeline}.from_pretrained("FOLDER"{options})
 {call}.images[0].save("cat.png")
 ```
 
-`FOLDER` is this folder or its id on the hub. Keep the scheduler: it ends at the timestep where this model starts. Keep
-`guidance_scale=0`: the model needs no guidance at inference."""
+`FOLDER` is this folder or its id on the hub. Keep the scheduler: its first timestep is the one this model was
+trained at. Keep `guidance_scale=0`: the model needs no guidance at inference."""
 OWN_NOISE = """```bash
 sid sample "{prompt}" --model FOLDER
 ```

@@ -29,7 +29,7 @@ pipe.load_lora_weights("FOLDER")
 {call}.images[0].save("cat.png")
 ```
 
-`FOLDER` is this folder or its id on the hub.{places} Keep this folder's scheduler: it ends at the timestep where this model starts.
+`FOLDER` is this folder or its id on the hub.{places} Keep this folder's scheduler: its first timestep is the one this model was trained at.
 
 The LoRA has rank {rank} and keeps {kept:.2%} of the difference between student and teacher (squared norm over all parameters of the
 UNet). What it cannot hold counts as lost: biases, and the scales of norms."""
