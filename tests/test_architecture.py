@@ -14,7 +14,7 @@ FLOORS = [
         "randomness",
         "optimizer",
         "__init__",
-        "text",
+        "models.codec",
         "metrics.catalog",
         "png",
         "printable",
@@ -22,7 +22,7 @@ FLOORS = [
         "diffusion.path",
         "diffusion.guidance",
     },
-    {"environment", "diffusion.sampling"},
+    {"environment", "diffusion.sampling", "models.unet"},
     {"files", "launch", "parallel"},
     {
         "devices",

@@ -39,7 +39,7 @@ def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tup
 
 
 class Path:
-    """A path with the prediction type of a network that was trained on it. Subclasses define `scale`."""
+    """A path with the prediction type of a network that was trained on it. Subclasses define `exact` and `steps`."""
 
     prediction: Prediction
 
@@ -48,9 +48,14 @@ class Path:
         """Timesteps are counted from 0 to this number."""
         raise NotImplementedError
 
+    def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
+        """a(t) and sigma(t) in float64."""
+        raise NotImplementedError
+
     def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         """a(t) and sigma(t)."""
-        raise NotImplementedError
+        a, sigma = self.exact(t)
+        return _single(a), _single(sigma)
 
     def noised(self, x: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """x_t = a x + sigma eps."""
@@ -59,19 +64,27 @@ class Path:
 
     def clean(self, out: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """The clean latent that a network's output stands for."""
-        a, sigma = self.scale(t)
-        p, q = predicted(self.prediction, a, sigma)
+        _, sigma, p, q, determinant = self._form(t)
         if isinstance(q, float) and q == 0.0:
             return out / p
-        return (q * x_t - sigma * out) / (a * q - sigma * p)
+        return (q * x_t - sigma * out) / determinant
 
     def noise(self, out: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """The noise that a network's output stands for."""
-        a, sigma = self.scale(t)
-        p, q = predicted(self.prediction, a, sigma)
+        a, _, p, q, determinant = self._form(t)
         if isinstance(p, float) and p == 0.0:
             return out / q
-        return (a * out - p * x_t) / (a * q - sigma * p)
+        return (a * out - p * x_t) / determinant
+
+    def _form(self, t: Timestep) -> tuple[Coefficient, ...]:
+        """a, sigma, p, q and a q - sigma p, which is 1 for v prediction and flow matching only if it is computed in float64."""
+        a, sigma = self.exact(t)
+        p, q = predicted(self.prediction, a, sigma)
+        return tuple(map(_single, (a, sigma, p, q, a * q - sigma * p)))
+
+
+def _single(value: Coefficient) -> Coefficient:
+    return value.float() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +108,11 @@ class DiscretePath(Path):
         """abar as plain numbers, which a graph that is exported keeps as constants."""
         return tuple(self.abar.tolist())
 
-    def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
-        """a(t) and sigma(t); square roots are taken in float64."""
+    def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         if isinstance(t, int):
             return math.sqrt(self.values[t]), math.sqrt(1.0 - self.values[t])
         abar = self.abar.to(t.device)[t].view(-1, 1, 1, 1)
-        return abar.sqrt().float(), (1.0 - abar).sqrt().float()
+        return abar.sqrt(), (1.0 - abar).sqrt()
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,8 @@ class FlowPath(Path):
     steps: int = 1000
     prediction: Prediction = "flow"
 
-    def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
+    def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         if isinstance(t, int):
             return 1.0 - t / self.steps, t / self.steps
         sigma = t.double().view(-1, 1, 1, 1) / self.steps
-        return (1.0 - sigma).float(), sigma.float()
+        return 1.0 - sigma, sigma
