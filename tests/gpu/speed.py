@@ -27,6 +27,7 @@ from sidcli import plan
 from sidcli.config import MEMORY, PRESETS, DistillConfig
 from sidcli.engine import Engine
 from sidcli.families import FAMILIES, build, clip_tokenizer
+from sidcli.hub import Silence
 from sidcli.prompts import open_prompts
 from sidcli.sampler import Plan, Sampler
 from sidcli.sources import Source, find
@@ -92,14 +93,14 @@ def forward_flops(model: Model) -> int:
     """FLOP of one forward of one latent, counted on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet.config)
-    told = plan.Cond(torch.empty(1, 77, int(unet.config["cross_attention_dim"]), device="meta"))
+    cond = plan.Cond(torch.empty(1, 77, int(unet.config["cross_attention_dim"]), device="meta"))
     if model.is_xl:
         projection = int(model.text_encoders[1].config.projection_dim)
-        told = plan.Cond(
-            told.states, {"text_embeds": torch.empty(1, projection, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
+        cond = plan.Cond(
+            cond.states, {"text_embeds": torch.empty(1, projection, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
         )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plan.forward(unet, 1, told, torch.float32)
+        plan.forward(unet, 1, cond)
     return counter.get_total_flops()
 
 
@@ -322,13 +323,9 @@ def planned(lab: Lab) -> Outcome:
     found = {}
     for name, recipe in MEMORY.items():
         config = settings(str(folder), **recipe)
-        made = plan.make(config, Path("out"), "cpu", 1, Silent())
+        made = plan.make(config, Path("out"), "cpu", 1, Silence())
         found[name] = round((made.peak - made.device_memory.get("this program", 0)) / 1e9, 2)
     return Outcome(found)
-
-
-class Silent:
-    def note(self, text: str) -> None: ...
 
 
 def make_checks(lab: Lab) -> dict[str, Check]:
