@@ -42,11 +42,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def machine() -> dict[str, str]:
-    """What decides the last bits of a result."""
-    model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
-    return {"processor": model, "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    """What decides the last bits of a result: libraries choose their code by the processor's features and the sizes of its caches."""
+    found = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    entries = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "cache size")
+    flags = hashlib.sha256(entries.get("flags", "").encode()).hexdigest()[:16]
+    return found | {name: entries.get(name, "") for name in names} | {"flags": flags}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
