@@ -97,8 +97,8 @@ class Running:
         return self.stdout.read_text(errors="replace"), self.stderr.read_text(errors="replace")
 
 
-def train(*arguments: object, cwd: Path | None = None, **environment: str) -> Ended:
-    """Run `sid ARGUMENTS`, a command that trains. Its growth and what it reads are not measured."""
+def from_server(*arguments: object, cwd: Path | None = None, **environment: str) -> Ended:
+    """Run `sid ARGUMENTS` in a fork of the server, as every command that trains must. Its growth and what it reads are not measured."""
     running = Running(*arguments, cwd=cwd or Path.cwd(), **environment)
     said = running.communicate()
     assert running.returncode is not None

@@ -17,7 +17,7 @@ from sidcli import cli
 from sidcli.config import CHOICES, STRATEGIES, DistillConfig
 from sidcli.sources import find
 from sidcli.teachers import load
-from tests.commands import sid, train
+from tests.commands import from_server as sid
 from tests.inprocess import sid as in_process
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
@@ -318,7 +318,7 @@ def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_ru
     sharded = sid("distill", *small, "--dry-run", "--shard", cwd=tmp_path)
     assert sharded.returncode == 0, sharded.stderr
     assert list(tmp_path.iterdir()) == []
-    done = train("distill", *small, cwd=tmp_path)
+    done = sid("distill", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["student"] == "runs/emoji-teacher-g2/student"
     assert (tmp_path / "runs/emoji-teacher-g2/student/model_index.json").is_file()

@@ -679,7 +679,7 @@ def test_a_checkpoint_with_hashes_of_its_own_and_tensors_of_another_run_is_refus
 ) -> None:
     command = ["distill", "--teacher", sd_folder, "--steps", "1", "--batch-size", "1", "--save-every", "1", "--device", "cpu"]
     command += ["--sample-every", "9", "--quiet", "-o"]
-    assert commands.train(*command, "run").returncode == 0
+    assert commands.from_server(*command, "run").returncode == 0
     saved_at = Path("run") / "checkpoints" / checkpoint.folder_name(1)
     found = checkpoint.verify(saved_at)
     state = checkpoint.read(found)
@@ -932,7 +932,7 @@ def test_blank_lines_and_prompts_that_are_too_long_are_counted_once_in_every_com
     assert drawn.returncode == 0 and drawn.stderr.count(skipped) == 1 and drawn.stderr.count(cut) == 1, drawn
     assert len(list(Path("out").glob("0*.png"))) == 3
     training = ["distill", "--teacher", sd_folder, "--prompts", file, "--steps", "1", "--batch-size", "3", "--device", "cpu"]
-    trained = commands.train(*training, "-o", "run")
+    trained = commands.from_server(*training, "-o", "run")
     assert trained.returncode == 0 and trained.stderr.count(skipped) == 1, trained
     assert trained.stderr.count("training prompts were longer than the text encoder reads") == 1, trained
     captions = listed(tmp_path, b'["a cat", " ", "a dog"]', "list.json")
