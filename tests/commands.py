@@ -110,7 +110,6 @@ def _served(words: list[str], cwd: str, settings: dict[str, str], stdout: str, s
     os.setsid()
     os.environ.clear()
     sampler.TEACHER_STEPS = teacher_steps
-    torch.set_num_threads(1)
     _run(_command(words, Path(cwd), settings), *(os.open(stream, os.O_WRONLY) for stream in (stdout, stderr)))
 
 
@@ -143,6 +142,8 @@ def _run(work: Callable[[], object], stdout: int, stderr: int) -> NoReturn:
     """The child: it does the work with an empty pipe as stdin and these descriptors, and never returns."""
     code: object = 0
     try:
+        # A fork renews PyTorch's pool of threads at its first use, without a lock: before there is a second thread.
+        torch.set_num_threads(1)
         os.dup2(os.pipe()[0], 0)
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)

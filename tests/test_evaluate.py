@@ -33,7 +33,7 @@ from sidcli.sampler import Plan, png_info
 from sidcli.scores import ASKED, Evaluation, Row, chosen
 from sidcli.sources import find
 from sidcli.wishes import Bound, Wish, check_protocol, limits
-from tests.commands import from_server as sid
+from tests.commands import sid
 
 CPU = torch.device("cpu")
 NETWORKS = Networks(CPU, Silence())

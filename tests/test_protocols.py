@@ -35,7 +35,7 @@ from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, cu
 from sidcli.scores import Evaluation, chosen
 from sidcli.wishes import Wish
 from tests.coco import write_coco
-from tests.commands import from_server as sid
+from tests.commands import sid
 from tests.inprocess import sid as in_process
 
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ so that no other code depends on the prediction type.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -38,19 +39,19 @@ def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tup
             return -1.0, 1.0
 
 
-class Path:
+class Path(ABC):
     """A path with the prediction type of a network that was trained on it. Subclasses define `exact` and `steps`."""
 
     prediction: Prediction
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """Timesteps are counted from 0 to this number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         """a(t) and sigma(t) in float64."""
-        raise NotImplementedError
 
     def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         """a(t) and sigma(t)."""
