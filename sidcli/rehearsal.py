@@ -12,6 +12,7 @@ import torch
 from sidcli.compatibility import OTHER_COPY
 from sidcli.errors import InputError, first_line
 from sidcli.families import build
+from sidcli.models.codec import codec_factor
 from sidcli.models.unet import Cond, denoise, sizes
 
 
@@ -50,7 +51,7 @@ def misfit(networks: str, latent: tuple[int, int, int], length: int) -> tuple[st
             if predicted.shape != x.shape:
                 return "unet", f"it turns latents {list(x.shape)} into {list(predicted.shape)}"
             name, image = "vae", built["vae"].decode(x).sample
-            factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+            factor = codec_factor(configs["vae"])
             if image.shape != (1, 3, latent[1] * factor, latent[2] * factor):
                 return "vae", f"it turns latents {list(x.shape)} into {list(image.shape)}"
     except Exception as error:  # libraries answer a stranger's description with any kind of error

@@ -33,6 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sidcli.emoji import models, world
 from sidcli.emoji.classifier import Classifier
 from sidcli.files import write_json
+from sidcli.models.codec import Codec
 from sidcli.randomness import normal, numpy_generator, torch_generator, uniform
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -269,8 +270,7 @@ def cached_latents(output: Path, count: int) -> Tensor:
     rows = []
     with torch.no_grad(), half_precision():
         for start in range(0, count, 100):
-            mean = vae.encode(images(world.TEACHER_SEED, range(start, start + 100))).latent_dist.mean
-            rows.append((mean.float() * vae.config.scaling_factor).half().contiguous())
+            rows.append(Codec(vae).encode(images(world.TEACHER_SEED, range(start, start + 100))).half().contiguous())
             if start % 5000 == 0:
                 print(f"latents {start}/{count}", flush=True)
     latents = torch.cat(rows).contiguous()

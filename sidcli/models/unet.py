@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sidcli.diffusion.guidance import guided
-from sidcli.errors import EnvironmentProblem
 
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -89,11 +88,9 @@ def features(net: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def add_adapters(net: Any, rank: int) -> None:
-    """LoRA of this rank beside every module of LORA_TARGETS; they add nothing at first. Raises EnvironmentProblem without peft."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise EnvironmentProblem("--fake-lora needs peft, which is not installed", "pip install peft") from error
+    """LoRA of this rank beside every module of LORA_TARGETS; they add nothing at first."""
+    from peft import LoraConfig
+
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
 
 

@@ -1,0 +1,48 @@
+"""The codec and the UNet family on tiny pipelines."""
+
+import pytest
+import torch
+
+from sidcli.models.codec import Codec
+from sidcli.models.unet import Cond, blocks, denoise, features, guided_predictions
+from sidcli.teachers import Model
+
+
+def test_a_codec_scales_and_shifts_latents_as_diffusers_does_and_undoes_it_when_it_decodes(sd: Model) -> None:
+    images = torch.rand(2, 3, *sd.size) * 2 - 1
+    mean = sd.vae.encode(images).latent_dist.mean
+    codec = sd.codec
+    torch.testing.assert_close(codec.encode(images), mean * sd.vae.config.scaling_factor)
+    decoded = sd.vae.decode(mean).sample
+    torch.testing.assert_close(codec.decode(codec.encode(images)), (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
+    assert codec.channels == sd.latent_shape[0] and codec.factor * sd.latent_shape[1] == sd.size[0]
+    sd.vae.register_to_config(shift_factor=0.25)
+    torch.testing.assert_close(Codec(sd.vae).encode(images), (mean - 0.25) * sd.vae.config.scaling_factor)
+    torch.testing.assert_close(codec.decode(codec.encode(images)), (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_runs_the_network_on_no_more_than_its_scales_need(sd: Model) -> None:
+    x, t, width = torch.randn(2, *sd.latent_shape), torch.tensor([300, 700]), sd.unet.config.cross_attention_dim
+    cond, empty = Cond(torch.randn(2, 77, width)), Cond(torch.randn(1, 77, width))
+    rows: list[int] = []
+
+    def counted(x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        rows.append(len(x))
+        return denoise(sd.unet, x, t, cond)
+
+    conditional, unconditional = denoise(sd.unet, x, t, cond), denoise(sd.unet, x, t, empty.expand(2))
+    for scales, count in (((1.0,), 2), ((0.0, 0.0), 2), ((1.0, 3.0), 4)):
+        found = guided_predictions(counted, x, t, cond, empty, scales)
+        assert rows.pop() == count
+        for value, scale in zip(found, scales, strict=True):
+            wanted = unconditional + scale * (conditional - unconditional)
+            torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mid_block", "down_blocks.0"])
+def test_blocks_are_the_networks_own_and_features_are_those_of_the_middle(name: str, sd: Model) -> None:
+    assert sd.unet.get_submodule(name) in blocks(sd.unet)
+    x, cond = torch.randn(2, *sd.latent_shape), Cond(torch.randn(2, 77, sd.unet.config.cross_attention_dim))
+    found = features(sd.unet, x.requires_grad_(), torch.tensor([3, 5]), cond)
+    assert found.shape[:2] == (2, sd.unet.config.block_out_channels[-1]) and found.requires_grad
+    assert not sd.unet.mid_block._forward_hooks
