@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidcli import __version__
+from sidcli import __version__, objectives
 from sidcli.config import CHOICES, MEMORY, PREDICTIONS, PRESETS, STRATEGIES, DistillConfig, preset_for, read_toml, strategy
 from sidcli.devices import check_name, pick_device
 from sidcli.environment import cache_folder, flag, group, group_or_alone, prepare
@@ -53,7 +53,9 @@ app = typer.Typer(
 )
 
 METHOD, MACHINE, METRICS, NETWORKS = "Method", "Memory and speed", "Metrics", "Networks of the metrics"
-SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher"}
+SETTINGS = frozenset(DistillConfig.__dataclass_fields__) - {"teacher", "objective"}
+SID_SETTINGS = frozenset(objectives.names(objectives.Sid))
+"""Settings of the objective sid, which have options of their own."""
 BACKENDS, TRACKERS = ("auto", "torch", "onnx", "openvino"), ("tensorboard", "wandb")
 
 
@@ -80,6 +82,8 @@ def _within(least: float, most: float | None = None) -> Callable[..., Any]:
 
 def _preset(name: str) -> str:
     """The default of a setting as the help shows it, and that of the emoji world where it differs."""
+    if name in SID_SETTINGS:
+        return f"{getattr(objectives.Sid.Settings, name):g}"
     usual, emoji = (preset.get(name, getattr(DistillConfig, name)) for preset in (PRESETS["sd15"], PRESETS["emoji"]))
     shown = [
         ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
@@ -186,6 +190,24 @@ def distill(
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=METHOD,
+            autocompletion=_one_of(*objectives.OBJECTIVES),
+            show_default="sid",
+            help=f"Distillation method: {', '.join(objectives.OBJECTIVES)}.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", rich_help_panel=METHOD, help="A setting of the objective; see --list-settings."
+        ),
+    ] = None,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", rich_help_panel=METHOD, help="Print the settings of the objective and stop.")
+    ] = False,
     guidance_strategy: Annotated[
         str | None,
         typer.Option(
@@ -286,6 +308,14 @@ def distill(
             rich_help_panel=METHOD,
             show_default=_preset("fake_lora"),
             help="Rank of a LoRA fake score on the teacher's weights; 0: a full copy.",
+        ),
+    ] = None,
+    student_lora: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=METHOD,
+            show_default=_preset("student_lora"),
+            help="Rank of a LoRA student on the teacher's weights; 0: a full copy.",
         ),
     ] = None,
     memory: Annotated[
@@ -392,9 +422,23 @@ def distill(
     from_file = read_toml(config) if config else {}
     of_file = from_file.pop("teacher", "emoji-teacher")
     teacher = of_file if teacher is None else teacher
-    settings = PRESETS[preset_for(teacher)] | from_file
-    if guidance is not None or guidance_strategy is not None:
-        settings |= strategy(guidance_strategy or "lsg", guidance)
+    table = from_file.pop("objective", {})
+    if objective not in (None, table.get("name", "sid")):
+        table = {"name": objective}  # a table of another objective does not apply
+    method = objectives.find(table.get("name", "sid"))
+    if list_settings:
+        for line in objectives.listed(method):
+            typer.echo(line)
+        return
+    if method is objectives.Sid and (guidance is not None or guidance_strategy is not None):
+        table |= strategy(guidance_strategy or "lsg", guidance)
+    elif guidance_strategy is not None:
+        raise UsageError(f"--guidance-strategy is an option of objective sid, not of {objective}", "--guidance SCALE")
+    elif guidance is not None:
+        table |= {"guidance": guidance}
+    table |= {name: value for name, value in arguments.items() if name in SID_SETTINGS and value is not None}
+    table |= objectives.parse(method, set_ or [])
+    settings = {**method.defaults, **PRESETS[preset_for(teacher)], **from_file, "objective": objectives.settings(table)}
     if memory not in ("auto", *MEMORY):
         raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
     own = {name: value for name, value in arguments.items() if name in SETTINGS and value is not None}
@@ -422,8 +466,10 @@ def distill(
             return DistillConfig(**merged)
 
         resolved = resolve(MEMORY["fast" if memory == "auto" else memory])
-        kind = "" if guidance_strategy in (None, "lsg") else f"{guidance_strategy}-"
-        folder = output or Path("runs") / f"{_slug(teacher)}-{kind}g{resolved.kappa4:g}"
+        kinds = [name for name, usual in ((objective, "sid"), (guidance_strategy, "lsg")) if name not in (None, usual)]
+        folder = output or Path("runs") / "-".join(
+            [_slug(teacher), *kinds, f"g{getattr(resolved.objective, method.Settings.scale):g}"]
+        )
         check_writable(folder) if dry_run else check_run(folder)
         if eval_every:
             check_writable(cache_folder(), "cache with SID_CACHE_DIR")

@@ -7,13 +7,16 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sidcli import objectives
 from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes
+from sidcli.objectives.base import Settings
+from sidcli.objectives.sid import SidSettings
 
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
 CHOICES = {
@@ -42,20 +45,12 @@ class DistillConfig:
     """Width in pixels of the images trained on; 0: the teacher's own."""
     height: int = 0
     """Height in pixels; 0: the teacher's own."""
+    objective: Settings = field(default_factory=SidSettings)
+    """The distillation method, with its own settings."""
     prompts: str = "auto"
     """Path of a prompt list, or `emoji` or `general` for those that ship; `auto` picks by teacher."""
     column: str = ""
     """Column of a table given as `prompts`; empty: the first one with a usual name."""
-    kappa1: float = 2.0
-    """Guidance scale of the fake score in its own loss."""
-    kappa2: float = 2.0
-    """Guidance scale of the fake score in the difference y_real - y_fake of the generator loss."""
-    kappa3: float = 2.0
-    """Guidance scale of the fake score in the second factor of the generator loss."""
-    kappa4: float = 2.0
-    """Guidance scale of the teacher in the generator loss."""
-    alpha: float = 1.0
-    """Weight of the squared score difference in the generator loss."""
     t_init: int = 625
     """Timestep at which the one-step generator works."""
     t_min: int = 20
@@ -78,8 +73,6 @@ class DistillConfig:
     """Half-life of the generator's weight average, in images; 0 turns the average off."""
     ema_rampup: float = 0.05
     """The half-life is at most this share of the images seen so far."""
-    dropout: float = 0.1
-    """Share of captions emptied in the fake score's step, when it uses guidance."""
     seed: int = 0
     """Seed of prompts order, noise and timesteps."""
     student_steps: int = 1
@@ -94,6 +87,8 @@ class DistillConfig:
     """adam: float32 second moments; adam8bit: 8-bit state, needs the library bitsandbytes."""
     fake_lora: int = 0
     """Rank of a LoRA fake score that shares the frozen teacher's weights; 0 trains a full copy."""
+    student_lora: int = 0
+    """Rank of a LoRA student that shares the frozen teacher's weights; 0 trains a full copy."""
     precision: str = "auto"
     """bf16: autocast over float32 weights; fp32: nothing below float32; auto: bf16 on a GPU that has it."""
     tf32: bool = False
@@ -127,18 +122,16 @@ class DistillConfig:
             "adam-eps": (0 < self.adam_eps < math.inf, "positive"),
             "ema-images": (0 <= self.ema_images < math.inf, "at least 0"),
             "ema-rampup": (0 < self.ema_rampup < math.inf, "positive"),
-            "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
-            "alpha": (math.isfinite(self.alpha), "finite"),
             "student-steps": (1 <= self.student_steps <= self.t_init, "at least 1 and at most t-init"),
             "fake-warmup": (self.fake_warmup >= 0, "at least 0"),
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
             "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
+            "student-lora": (0 <= self.student_lora <= 1024, "at least 0 and at most 1024"),
             "shard": (not (self.shard and (self.offload_average or self.offload_optimizer)), "off where state is offloaded"),
         }
         for name, values in CHOICES.items():
             rules[name.replace("_", "-")] = (getattr(self, name) in values, f"one of {', '.join(values)}")
-        rules |= {f"kappa{n}": (math.isfinite(getattr(self, f"kappa{n}")), "finite") for n in (1, 2, 3, 4)}
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise UsageError(f"--{name} must be {wanted}, not {getattr(self, name.replace('-', '_'))}")
@@ -181,7 +174,10 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 
 def strategy(name: str, scale: float | None) -> dict[str, float]:
-    """kappa1 to kappa4 of a guidance strategy (method 1.6). Raises UsageError for an unknown name or a scale it has no use for."""
+    """kappa1 to kappa4 of a guidance strategy (arXiv 2406.01561, section 3.3).
+
+    Raises UsageError for an unknown name or a scale that it does not use.
+    """
     if name not in STRATEGIES:
         raise UsageError(f"--guidance-strategy must be one of {', '.join(STRATEGIES)}, not {name!r}")
     if scale is not None and STRATEGIES[name] is None:
@@ -198,14 +194,10 @@ def strategy(name: str, scale: float | None) -> dict[str, float]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # One 24 GB card and the paper's recipe (method 1.7).
+    # One 24 GB card and the paper's recipe (arXiv 2406.01561, table 5).
     "sd15": {},
     # Two CPU cores and a few minutes, chosen by measurement on the emoji teacher (README).
     "emoji": {
-        "kappa1": 2.0,
-        "kappa2": 2.0,
-        "kappa3": 2.0,
-        "kappa4": 2.0,
         "steps": 300,
         "batch_size": 16,
         "micro_batch": 16,
@@ -237,16 +229,33 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    content = nested(content)
     for name, value in content.items():
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             raise UsageError(f"{path}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        kind = type(fields[name].default)
+        kind = dict if name == "objective" else type(fields[name].default)
         if kind is float and type(value) is int:
             content[name] = float(value)
         elif type(value) is not kind:
             raise UsageError(f"{path}: {name} must be {kind.__name__}, not {value!r}")
     return content
+
+
+def nested(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are written now, with the objective's own in a table: those of SiD stood beside the others in older files."""
+    old = {name: content[name] for name in objectives.names(objectives.Sid) if name in content}
+    rest = {name: value for name, value in content.items() if name not in old}
+    if old and isinstance(table := rest.get("objective", {}), dict):
+        rest["objective"] = old | table
+    return rest
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of `dataclasses.asdict` on one level, for people to compare; `objective` is the objective's name."""
+    rest = nested(config)
+    table = dict(rest.pop("objective", {}))
+    return {"objective": table.pop("name", "sid")} | rest | table
 
 
 def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collection[str] = ()) -> list[str]:
@@ -255,11 +264,11 @@ def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collect
     A field that the run did not know yet had the value that is now its default; one that only the run knows is of a newer version.
     Where the content of the prompts is compared, the column that they come from does not matter either.
     """
-    now = dataclasses.asdict(given)
+    now = flat(dataclasses.asdict(given))
     by_content = {*by_content, "column"} if "prompts" in by_content else by_content
-    saved = {field.name: field.default for field in dataclasses.fields(given)} | saved
+    saved = flat(dataclasses.asdict(DistillConfig(objective=type(given.objective)()))) | flat(saved)
     changed = [name for name in now if name not in (*MAY_CHANGE, *by_content) and saved[name] != now[name]]
-    foreign = [name for name in saved if name not in now]
+    foreign = [name for name in saved if name not in now and saved["objective"] == now["objective"]]
     return [
         f"{name}: {saved[name]} -> {now.get(name, 'a setting that this version of sid does not know')}"
         for name in changed + foreign

@@ -32,7 +32,7 @@ from sidcli.config import DistillConfig, differences
 from sidcli.devices import cores, pick_device, processor
 from sidcli.diffusion.sampling import exit_grid
 from sidcli.emoji import world
-from sidcli.engine import Engine, StepResult, check_teacher
+from sidcli.engine import Engine, Measurements, check_teacher
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
 from sidcli.formats.card import provenance
@@ -229,7 +229,7 @@ class Loop:
         done = 0
         while engine.step < engine.config.steps:
             self.look(bool(rhythm.eval) and engine.step % rhythm.eval == 0, engine.step % rhythm.sample == 0)
-            result = engine.advance()
+            result = engine.train_step()
             done += 1
             finished = engine.step == engine.config.steps
             if engine.step % rhythm.log == 0 or engine.step == 1 or finished:
@@ -290,7 +290,7 @@ class Loop:
             f"step {self.engine.step}: CMMD to the teacher {found['proxy_cmmd']:.4f}, CLIP score {found['proxy_clip']:.4f}"
         )
 
-    def report(self, result: StepResult, rate: float) -> None:
+    def report(self, result: Measurements, rate: float) -> None:
         """One line of metrics.jsonl; a value that is not finite becomes null."""
         numbers = {name: round(value, 6) if math.isfinite(value) else None for name, value in result.numbers().items()}
         self.trained = self.trained_before + time.monotonic() - self.begun
@@ -549,7 +549,7 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
     config = engine.config
     card = {
         "kind": "student",
-        "method": "SiD-LSG (arXiv 2406.01561)",
+        "method": engine.objective.title,
         "t_init": config.t_init,
         "student_steps": config.student_steps,
         "renoise": config.renoise,

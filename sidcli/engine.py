@@ -1,40 +1,36 @@
-"""The core: the four roles of a distillation and the two updates that make a step. Knows no files, no terminal, no arguments.
+"""The core: the networks of a distillation and its training step. Knows no files, no terminal, no arguments and no objective by name.
 
-paper        here           what it is
-phi          teacher        the pretrained network, frozen
-psi          fake_score     starts as the teacher, follows the score of what the generator draws
-G_theta      generator      starts as the teacher, draws in one denoising at t_init, or in a few from there
-G_ema        average        the generator's weights averaged over time; this is the student
-kappa1..4    kappa1..4      guidance scales, see config.DistillConfig
+An objective says which networks are trained (its roles) and in which phases. In each phase one network makes an output, the objective
+returns the gradient of its loss with respect to that output, and the engine does the rest: micro-batches, processes, memory, optimizer
+and weight average.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidcli import randomness
+from sidcli import objectives, randomness
 from sidcli.config import DistillConfig
 from sidcli.diffusion.sampling import exit_grid, few_steps
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.families import build
-from sidcli.models.unet import Cond, add_adapters, denoise, guided_predictions
-from sidcli.objectives import sid
-from sidcli.optimizer import SecondMomentAdam, local
+from sidcli.models.unet import Cond, add_adapters, denoise, guided_predictions, merged
+from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
+from sidcli.optimizer import Adam, local
 from sidcli.parallel import Team, assign, count, whole
 from sidcli.progress import Progress, silent
 from sidcli.prompts import Prompts
 from sidcli.sampler import Plan, Sampler
 from sidcli.teachers import Model
-
-FAKE, GENERATOR = "fake", "generator"
 
 
 def pick_bf16(precision: str, device: torch.device) -> bool:
@@ -44,42 +40,169 @@ def pick_bf16(precision: str, device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class Measurements:
     """What a step measured over the global batch, as tensors on the device: reading them waits for the device, so that is left to
-    whoever logs. A warm-up step of the fake score measures its loss alone.
+    whoever logs. `values` are named by the objective.
 
     `skipped` counts updates left out so far because a loss or a gradient was not finite, `skipped_in_row` the current series.
     """
 
-    fake_loss: Tensor
+    values: Values
     skipped: Tensor
     skipped_in_row: Tensor
-    generator_loss: Tensor | None = None
-    ratio: Tensor | None = None
-    sample_std: Tensor | None = None
 
     def numbers(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items() if value is not None}
+        found = self.values | {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        return {name: float(value) for name, value in found.items()}
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Random inputs of one micro-batch: prompts, generator noise per step, score noise [b, C, h, w] and timesteps [b]."""
+class TrainedNetwork:
+    """A network in training with its optimizer and weight average.
 
-    prompts: list[str]
-    latents: list[Tensor]
-    noise: Tensor
-    t: Tensor
+    `net` is the network itself, `call` what is called where gradients are to be shared between processes.
+    """
+
+    def __init__(self, role: Role, net: Any, config: DistillConfig, team: Team):
+        self.role, self.net, self.config, self.team = role, net, config, team
+        if not role.lora:  # a LoRA's network has the teacher's own weights, whole in every process
+            team.split(net)
+        self.call, self.optimizer = team.prepare(net, self._optimizer())
+        self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights()} if role.average else {}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config, role = self.config, self.role
+        values = [value for _, value in self.weights()]
+        if config.optimizer == "adam":
+            return Adam(values, role.lr, role.betas, config.adam_eps, role.weight_decay, config.offload_optimizer)
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install bitsandbytes") from error
+        return AdamW8bit(values, lr=role.lr, betas=role.betas, eps=config.adam_eps, weight_decay=role.weight_decay)
+
+    def weights(self) -> list[tuple[str, nn.Parameter]]:
+        """The weights that are trained, by name."""
+        return [(name, value) for name, value in self.net.named_parameters() if value.requires_grad]
+
+    def _kept(self, value: Tensor) -> Tensor:
+        return value.cpu() if self.config.offload_average else value
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Update the weights unless the loss or a gradient is not finite. Returns 1 where the update was left out, else 0.
+
+        This is decided on the device, so nothing waits.
+        """
+        gradients = [local(value.grad) for _, value in self.weights() if value.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        broken = (self.team.sum((~torch.isfinite(norms.sum() + loss)).float()) > 0).float()
+        if self.role.clip:
+            squares = norms.square().sum()
+            norm = (self.team.sum(squares) if self.team.sharded and not self.role.lora else squares).sqrt()
+            torch._foreach_mul_(gradients, (self.role.clip / (norm + 1e-6)).clamp(max=1.0))
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(inner, Adam):
+            inner.found_inf = broken
+            self.optimizer.step()
+        elif not bool(broken):  # an optimizer of another library cannot be told on the device
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return broken
+
+    def update_average(self, update: int) -> None:
+        """average <- beta average + (1 - beta) weights, with `ema_beta` after `update` updates before this one."""
+        beta = ema_beta(update * self.config.batch_size, self.config)
+        values = [self._kept(local(value.detach())) for _, value in self.weights()]
+        torch._foreach_lerp_([local(value) for value in self.average.values()], values, 1.0 - beta)
+
+    def tensors(self, name: str, copy: bool) -> dict[str, dict[str, Tensor]]:
+        """The state by file, whole and on the CPU."""
+        files = {name: dict(self.weights())}
+        if self.role.average:
+            files["average"] = self.average  # type: ignore[assignment]
+        found = {file: {key: whole(value, copy) for key, value in tensors.items()} for file, tensors in files.items()}
+        return found | {f"optimizer_{name}": _optimizer_tensors(self.optimizer, copy)}
+
+    def load(self, name: str, files: dict[str, dict[str, Tensor]]) -> None:
+        """Raises KeyError or RuntimeError where names or shapes differ."""
+        for key, value in self.weights():
+            assign(value, files[name][key])
+        for key, average in self.average.items():
+            assign(average, files["average"][key])
+        _load_optimizer(self.optimizer, files[f"optimizer_{name}"])
+
+
+class Networks:
+    """The networks as an objective uses them, see objectives.base.Networks."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self.path = engine, engine.path
+        self.training = ""
+        """The role whose outputs carry gradients."""
+
+    def _call(self, role: str) -> nn.Module:
+        if role == TEACHER:
+            return self._engine.teacher
+        trained = self._engine.roles[role]
+        return trained.call if role == self.training else trained.net
+
+    def generate(self, batch: Batch) -> Tensor:
+        engine, net = self._engine, self._call(GENERATOR)
+        grid = exit_grid(engine.config.t_init, engine.config.student_steps)[: len(batch.latents)]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training == GENERATOR):
+            return few_steps(
+                lambda x, t: engine.denoise(net, x, t, batch.cond),
+                lambda visit: batch.latents[visit],
+                self.path,
+                grid,
+                engine.config.renoise,  # type: ignore[arg-type]
+            )
+
+    def predict(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
+        """Guided predictions [B, C, h, w] of the network's own kind, one for each scale, from one call."""
+        engine, net = self._engine, self._call(role)
+        return guided_predictions(
+            lambda x, t, cond: engine.denoise(net, x, t, cond), x_t, batch.t, batch.cond, engine.empty, scales
+        )
+
+    def noise(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
+        return [self.path.noise(value, x_t, batch.t) for value in self.predict(role, x_t, batch, *scales)]
+
+    def clean(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
+        return [self.path.clean(value, x_t, batch.t) for value in self.predict(role, x_t, batch, *scales)]
+
+    @torch.enable_grad()
+    def gradient_through(
+        self, x: Tensor, networks: Sequence[Callable[[Tensor], list[Tensor]]], loss: Callable[..., tuple[Tensor, Values]]
+    ) -> tuple[Tensor, Values]:
+        """The chain rule is taken apart at the outputs: their gradient first, then one backward pass through each network.
+
+        With `split_backward` each network is run again for its backward pass, so that one graph exists at a time.
+        """
+        split, x = self._engine.config.split_backward, x.detach().requires_grad_()
+        with torch.set_grad_enabled(not split):
+            outputs = [network(x) for network in networks]
+        leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
+        value, measured = loss(x, *(y for ys in leaves for y in ys))
+        gradient, *pulls = torch.autograd.grad(value, [x, *(y for ys in leaves for y in ys)])
+        for network, ys in zip(networks, outputs, strict=True):
+            own, pulls = pulls[: len(ys)], pulls[len(ys) :]
+            gradient = gradient + torch.autograd.grad(network(x) if split else ys, x, own)[0]
+        return gradient, {name: value.detach() for name, value in measured.items()}
+
+
+Key = tuple[Inputs, int, range]
+"""Which random inputs: of a phase, in a step, of these samples."""
 
 
 class Engine:
-    """The networks, optimizers and average of one distillation. A step is a pure function of the state and the step number.
+    """The networks, optimizers and averages of one distillation. A step is a pure function of the state and the step number.
 
     Raises UsageError where the batch does not split over the processes, EnvironmentProblem where an extra is not installed.
     """
 
     def __init__(self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device):
         self.config, self.prompts = config, prompts
+        self.objective = objectives.find(config.objective.name)(config, teacher.path.steps)
         check_split(config.batch_size, count())
         self.team = Team(device, config.shard)
         self.device = self.team.device
@@ -89,41 +212,32 @@ class Engine:
         self.sampler = Sampler(teacher, self.device)
         self.path = teacher.path
         self.teacher = self.sampler.unet
-        self.generator = self._trained_copy(self.teacher)
-        self.fake_score = self._with_lora(self.teacher) if config.fake_lora else self._trained_copy(self.teacher)
+        nets = {name: self._trainable(role) for name, role in self.objective.roles.items()}
         if config.teacher_bf16 and self.bf16:
             for value in self.teacher.parameters():
                 value.data = value.data.bfloat16()
-        for net in (self.teacher, self.generator, self.fake_score):
+        for net in (self.teacher, *nets.values()):
             self._arrange(net)
-        self.team.split(self.generator)
-        if not config.fake_lora:  # whose weights are the teacher's own, whole in every process
-            self.team.split(self.fake_score)
-        self.fake_call, self.optimizer_fake = self.team.prepare(self.fake_score, self._optimizer(self.fake_score, config.lr_fake))
-        self.generator_call, self.optimizer_generator = self.team.prepare(
-            self.generator, self._optimizer(self.generator, config.lr_generator)
-        )
-        self.average = [self._averaged(value.detach().clone()) for value in self.generator.parameters()]
+        self.roles = {name: TrainedNetwork(role, nets[name], config, self.team) for name, role in self.objective.roles.items()}
+        self.nets = Networks(self)
         self.empty = self.sampler.encode([""])
         self.skipped = torch.zeros((), device=self.device)
         self.skipped_in_row = torch.zeros((), device=self.device)
         self.step = 0
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="draw")
-        self._drawn: dict[tuple[str, int, int, range], Future[Draw]] = {}
+        self._drawn: dict[Key, Future[Batch]] = {}
 
     # Building
 
-    @staticmethod
-    def _trained_copy(net: Any) -> Any:
-        return copy.deepcopy(net).requires_grad_(True)
-
-    def _with_lora(self, net: Any) -> Any:
-        """A second network on the teacher's own weights, with adapters of its own beside them."""
-        shared: dict[int, Any] = {id(value): value for value in net.parameters()}
-        twin = copy.deepcopy(net, shared)
+    def _trainable(self, role: Role) -> Any:
+        """A copy of the teacher, or a second network on the teacher's own weights with adapters of its own beside them."""
+        if not role.lora:
+            return copy.deepcopy(self.teacher).requires_grad_(True)
+        shared: dict[int, Any] = {id(value): value for value in self.teacher.parameters()}
+        twin = copy.deepcopy(self.teacher, shared)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(randomness.key(self.config.seed, "lora"))
-            add_adapters(twin, self.config.fake_lora)
+            torch.manual_seed(randomness.key(self.config.seed, role.stream))
+            add_adapters(twin, role.lora)
         return twin
 
     def _arrange(self, net: Any) -> None:
@@ -135,19 +249,6 @@ class Engine:
         if self.config.compile == "on":
             net.compile()
 
-    def _optimizer(self, net: nn.Module, lr: float) -> torch.optim.Optimizer:
-        values = [value for value in net.parameters() if value.requires_grad]
-        if self.config.optimizer == "adam":
-            return SecondMomentAdam(values, lr, eps=self.config.adam_eps, offload=self.config.offload_optimizer)
-        try:
-            from bitsandbytes.optim import Adam8bit
-        except ImportError as error:
-            raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install bitsandbytes") from error
-        return Adam8bit(values, lr=lr, betas=(0.0, 0.999), eps=self.config.adam_eps)
-
-    def _averaged(self, value: Tensor) -> Tensor:
-        return value.cpu() if self.config.offload_average else value
-
     @property
     def images(self) -> int:
         """Training images per network so far, steps x batch size, as papers count them; warm-up and extra updates change nothing."""
@@ -155,176 +256,115 @@ class Engine:
 
     # A step
 
-    def advance(self) -> StepResult:
-        """One training step: update the fake score, then, after its warm-up, the generator and its average."""
-        for update in range(self.config.fake_updates):
-            fake_loss = self.fake_score_step(update)
-        measured: dict[str, Tensor] = {}
-        if self.step >= self.config.fake_warmup:
-            loss, ratio, sample_std = self.generator_step()
-            self.update_average()
-            measured = {"generator_loss": loss, "ratio": ratio, "sample_std": sample_std}
+    def train_step(self) -> Measurements:
+        """One training step: the phases of the objective, in order."""
+        values: Values = {}
+        samples: list[Tensor] = []
+        for phase in self.objective.phases(self.step):
+            measured, samples = self.run_phase(phase, samples)
+            values |= measured
         self.step += 1
-        return StepResult(fake_loss, self.skipped.clone(), self.skipped_in_row.clone(), **measured)
+        return Measurements(values, self.skipped.clone(), self.skipped_in_row.clone())
 
-    def fake_score_step(self, update: int = 0) -> Tensor:
-        """One Adam update of psi towards the score of the generator's samples (method 1.4). Returns the loss."""
-        config = self.config
-        total = torch.zeros((), device=self.device)
-        for samples, last in self._micro_batches():
-            draw = self._draw(FAKE, update, samples)
-            cond = self.sampler.encode(draw.prompts)
-            with torch.no_grad():
-                x = self._generate(self.generator, draw, cond)
-            x_t = self.path.noised(x, draw.noise, draw.t)
-            with self.team.gradients(self.fake_call, last):
-                predicted = self._predict(self.fake_call, x_t, draw.t, cond, (config.kappa1,))[0]
-                loss = sid.fake_score_loss(self.path.noise(predicted, x_t, draw.t), draw.noise, config.batch_size)
-                # Processes average their gradients; the loss is normalized by the global batch already.
-                (loss * self.team.count).backward()
-            total += loss.detach()
-        return self._update(self.optimizer_fake, self.team.sum(total))
-
-    def generator_step(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One Adam update of theta (method 1.5). Returns the loss, the health ratio and the spread of the samples."""
-        totals = torch.zeros(3, device=self.device)
-        own = [value for value in self.fake_score.parameters() if value.requires_grad]
-        for value in own:
-            value.requires_grad_(False)
-        for samples, last in self._micro_batches():
-            draw = self._draw(GENERATOR, 0, samples)
-            cond = self.sampler.encode(draw.prompts)
-            with self.team.gradients(self.generator_call, last):
-                with torch.set_grad_enabled(not self.config.split_backward):
-                    x = self._generate(self.generator_call, draw, cond)
-                gradient, measured = self._score_gradient(x.detach(), draw, cond)
-                if self.config.split_backward:
-                    x = self._generate(self.generator_call, draw, cond)
-                x.backward(gradient * self.team.count)
-            totals += measured
-        for value in own:
-            value.requires_grad_(True)
-        totals = self.team.sum(totals)
-        self._update(self.optimizer_generator, totals[0])
-        return totals[0], totals[1], totals[2]
-
-    def _score_gradient(self, x: Tensor, draw: Draw, cond: Cond) -> tuple[Tensor, Tensor]:
-        """d loss / d x of the generator loss, through both score networks, and (loss, ratio, spread) of these samples.
-
-        The chain rule is taken apart at the clean predictions: d loss / d y first, then one pull-back through each network. With
-        `split_backward` each network is run again for its own, so that one graph lives at a time (method 1.8).
-        """
-        config, x = self.config, x.requires_grad_()
-
-        def clean(net: nn.Module, scales: tuple[float, ...]) -> list[Tensor]:
-            x_t = self.path.noised(x, draw.noise, draw.t)
-            return [self.path.clean(value, x_t, draw.t) for value in self._predict(net, x_t, draw.t, cond, scales)]
-
-        networks: list[Callable[[], list[Tensor]]] = [
-            lambda: clean(self.fake_score, (config.kappa2, config.kappa3)),
-            lambda: clean(self.teacher, (config.kappa4,)),
-        ]
-        with torch.set_grad_enabled(not config.split_backward):
-            outputs = [network() for network in networks]
-        leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
-        (y_fake, y_fake_target), (y_real,) = leaves
-        loss = sid.generator_loss(x, y_real, y_fake, y_fake_target, config.alpha, config.batch_size)
-        gradient, *pulls = torch.autograd.grad(loss, [x, y_fake, y_fake_target, y_real])
-        for network, ys, pull in zip(networks, outputs, (pulls[:2], pulls[2:]), strict=True):
-            gradient = gradient + torch.autograd.grad(network() if config.split_backward else ys, x, pull)[0]
-        x = x.detach()
-        share = len(x) / config.batch_size
-        ratio = share * sid.health(x, y_real.detach(), y_fake.detach())
-        return gradient, torch.stack([loss.detach(), ratio, share * x.std((1, 2, 3)).mean()])
-
-    def _update(self, optimizer: Any, loss: Tensor) -> Tensor:
-        """Step the optimizer unless the loss or a gradient is not finite; decided on the device, so nothing waits. Returns `loss`."""
-        gradients = [local(value.grad) for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).sum()
-        broken = (self.team.sum((~torch.isfinite(norm + loss)).float()) > 0).float()
+    def run_phase(self, phase: Phase, samples: Sequence[Tensor] = ()) -> tuple[Values, list[Tensor]]:
+        """One update of one network. `samples`: outputs of the phase before, by micro-batch. Returns measurements and own outputs."""
+        role, outputs = self.roles[phase.role], []
+        rows: list[Tensor] = []
+        split = phase.split and self.config.split_backward
+        with self._trains(phase.role):
+            for batch, last in self._batches(phase, samples):
+                with self.team.gradients(role.call, last):
+                    with torch.set_grad_enabled(not split):
+                        output = phase.forward(self.nets, batch)
+                    with torch.no_grad():
+                        gradient, values = phase.gradient(self.nets, output.detach(), batch)
+                    if split:
+                        output = phase.forward(self.nets, batch)
+                    # Processes average their gradients; the loss is normalized by the global batch already.
+                    output.backward(gradient * self.team.count)
+                rows.append(torch.stack(list(values.values())))
+                outputs.append(output.detach())
+        totals = self.team.sum(sum(rows[1:], rows[0]))
+        broken = role.step(totals[0])
         self.skipped += broken
         self.skipped_in_row = (self.skipped_in_row + broken) * broken
-        inner = getattr(optimizer, "optimizer", optimizer)
-        if isinstance(inner, SecondMomentAdam):
-            inner.found_inf = broken
-            optimizer.step()
-        elif not bool(broken):  # an optimizer of another library cannot be told on the device
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
+        if role.role.average:
+            role.update_average(phase.update)
+        return dict(zip(values, totals, strict=True)), outputs
 
-    def update_average(self) -> None:
-        """G_ema <- beta G_ema + (1 - beta) G, beta by half-life in images with a ramp-up (method 1.7)."""
-        beta = ema_beta((self.step - self.config.fake_warmup) * self.config.batch_size, self.config)
-        values = [self._averaged(local(value.detach())) for value in self.generator.parameters()]
-        torch._foreach_lerp_([local(value) for value in self.average], values, 1.0 - beta)
+    @contextmanager
+    def _trains(self, name: str) -> Iterator[None]:
+        """A block in which this role alone is trained."""
+        others = [value for role, trained in self.roles.items() if role != name for _, value in trained.weights()]
+        for value in others:
+            value.requires_grad_(False)
+        self.nets.training = name
+        try:
+            yield
+        finally:
+            self.nets.training = ""
+            for value in others:
+                value.requires_grad_(True)
 
-    # Chance
+    # Random inputs
 
-    def _micro_batches(self) -> Iterator[tuple[range, bool]]:
-        """This process's samples of the global batch in pieces, and whether a piece is the last."""
+    def _pieces(self) -> list[range]:
+        """This process's samples of the global batch, by micro-batch."""
         samples, size = self.team.share(range(self.config.batch_size)), self.config.micro_batch
-        for start in range(0, len(samples), size):
-            yield samples[start : start + size], start + size >= len(samples)
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
 
-    def _draw(self, phase: str, update: int, samples: range) -> Draw:
-        """This micro-batch's draws, moved to the device, while a thread makes those of the next one."""
-        key = (phase, self.step, update, samples)
-        draw = (self._drawn.pop(key, None) or self._drawer.submit(self.chance, *key)).result()
+    def _batches(self, phase: Phase, samples: Sequence[Tensor]) -> Iterator[tuple[Batch, bool]]:
+        """The micro-batches of a phase, and whether one is the last."""
+        pieces = self._pieces()
+        for index, piece in enumerate(pieces):
+            batch = self._batch((phase.inputs, self.step, piece))
+            if phase.reuse:
+                batch = dataclasses.replace(batch, samples=samples[index])
+            yield batch, index == len(pieces) - 1
+
+    def _batch(self, key: Key) -> Batch:
+        """A micro-batch on the device, while a thread draws the next one."""
+        drawn = (self._drawn.pop(key, None) or self._drawer.submit(self.draw_batch, *key)).result()
         self._drawn.clear()
         following = self._next(key)
-        self._drawn[following] = self._drawer.submit(self.chance, *following)
+        self._drawn[following] = self._drawer.submit(self.draw_batch, *following)
         on = self.device
-        return Draw(draw.prompts, [value.to(on) for value in draw.latents], draw.noise.to(on), draw.t.to(on))
+        latents, noise, t = [value.to(on) for value in drawn.latents], drawn.noise.to(on), drawn.t.to(on)
+        return dataclasses.replace(drawn, latents=latents, noise=noise, t=t, cond=self.sampler.encode(drawn.prompts))
 
-    def _next(self, key: tuple[str, int, int, range]) -> tuple[str, int, int, range]:
-        """The micro-batch after this one in the order of `advance`."""
-        phase, step, update, samples = key
-        pieces = [piece for piece, _ in self._micro_batches()]
-        index = pieces.index(samples) + 1 if samples in pieces else 0
-        if index < len(pieces):
-            return phase, step, update, pieces[index]
-        if phase == FAKE and update + 1 < self.config.fake_updates:
-            return FAKE, step, update + 1, pieces[0]
-        if phase == FAKE and step >= self.config.fake_warmup:
-            return GENERATOR, step, 0, pieces[0]
-        return FAKE, step + 1, 0, pieces[0]
+    def _next(self, key: Key) -> Key:
+        """The micro-batch after this one in the order of `train_step`."""
+        inputs, step, piece = key
+        pieces = self._pieces()
+        order = [(phase.inputs, piece) for phase in self.objective.phases(step) for piece in pieces]
+        index = order.index((inputs, piece)) + 1
+        if index < len(order):
+            following, piece = order[index]
+            return following, step, piece
+        return self.objective.phases(step + 1)[0].inputs, step + 1, pieces[0]
 
-    def chance(self, phase: str, step: int, update: int, samples: Sequence[int]) -> Draw:
-        """Prompts, noises and timesteps of some samples of a step: a function of the seed and the arguments, of nothing else.
+    def draw_batch(self, inputs: Inputs, step: int, samples: Sequence[int]) -> Batch:
+        """Random inputs of some samples of a step, on the CPU: a function of the seed and the arguments, of nothing else.
 
-        Timesteps are uniform in t_min .. t_max - 1. In the fake score's step some captions are emptied, for generator and score
-        alike. A few-step student stops after the same random number of steps in the whole batch, in every process and for both
-        networks, as in the published code of few-step SiD.
+        A few-step student stops after the same random number of steps in the whole batch, in every process and every phase, as in the
+        published code of few-step SiD.
         """
         config, shape = self.config, self.sampler.model.latent_shape
-        turn = step * config.fake_updates + update
-        first = ((config.fake_updates + 1) * step + (update if phase == FAKE else config.fake_updates)) * config.batch_size
-        prompts = [self.prompts.at(config.seed, first + sample) for sample in samples]
-        if phase == FAKE and (config.kappa1 != 1.0 or config.kappa2 != 1.0 or config.kappa3 != 1.0):
-            drops = randomness.uniform(config.seed, "caption dropout", turn, samples) < config.dropout
+        turn, seed = inputs.turn, config.seed
+        prompts = [self.prompts.at(seed, inputs.position * config.batch_size + sample) for sample in samples]
+        if inputs.dropout:
+            drops = randomness.uniform(seed, "caption dropout", turn, samples) < inputs.dropout
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, drops.tolist(), strict=True)]
         visits = 1
         if config.student_steps > 1:
-            visits = int(randomness.integers(1, config.student_steps + 1, config.seed, "exit", step, [0]))
-        streams = [f"{phase} latent"] + [f"{phase} latent {visit}" for visit in range(1, visits)]
-        latents = [randomness.normal(shape, config.seed, stream, turn, samples) for stream in streams]
-        noise = randomness.normal(shape, config.seed, f"{phase} noise", turn, samples)
-        t = randomness.integers(config.t_min, config.t_max, config.seed, f"{phase} timestep", turn, samples)
-        return Draw(prompts, latents, noise, t)
+            visits = int(randomness.integers(1, config.student_steps + 1, seed, "exit", step, [0]))
+        streams = [f"{inputs.stream} latent"] + [f"{inputs.stream} latent {visit}" for visit in range(1, visits)]
+        latents = [randomness.normal(shape, seed, stream, turn, samples) for stream in streams]
+        noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
+        t = randomness.integers(*inputs.t_range, seed, f"{inputs.stream} timestep", turn, samples)
+        return Batch(prompts, latents, noise, t, config.batch_size)
 
     # Networks
-
-    def _generate(self, net: nn.Module, draw: Draw, cond: Cond) -> Tensor:
-        """Samples [b, C, h, w] of the generator, which stops where the draw says."""
-        grid = exit_grid(self.config.t_init, self.config.student_steps)[: len(draw.latents)]
-        return few_steps(
-            lambda x, t: self.denoise(net, x, t, cond),
-            lambda visit: draw.latents[visit],
-            self.path,
-            grid,
-            self.config.renoise,  # type: ignore[arg-type]
-        )
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's prediction in float32, computed in bf16 where that was chosen."""
@@ -334,10 +374,6 @@ class Engine:
     def _autocast(self) -> AbstractContextManager[Any]:
         # A weight is used once a forward: caching its bf16 copy would cost its memory and save nothing.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
-
-    def _predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, scales: tuple[float, ...]) -> list[Tensor]:
-        """Guided predictions for each scale from one call."""
-        return guided_predictions(lambda x, t, cond: self.denoise(net, x, t, cond), x_t, t, cond, self.empty, scales)
 
     # State
 
@@ -354,56 +390,50 @@ class Engine:
 
         Every process must ask: where weights are sharded, each holds a part.
         """
+        trained = self.roles[GENERATOR]
+        average = {name: whole(value) for name, value in trained.average.items()}
         with torch.device("meta"):
-            unet = build("unet", self.generator.config)
-        names = [name for name, _ in self.generator.named_parameters()]
-        weights = {name: whole(value) for name, value in zip(names, self.average, strict=True)}
-        unet.load_state_dict(weights, assign=True)
+            unet = build("unet", self.teacher.config)
+        if trained.role.lora:
+            average = merged(self.teacher, average, trained.role.lora)
+        unet.load_state_dict(average, assign=True)
         return self.sampler.model.with_unet(unet.eval().requires_grad_(False))
 
     @property
     def state_bytes(self) -> int:
         """Size of `tensors()`, but for some scalars."""
-        trained = sum(value.numel() for value in self.fake_score.parameters() if value.requires_grad)
-        return state_bytes(self.config, sum(value.numel() for value in self.generator.parameters()), trained)
+        return state_bytes(
+            self.config, [(trained.role, sum(value.numel() for _, value in trained.weights())) for trained in self.roles.values()]
+        )
 
     def tensors(self, copy: bool = False) -> dict[str, dict[str, Tensor]]:
-        """The state by file, whole and on the CPU: three networks and two optimizers. Every process must ask where it is sharded.
+        """The state by file, whole and on the CPU. Every process must ask where it is sharded.
 
         With `copy` the next step does not change it, wherever the networks are.
         """
-        names = [name for name, _ in self.generator.named_parameters()]
-        return {
-            "generator": {name: whole(value, copy) for name, value in self.generator.named_parameters()},
-            "average": {name: whole(value, copy) for name, value in zip(names, self.average, strict=True)},
-            "fake_score": {name: whole(value, copy) for name, value in self.fake_score.named_parameters() if value.requires_grad},
-            "optimizer_generator": _optimizer_tensors(self.optimizer_generator, copy),
-            "optimizer_fake": _optimizer_tensors(self.optimizer_fake, copy),
-        }
+        files: dict[str, dict[str, Tensor]] = {}
+        for name, trained in self.roles.items():
+            files |= trained.tensors(name, copy)
+        return files
 
     def load(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
         """Continue from `tensors()` of an engine with the same config. Raises KeyError or RuntimeError where names or shapes differ."""
-        for name, value in self.generator.named_parameters():
-            assign(value, files["generator"][name])
-        for (name, _), value in zip(self.generator.named_parameters(), self.average, strict=True):
-            assign(value, files["average"][name])
-        for name, value in self.fake_score.named_parameters():
-            if value.requires_grad:
-                assign(value, files["fake_score"][name])
-        _load_optimizer(self.optimizer_generator, files["optimizer_generator"])
-        _load_optimizer(self.optimizer_fake, files["optimizer_fake"])
+        for name, trained in self.roles.items():
+            trained.load(name, files)
         self.skipped_in_row.zero_()
         self.step = step
 
 
-def optimizer_bytes(config: DistillConfig, trained: int) -> int:
+def optimizer_bytes(config: DistillConfig, role: Role, trained: int) -> int:
     """Memory of the moments of `trained` weights."""
-    return {"adam": 4, "adam8bit": 2}[config.optimizer] * trained
+    if config.optimizer == "adam8bit":  # which keeps both in any case
+        return 2 * trained
+    return (8 if role.betas[0] else 4) * trained
 
 
-def state_bytes(config: DistillConfig, weights: int, trained: int) -> int:
-    """Size of the state of a run, with `weights` in the generator and `trained` in the fake score: what a checkpoint holds."""
-    return 8 * weights + 4 * trained + optimizer_bytes(config, weights + trained)
+def state_bytes(config: DistillConfig, roles: Sequence[tuple[Role, int]]) -> int:
+    """Size of the state of a run, which a checkpoint holds, from its roles and their numbers of trained weights."""
+    return sum((8 if role.average else 4) * trained + optimizer_bytes(config, role, trained) for role, trained in roles)
 
 
 def check_split(batch_size: int, processes: int) -> None:

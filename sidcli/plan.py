@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidcli import checkpoint
+from sidcli import checkpoint, objectives
 from sidcli.config import DistillConfig
 from sidcli.devices import pick_device
 from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
@@ -37,6 +37,7 @@ from sidcli.files import gigabytes
 from sidcli.formats.order import require
 from sidcli.hub import Listener, Silence
 from sidcli.models.unet import Cond, add_adapters, denoise, sizes
+from sidcli.objectives.base import TEACHER, Phase, Role
 from sidcli.parallel import count
 from sidcli.progress import duration
 from sidcli.sources import find
@@ -207,7 +208,9 @@ def parse_card(text: str) -> Card:
 
 def estimated_seconds(card: Card, config: DistillConfig, processes: int, flops_per_image: int, tensors: int) -> float:
     """Time of a run by what was measured on an H200: limited by the card's arithmetic, or by launching kernels where pieces are small."""
-    heavier = (RECOMPUTED if config.gradient_checkpointing else 1.0) * (WITH_LORA if config.fake_lora else 1.0)
+    heavier = (RECOMPUTED if config.gradient_checkpointing else 1.0) * (
+        WITH_LORA if config.fake_lora or config.student_lora else 1.0
+    )
     pieces = config.steps * -(-config.batch_size // (config.micro_batch * processes))
     arithmetic = config.micro_batch * flops_per_image * heavier / (PEAK_SHARE * card.tflops * 1e12)
     return pieces * max(arithmetic, LAUNCH_SECONDS * tensors * heavier)
@@ -278,21 +281,17 @@ def rate(output: Path) -> float | None:
         return None
 
 
-def branches(*scales: float) -> int:
-    """Forwards that guidance at these scales takes: one at 0 or 1, two otherwise."""
-    return 1 if set(scales) in ({1.0}, {0.0}) else 2
+def phases(config: DistillConfig, timesteps: int) -> list[Phase]:
+    """The phases of a training step after the warm-up."""
+    return objectives.find(config.objective.name)(config, timesteps).phases(config.fake_warmup)
 
 
-def flops_per_image(config: DistillConfig, unet: Any, cond: Cond) -> int:
-    """Model FLOP of one image in one step, recomputation not counted: 18 forwards of the UNet under guidance, 11 without.
-
-    A backward costs two forwards, or one where only the input's gradient is wanted.
-    """
+def flops_per_image(config: DistillConfig, unet: Any, cond: Cond, timesteps: int = 1000) -> int:
+    """Model FLOP of one image in one step, recomputation not counted: for SiD 18 forwards of the UNet under guidance, 11 without."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(unet, 1, cond)
-    fake_step = 1 + 3 * branches(config.kappa1)
-    generator_step = 3 + 2 * branches(config.kappa2, config.kappa3) + 2 * branches(config.kappa4)
-    return counter.get_total_flops() * (fake_step * config.fake_updates + generator_step)
+    forwards = sum(one.forwards for phase in phases(config, timesteps) for one in phase.passes)
+    return counter.get_total_flops() * forwards
 
 
 def condition(known: Description) -> Cond:
@@ -311,8 +310,9 @@ class Sizes:
 
     unet: Any
     weights: int
-    trained: int
-    """Trained by the fake score."""
+    """Of the UNet."""
+    roles: dict[str, tuple[Role, int]]
+    """The networks that are trained, and how many weights of each."""
     text: int
     vae: int
 
@@ -320,16 +320,20 @@ class Sizes:
     def of(cls, known: Description, config: DistillConfig) -> Sizes:
         with torch.device("meta"):
             nets = {name: build(name, settings) for name, settings in known.networks.items()}
-            weights = trained = size_of(nets["unet"].parameters())
-            if config.fake_lora:
-                add_adapters(lora := copy.deepcopy(nets["unet"]).requires_grad_(False), config.fake_lora)
-                trained = size_of(value for value in lora.parameters() if value.requires_grad)
+            weights = size_of(nets["unet"].parameters())
+            roles = {}
+            for name, role in objectives.find(config.objective.name)(config, known.path.steps).roles.items():
+                trained = weights
+                if role.lora:
+                    add_adapters(lora := copy.deepcopy(nets["unet"]).requires_grad_(False), role.lora)
+                    trained = size_of(value for value in lora.parameters() if value.requires_grad)
+                roles[name] = role, trained
         text = sum(size_of(nets[name].parameters()) for name in known.texts)
-        return cls(nets["unet"], weights, trained, text, size_of(nets["vae"].parameters()))  # type: ignore[arg-type]
+        return cls(nets["unet"], weights, roles, text, size_of(nets["vae"].parameters()))
 
     def state(self, config: DistillConfig) -> int:
         """Bytes of a checkpoint."""
-        return state_bytes(config, self.weights, self.trained)
+        return state_bytes(config, list(self.roles.values()))
 
     @property
     def student(self) -> int:
@@ -359,10 +363,24 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
 
 def check_libraries(config: DistillConfig) -> None:
     """Raises EnvironmentProblem for a library that the settings need and that is not installed."""
-    if config.fake_lora:
-        require(("peft",), "--fake-lora")
+    for option, rank in (("--fake-lora", config.fake_lora), ("--student-lora", config.student_lora)):
+        if rank:
+            require(("peft",), option)
     if config.optimizer == "adam8bit":
         require(("bitsandbytes",), "--optimizer adam8bit")
+
+
+def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: Cond, device_type: str) -> int:
+    """Bytes that the graphs of a phase take at the peak of its backward passes. Passes without a gradient keep none."""
+    graphs = []
+    for one in phase.passes:
+        if one.gradient != "none":
+            own = config if one.role == TEACHER else dataclasses.replace(config, teacher_bf16=False)
+            rows = config.micro_batch * one.branches
+            graphs.append(activations(sizes.unet, rows, own, cond, one.gradient == "weights", device_type))
+    if phase.split and config.split_backward:
+        return max(map(sum, graphs))
+    return sum(kept for kept, _ in graphs) + max(alive for _, alive in graphs)
 
 
 def make(
@@ -380,35 +398,22 @@ def make(
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     known = described(config, listener)
     sizes = Sizes.of(known, config)
-    cond, weights, pieces = condition(known), sizes.weights, config.micro_batch
-    moments = optimizer_bytes(config, weights + sizes.trained)
-
-    def graph(rows: int, trained: bool = False, frozen: bool = False) -> tuple[int, int]:
-        own = config if frozen else dataclasses.replace(config, teacher_bf16=False)
-        return activations(sizes.unet, rows, own, cond, trained, kind)
-
-    fake_step = sum(graph(pieces * branches(config.kappa1), True))
-    graphs = [
-        graph(pieces, True),
-        graph(pieces * branches(config.kappa2, config.kappa3)),
-        graph(pieces * branches(config.kappa4), frozen=True),
-    ]
-    kept, alive = [one[0] for one in graphs], [one[1] for one in graphs]
-    generator_step = max(map(sum, graphs)) if config.split_backward else sum(kept) + max(alive)
+    cond, weights = condition(known), sizes.weights
+    moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())
+    averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {
         "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
         "text encoder": 4 * sizes.text,
-        "generator": 4 * weights,
-        "fake score": 4 * sizes.trained,
-        "gradients": 4 * max(weights, sizes.trained),
+        **{name.replace("_", " "): 4 * trained for name, (_, trained) in sizes.roles.items()},
+        "gradients": max(4 * trained for _, trained in sizes.roles.values()),
         "optimizers": 0 if config.offload_optimizer else moments,
-        "average": 0 if config.offload_average else 4 * weights,
-        "activations": max(fake_step, generator_step),
+        "average": 0 if config.offload_average else averages,
+        "activations": max(phase_activations(phase, sizes, config, cond, kind) for phase in phases(config, known.path.steps)),
     }
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
-    away = (4 * weights if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
+    away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace, peak = rate(output), sum(memory.values())
-    flops = flops_per_image(config, sizes.unet, cond)
+    flops = flops_per_image(config, sizes.unet, cond, known.path.steps)
     tensors = len(list(sizes.unet.parameters()))
     cards = [] if kind == "cpu" else [card] if card and card.tflops else list(CARDS.values())
     return Plan(
@@ -416,7 +421,7 @@ def make(
         output=str(output),
         device=kind if card else device if device.startswith("cuda") else str(pick_device(device)),
         processes=processes,
-        parameters={"teacher": weights, "fake score": sizes.trained, "generator": weights},
+        parameters={"teacher": weights, **{name.replace("_", " "): trained for name, (_, trained) in sizes.roles.items()}},
         device_memory=memory,
         main_memory=away,
         peak=peak,

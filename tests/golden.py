@@ -24,7 +24,8 @@ import torch
 from sidcli.config import PRESETS, DistillConfig, strategy
 from sidcli.engine import Engine
 from sidcli.files import read_json
-from sidcli.optimizer import SecondMomentAdam, local
+from sidcli.objectives.sid import SidSettings
+from sidcli.optimizer import Adam, local
 from sidcli.prompts import open_prompts
 from sidcli.sources import WEIGHTS, find
 from sidcli.teachers import Overrides, load
@@ -70,22 +71,22 @@ def teacher(folder: Path, prediction: str) -> Path:
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Losses and other measurements [step], gradient norms [update] and hashes of the state after the last step."""
     given = dict(SETTINGS[name])
-    scales = strategy(given.pop("strategy", "lsg"), None)
+    objective = SidSettings(**strategy(given.pop("strategy", "lsg"), None))
     prediction = given.pop("prediction_type", "epsilon")
-    settings = PRESETS["emoji"] | {"batch_size": 4, "micro_batch": 4, "precision": "fp32", "steps": STEPS} | scales | given
-    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", **settings)
+    settings = PRESETS["emoji"] | {"batch_size": 4, "micro_batch": 4, "precision": "fp32", "steps": STEPS} | given
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", objective=objective, **settings)
     model = load(find(str(teacher(folder / "teacher", prediction))), Overrides())
     engine = Engine(model, config, open_prompts("emoji"), torch.device("cpu"))
     norms: list[float] = []
-    step = SecondMomentAdam.step
+    step = Adam.step
 
-    def measured(optimizer: SecondMomentAdam) -> None:
+    def measured(optimizer: Adam) -> None:
         values = [local(value.grad) for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
         norms.append(float(torch.stack([value.double().square().sum() for value in values]).sum().sqrt()))
         step(optimizer)
 
-    with mock.patch.object(SecondMomentAdam, "step", measured):
-        numbers = [engine.advance().numbers() for _ in range(STEPS)]
+    with mock.patch.object(Adam, "step", measured):
+        numbers = [engine.train_step().numbers() for _ in range(STEPS)]
     return {
         "measured": {key: [row[key] for row in numbers] for key in numbers[0]},
         "gradient_norms": norms,

@@ -12,7 +12,8 @@ from sidcli.parallel import assign
 
 def gradient(built: Engine, phase: str = "generator") -> Tensor:
     """The flat gradient of one phase, caught before the optimizer uses it."""
-    wrapped = built.optimizer_generator if phase == "generator" else built.optimizer_fake
+    (chosen,) = [one for one in built.objective.phases(0) if one.role == phase]
+    wrapped = built.roles[phase].optimizer
     optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it where several processes train together
     caught: list[Tensor] = []
 
@@ -20,7 +21,7 @@ def gradient(built: Engine, phase: str = "generator") -> Tensor:
         caught.extend(full(value.grad).flatten() for group in optimizer.param_groups for value in group["params"])
 
     optimizer.register_step_pre_hook(catch)
-    built.generator_step() if phase == "generator" else built.fake_score_step()
+    built.run_phase(chosen)
     return torch.cat(caught)
 
 
@@ -31,7 +32,7 @@ def perturbed(built: Engine) -> Engine:
     """
     torch.manual_seed(1)
     with torch.no_grad():
-        for value in built.fake_score.parameters():
+        for value in built.roles["fake_score"].net.parameters():
             noise = 0.01 * torch.randn(value.shape)
             if value.requires_grad:
                 assign(value, full(value) + noise.to(value.device))

@@ -10,8 +10,10 @@ from diffusers import DDPMScheduler
 
 from sidcli.config import MEMORY, DistillConfig, strategy
 from sidcli.diffusion.sampling import exit_grid, few_steps
-from sidcli.engine import Draw, Engine, ema_beta
+from sidcli.engine import Engine, ema_beta
 from sidcli.models.unet import Cond
+from sidcli.objectives.base import Batch, Inputs, Phase
+from sidcli.objectives.sid import SidSettings
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import Model, load
@@ -38,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("phase", ["fake", "generator"])
+@pytest.mark.parametrize("phase", ["fake_score", "generator"])
 def test_memory_options_do_not_change_the_gradient_of_a_step(
     sd_folder: Path, config: DistillConfig, phase: str, variant: str
 ) -> None:
@@ -50,13 +52,17 @@ def test_memory_options_do_not_change_the_gradient_of_a_step(
 
 
 class Naive:
-    """The two losses of method 1.4 and 1.5, sample by sample in float64, straight from the equations."""
+    """The two losses of SiD-LSG, sample by sample in float64, straight from the equations of arXiv 2406.01561."""
 
     def __init__(self, built: Engine, model: Model):
         self.config, self.prediction = built.config, model.path.prediction
         self.nets = {
             name: copy.deepcopy(net).double().requires_grad_(True)
-            for name, net in (("psi", built.fake_score), ("phi", built.teacher), ("theta", built.generator))
+            for name, net in (
+                ("psi", built.roles["fake_score"].net),
+                ("phi", built.teacher),
+                ("theta", built.roles["generator"].net),
+            )
         }
         self.text, self.tokenizer = copy.deepcopy(model.text_encoders[0]).double(), model.tokenizers[0]
         self.abar = torch.cumprod(
@@ -81,23 +87,25 @@ class Naive:
         t = self.config.t_init
         return self.clean("theta", (1 - self.abar[t]).sqrt() * z, t, prompt, 1.0)
 
-    def losses(self, draw: Draw) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float, str, int]]:
+    def losses(self, draw: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float, str, int]]:
         for i, prompt in enumerate(draw.prompts):
             t = int(draw.t[i])
             a, s = self.abar[t].sqrt(), (1 - self.abar[t]).sqrt()
             x, noise = self.generate(draw.latents[0][i : i + 1].double(), prompt), draw.noise[i : i + 1].double()
             yield x, a * x + s * noise, noise, a, s, prompt, t
 
-    def fake_loss(self, draw: Draw) -> torch.Tensor:
+    def fake_loss(self, draw: Batch) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for x, _, noise, a, s, prompt, t in self.losses(draw):
             x_t = (a * x + s * noise).detach()
             # || eps_psi - eps ||^2 is the error of the clean prediction times abar / (1 - abar).
-            total = total + a**2 / s**2 * (self.clean("psi", x_t, t, prompt, self.config.kappa1) - x.detach()).square().sum()
+            total = (
+                total + a**2 / s**2 * (self.clean("psi", x_t, t, prompt, self.config.objective.kappa1) - x.detach()).square().sum()
+            )
         return total / len(draw.prompts)
 
-    def generator_loss(self, draw: Draw) -> torch.Tensor:
-        c, total = self.config, torch.zeros((), dtype=torch.float64)
+    def generator_loss(self, draw: Batch) -> torch.Tensor:
+        c, total = self.config.objective, torch.zeros((), dtype=torch.float64)
         for x, x_t, _, _, _, prompt, t in self.losses(draw):
             real = self.clean("phi", x_t, t, prompt, c.kappa4)
             fake, target = (self.clean("psi", x_t, t, prompt, kappa) for kappa in (c.kappa2, c.kappa3))
@@ -120,12 +128,13 @@ def test_both_losses_and_their_gradients_equal_the_equations(
     sd_folder: Path, v_folder: Path, config: DistillConfig, name: str, scale: float | None, alpha: float, kind: str
 ) -> None:
     model = load(find(str(sd_folder if kind == "sd" else v_folder)))
-    settings = dataclasses.replace(config, alpha=alpha, batch_size=2, micro_batch=2, dropout=0.5, **strategy(name, scale))
-    for phase, role in (("fake", "psi"), ("generator", "theta")):
+    objective = SidSettings(alpha=alpha, dropout=0.5, **strategy(name, scale))
+    settings = dataclasses.replace(config, batch_size=2, micro_batch=2, objective=objective)
+    for phase, role in (("fake_score", "psi"), ("generator", "theta")):
         built = perturbed(engine(model, settings))
         naive = Naive(built, model)
-        draw = built.chance(phase, 0, 0, range(2))
-        wanted = naive.fake_loss(draw) if phase == "fake" else naive.generator_loss(draw)
+        draw = built.draw_batch(inputs(built, phase), 0, range(2))
+        wanted = naive.fake_loss(draw) if phase == "fake_score" else naive.generator_loss(draw)
         wanted.backward()
         slopes = torch.cat([value.grad.flatten() for value in naive.nets[role].parameters() if value.grad is not None])
         caught = gradient(built, phase)
@@ -134,8 +143,18 @@ def test_both_losses_and_their_gradients_equal_the_equations(
         assert loss == pytest.approx(wanted.item(), rel=1e-4, abs=1e-3)
 
 
-def engine_loss(built: Engine, phase: str) -> float:
-    return float(built.fake_score_step() if phase == "fake" else built.generator_step()[0])
+def phase_of(built: Engine, role: str, step: int = 0, update: int = 0) -> Phase:
+    """The phase of a training step that trains this network."""
+    return [phase for phase in built.objective.phases(step) if phase.role == role][update]
+
+
+def inputs(built: Engine, role: str, step: int = 0, update: int = 0) -> Inputs:
+    return phase_of(built, role, step, update).inputs
+
+
+def engine_loss(built: Engine, role: str) -> float:
+    values, _ = built.run_phase(phase_of(built, role, built.step))
+    return float(next(iter(values.values())))
 
 
 def test_a_fake_score_equal_to_the_teacher_gives_a_loss_of_exactly_zero_and_no_gradient(
@@ -144,59 +163,40 @@ def test_a_fake_score_equal_to_the_teacher_gives_a_loss_of_exactly_zero_and_no_g
     same, other = (engine(load(find(str(sd_folder))), config) for _ in range(2))
     # The two scores' contributions cancel when they are added up, so rounding remains of the gradient.
     assert gradient(same).norm() < 1e-6 * gradient(perturbed(other)).norm()
-    loss, _, _ = engine(load(find(str(sd_folder))), config).generator_step()
-    assert loss.item() == 0.0
+    assert engine_loss(engine(load(find(str(sd_folder))), config), "generator") == 0.0
 
 
 def test_a_step_changes_fake_score_generator_and_average_but_never_the_teacher(sd: Model, config: DistillConfig) -> None:
     built = engine(sd, config)
     before = {name: value.clone() for name, value in built.teacher.state_dict().items()}
     for _ in range(2):
-        built.advance()
+        built.train_step()
     for name in ("fake_score", "generator", "average"):
         assert any(not torch.equal(value, before[key]) for key, value in built.tensors()[name].items())
     assert all(torch.equal(value, before[name]) for name, value in built.teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_the_fast_paths_of_guidance_equal_the_general_one(sd: Model, config: DistillConfig, scale: float) -> None:
-    built = engine(sd, config)
-    x, t, states = torch.randn(2, *sd.latent_shape), torch.tensor([30, 700]), built.sampler.encode(["a cat", "a dog"])
-    (fast,) = built._predict(built.teacher, x, t, states, (scale,))
-    general, _ = built._predict(built.teacher, x, t, states, (scale, 2.0))
-    torch.testing.assert_close(fast, general, rtol=1e-4, atol=1e-5)
-
-
-def test_guidance_of_one_runs_no_unconditional_branch(sd: Model, config: DistillConfig) -> None:
-    built = engine(sd, config)
-    rows = []
-    built.teacher.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    x, t, states = torch.randn(2, *sd.latent_shape), torch.tensor([30, 700]), built.sampler.encode(["a cat", "a dog"])
-    built._predict(built.teacher, x, t, states, (1.0,))
-    built._predict(built.teacher, x, t, states, (2.0,))
-    assert rows == [2, 4]
-
-
 def test_timesteps_reach_t_min_and_never_t_max(sd: Model, config: DistillConfig) -> None:
     built = engine(sd, dataclasses.replace(config, t_min=20, t_max=24))
-    drawn = built.chance("fake", 0, 0, range(200)).t
+    drawn = built.draw_batch(inputs(built, "fake_score"), 0, range(200)).t
     assert sorted(set(drawn.tolist())) == [20, 21, 22, 23]
 
 
 def test_captions_are_dropped_for_the_fake_score_only_and_only_under_guidance(sd: Model, config: DistillConfig) -> None:
-    built = engine(sd, dataclasses.replace(config, dropout=0.5))
-    assert 10 < built.chance("fake", 0, 0, range(40)).prompts.count("") < 30
-    assert built.chance("generator", 0, 0, range(40)).prompts.count("") == 0
-    built.config = dataclasses.replace(built.config, kappa1=1.0, kappa2=1.0, kappa3=1.0)
-    assert built.chance("fake", 0, 0, range(40)).prompts.count("") == 0
+    def dropped(role: str, **settings: float) -> int:
+        built = engine(sd, dataclasses.replace(config, objective=SidSettings(dropout=0.5, **settings)))
+        return built.draw_batch(inputs(built, role), 0, range(40)).prompts.count("")
+
+    assert 10 < dropped("fake_score") < 30
+    assert dropped("generator") == 0
+    assert dropped("fake_score", kappa1=1.0, kappa2=1.0, kappa3=1.0) == 0
 
 
 def test_no_prompt_and_no_noise_is_used_twice_in_successive_updates(sd: Model, config: DistillConfig) -> None:
-    built = engine(sd, dataclasses.replace(config, fake_updates=2, dropout=0.0))
-    order = [("fake", step, update) for step in range(2) for update in range(2)] + [("generator", step, 0) for step in range(2)]
-    draws = [built.chance(phase, step, update, range(4)) for phase, step, update in order]
+    built = engine(sd, dataclasses.replace(config, fake_updates=2, objective=SidSettings(dropout=0.0)))
+    draws = [built.draw_batch(phase.inputs, step, range(4)) for step in range(2) for phase in built.objective.phases(step)]
     noises = [noise.flatten()[0].item() for draw in draws for noise in (*draw.latents[0], *draw.noise)]
-    assert len(set(noises)) == len(noises)
+    assert len(draws) == 6 and len(set(noises)) == len(noises)
     assert len({prompt for draw in draws for prompt in draw.prompts}) > 20
 
 
@@ -208,17 +208,16 @@ def test_the_average_starts_as_the_generator_and_settles_at_the_published_rate()
 
 def test_a_teacher_that_predicts_v_trains(v_folder: Path, config: DistillConfig) -> None:
     built = engine(load(find(str(v_folder))), config)
-    losses = [built.fake_score_step().item() for _ in range(8)]
+    losses = [engine_loss(built, "fake_score") for _ in range(8)]
     assert all(loss == loss for loss in losses)
-    assert built.advance().numbers()["generator_loss"] != 0.0
+    assert built.train_step().numbers()["generator_loss"] != 0.0
 
 
 def test_the_fake_score_learns_the_generators_score(sd: Model, config: DistillConfig) -> None:
-    built = engine(sd, dataclasses.replace(config, kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0, batch_size=8, micro_batch=8))
-    first = built.fake_score_step().item()
-    for _ in range(30):
-        built.fake_score_step()
-    assert built.fake_score_step().item() < 0.9 * first
+    unguided = SidSettings(kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0)
+    built = engine(sd, dataclasses.replace(config, objective=unguided, batch_size=8, micro_batch=8))
+    losses = [engine_loss(built, "fake_score") for _ in range(32)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -229,7 +228,7 @@ def test_every_memory_recipe_takes_a_step_in_every_precision(sd: Model, config: 
     built = engine(sd, dataclasses.replace(config, **recipe))
     kinds = {value.dtype for value in built.teacher.parameters()}
     assert kinds == {torch.bfloat16 if recipe.get("teacher_bf16") and precision == "bf16" else torch.float32}
-    result = built.advance()
+    result = built.train_step()
     assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
@@ -242,10 +241,10 @@ def test_an_engine_loaded_from_its_tensors_goes_on_as_if_it_had_never_stopped(
     settings = dataclasses.replace(config, optimizer=optimizer)
     whole, again = (engine(load(find(str(sd_folder))), settings) for _ in range(2))
     for _ in range(2):
-        whole.advance()
+        whole.train_step()
     again.load(2, snapshot(whole))
     for built in (whole, again):
-        built.advance()
+        built.train_step()
     one, other = snapshot(whole), snapshot(again)
     for file, tensors in one.items():
         assert tensors.keys() == other[file].keys() and len(tensors) > 100
@@ -255,41 +254,44 @@ def test_an_engine_loaded_from_its_tensors_goes_on_as_if_it_had_never_stopped(
 def test_a_warm_up_step_moves_the_fake_score_alone(sd: Model, config: DistillConfig) -> None:
     built = engine(sd, dataclasses.replace(config, fake_warmup=1))
     before = snapshot(built)
-    first = built.advance()
+    first = built.train_step()
     after = built.tensors()
-    assert first.generator_loss is None and built.images == 4
+    assert "generator_loss" not in first.values and built.images == 4
     assert all(torch.equal(before["generator"][name], value) for name, value in after["generator"].items())
     assert any(not torch.equal(before["fake_score"][name], value) for name, value in after["fake_score"].items())
-    assert built.advance().generator_loss is not None and built.images == 8
+    assert "generator_loss" in built.train_step().values and built.images == 8
 
 
 def test_a_value_that_is_not_finite_leaves_every_weight_as_it_was_and_is_counted(sd: Model, config: DistillConfig) -> None:
     built = engine(sd, config)
-    built.advance()
+    built.train_step()
     before = snapshot(built)
     good = built.empty
     built.empty = Cond(torch.full_like(good.states, float("nan")))
-    result = built.advance()
+    result = built.train_step()
     assert result.skipped.item() == result.skipped_in_row.item() == 2
-    for name in ("generator", "fake_score", "optimizer_fake", "optimizer_generator"):
+    for name in ("generator", "fake_score", "optimizer_fake_score", "optimizer_generator"):
         assert all(torch.equal(before[name][key], value) for key, value in built.tensors()[name].items())
     built.empty = good
-    again = built.advance()
+    again = built.train_step()
     assert again.skipped.item() == 2 and again.skipped_in_row.item() == 0
 
 
 @pytest.mark.parametrize("renoise", ["ddim", "fixed", "fresh"])
 def test_a_few_step_student_learns_through_its_last_step_alone(sd: Model, config: DistillConfig, renoise: str) -> None:
     built = engine(sd, dataclasses.replace(config, student_steps=4, renoise=renoise))
-    exits = {len(built.chance("generator", step, 0, range(2)).latents) for step in range(40)}
+    exits = {len(built.draw_batch(inputs(built, "generator"), step, range(2)).latents) for step in range(40)}
     assert exits == {1, 2, 3, 4}
     for step in range(40):
-        draws = [("fake", range(2)), ("fake", range(2, 4)), ("generator", range(2))]
-        assert len({len(built.chance(phase, step, 0, samples).latents) for phase, samples in draws}) == 1
+        draws = [("fake_score", range(2)), ("fake_score", range(2, 4)), ("generator", range(2))]
+        assert len({len(built.draw_batch(inputs(built, role, step), step, samples).latents) for role, samples in draws}) == 1
     calls = []
-    built.generator.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    draw = next(draw for step in range(40) if len((draw := built.chance("generator", step, 0, range(2))).latents) == 3)
-    x = built._generate(built.generator, draw, built.sampler.encode(draw.prompts))
+    net = built.roles["generator"].net
+    net.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    keys = [(inputs(built, "generator", step), step, range(2)) for step in range(40)]
+    batch = next(batch for key in keys if len((batch := built.draw_batch(*key)).latents) == 3)
+    built.nets.training = "generator"
+    x = built.nets.generate(dataclasses.replace(batch, cond=built.sampler.encode(batch.prompts)))
     assert calls == [False, False, True] and x.requires_grad
 
 
@@ -312,10 +314,9 @@ def test_a_lora_fake_score_leaves_the_teachers_weights_alone_and_shares_them(sd:
     pytest.importorskip("peft")
     built = engine(sd, dataclasses.replace(config, fake_lora=4))
     shared = {value.data_ptr() for value in built.teacher.parameters()}
-    assert {value.data_ptr() for value in built.fake_score.parameters() if not value.requires_grad} == shared
+    assert {value.data_ptr() for value in built.roles["fake_score"].net.parameters() if not value.requires_grad} == shared
     before = {name: value.clone() for name, value in built.teacher.named_parameters()}
-    loss, _, _ = built.generator_step()
-    assert loss.item() == 0.0  # fresh adapters add nothing
-    built.advance()
+    assert engine_loss(built, "generator") == 0.0  # fresh adapters add nothing
+    built.train_step()
     assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())
-    assert built.generator_step()[0].item() != 0.0
+    assert engine_loss(built, "generator") != 0.0

@@ -1,9 +1,10 @@
-"""The losses against a naive float64 version written straight from the equations of method 1.4 and 1.5."""
+"""The losses against a naive float64 version written straight from the equations of arXiv 2406.01561."""
 
 import pytest
 import torch
 
-from sidcli.objectives import sid
+from sidcli.objectives import scores, sid
+from sidcli.objectives.base import Batch
 
 
 def naive_generator_loss(
@@ -36,12 +37,18 @@ def test_with_one_scale_the_loss_is_the_form_of_the_official_code() -> None:
 
 
 def test_the_fake_score_loss_sums_over_elements_and_averages_over_the_batch() -> None:
-    assert sid.fake_score_loss(torch.full((2, 4, 8, 8), 3.0), torch.ones(2, 4, 8, 8), batch=2).item() == 4 * 4 * 8 * 8
+    zeros, t = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
+    batch = Batch(["a cat", "a dog"], [zeros], torch.ones(2, 4, 8, 8), t, size=4)  # half of the global batch
+    predicted = torch.full((2, 4, 8, 8), 3.0, requires_grad=True)
+    gradient, values = scores.denoising_gradient(None, predicted.detach(), batch)  # type: ignore[arg-type]
+    loss = (predicted - batch.noise).square().sum() / 4
+    assert values["fake_loss"] == loss == 2 * 4 * 4 * 8 * 8 / 4
+    assert torch.equal(gradient, torch.autograd.grad(loss, predicted)[0])
 
 
 def test_the_health_ratio_is_one_when_the_fake_score_returns_the_sample_itself() -> None:
     x, real = torch.randn(2, 3, 4, 4, 4)
-    assert sid.health(x, real, x).item() == pytest.approx(1.0)
+    assert scores.health(x, real, x).item() == pytest.approx(1.0)
 
 
 def test_with_stopped_gradients_in_both_networks_the_direction_is_that_of_score_distillation() -> None:

@@ -70,7 +70,7 @@ def assert_same(alone: dict[str, torch.Tensor], together: dict[str, torch.Tensor
     """Equal up to rounding: measured on the way each network has gone, and on the optimizers' state, which has the gradients' size."""
     assert together.keys() == alone.keys()
     start = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
-    for file in ("generator", "average", "fake_score", "optimizer_fake", "optimizer_generator"):
+    for file in ("generator", "average", "fake_score", "optimizer_fake_score", "optimizer_generator"):
         names = sorted(name for name in alone if name.startswith(f"{file}/") and not name.endswith(".step"))
         one, other = (torch.cat([values[name].flatten().double() for name in names]) for values in (alone, together))
         begun = [start[name.partition("/")[2]].flatten().double() for name in names if name.partition("/")[2] in start]

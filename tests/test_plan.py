@@ -18,6 +18,7 @@ from sidcli.engine import Engine
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.hub import Silence
 from sidcli.models.unet import Cond, denoise
+from sidcli.objectives.sid import SidSettings
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import Model, load
@@ -59,7 +60,7 @@ def test_the_plan_of_sd15_is_what_a_gpu_used_and_fits_the_card_that_its_recipe_i
 
 def test_guidance_costs_eighteen_forwards_an_image_and_none_eleven(sd_folder: Path) -> None:
     guided = DistillConfig(teacher=str(sd_folder), prompts="general")
-    plain = dataclasses.replace(guided, kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0)
+    plain = dataclasses.replace(guided, objective=SidSettings(kappa1=1.0, kappa2=1.0, kappa3=1.0, kappa4=1.0))
     one, other = (plan.make(config, Path("run"), "cpu", 1, Silence()).flops_per_image for config in (guided, plain))
     assert one / other == pytest.approx(18 / 11)
 
@@ -69,7 +70,7 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
     kept: dict[int, int] = {}
     config = dataclasses.replace(config, precision=precision)
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
-    weights = {value.untyped_storage().data_ptr() for value in engine.generator.parameters()}
+    weights = {value.untyped_storage().data_ptr() for value in engine.roles["generator"].net.parameters()}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
         if value.untyped_storage().data_ptr() not in weights:
@@ -78,7 +79,7 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
 
     x, t, told = torch.randn(4, *sd.latent_shape), torch.full((4,), 500), engine.sampler.encode(["a cat"] * 4)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine._autocast():
-        alive = denoise(engine.generator, x, t, told)
+        alive = denoise(engine.roles["generator"].net, x, t, told)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(sd.unet.config)
     counted, _ = plan.activations(unet, 4, config, Cond(torch.empty(1, 77, 32, device="meta")), trained=True)

@@ -114,6 +114,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
 
 def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]:
     config, revision = card.get("config", {}), card.get("teacher", {}).get("revision")
+    config = {**config, **config.get("objective", {})}
     height, width = model.size
     facts = {
         "Teacher": origin + (f", commit {revision}" if revision else ""),

@@ -5,6 +5,7 @@ One text encoder for Stable Diffusion 1 and 2, two of them for SDXL.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,17 @@ def add_adapters(net: Any, rank: int) -> None:
     from peft import LoraConfig
 
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+
+
+def merged(net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The weights of a UNet in float32 on the CPU after adapters, trained beside it by `add_adapters`, were added to them."""
+    on_cpu: dict[int, Any] = {id(value): nn.Parameter(value.detach().float().cpu()) for value in net.parameters()}
+    twin = copy.deepcopy(net, on_cpu)
+    add_adapters(twin, rank)
+    twin.load_state_dict(adapters, strict=False)
+    twin.fuse_lora()
+    twin.unload_lora()
+    return twin.state_dict()
 
 
 def sizes(height: int, width: int) -> list[float]:

@@ -1,0 +1,96 @@
+"""Distillation methods, one file each, and how to find them by name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sidcli.errors import UsageError
+from sidcli.objectives.base import Objective, Settings
+from sidcli.objectives.sid import Sid
+
+OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid}
+
+
+def find(name: object) -> type[Objective]:
+    """Raises UsageError for an unknown name."""
+    if name not in OBJECTIVES:
+        raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, not {name!r}")
+    return OBJECTIVES[str(name)]
+
+
+def names(objective: type[Objective]) -> list[str]:
+    """Settings that the objective has."""
+    return [field.name for field in dataclasses.fields(objective.Settings) if field.name != "name"]
+
+
+def types(objective: type[Objective]) -> dict[str, type]:
+    return {name: type(value) for name, value in dataclasses.asdict(objective.Settings()).items()}
+
+
+def help_of(owner: type) -> dict[str, str]:
+    """The docstrings of the fields of a dataclass, by name, each on one line."""
+    (body,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(owner))).body
+    found, name = {}, ""
+    for statement in body.body:  # type: ignore[attr-defined]
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+        elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            found[name], name = " ".join(str(statement.value.value).split()), ""
+    return found
+
+
+def listed(objective: type[Objective]) -> list[str]:
+    """The settings of an objective with defaults and help, a line each."""
+    texts, defaults = help_of(objective.Settings), objective.Settings()
+    rows = [(f"{name}={getattr(defaults, name)}", texts[name]) for name in names(objective)]
+    width = max(len(setting) for setting, _ in rows)
+    return [f"{setting:<{width}}  {text}" for setting, text in rows]
+
+
+def parse(objective: type[Objective], texts: Sequence[str]) -> dict[str, Any]:
+    """Settings given as NAME=VALUE. Raises UsageError for a text without `=`, a value that is not of the setting's type."""
+    kinds = types(objective)
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE, not {text!r}")
+        name = name.strip().replace("-", "_")
+        kind = kinds.get(name, str)
+        try:
+            found[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise UsageError(f"--set {name} takes {kind.__name__}, not {value!r}") from None
+    return found
+
+
+def settings(table: Mapping[str, Any]) -> Settings:
+    """Settings of the objective `name` (default: sid) with the other values of a table.
+
+    Raises UsageError for an unknown objective, a setting that it does not have and a value of another type.
+    """
+    name = table.get("name", "sid")
+    objective = find(name)
+    kinds = types(objective)
+    values = dict(table)
+    for setting, value in table.items():
+        if setting not in kinds:
+            raise UsageError(f"{setting!r} is not a setting of objective {name}{_elsewhere(setting, str(name))}")
+        if kinds[setting] is float and type(value) is int:
+            values[setting] = float(value)
+        elif type(value) is not kinds[setting]:
+            raise UsageError(f"{setting} must be {kinds[setting].__name__}, not {value!r}")
+    return objective.Settings(**values)
+
+
+def _elsewhere(setting: str, name: str) -> str:
+    """Which objective has the setting, and the nearest one that this objective has."""
+    owners = [other for other, objective in OBJECTIVES.items() if setting in names(objective)]
+    close = difflib.get_close_matches(setting, names(OBJECTIVES[name]), 1, 0.5)
+    owner = f", it is one of {' and '.join(owners)}" if owners else ""
+    return owner + (f"; did you mean {close[0]!r}?" if close else f"; {name} has {', '.join(names(OBJECTIVES[name]))}")

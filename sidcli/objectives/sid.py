@@ -1,37 +1,79 @@
-"""Score identity Distillation with Long and Short Guidance (SiD-LSG, arXiv 2406.01561), as tensor maths.
+"""Score identity Distillation with Long and Short Guidance (SiD-LSG, arXiv 2406.01561).
 
-Names: x the generator's sample, y_real the teacher's clean prediction, y_fake the fake score's, all [B, C, h, w] float32 and all at
-the same noised x_t. Sums run over one sample's elements, the mean over `batch` samples, which is the global batch: gradients of
-micro-batches and processes then add up to the gradient of the whole.
+Names: x the generator's sample, y_real the clean prediction of the teacher, y_fake that of the fake score, all [B, C, h, w] float32 and
+all at the same noised x_t.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Settings, Values, branches
+from sidcli.objectives.scores import ScoreDistillation, denoising_gradient, health, predict_noise
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def fake_score_loss(noise_predicted: Tensor, noise: Tensor, batch: int) -> Tensor:
-    """|| eps_psi(x_t) - eps ||^2 summed over elements, over the global batch (method 1.4).
+@dataclass(frozen=True, kw_only=True)
+class SidSettings(Settings):
+    name: str = "sid"
+    kappa1: float = 2.0
+    """Guidance scale of the fake score in its own loss."""
+    kappa2: float = 2.0
+    """Guidance scale of the fake score in the score difference y_real - y_fake."""
+    kappa3: float = 2.0
+    """Guidance scale of the fake score in the second factor of the generator's loss."""
+    kappa4: float = 2.0
+    """Guidance scale of the teacher in the generator's loss."""
+    alpha: float = 1.0
+    """Weight of the squared score difference in the generator's loss."""
+    dropout: float = 0.1
+    """Share of captions emptied in the fake score's updates, where guidance uses its unconditional branch."""
+    shares, scale = ("dropout",), "kappa4"
 
-    For a v-predicting network pass its prediction converted to noise: that weights the v error by abar, which is the same loss.
-    """
-    return (noise_predicted - noise).square().sum() / batch
+
+class Sid(ScoreDistillation):
+    Settings = SidSettings
+    title = "SiD-LSG (arXiv 2406.01561)"
+    reads = "The losses of SiD fluctuate and do not show progress."
+
+    def fake_phase(self, step: int, update: int) -> Phase:
+        s = self.settings
+        dropout = 0.0 if s.kappa1 == s.kappa2 == s.kappa3 == 1.0 else s.dropout
+        inputs = self.fake_inputs(step, update, (self.config.t_min, self.config.t_max), dropout)
+        passes = (Pass(GENERATOR, 1, "none"), Pass(FAKE, branches(s.kappa1), "weights"))
+        return Phase(FAKE, inputs, partial(predict_noise, scale=s.kappa1), denoising_gradient, passes)
+
+    def generator_phase(self, step: int) -> Phase:
+        s = self.settings
+        scores = Pass(FAKE, branches(s.kappa2, s.kappa3), "input"), Pass(TEACHER, branches(s.kappa4), "input")
+        return self.generator_update(step, self.score_gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=True)
+
+    def score_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
+        """d loss / d x of the generator's loss (equation 10), through both score networks."""
+        s = self.settings
+
+        def clean(x: Tensor, role: str, scales: tuple[float, ...]) -> list[Tensor]:
+            return nets.clean(role, nets.path.noised(x, batch.noise, batch.t), batch, *scales)
+
+        def loss(x: Tensor, y_fake: Tensor, y_fake_target: Tensor, y_real: Tensor) -> tuple[Tensor, Values]:
+            value = generator_loss(x, y_real, y_fake, y_fake_target, s.alpha, batch.size)
+            ratio = batch.share * health(x, y_real, y_fake)
+            return value, {"generator_loss": value, "ratio": ratio, "sample_std": batch.share * x.std((1, 2, 3)).mean()}
+
+        fake, real = partial(clean, role=FAKE, scales=(s.kappa2, s.kappa3)), partial(clean, role=TEACHER, scales=(s.kappa4,))
+        return nets.gradient_through(x, [fake, real], loss)
 
 
 def generator_loss(x: Tensor, y_real: Tensor, y_fake: Tensor, y_fake_target: Tensor, alpha: float, batch: int) -> Tensor:
-    """(y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w (method 1.5), summed over elements, over `batch`.
+    """(y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w, summed over elements, over `batch` samples.
 
-    y_fake is the fake score at kappa2, y_fake_target at kappa3; where they are equal the bracket is (y_real - x) - alpha (y_real -
-    y_fake), the form of the official code. w is the mean absolute |x - y_real| of the sample, a constant for the gradient. The
-    gradient flows through both score networks, which sets SiD apart from score distillation with a stopped gradient. The value
-    hovers around zero and measures nothing.
+    y_fake is the fake score at kappa2, y_fake_target at kappa3. w is the mean absolute |x - y_real| of the sample, a constant for the
+    gradient. The gradient flows through both score networks. The value stays near zero and measures nothing.
     """
     weight = (x - y_real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5).detach()
     difference = y_real - y_fake
     return (difference * ((y_fake_target - x) + (1.0 - alpha) * difference) / weight).sum() / batch
-
-
-def health(x: Tensor, y_real: Tensor, y_fake: Tensor) -> Tensor:
-    """|y_real - y_fake| / |y_real - x|, averaged over the batch: how far the two scores still are apart. Detached scalar."""
-    apart = (y_real - y_fake).abs().mean((1, 2, 3)) / (y_real - x).abs().mean((1, 2, 3)).clamp_min(1e-5)
-    return apart.mean().detach()

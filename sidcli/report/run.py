@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from sidcli.config import flat
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
@@ -105,7 +106,7 @@ def _sections(run: Run) -> tuple[Section, ...]:
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
         _curves("Speed and memory", COSTS, curves, from_zero=True),
         _commands(run),
-        _facts("Settings", run.config),
+        _facts("Settings", flat(run.config)),
         _facts("Student", {key: value for key, value in run.student.items() if key not in ("config", "teacher", "kind", "images")}),
         _facts("Provenance", run.record),
     )

@@ -49,7 +49,7 @@ def share(steps: int) -> dict[str, Any]:
 def trial(gigabytes: float, device: str) -> dict[str, Any]:
     """One checkpoint of that size from a device: the copy, for which training waits, and the write, for which it does not."""
     count = round(gigabytes * 1e9 / 4 / 5)
-    names = ("generator", "average", "fake_score", "optimizer_generator", "optimizer_fake")
+    names = ("generator", "average", "fake_score", "optimizer_generator", "optimizer_fake_score")
     live = {name: {"w": torch.rand(count, device=device)} for name in names}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         begun = time.monotonic()

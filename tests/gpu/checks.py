@@ -99,10 +99,10 @@ def against_the_cpu(place: Place, kind: str, **settings: Any) -> Outcome:
 def optimizer_step(place: Place) -> Outcome:
     """Weights after two whole steps with a large epsilon, with which a step follows its gradient instead of the gradient's sign."""
     engines = [place.engine("emoji", where, adam_eps=0.1) for where in (CPU, place.device)]
-    start = torch.cat([value.detach().cpu().flatten() for value in engines[0].generator.parameters()])
+    start = torch.cat([value.detach().cpu().flatten() for value in engines[0].roles["generator"].net.parameters()])
     for engine in engines:
-        engine.advance()
-        engine.advance()
+        engine.train_step()
+        engine.train_step()
     moved = {}
     for name in ("generator", "average", "fake_score"):
         rows = [torch.cat([value.flatten() for value in engine.tensors()[name].values()]) for engine in engines]
@@ -114,8 +114,8 @@ def offloads(place: Place) -> Outcome:
     """Weights and average after two steps, state in main memory and not."""
     engines = [place.engine("emoji", place.device, offload_average=away, offload_optimizer=away) for away in (False, True)]
     for engine in engines:
-        engine.advance()
-        engine.advance()
+        engine.train_step()
+        engine.train_step()
     one, other = (engine.tensors() for engine in engines)
     found = {}
     for name in ("generator", "average"):
@@ -295,9 +295,10 @@ def chosen(place: Place) -> Outcome:
     """What the engine chose on this device."""
     engine = place.engine("emoji", place.device, precision="auto")
     kinds = {
-        name: str(next(net.parameters()).dtype) for name, net in (("teacher", engine.teacher), ("generator", engine.generator))
+        name: str(next(net.parameters()).dtype)
+        for name, net in (("teacher", engine.teacher), ("generator", engine.roles["generator"].net))
     }
-    last = next(value for value in engine.generator.parameters() if value.ndim == 4)
+    last = next(value for value in engine.roles["generator"].net.parameters() if value.ndim == 4)
     return Outcome(kinds | {"bf16": engine.bf16, "channels_last": last.is_contiguous(memory_format=torch.channels_last)})
 
 

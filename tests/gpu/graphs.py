@@ -79,6 +79,6 @@ class Recorder:
 
 def attach(engine: Engine) -> Recorder:
     recorder = Recorder()
-    for net in (engine.teacher, engine.generator, engine.fake_score):
+    for net in (engine.teacher, *(role.net for role in engine.roles.values())):
         recorder.wrap(net)
     return recorder

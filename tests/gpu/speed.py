@@ -150,9 +150,9 @@ def engine(
     clock = Clock(lab)
     built._update, built.update_average = clock.wrap(built._update), clock.wrap(built.update_average)  # type: ignore[method-assign]
     with context or nullcontext():
-        warm, _ = timed(lab, built.advance, 0)
+        warm, _ = timed(lab, built.train_step, 0)
         clock.seconds = 0.0
-        _, seconds = timed(lab, built.advance, steps, 0)
+        _, seconds = timed(lab, built.train_step, steps, 0)
     updates = clock.seconds / steps
     row = rated(lab, built.sampler.model, config.batch_size, seconds, warm, built.bf16)
     per_image = (seconds - updates) / config.batch_size
@@ -187,8 +187,8 @@ def compiled(lab: Lab, kind: str, batch: int) -> Outcome:
     lab.free()
     config = settings(kind, batch_size=batch, micro_batch=batch, compile="on")
     built = Engine(lab.teacher(kind), config, open_prompts(config.prompts), lab.device)
-    first, _ = timed(lab, built.advance, 0)
-    second, _ = timed(lab, built.advance, 0)
+    first, _ = timed(lab, built.train_step, 0)
+    second, _ = timed(lab, built.train_step, 0)
     append(
         lab.file,
         {
@@ -203,7 +203,7 @@ def compiled(lab: Lab, kind: str, batch: int) -> Outcome:
     while not quiet.exists():
         time.sleep(0.1)
     lab.free()
-    _, seconds = timed(lab, built.advance, 3)
+    _, seconds = timed(lab, built.train_step, 3)
     row = rated(lab, built.sampler.model, batch, seconds, first, True)
     del built  # two engines at once would not leave room for the other work
     plain = engine(lab, kind, 2, batch_size=batch, micro_batch=batch).values
@@ -211,7 +211,7 @@ def compiled(lab: Lab, kind: str, batch: int) -> Outcome:
 
 
 def contiguous(built: Engine) -> None:
-    for net in (built.teacher, built.generator, built.fake_score):
+    for net in (built.teacher, *(role.net for role in built.roles.values())):
         net.to(memory_format=torch.contiguous_format)
 
 
@@ -252,13 +252,13 @@ def profile(lab: Lab, kind: str, **more: Any) -> Outcome:
     lab.free()
     config = settings(kind, **more)
     built = Engine(lab.teacher(kind), config, open_prompts(config.prompts), lab.device)
-    built.advance()
+    built.train_step()
     wait(lab.device)
     on_gpu = lab.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     started = time.perf_counter()
     with profiler(activities=activities) as seen:
-        built.advance()
+        built.train_step()
         wait(lab.device)
     seconds = time.perf_counter() - started
     by_kind: dict[str, float] = defaultdict(float)

@@ -21,6 +21,7 @@ from sidcli.config import PRESETS, DistillConfig
 from sidcli.distill import student_card
 from sidcli.engine import Engine
 from sidcli.formats.diffusers_folder import write_student
+from sidcli.objectives.sid import SidSettings
 from sidcli.prompts import open_prompts
 from sidcli.sources import find
 from sidcli.teachers import load, quiet_libraries
@@ -37,7 +38,8 @@ def train(file: Path, device: str, folder: Path, name: str, seconds: float, give
     given.pop("graphs", None)
     size = int(given.get("batch_size", 256))
     base = PRESETS["emoji"] | {"batch_size": size, "micro_batch": size, "precision": "bf16", "compile": "off"}
-    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", **(base | given))
+    objective = SidSettings(**given.pop("objective", {}))
+    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", objective=objective, **(base | given))
     prompts = open_prompts("emoji")
     engine = Engine(load(find("emoji-teacher")), config, prompts, torch.device(device))
     if graphs:
@@ -45,7 +47,7 @@ def train(file: Path, device: str, folder: Path, name: str, seconds: float, give
     parts, logged = list(PARTS), time.monotonic()
     begun = time.monotonic()
     while parts:
-        measured = engine.advance()
+        measured = engine.train_step()
         if time.monotonic() - logged > max(2.0, seconds / 60) or engine.step == 1:
             logged = time.monotonic()
             numbers = {key: round(value, 5) if math.isfinite(value) else None for key, value in measured.numbers().items()}

@@ -106,7 +106,8 @@ class Visit:
         for name, given in trainings.items():
             settings = {**given, "graphs": graphs}
             kappa, lr = settings.pop("kappa"), settings.pop("lr")
-            settings |= {f"kappa{index}": kappa for index in (1, 2, 3, 4)} | {"lr_fake": lr, "lr_generator": lr}
+            objective = {f"kappa{index}": kappa for index in (1, 2, 3, 4)}
+            settings |= {"objective": objective, "lr_fake": lr, "lr_generator": lr}
             processes.append(self.start("train", self.file, self.device, folder, name, seconds, json.dumps(settings)))
         until = min(time.monotonic() + seconds + 60, self.deadline - 30)
         while any(process.poll() is None for process in processes) and time.monotonic() < until:

@@ -1,0 +1,89 @@
+"""What objectives with a fake score share: a generator, and a second network that follows the score of the generator's samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sidcli.objectives.base import FAKE, GENERATOR, Batch, Inputs, Networks, Objective, Pass, Phase, Role, Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ScoreDistillation(Objective):
+    """Each step has `fake_updates` updates of the fake score and, after its warm-up, one of the generator."""
+
+    generator, fake = Role(0.0), Role(0.0)
+    """What the two roles have beside a learning rate and a LoRA rank."""
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        config = self.config
+        own = {"lr": config.lr_generator, "lora": config.student_lora, "stream": "generator lora", "average": True}
+        return {
+            GENERATOR: dataclasses.replace(self.generator, **own),  # type: ignore[arg-type]
+            FAKE: dataclasses.replace(self.fake, lr=config.lr_fake, lora=config.fake_lora),
+        }
+
+    def phases(self, step: int) -> list[Phase]:
+        """The fake score's updates, then the generator's, each with inputs of its own."""
+        phases = [self.fake_phase(step, update) for update in range(self.config.fake_updates)]
+        return phases + ([self.generator_phase(step)] if self.trains_generator(step) else [])
+
+    @abstractmethod
+    def fake_phase(self, step: int, update: int) -> Phase:
+        """An update of the fake score, `update` of this step."""
+
+    @abstractmethod
+    def generator_phase(self, step: int) -> Phase:
+        """The generator's update of this step."""
+
+    def fake_inputs(self, step: int, update: int, t_range: tuple[int, int], dropout: float = 0.0) -> Inputs:
+        updates = self.config.fake_updates
+        return Inputs("fake", step * updates + update, (updates + 1) * step + update, t_range, dropout)
+
+    def generator_inputs(self, step: int) -> Inputs:
+        config, updates = self.config, self.config.fake_updates
+        return Inputs("generator", step * updates, (updates + 1) * step + updates, (config.t_min, config.t_max))
+
+    def trains_generator(self, step: int) -> bool:
+        return step >= self.config.fake_warmup
+
+    def generator_update(
+        self,
+        step: int,
+        gradient: Callable[[Networks, Tensor, Batch], tuple[Tensor, Values]],
+        passes: tuple[Pass, ...],
+        split: bool = False,
+    ) -> Phase:
+        update = step - self.config.fake_warmup
+        return Phase(GENERATOR, self.generator_inputs(step), generate, gradient, passes, update, split)
+
+
+def generate(nets: Networks, batch: Batch) -> Tensor:
+    """The generator's samples x [B, C, h, w]."""
+    return nets.generate(batch)
+
+
+def predict_noise(nets: Networks, batch: Batch, scale: float = 1.0) -> Tensor:
+    """The noise [B, C, h, w] that the fake score predicts in noised samples of the generator."""
+    x = nets.generate(batch) if batch.samples is None else batch.samples
+    return nets.noise(FAKE, nets.path.noised(x, batch.noise, batch.t), batch, scale)[0]
+
+
+def denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
+    """Gradient of || eps_psi(x_t) - eps ||^2, summed over elements, over the global batch, with respect to eps_psi.
+
+    A network that predicts v is compared by the noise that its prediction stands for: the same loss, the v error weighted by a^2.
+    """
+    difference = noise - batch.noise
+    return difference * (2.0 / batch.size), {"fake_loss": difference.square().sum() / batch.size}
+
+
+def health(x: Tensor, y_real: Tensor, y_fake: Tensor) -> Tensor:
+    """|y_real - y_fake| / |y_real - x|, averaged over the batch: how far the two scores still are apart. A scalar."""
+    apart = (y_real - y_fake).abs().mean((1, 2, 3)) / (y_real - x).abs().mean((1, 2, 3)).clamp_min(1e-5)
+    return apart.mean()
