@@ -1,8 +1,11 @@
 """From a folder to a single file, to a teacher, to a student, to each format and back through the library that reads it."""
 
 import dataclasses
+import gc
 import json
+import os
 import shutil
+import signal
 import sys
 from collections import namedtuple
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sidcli import distill, export
 from sidcli.config import DistillConfig
 from sidcli.errors import GateError, InputError, UsageError
-from sidcli.formats import graph, lora, onnx, single_file, single_file_folder
+from sidcli.formats import graph, lora, onnx, runtime, single_file, single_file_folder
 from sidcli.formats.order import FORMATS, Order
 from sidcli.outputs import check_export
 from sidcli.prompts import open_prompts
@@ -27,6 +30,7 @@ from sidcli.sources import find
 from sidcli.teachers import Model, Overrides, describe, load
 from tests import tiny, tiny_families, tiny_students
 from tests.cards import Card, is_near, options, ours
+from tests.commands import SERVER
 from tests.inprocess import sid
 from tests.test_distill import Silent
 
@@ -211,6 +215,29 @@ def test_sample_draws_with_graphs_at_any_size_and_with_either_backend(
     capsys.readouterr()
     assert sid("sample", "a cat", "--model", tmp_path / "graphs", "--prediction-type", "epsilon", "-o", "x.png") == 2
     assert "what they predict is inside" in capsys.readouterr().err
+
+
+def test_a_signal_is_handled_after_graphs_of_openvino_were_closed(tmp_path: Path) -> None:
+    process = SERVER.Process(target=handles_a_signal_after_graphs, args=(tmp_path / "one.xml", tmp_path / "two.xml"))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+
+
+def handles_a_signal_after_graphs(*files: Path) -> None:
+    """Open one graph after the other, close them in that order, and end with 7 at a signal."""
+    import openvino
+
+    for file in files:
+        parameter = openvino.opset13.parameter([1, 4], np.float32)
+        openvino.save_model(openvino.Model([openvino.opset13.relu(parameter)], [parameter]), str(file))
+    opened = [runtime.OPENERS["openvino"](file) for file in files]
+    while opened:
+        opened.pop(0)
+        gc.collect()
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(7))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.pause()
 
 
 @pytest.mark.parametrize("form", ["diffusers", "single-file", "lora"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sidcli.formats import onnx
 from sidcli.formats.graph import write_graphs
 from sidcli.formats.order import Order
-from sidcli.formats.runtime import library, open_graphs
+from sidcli.formats.runtime import library, open_graphs, openvino_core
 from sidcli.sampler import plan_for
 from sidcli.teachers import Model
 
@@ -27,7 +27,7 @@ def write_one(
     openvino = library("openvino")
     onnx.write_one(module, inputs, outputs, file, axes)
     graph = file.with_suffix(".onnx")
-    openvino.save_model(openvino.Core().read_model(str(graph)), str(file.with_suffix(".xml")), compress_to_fp16=False)
+    openvino.save_model(openvino_core().read_model(str(graph)), str(file.with_suffix(".xml")), compress_to_fp16=False)
     for left in graph.parent.glob(f"{graph.name}*"):
         left.unlink()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def library(name: str) -> Any:
 def open_graphs(folder: Path, backend: str) -> GraphSampler:
     """A folder of graphs, ready to draw on the CPU. Raises InputError for a folder that this backend cannot read."""
     card = read_json(folder / "sid.json")
-    opener = {"onnx": _onnxruntime, "openvino": _openvino}[backend]
+    opener = OPENERS[backend]
     opened: dict[str, Run] = {}
     names = [name for name in ("text_encoder", "text_encoder_2") if (folder / name.replace("text_encoder", "tokenizer")).is_dir()]
     for name in [*names, GENERATOR]:
@@ -60,10 +62,19 @@ def _onnxruntime(file: Path) -> Run:
     return lambda inputs: session.run(None, inputs)
 
 
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's entry point, one for the process.
+
+    Its CPU plugin sets the stack on which signals are handled, and unmaps it at its end. With several at once that stack can remain set
+    after it was unmapped; the next signal then ends the process (SIGSEGV).
+    """
+    return library("openvino").Core()
+
+
 def _openvino(file: Path) -> Run:
-    openvino = library("openvino")
     # Its own choice on a CPU with bf16 would be to compute in it.
-    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     order = [output.get_any_name() for output in compiled.outputs]
 
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -71,3 +82,6 @@ def _openvino(file: Path) -> Run:
         return [results[name] for name in order]
 
     return run
+
+
+OPENERS: dict[str, Callable[[Path], Run]] = {"onnx": _onnxruntime, "openvino": _openvino}
