@@ -34,7 +34,10 @@ from sidcli.files import (
     write_json,
 )
 
-FORMAT = 3
+FORMAT = 4
+READABLE = (3, FORMAT)
+"""Format 3 had the settings of SiD beside the others and another name for one file."""
+RENAMED = {"optimizer_fake": "optimizer_fake_score"}
 KEEP = 2
 Files = dict[str, dict[str, Tensor]]
 """Tensors by name, by file without its suffix."""
@@ -115,11 +118,11 @@ def verify(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a complete checkpoint: manifest.json is missing or broken") from error
     damaged = InputError(f"{folder / 'manifest.json'} is damaged", "continue from an older checkpoint with --resume")
-    if claimed != _digest(manifest) and (claimed is not None or version == FORMAT):
+    if claimed != _digest(manifest) and (claimed is not None or version in READABLE):
         raise damaged
-    if version != FORMAT:
+    if version not in READABLE:
         raise UnknownFormat(
-            f"{folder} has checkpoint format {version}; this version of sid reads format {FORMAT}",
+            f"{folder} has checkpoint format {version}; this version of sid reads formats {' and '.join(map(str, READABLE))}",
             "continue with the version that run.json names, or choose another --output for a new run",
         )
     if not as_written:  # a flipped bit can leave the sense as it was: 1e-05 and 1E-05
@@ -154,7 +157,8 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def read(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
     """Of the files that its manifest names, which `verify` has seen; others that lie there are not opened."""
-    return {Path(name).stem: load_file(checkpoint.folder / Path(name).name) for name in sorted(checkpoint.files)}
+    files = {name: checkpoint.folder / Path(name).name for name in sorted(checkpoint.files)}
+    return {RENAMED.get(Path(name).stem, Path(name).stem): load_file(file) for name, file in files.items()}
 
 
 def set_aside(root: Path, step: int) -> list[Path]:

@@ -174,7 +174,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 
 def strategy(name: str, scale: float | None) -> dict[str, float]:
-    """kappa1 to kappa4 of a guidance strategy (arXiv 2406.01561, section 3.3).
+    """kappa1 to kappa4 of a guidance strategy (arXiv 2406.01561).
 
     Raises UsageError for an unknown name or a scale that it does not use.
     """
@@ -194,7 +194,7 @@ def strategy(name: str, scale: float | None) -> dict[str, float]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # One 24 GB card and the paper's recipe (arXiv 2406.01561, table 5).
+    # One 24 GB card and the paper's recipe (arXiv 2406.01561).
     "sd15": {},
     # Two CPU cores and a few minutes, chosen by measurement on the emoji teacher (README).
     "emoji": {
@@ -254,8 +254,11 @@ def nested(content: Mapping[str, Any]) -> dict[str, Any]:
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of `dataclasses.asdict` on one level, for people to compare; `objective` is the objective's name."""
     rest = nested(config)
-    table = dict(rest.pop("objective", {}))
-    return {"objective": table.pop("name", "sid")} | rest | table
+    table = rest.pop("objective", None)
+    if table is None:
+        return rest
+    own = dict(table) if isinstance(table, dict) else {"name": table}
+    return {"objective": own.pop("name", "sid")} | rest | own
 
 
 def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collection[str] = ()) -> list[str]:

@@ -179,15 +179,29 @@ class Networks:
         With `split_backward` each network is run again for its backward pass, so that one graph exists at a time.
         """
         split, x = self._engine.config.split_backward, x.detach().requires_grad_()
-        with torch.set_grad_enabled(not split):
-            outputs = [network(x) for network in networks]
-        leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
-        value, measured = loss(x, *(y for ys in leaves for y in ys))
-        gradient, *pulls = torch.autograd.grad(value, [x, *(y for ys in leaves for y in ys)])
-        for network, ys in zip(networks, outputs, strict=True):
-            own, pulls = pulls[: len(ys)], pulls[len(ys) :]
-            gradient = gradient + torch.autograd.grad(network(x) if split else ys, x, own)[0]
+        with self._frozen():
+            with torch.set_grad_enabled(not split):
+                outputs = [network(x) for network in networks]
+            leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
+            value, measured = loss(x, *(y for ys in leaves for y in ys))
+            gradient, *pulls = torch.autograd.grad(value, [x, *(y for ys in leaves for y in ys)])
+            for network, ys in zip(networks, outputs, strict=True):
+                own, pulls = pulls[: len(ys)], pulls[len(ys) :]
+                gradient = gradient + torch.autograd.grad(network(x) if split else ys, x, own)[0]
         return gradient, {name: value.detach() for name, value in measured.items()}
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """A block in which the weights of all networks but the one in training take no gradient: graphs keep nothing for them."""
+        roles = self._engine.roles
+        others = [value for name, trained in roles.items() if name != self.training for _, value in trained.weights()]
+        for value in others:
+            value.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for value in others:
+                value.requires_grad_(True)
 
 
 Key = tuple[Inputs, int, range]
@@ -271,19 +285,19 @@ class Engine:
         role, outputs = self.roles[phase.role], []
         rows: list[Tensor] = []
         split = phase.split and self.config.split_backward
-        with self._trains(phase.role):
-            for batch, last in self._batches(phase, samples):
-                with self.team.gradients(role.call, last):
-                    with torch.set_grad_enabled(not split):
-                        output = phase.forward(self.nets, batch)
-                    with torch.no_grad():
-                        gradient, values = phase.gradient(self.nets, output.detach(), batch)
-                    if split:
-                        output = phase.forward(self.nets, batch)
-                    # Processes average their gradients; the loss is normalized by the global batch already.
-                    output.backward(gradient * self.team.count)
-                rows.append(torch.stack(list(values.values())))
-                outputs.append(output.detach())
+        self.nets.training = phase.role
+        for batch, last in self._batches(phase, samples):
+            with self.team.gradients(role.call, last):
+                with torch.set_grad_enabled(not split):
+                    output = phase.forward(self.nets, batch)
+                with torch.no_grad():
+                    gradient, values = phase.gradient(self.nets, output.detach(), batch)
+                if split:
+                    output = phase.forward(self.nets, batch)
+                # Processes average their gradients; the loss is normalized by the global batch already.
+                output.backward(gradient * self.team.count)
+            rows.append(torch.stack(list(values.values())))
+            outputs.append(output.detach())
         totals = self.team.sum(sum(rows[1:], rows[0]))
         broken = role.step(totals[0])
         self.skipped += broken
@@ -291,20 +305,6 @@ class Engine:
         if role.role.average:
             role.update_average(phase.update)
         return dict(zip(values, totals, strict=True)), outputs
-
-    @contextmanager
-    def _trains(self, name: str) -> Iterator[None]:
-        """A block in which this role alone is trained."""
-        others = [value for role, trained in self.roles.items() if role != name for _, value in trained.weights()]
-        for value in others:
-            value.requires_grad_(False)
-        self.nets.training = name
-        try:
-            yield
-        finally:
-            self.nets.training = ""
-            for value in others:
-                value.requires_grad_(True)
 
     # Random inputs
 

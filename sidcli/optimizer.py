@@ -1,4 +1,4 @@
-"""Adam without a first moment where beta1 is 0, as SiD trains with (arXiv 2406.01561, table 5): a third less state than torch's."""
+"""Adam without a first moment where beta1 is 0, as SiD trains with (arXiv 2406.01561): a third less state than torch's."""
 
 from __future__ import annotations
 

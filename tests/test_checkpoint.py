@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_a_damaged_
     newest = write(tmp_path, 2)
     rewritten(newest, format=7)
     for look in (lambda: checkpoint.verify(newest), lambda: checkpoint.latest(tmp_path)):
-        with pytest.raises(checkpoint.UnknownFormat, match="format 7; this version of sid reads format 3"):
+        with pytest.raises(checkpoint.UnknownFormat, match="format 7; this version of sid reads formats 3 and 4"):
             look()
     (newest / "manifest.json").write_text('{"format": 1, "step": 2}')
     with pytest.raises(checkpoint.UnknownFormat, match="format 1"):

@@ -308,13 +308,13 @@ def test_what_is_typed_wins_over_the_config_file(tmp_path: Path) -> None:
     done = sid("distill", "--config", "own.toml", *typed, "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = json.loads(done.stdout)["config"]
-    assert config["teacher"] == "emoji-teacher" and [config[f"kappa{n}"] for n in (1, 2, 3, 4)] == [2.0] * 4
+    assert config["teacher"] == "emoji-teacher" and [config["objective"][f"kappa{n}"] for n in (1, 2, 3, 4)] == [2.0] * 4
 
 
 def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch-size", "2", "--json"]
     dry = sid("distill", *small, "--dry-run", cwd=tmp_path)
-    assert dry.returncode == 0 and json.loads(dry.stdout)["config"]["kappa1"] == 2.0
+    assert dry.returncode == 0 and json.loads(dry.stdout)["config"]["objective"]["kappa1"] == 2.0
     sharded = sid("distill", *small, "--dry-run", "--shard", cwd=tmp_path)
     assert sharded.returncode == 0, sharded.stderr
     assert list(tmp_path.iterdir()) == []
@@ -329,6 +329,6 @@ def test_a_continued_run_keeps_the_memory_recipe_it_began_with(tmp_path: Path) -
     (tmp_path / "run" / "config.toml").write_text('optimizer = "adam8bit"\nfake_lora = 4\nmicro_batch = 3\nkappa1 = 7.0\n')
     asked = ["distill", "-o", "run", "--dry-run", "--json"]
     config = json.loads(sid(*asked, cwd=tmp_path).stdout)["config"]
-    assert (config["fake_lora"], config["micro_batch"], config["kappa1"]) == (4, 3, 2.0)
+    assert (config["fake_lora"], config["micro_batch"], config["objective"]["kappa1"]) == (4, 3, 2.0)
     typed = json.loads(sid(*asked, "--memory", "fast", "--micro-batch", "2", cwd=tmp_path).stdout)["config"]
     assert (typed["fake_lora"], typed["micro_batch"]) == (0, 2)

@@ -18,8 +18,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from sidcli import checkpoint, distill, export
-from sidcli.config import DistillConfig, read_toml
-from sidcli.engine import Engine, StepResult
+from sidcli.config import DistillConfig, flat, read_toml
+from sidcli.engine import Engine, Measurements
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import check_unlocked, locked
 from sidcli.formats.order import Order
@@ -370,9 +370,34 @@ def test_what_another_version_has_written_is_refused_and_not_begun_anew(
     rewritten(folder, format=9)
     with pytest.raises(checkpoint.UnknownFormat, match="checkpoint format 9"):
         run(sd_folder, config, tmp_path / "run")
-    rewritten(folder, format=checkpoint.FORMAT, config={**dataclasses.asdict(config), "objective": "dmd2"})
-    with pytest.raises(InputError, match="objective: dmd2 -> a setting that this version of sid does not know"):
+    rewritten(folder, format=checkpoint.FORMAT, config={**dataclasses.asdict(config), "future": 3})
+    with pytest.raises(InputError, match="future: 3 -> a setting that this version of sid does not know"):
         run(sd_folder, config, tmp_path / "run")
+    for objective in ({"name": "dmd2", "guidance": 3.0}, "dmd2"):
+        rewritten(folder, config={**dataclasses.asdict(config), "objective": objective})
+        with pytest.raises(InputError, match=r"made with other settings: objective: dmd2 -> sid$"):
+            run(sd_folder, config, tmp_path / "run")
+
+
+def test_a_run_continues_from_a_checkpoint_of_format_3_and_ends_the_same(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    run(sd_folder, config, tmp_path / "run")
+    end = state(tmp_path / "run", 4)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    shutil.rmtree(folder.with_name("step-00000004"))
+    (folder / "optimizer_fake_score.safetensors").rename(folder / "optimizer_fake.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {
+        name.replace("fake_score", "fake") if "optimizer" in name else name: entry for name, entry in manifest["files"].items()
+    }
+    saved = flat(manifest["config"])
+    del saved["objective"], saved["student_lora"]
+    rewritten(folder, format=3, config=saved, files=files)
+    listener = Silent()
+    run(sd_folder, config, tmp_path / "run", listener)
+    assert "continuing from step 2" in listener.notes
+    assert all(torch.equal(value, end[name]) for name, value in state(tmp_path / "run", 4).items())
 
 
 def test_a_run_continued_from_an_older_checkpoint_sets_the_newer_ones_aside_and_ends_the_same(
@@ -428,11 +453,11 @@ def test_a_checkpoint_is_written_when_the_last_one_is_too_long_ago(sd_folder: Pa
 
 def test_what_is_saved_is_the_state_of_its_step_while_the_training_goes_on(sd: Model, config: DistillConfig) -> None:
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
-    engine.advance()
+    engine.train_step()
     seen, kept = engine.tensors(), engine.tensors(copy=True)
     before = {name: value.clone() for name, value in seen["generator"].items()}
     assert engine.state_bytes == pytest.approx(checkpoint.bytes_of(kept), rel=0.01)
-    engine.advance()
+    engine.train_step()
     assert any(not torch.equal(seen["generator"][name], before[name]) for name in before), "what is not a copy moves on"
     assert all(torch.equal(kept["generator"][name], before[name]) for name in before)
 
@@ -551,9 +576,9 @@ def test_a_diverging_run_stops_with_the_step_and_a_finite_checkpoint(
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int, times: float) -> None:
     """From a step on, for a number of steps, the engine computes with values that are not finite."""
-    real, left = Engine.advance, [times]
+    real, left = Engine.train_step, [times]
 
-    def advance(self: Engine) -> StepResult:
+    def train_step(self: Engine) -> Measurements:
         healthy = self.empty
         if self.step >= from_step and left[0] > 0:
             left[0] -= 1
@@ -562,7 +587,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, from_step: int, times: float) -> N
         self.empty = healthy
         return result
 
-    monkeypatch.setattr(Engine, "advance", advance)
+    monkeypatch.setattr(Engine, "train_step", train_step)
 
 
 @pytest.mark.check(10)
@@ -629,14 +654,14 @@ def full_gpu() -> None:
 def test_running_out_of_memory_keeps_the_last_checkpoint_and_names_the_switches_to_try(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object], said: str
 ) -> None:
-    real = Engine.advance
+    real = Engine.train_step
 
-    def advance(self: Engine) -> StepResult:
+    def train_step(self: Engine) -> Measurements:
         if self.step == 2:
             ask()
         return real(self)
 
-    monkeypatch.setattr(Engine, "advance", advance)
+    monkeypatch.setattr(Engine, "train_step", train_step)
     with pytest.raises(EnvironmentProblem, match=said) as stopped:
         run(sd_folder, config, tmp_path / "run", save=1)
     assert stopped.value.exit_code == 4

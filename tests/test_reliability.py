@@ -309,10 +309,10 @@ def test_a_long_run_keeps_its_memory_and_its_open_files(steps: int, sd: Model, c
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
     process = psutil.Process()
     for _ in range(steps // 3):
-        engine.advance()
+        engine.train_step()
     memory, files_open = process.memory_info().rss, process.num_fds()
     for _ in range(steps):
-        engine.advance()
+        engine.train_step()
     assert process.memory_info().rss < 1.05 * memory and process.num_fds() == files_open
 
 

@@ -63,6 +63,19 @@ class ScoreDistillation(Objective):
         return Phase(GENERATOR, self.generator_inputs(step), generate, gradient, passes, update, split)
 
 
+class OnSharedSamples(ScoreDistillation):
+    """The generator is updated first, and the first update of the fake score learns from the samples of that update."""
+
+    def phases(self, step: int) -> list[Phase]:
+        fakes = [self.fake_phase(step, update) for update in range(self.config.fake_updates)]
+        if not self.trains_generator(step):
+            return fakes
+        generator, first = self.generator_phase(step), fakes[0]
+        inputs = dataclasses.replace(first.inputs, position=generator.inputs.position)
+        passes = tuple(one for one in first.passes if one.role != GENERATOR)
+        return [generator, dataclasses.replace(first, inputs=inputs, passes=passes, reuse=True), *fakes[1:]]
+
+
 def generate(nets: Networks, batch: Batch) -> Tensor:
     """The generator's samples x [B, C, h, w]."""
     return nets.generate(batch)
@@ -84,6 +97,11 @@ def denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Ten
 
 
 def health(x: Tensor, y_real: Tensor, y_fake: Tensor) -> Tensor:
-    """|y_real - y_fake| / |y_real - x|, averaged over the batch: how far the two scores still are apart. A scalar."""
+    """|y_real - y_fake| / |y_real - x|, averaged over the samples: how far the two scores still are apart. A scalar."""
     apart = (y_real - y_fake).abs().mean((1, 2, 3)) / (y_real - x).abs().mean((1, 2, 3)).clamp_min(1e-5)
     return apart.mean()
+
+
+def spread(x: Tensor, batch: Batch) -> Tensor:
+    """This batch's part of the mean standard deviation of samples."""
+    return batch.share * x.std((1, 2, 3)).mean()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Settings, Values, branches
-from sidcli.objectives.scores import ScoreDistillation, denoising_gradient, health, predict_noise
+from sidcli.objectives.scores import ScoreDistillation, denoising_gradient, health, predict_noise, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class Sid(ScoreDistillation):
         return self.generator_update(step, self.score_gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=True)
 
     def score_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """d loss / d x of the generator's loss (equation 10), through both score networks."""
+        """d loss / d x of the generator's loss (equation 23 of arXiv 2404.04057 under guidance), through both scores."""
         s = self.settings
 
         def clean(x: Tensor, role: str, scales: tuple[float, ...]) -> list[Tensor]:
@@ -62,7 +62,7 @@ class Sid(ScoreDistillation):
         def loss(x: Tensor, y_fake: Tensor, y_fake_target: Tensor, y_real: Tensor) -> tuple[Tensor, Values]:
             value = generator_loss(x, y_real, y_fake, y_fake_target, s.alpha, batch.size)
             ratio = batch.share * health(x, y_real, y_fake)
-            return value, {"generator_loss": value, "ratio": ratio, "sample_std": batch.share * x.std((1, 2, 3)).mean()}
+            return value, {"generator_loss": value, "ratio": ratio, "sample_std": spread(x, batch)}
 
         fake, real = partial(clean, role=FAKE, scales=(s.kappa2, s.kappa3)), partial(clean, role=TEACHER, scales=(s.kappa4,))
         return nets.gradient_through(x, [fake, real], loss)
