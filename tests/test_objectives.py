@@ -1,10 +1,20 @@
 """The losses against a naive float64 version written straight from the equations of arXiv 2406.01561."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
+from sidcli import objectives
+from sidcli.config import DistillConfig
+from sidcli.engine import Engine
+from sidcli.errors import UsageError
 from sidcli.objectives import scores, sid
-from sidcli.objectives.base import Batch
+from sidcli.objectives.base import FAKE, GENERATOR, Batch, Phase
+from sidcli.prompts import open_prompts
+from sidcli.teachers import Model
+from tests.gradients import perturbed
 
 
 def naive_generator_loss(
@@ -84,3 +94,106 @@ def test_on_gaussian_data_with_exact_scores_the_generator_becomes_the_data() -> 
         optimizer.step()
     assert own[0].item() == pytest.approx(1.5, abs=0.03)
     assert abs(own[1].item()) == pytest.approx(0.4, abs=0.03)
+
+
+# Other objectives, on a tiny pipeline
+
+SHARING = ["dmd2"]
+"""Objectives whose fake score learns from the samples of the generator's update."""
+
+
+def engine(model: Model, config: DistillConfig, name: str, **settings: Any) -> Engine:
+    given = dataclasses.replace(config, objective=objectives.settings({"name": name, **settings}), batch_size=2, micro_batch=2)
+    return perturbed(Engine(model, given, open_prompts("general"), torch.device("cpu")))
+
+
+def phase_of(built: Engine, role: str) -> Phase:
+    return next(phase for phase in built.objective.phases(0) if phase.role == role)
+
+
+def seen(built: Engine) -> tuple[Phase, Batch, torch.Tensor, torch.Tensor]:
+    """The generator's phase, a batch of it, samples and noised samples."""
+    phase = phase_of(built, GENERATOR)
+    batch = built._batch((phase.inputs, 0, range(2)))
+    with torch.no_grad():
+        x = phase.forward(built.nets, batch)
+    return phase, batch, x, built.path.noised(x, batch.noise, batch.t)
+
+
+def predicted(built: Engine, net: Any, batch: Batch, x_t: torch.Tensor, scale: float) -> torch.Tensor:
+    """The noise that a network predicts under guidance, by the definition."""
+    empty = built.empty.states.expand(2, -1, -1)
+    with torch.no_grad():
+        given, nothing = (net(x_t, batch.t, states).sample for states in (batch.cond.states, empty))
+    return nothing + scale * (given - nothing)
+
+
+def test_the_gradient_of_dmd2_is_the_normalized_difference_of_the_scores(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, config, "dmd2", guidance=3.0)
+    phase, batch, x, x_t = seen(built)
+    a, sigma = built.path.scale(batch.t)
+    real = (x_t - sigma * predicted(built, built.teacher, batch, x_t, 3.0)) / a
+    fake = (x_t - sigma * predicted(built, built.roles[FAKE].net, batch, x_t, 1.0)) / a
+    wanted = torch.stack([(fake[i] - real[i]) / (x[i] - real[i]).abs().mean() for i in range(2)]) / 2
+    with torch.no_grad():
+        gradient, values = phase.gradient(built.nets, x, batch)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    assert values["generator_loss"].item() == pytest.approx(float((2 * wanted).square().sum() / 4), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_the_generator_learns_first_and_the_fake_score_from_the_samples_of_that_update(
+    sd: Model, config: DistillConfig, name: str
+) -> None:
+    built = engine(sd, dataclasses.replace(config, fake_updates=3), name)
+    generator, first, second, third = built.objective.phases(4)
+    assert [generator.role, first.role, second.role, third.role] == [GENERATOR, FAKE, FAKE, FAKE]
+    assert first.reuse and not second.reuse and first.inputs.position == generator.inputs.position
+    assert len({phase.inputs.position for phase in (first, second, third)}) == 3
+    assert generator.inputs.t_range == (20, 980) and first.inputs.t_range == (0, 1000)
+    trained, given = [], []
+
+    def forward(nets: Any, batch: Batch) -> torch.Tensor:
+        given.append(batch.samples)
+        return first.forward(nets, batch)
+
+    built.step = 4
+    _, samples = built.run_phase(generator)
+    trained.append(samples[0].clone())
+    built.run_phase(dataclasses.replace(first, forward=forward), samples)
+    assert torch.equal(given[0], trained[0])
+    again = built.nets.generate(built._batch((generator.inputs, 4, range(2))))
+    assert not torch.equal(again, trained[0]), "the generator has changed since it drew them"
+    assert not any(value.requires_grad for value in samples)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_warm_up_of_the_fake_score_draws_samples_of_its_own(sd: Model, config: DistillConfig, name: str) -> None:
+    built = engine(sd, dataclasses.replace(config, fake_warmup=2), name)
+    assert [(phase.role, phase.reuse) for phase in built.objective.phases(1)] == [(FAKE, False)]
+    assert [phase.update for phase in built.objective.phases(5) if phase.role == GENERATOR] == [3]
+
+
+def test_every_setting_has_a_help_text_and_a_finite_default() -> None:
+    for objective in objectives.OBJECTIVES.values():
+        assert all("=" in line and line.endswith(".") for line in objectives.listed(objective))
+        assert len(objectives.listed(objective)) == len(objectives.names(objective))
+        assert objective.title and objective.reads
+
+
+def test_a_setting_of_another_objective_is_refused_by_name_with_what_this_one_has() -> None:
+    with pytest.raises(UsageError, match="'kappa1' is not a setting of objective dmd2, it is one of sid; dmd2 has guidance"):
+        objectives.settings({"name": "dmd2", "kappa1": 2.0})
+    with pytest.raises(UsageError, match="'kapa3' is not a setting of objective sid; did you mean 'kappa3'"):
+        objectives.settings({"kapa3": 2.0})
+    with pytest.raises(UsageError, match="--objective must be one of sid, dmd2"):
+        objectives.settings({"name": "dmd"})
+    with pytest.raises(UsageError, match="guidance must be float, not '3'"):
+        objectives.settings({"name": "dmd2", "guidance": "3"})
+    with pytest.raises(UsageError, match="guidance must be finite, not nan"):
+        objectives.settings({"name": "dmd2", "guidance": float("nan")})
+    assert objectives.settings({"name": "dmd2", "guidance": 3}).guidance == 3.0
+    assert objectives.parse(objectives.find("dmd2"), ["guidance=2.5"]) == {"guidance": 2.5}
+    for wrong, said in ((["guidance"], "--set takes NAME=VALUE"), (["guidance=x"], "--set guidance takes float, not 'x'")):
+        with pytest.raises(UsageError, match=said):
+            objectives.parse(objectives.find("dmd2"), wrong)

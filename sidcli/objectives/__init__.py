@@ -11,9 +11,10 @@ from typing import Any
 
 from sidcli.errors import UsageError
 from sidcli.objectives.base import Objective, Settings
+from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.sid import Sid
 
-OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid}
+OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "dmd2": Dmd2}
 
 
 def find(name: object) -> type[Objective]:
