@@ -98,7 +98,7 @@ def test_on_gaussian_data_with_exact_scores_the_generator_becomes_the_data() -> 
 
 # Other objectives, on a tiny pipeline
 
-SHARING = ["dmd2"]
+SHARING = ["dmd2", "vsd"]
 """Objectives whose fake score learns from the samples of the generator's update."""
 
 
@@ -139,6 +139,27 @@ def test_the_gradient_of_dmd2_is_the_normalized_difference_of_the_scores(sd: Mod
         gradient, values = phase.gradient(built.nets, x, batch)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
     assert values["generator_loss"].item() == pytest.approx(float((2 * wanted).square().sum() / 4), rel=1e-4)
+
+
+def test_the_gradient_of_vsd_is_the_weighted_difference_of_the_predicted_noise(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, config, "vsd", guidance=4.5)
+    phase, batch, x, x_t = seen(built)
+    sigma = built.path.scale(batch.t)[1]
+    difference = predicted(built, built.teacher, batch, x_t, 4.5) - predicted(built, built.roles[FAKE].net, batch, x_t, 4.5)
+    with torch.no_grad():
+        gradient, values = phase.gradient(built.nets, x, batch)
+    torch.testing.assert_close(gradient, sigma**2 * difference / 2, rtol=1e-4, atol=1e-5)
+    assert values["generator_loss"].item() == pytest.approx(float((sigma**2 * difference).square().sum() / 4), rel=1e-4)
+
+
+def test_the_fake_score_of_vsd_weights_its_error_by_the_signal(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, config, "vsd", dropout=0.0)
+    batch = built._batch((phase_of(built, GENERATOR).inputs, 0, range(2)))
+    noise = torch.randn(batch.noise.shape, requires_grad=True)
+    loss = (built.path.abar[batch.t].float().view(-1, 1, 1, 1) * (noise - batch.noise).square()).sum() / 2
+    gradient, values = phase_of(built, FAKE).gradient(built.nets, noise.detach(), batch)
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, noise)[0])
+    assert values["fake_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -186,7 +207,7 @@ def test_a_setting_of_another_objective_is_refused_by_name_with_what_this_one_ha
         objectives.settings({"name": "dmd2", "kappa1": 2.0})
     with pytest.raises(UsageError, match="'kapa3' is not a setting of objective sid; did you mean 'kappa3'"):
         objectives.settings({"kapa3": 2.0})
-    with pytest.raises(UsageError, match="--objective must be one of sid, dmd2"):
+    with pytest.raises(UsageError, match="--objective must be one of sid, dmd2, vsd"):
         objectives.settings({"name": "dmd"})
     with pytest.raises(UsageError, match="guidance must be float, not '3'"):
         objectives.settings({"name": "dmd2", "guidance": "3"})

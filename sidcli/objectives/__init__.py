@@ -13,8 +13,9 @@ from sidcli.errors import UsageError
 from sidcli.objectives.base import Objective, Settings
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.sid import Sid
+from sidcli.objectives.vsd import Vsd
 
-OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "dmd2": Dmd2}
+OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "dmd2": Dmd2, "vsd": Vsd}
 
 
 def find(name: object) -> type[Objective]:
