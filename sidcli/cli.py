@@ -817,7 +817,10 @@ def export(
     teacher: Annotated[
         str | None, typer.Option(show_default="the student's own", help="The model that a LoRA or a .pkl belongs to.")
     ] = None,
-    rank: Annotated[int, typer.Option(callback=_within(1, 1024), help="LoRA rank.")] = 64,
+    rank: Annotated[
+        int | None,
+        typer.Option(callback=_within(1, 1024), show_default="64; that of --student-lora if it was used", help="LoRA rank."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Draw with the export and compare before the folder appears.")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, OWNER/NAME.")] = None,
     public: Annotated[bool, typer.Option(help="Create the repository as public; default: private.")] = False,
@@ -839,9 +842,9 @@ def export(
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
     if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
         raise UsageError(f"--push-to-hub must be OWNER/NAME, not {push_to_hub!r}")
-    from sidcli.formats.order import Order, check
+    from sidcli.formats.order import DEFAULT_RANK, Order, check
 
-    order = Order(dtype, variant, rank)
+    order = Order(dtype, variant, rank or DEFAULT_RANK)
     check(format, order)
     output = Path(os.path.abspath(output)) if output.name in ("", "..") else output
     check_export(output, overwrite)
@@ -862,6 +865,7 @@ def export(
                 recorded = described.card.get("config", {})
                 again = {name: recorded[name] for name in known if name in recorded}
                 base = (teacher, of_teacher) if teacher else (driver.teacher_of(described), again)
+                order = Order(dtype, variant, rank or driver.trained_rank(described.card) or DEFAULT_RANK)
         described_base = _describe(base[0], **base[1]) if base and format == "lora" else None
         driver.check(described, described_base, format, order, output)
         driver.licensed(described, license, needed=push_to_hub is not None)
@@ -877,7 +881,7 @@ def export(
         else:
             loaded = _load(model, console, **of_student)
         if format == "lora":
-            order = Order(dtype, variant, rank, loaded_base)
+            order = Order(dtype, variant, order.rank, loaded_base)
         loaded = driver.licensed(loaded, license, needed=push_to_hub is not None)
         with console.progress(f"export {format}", 3, "stages") as advance:
             done = driver.run(loaded, format, output, order, verify, advance)

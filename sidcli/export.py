@@ -142,6 +142,13 @@ def teacher_of(student: Known) -> str:
     return name if kind == "embedded" else origin
 
 
+def trained_rank(card: Mapping[str, Any]) -> int:
+    """The rank of a student that was trained as a LoRA: one of that rank holds the whole difference to its teacher. 0 for others."""
+    config = card.get("config")
+    rank = config.get("student_lora") if isinstance(config, dict) else None
+    return rank if type(rank) is int and 1 <= rank <= 1024 else 0
+
+
 def licensed(student: Known, name: str | None, needed: bool) -> Known:
     """The student with the license that the user names. Raises UsageError where one is needed and nobody says which."""
     if name is not None:

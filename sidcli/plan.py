@@ -140,15 +140,19 @@ def storage(value: Tensor) -> int:
 
 
 def activations(
-    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu"
+    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
 ) -> tuple[int, int]:
     """Bytes that one forward of `rows` latents keeps, and those of gradients alive at once in its backward pass.
 
-    `cond` is what one prompt becomes. Under autocast the bf16 copies of weights are counted with the graph that uses them.
+    `cond` is what one prompt becomes, `lora` the rank of adapters, which alone are `trained` then. Under autocast the bf16 copies of
+    weights are counted with the graph that uses them.
     """
-    net = copy.deepcopy(unet).requires_grad_(trained)
-    if not trained and config.teacher_bf16 and config.precision == "bf16":
+    net = copy.deepcopy(unet).requires_grad_(trained and not lora)
+    if (lora or not trained) and config.teacher_bf16 and config.precision == "bf16":
         net = net.bfloat16()
+    if lora:
+        with torch.device("meta"):
+            add_adapters(net, lora)
     meter = Activations(net, config.gradient_checkpointing)
     with meter.counted(), Autocast(device_type) if config.precision == "bf16" else nullcontext():
         forward(net, rows, cond)
@@ -375,9 +379,9 @@ def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: C
     graphs = []
     for one in phase.passes:
         if one.gradient != "none":
-            own = config if one.role == TEACHER else dataclasses.replace(config, teacher_bf16=False)
-            rows = config.micro_batch * one.branches
-            graphs.append(activations(sizes.unet, rows, own, cond, one.gradient == "weights", device_type))
+            rows, lora = config.micro_batch * one.branches, 0 if one.role == TEACHER else sizes.roles[one.role][0].lora
+            own = config if one.role == TEACHER or lora else dataclasses.replace(config, teacher_bf16=False)
+            graphs.append(activations(sizes.unet, rows, own, cond, one.gradient == "weights", device_type, lora))
     if phase.split and config.split_backward:
         return max(map(sum, graphs))
     return sum(kept for kept, _ in graphs) + max(alive for _, alive in graphs)

@@ -320,3 +320,32 @@ def test_a_lora_fake_score_leaves_the_teachers_weights_alone_and_shares_them(sd:
     built.train_step()
     assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())
     assert engine_loss(built, "generator") != 0.0
+
+
+def test_student_and_fake_score_may_both_be_adapters_on_the_weights_of_one_teacher(sd: Model, config: DistillConfig) -> None:
+    pytest.importorskip("peft")
+    built = engine(sd, dataclasses.replace(config, fake_lora=4, student_lora=2, steps=3))
+    shared = {value.data_ptr() for value in built.teacher.parameters()}
+    before = {name: value.clone() for name, value in built.teacher.named_parameters()}
+    for name in ("generator", "fake_score"):
+        net = built.roles[name].net
+        assert {value.data_ptr() for value in net.parameters() if not value.requires_grad} == shared
+    assert len({tuple(value.flatten()[:3].tolist()) for role in built.roles.values() for _, value in role.weights()}) > 2
+    for _ in range(3):
+        built.train_step()
+    assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())
+    files = built.tensors()
+    assert files["generator"].keys() == files["average"].keys() and all("lora_" in name for name in files["generator"])
+    assert sum(value.nbytes for tensors in files.values() for value in tensors.values()) < built.state_bytes * 1.01
+
+    student, trained = built.student(), built.roles["generator"].net
+    assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())
+    assert student.unet.state_dict().keys() == before.keys()
+    with torch.no_grad():
+        for name, value in trained.named_parameters():
+            if value.requires_grad:
+                value.copy_(built.roles["generator"].average[name])
+        x, t, cond = torch.randn(2, *sd.latent_shape), torch.tensor([30, 625]), built.sampler.encode(["a cat", "a dog"])
+        drawn, wanted = student.unet(x, t, cond.states).sample, trained(x, t, cond.states).sample
+    torch.testing.assert_close(drawn, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(drawn, built.teacher(x, t, cond.states).sample, atol=1e-4)

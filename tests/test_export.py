@@ -510,6 +510,20 @@ def test_a_single_file_student_is_a_model_like_any_other(student: Model, tmp_pat
     assert again.source.folder == tmp_path / "out"
 
 
+def test_a_student_trained_as_a_lora_leaves_as_one_of_its_rank_that_draws_the_same(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student_of(tmp_path, config, str(sd_folder), student_lora=3, fake_lora=4, lr_generator=0.01)
+    assert sid("export", tmp_path / "run", "--format", "lora", "-o", tmp_path / "lora", "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["difference_255"] <= 1 and done["lora_loss_255"] <= 1
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert {len(value) for name, value in weights.items() if name.endswith("lora_A.weight")} == {3}
+    assert "keeps 100.00% of the difference" in (tmp_path / "lora" / "README.md").read_text()
+    assert sid("export", tmp_path / "run", "--format", "lora", "--rank", "1", "-o", tmp_path / "less", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["lora_loss_255"] > done["lora_loss_255"]
+
+
 def test_a_lora_of_full_rank_is_the_student_in_every_weight_that_it_can_change(pair: tuple[Model, Model]) -> None:
     teacher, student = pair
     whole = lora.merged(student, teacher, 10_000)

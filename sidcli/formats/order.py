@@ -19,6 +19,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """--dtype -> its name in torch."""
 
 
+DEFAULT_RANK = 64
+
+
 @dataclass(frozen=True)
 class Format:
     """One value of --format. `module` in sidcli.formats has write() and draw(); `packages` are imported by it and are not among our
@@ -46,7 +49,7 @@ class Order:
 
     dtype: str = "fp32"
     variant: str | None = None
-    rank: int = 64
+    rank: int = DEFAULT_RANK
     teacher: Model | None = None
 
     def __post_init__(self) -> None:

@@ -97,8 +97,10 @@ def add_adapters(net: Any, rank: int) -> None:
 
 def merged(net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The weights of a UNet in float32 on the CPU after adapters, trained beside it by `add_adapters`, were added to them."""
-    on_cpu: dict[int, Any] = {id(value): nn.Parameter(value.detach().float().cpu()) for value in net.parameters()}
-    twin = copy.deepcopy(net, on_cpu)
+    copies: dict[int, Any] = {
+        id(value): nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)) for value in net.parameters()
+    }
+    twin = copy.deepcopy(net, copies)
     add_adapters(twin, rank)
     twin.load_state_dict(adapters, strict=False)
     twin.fuse_lora()

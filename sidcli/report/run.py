@@ -18,6 +18,7 @@ from sidcli.config import flat
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
+from sidcli.objectives import OBJECTIVES
 from sidcli.progress import duration
 from sidcli.report.charts import evenly, number
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
@@ -33,10 +34,7 @@ COSTS: Mapping[str, tuple[str, bool | None]] = {
     "memory_gb": ("Peak memory, GB", True),
 }
 COUNTS = ("step", "images", "seconds", "skipped", "skipped_in_row")
-NO_SIGNAL = (
-    "The losses of SiD fluctuate and do not show progress. Look at the pictures and the proxies; proxies are measured on few images"
-    " and compare steps of this run only."
-)
+LOOK = "Look at the pictures and the proxies; proxies are measured on few images and compare steps of this run only."
 RATIO = "The ratio is |y_teacher - y_fake| / |y_teacher - x|: how far the two denoisers differ, relative to what the teacher changes in x."
 
 
@@ -102,7 +100,7 @@ def _sections(run: Run) -> tuple[Section, ...]:
     sections = (
         _overview(run),
         _timeline(run.folder / "samples"),
-        _curves("Progress", PROXIES, curves, (NO_SIGNAL, *_goal(run), RATIO)),
+        _curves("Progress", PROXIES, curves, (*_reading(run), LOOK, *_goal(run), *([RATIO] if "ratio" in curves else []))),
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
         _curves("Speed and memory", COSTS, curves, from_zero=True),
         _commands(run),
@@ -111,6 +109,12 @@ def _sections(run: Run) -> tuple[Section, ...]:
         _facts("Provenance", run.record),
     )
     return tuple(section for section in sections if section is not None)
+
+
+def _reading(run: Run) -> tuple[str, ...]:
+    """How to read the losses of the run's objective."""
+    objective = OBJECTIVES.get(str(flat(run.config).get("objective", "sid")))
+    return (objective.reads,) if objective else ()
 
 
 def _goal(run: Run) -> tuple[str, ...]:
