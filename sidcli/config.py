@@ -33,80 +33,84 @@ STRATEGIES: dict[str, float | None] = {"lsg": 2.0, "long": 2.0, "short": 0.5, "z
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Everything that decides what `sid distill` computes. Two runs with equal fields give equal students."""
+    """Everything that decides what `sid distill` computes. Two runs with equal fields give equal students.
+
+    The docstring of a field is the help text of its option.
+    """
 
     teacher: str = "emoji-teacher"
     """Embedded name, diffusers folder, run folder or hub id."""
     prediction_type: str = "auto"
-    """What the teacher predicts: epsilon or v_prediction; auto: as its files say."""
+    """What the teacher predicts, if its files do not say: epsilon or v_prediction."""
     model_config: str = ""
-    """Diffusers folder whose JSON files describe a teacher in a single file, where it does not describe itself."""
+    """Diffusers folder whose JSON files describe a teacher in a single file."""
     width: int = 0
-    """Width in pixels of the images trained on; 0: the teacher's own."""
+    """Width in pixels."""
     height: int = 0
-    """Height in pixels; 0: the teacher's own."""
+    """Height in pixels."""
     objective: Settings = field(default_factory=SidSettings)
     """The distillation method, with its own settings."""
     prompts: str = "auto"
-    """Path of a prompt list, or `emoji` or `general` for those that ship; `auto` picks by teacher."""
+    """Text with one prompt per line, .csv, .tsv, .jsonl or .json; or general or emoji, which are built in."""
     column: str = ""
-    """Column of a table given as `prompts`; empty: the first one with a usual name."""
+    """Column of a table given as --prompts."""
     t_init: int = 625
-    """Timestep at which the one-step generator works."""
+    """Timestep at which the student starts."""
     t_min: int = 20
-    """Smallest timestep at which scores are compared."""
+    """Smallest timestep of the scores."""
     t_max: int = 980
-    """Exclusive upper timestep for scores."""
+    """Exclusive upper timestep of the scores."""
     steps: int = 10000
-    """Training steps; each one updates the fake score and then the generator."""
+    """Training steps."""
     batch_size: int = 512
-    """Images per update, over all micro-batches."""
+    """Images per update, over all processes."""
     micro_batch: int = 8
-    """Images computed at once; changes memory and speed, not the result."""
+    """Images computed at once; does not change the result."""
     lr_fake: float = 1e-6
-    """Adam learning rate of the fake score."""
+    """Learning rate of the fake score."""
     lr_generator: float = 1e-6
-    """Adam learning rate of the generator."""
+    """Learning rate of the generator."""
     adam_eps: float = 1e-8
     """Adam epsilon of both optimizers."""
     ema_images: float = 50_000.0
-    """Half-life of the generator's weight average, in images; 0 turns the average off."""
+    """Half-life of the weight average, in images; 0: no average."""
     ema_rampup: float = 0.05
     """The half-life is at most this share of the images seen so far."""
     seed: int = 0
-    """Seed of prompts order, noise and timesteps."""
+    """Seed of prompts, noise and timesteps."""
     student_steps: int = 1
-    """Denoising steps of the student; with more than one, training stops after a random one of them."""
+    """Denoising steps of the student; training stops after a random one of them."""
     renoise: str = "ddim"
-    """Noise between the steps of a few-step student: ddim (the predicted noise), fixed (the first noise) or fresh."""
+    """Noise between a student's steps: predicted (ddim), the first (fixed) or fresh."""
     fake_warmup: int = 0
-    """Steps at the start that update the fake score alone."""
+    """Steps at the start that train the fake score alone."""
     fake_updates: int = 1
-    """Updates of the fake score for each one of the generator."""
+    """Fake score updates per generator update."""
     optimizer: str = "adam"
-    """adam: float32 second moments; adam8bit: 8-bit state, needs the library bitsandbytes."""
+    """adam, or adam8bit, which needs bitsandbytes."""
     fake_lora: int = 0
-    """Rank of a LoRA fake score that shares the frozen teacher's weights; 0 trains a full copy."""
+    """Rank of a LoRA fake score on the teacher's weights; 0: a full copy."""
     student_lora: int = 0
-    """Rank of a LoRA student that shares the frozen teacher's weights; 0 trains a full copy."""
+    """Rank of a LoRA student on the teacher's weights; 0: a full copy."""
     precision: str = "auto"
-    """bf16: autocast over float32 weights; fp32: nothing below float32; auto: bf16 on a GPU that has it."""
+    """bf16 computes over float32 weights; auto: bf16 on a GPU that has it."""
     tf32: bool = False
-    """Let float32 matrix products on the GPU round to TF32."""
+    """TF32 matrix products on the GPU."""
     teacher_bf16: bool = False
-    """Where bf16 is computed in, keep the frozen teacher in it too: half the memory."""
+    """Keep the frozen teacher in bf16."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass."""
     split_backward: bool = False
-    """Keep the graph of one network at a time in the generator's step, for five more forwards in eighteen."""
+    """Keep one network's graph at a time."""
     offload_average: bool = False
-    """Keep the weight average in main memory."""
+    """Keep the weight average in CPU memory."""
     offload_optimizer: bool = False
-    """Keep the optimizers' state in main memory and update there."""
+    """Keep the optimizer state in CPU memory."""
     compile: str = "auto"
-    """torch.compile: on or off. auto is off: the networks of SD 1.5 were not compiled within five minutes, and the gain is not measured."""
+    # SD 1.5 was not compiled within five minutes on an H200, and the gain is not measured.
+    """torch.compile; auto is off."""
     shard: bool = False
-    """With several processes, split weights and optimizer state over them (FSDP2)."""
+    """Split the networks over the processes (FSDP2)."""
 
     def __post_init__(self) -> None:
         rules = {

@@ -1,23 +1,92 @@
-"""`sid eval`: what becomes of the rows that were measured - a table for people or papers, a gate, a page, pictures side by side."""
+"""`sid eval`: one run of an evaluation, and its results as a table for people or papers, a gate, a page, and pictures side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 
+from sidcli.entrants import entrants, look_up
 from sidcli.metrics.catalog import METRICS
+from sidcli.parallel import Team
 from sidcli.pictures import contact_sheet, save_png
 from sidcli.printable import json_text
-from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table
+from sidcli.protocols import Networks, choose, open_protocol
+from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table, write
 from sidcli.report.run import run_sections
-from sidcli.scores import Evaluation, Row
-from sidcli.wishes import Bound
+from sidcli.scores import Evaluation, Listener, Row, chosen
+from sidcli.teachers import quiet_libraries
+from sidcli.wishes import Bound, Request
 
 SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An evaluation that was measured."""
+
+    evaluation: Evaluation
+    rows: Sequence[Row]
+    warnings: Sequence[str]
+    beyond: Sequence[str]
+    """Values beyond their bounds, in words."""
+    seed: int
+
+    @property
+    def protocol(self) -> str:
+        return self.evaluation.protocol.name
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        return table(self.rows, self.evaluation.metrics)
+
+    def latex(self) -> str:
+        return latex(self.rows, self.evaluation.metrics)
+
+    def write(self, picture: Path | None, report: Path | None) -> None:
+        """Write the comparison and the page, where they are wanted."""
+        drawn = pictures(self.evaluation) if picture or report else []
+        if picture:
+            save_comparison(drawn, picture)
+        if report:
+            write(page(self.evaluation, self.rows, drawn, self.seed), report)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "protocol": self.evaluation.record(self.seed),
+            "models": [row.as_dict() for row in self.rows],
+            "warnings": list(self.warnings),
+            "beyond": list(self.beyond),
+        }
+
+
+def run(request: Request, device: torch.device, listener: Listener) -> Outcome | None:
+    """Draw what is missing and measure it. Returns None in the processes that only help to draw.
+
+    Raises InputError for models, images or networks that are not to be had, UsageError for a request that the protocol refuses.
+    """
+    team, rules = Team(device), request.protocol
+    quiet_libraries()
+    found = [one for wish in request.models for one in look_up(wish, rules.untrained, listener)]
+    models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
+    has_images = any(one.files is not None for one in found)
+    name = choose(rules.name, models_are_emoji, has_images, bool(rules.reference or rules.prompts))
+    files = request.networks
+    networks = Networks(team.device, listener, files.inception, files.clip, files.cmmd, files.dino)
+    protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)
+    entered = entrants(found, protocol, team.device, rules.num, rules.seed, request.batch_size, request.image_folder)
+    metrics = chosen(request.metrics, protocol, request.everything, entered, [bound.metric for bound in request.bounds])
+    evaluation = Evaluation(protocol, entered, metrics, rules.num, team)
+    evaluation.fill(listener)
+    if not team.leads:
+        return None
+    rows = evaluation.rows(listener)
+    warnings = [*evaluation.warnings(rows), *unjudged(rows, request.bounds)]
+    return Outcome(evaluation, rows, warnings, beyond(rows, request.bounds), rules.seed)
 
 
 def listed(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:

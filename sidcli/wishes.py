@@ -55,6 +55,44 @@ class Bound:
     value: float
 
 
+@dataclass(frozen=True)
+class Rules:
+    """The protocol, by name, and what the command line says about it: reference images, captions (and their column), images per model."""
+
+    name: str
+    reference: Path | None
+    prompts: Path | None
+    column: str
+    num: int | None
+    seed: int
+    untrained: int
+    """Steps of a student as which each teacher is measured too; 0: it is not."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the networks of the metrics come from; None: as usual."""
+
+    inception: Path | None
+    clip: str | None
+    cmmd: str | None
+    dino: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """An evaluation as the command line asks for it."""
+
+    models: Sequence[Wish]
+    metrics: Sequence[str]
+    everything: bool
+    bounds: Sequence[Bound]
+    protocol: Rules
+    networks: Files
+    batch_size: int
+    image_folder: Path | None
+
+
 def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
     """`METRIC=VALUE` options of a gate. Raises UsageError for others, and for a value that the metric cannot have."""
     found = []

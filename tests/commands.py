@@ -16,7 +16,8 @@ from typing import NoReturn
 
 import torch
 
-from sidcli import cli, console, distill, evaluate, export, sampler, scores
+from sidcli import distill, evaluate, export, sampler, scores
+from sidcli.cli import console, main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
@@ -126,7 +127,7 @@ def _command(arguments: Sequence[object], cwd: Path | None, environment: dict[st
             os.chdir(cwd)
         os.environ.update(environment)
         sys.argv = ["sid", *map(str, arguments)]
-        cli.main()
+        main()
 
     return command
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from sidcli import cli
 from sidcli.config import CHOICES, STRATEGIES, DistillConfig
+from sidcli.formats.order import FORMATS
 from sidcli.sources import find
 from sidcli.teachers import load
 from tests.commands import from_server as sid
@@ -111,7 +111,7 @@ def test_a_value_outside_of_its_range_is_one_line(capsys: pytest.CaptureFixture[
         ("eval --protocol c", ["coco2014-30k", "custom"]),
         ("eval --fail-above fid", ["fid=", "fid_infinity=", "fid_teacher="]),
         ("eval emoji-", ["emoji-teacher"]),
-        ("export emoji --format ", list(cli.FORMATS)),
+        ("export emoji --format ", list(FORMATS)),
         ("export emoji --dtype fp", ["fp32", "fp16"]),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console as Terminal
 
-from sidcli import console
+from sidcli.cli import console
 from sidcli.errors import InputError
 from sidcli.progress import duration
 

@@ -37,7 +37,7 @@ def environment(hub: Hub, home: Path, offline: str) -> dict[str, str]:
 
 FETCH = """
 import sys
-from sidcli.console import Console
+from sidcli.cli.console import Console
 from sidcli.errors import SidError
 from sidcli.hub import fetch
 try:

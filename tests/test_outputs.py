@@ -24,8 +24,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console as Terminal
 
-from sidcli import console, export
-from sidcli.console import Console
+from sidcli import export
+from sidcli.cli import console
+from sidcli.cli.console import Console
 from sidcli.errors import EnvironmentProblem, out_of_memory
 from sidcli.files import append_line, atomic_folder, locked
 from sidcli.formats.order import Order

@@ -31,7 +31,7 @@ class SidSettings(Settings):
     alpha: float = 1.0
     """Weight of the squared score difference in the generator's loss."""
     dropout: float = 0.1
-    """Share of captions emptied in the fake score's updates, where guidance uses its unconditional branch."""
+    """Share of captions emptied for the fake score, where guidance uses its unconditional branch."""
     shares, scale = ("dropout",), "kappa4"
 
 

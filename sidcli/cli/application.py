@@ -1,0 +1,115 @@
+"""The application: the four commands, and errors as one line with their exit code.
+
+A command is options -> config -> one call -> one result. Nothing heavy is imported before the options are known to be right.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from sidcli import __version__
+from sidcli.cli.distill import distill
+from sidcli.cli.evaluate import evaluate
+from sidcli.cli.export import export
+from sidcli.cli.sample import sample
+from sidcli.environment import flag, group_or_alone, prepare
+from sidcli.errors import EnvironmentProblem, SidError, UsageError
+from sidcli.launch import catch
+from sidcli.printable import prepare_streams, printable
+
+EPILOG = (
+    "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
+    "4 device, memory, disk or folder, 5 a verification failed, 129, 130, 138 or 143 stopped by a signal, a training after saving."
+)
+app = typer.Typer(
+    name="sid",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn a text-to-image diffusion model into one that draws in a single step."""
+
+
+app.command()(distill)
+app.command()(sample)
+app.command(name="eval")(evaluate)
+app.command()(export)
+
+
+def _is_text(prompt: str) -> bool:
+    """False for bytes that the shell handed over and that are not UTF-8."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """A command that is asked to stop unwinds, so that nothing half-written stays; a training saves first."""
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
+    catch(_stop)
+    prepare_streams()
+    prepare()
+    try:
+        for argument in sys.argv[1:]:
+            if not _is_text(argument):
+                raise UsageError(f"{argument!r} is not valid UTF-8", "check the encoding of your terminal or script")
+        sys.exit(app(prog_name="sid", standalone_mode=False))
+    except typer.TyperException as error:
+        if message := error.format_message():  # of a bare `sid` there is none: it has shown its help
+            _say(UsageError(message, f"{getattr(getattr(error, 'ctx', None), 'command_path', 'sid')} --help"))
+        sys.exit(error.exit_code)
+    except SidError as error:
+        if flag("SID_DEBUG"):
+            _show_traceback()
+        # What stops one of several processes stops all for the same reason, unless it is that process's own memory or disk.
+        if group_or_alone().local_rank == 0 or isinstance(error, EnvironmentProblem):
+            _say(error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        _show_traceback()
+        if _json_asked():
+            _say(SidError(f"unexpected {type(error).__name__}: {error}", "report it, with the traceback above"))
+        sys.exit(1)
+
+
+def _json_asked() -> bool:
+    """Whether --json is among the arguments, which may be too wrong to be parsed."""
+    arguments = sys.argv[1:]
+    return "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
+
+
+def _say(error: SidError) -> None:
+    from sidcli.cli.console import Console
+
+    Console(as_json=_json_asked()).error(error)
+
+
+def _show_traceback() -> None:
+    """As Python has it, without a value of any variable, but with what texts of others might do to a terminal made visible."""
+    sys.stderr.write(printable(traceback.format_exc(), keep="\n"))

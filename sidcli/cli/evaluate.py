@@ -1,0 +1,209 @@
+"""`sid eval`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sidcli.cli.common import check_column, choose_device, launch_processes, open_console
+from sidcli.cli.options import (
+    BatchOption,
+    ColumnOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    one_of,
+    with_flags,
+    within,
+)
+from sidcli.devices import check_name
+from sidcli.environment import cache_folder, group
+from sidcli.errors import GateError
+from sidcli.files import check_new, check_writable
+from sidcli.metrics.catalog import METRICS as MEASURED
+from sidcli.wishes import PROTOCOLS, Files, Request, Rules, Wish, check_protocol, limits
+
+if TYPE_CHECKING:
+    from sidcli.cli.console import Console
+    from sidcli.evaluate import Outcome
+
+METRICS, NETWORKS = "Metrics", "Networks of the metrics"
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL ...]",
+        autocompletion=one_of("emoji", "emoji-teacher"),
+        help="Models, NAME[,steps=N][,guidance=G], or folders and zips of images; by default emoji and emoji-teacher.",
+    ),
+]
+Everything = Annotated[
+    bool,
+    typer.Option(
+        "--all",
+        rich_help_panel=METRICS,
+        help="Everything that the protocol measures, but FID infinity, and DINOv2 on the emoji world.",
+    ),
+]
+Protocol = Annotated[
+    str,
+    typer.Option(
+        autocompletion=one_of(*PROTOCOLS),
+        help="emoji, coco2014-30k or custom; auto: emoji for emoji models, custom with a --reference or --prompts.",
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Images to compare with: a folder or zip, or .npz statistics; COCO's folder for coco2014-30k."),
+]
+Captions = Annotated[
+    Path | None, typer.Option(help="Captions: text with one a line, .csv, .tsv, .jsonl, or COCO's captions_val2014.json.")
+]
+Num = Annotated[
+    int | None,
+    typer.Option(
+        callback=within(2, 1_000_000), show_default="emoji: 300; COCO: 30000; else all captions", help="Images per model."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(show_default="50", help="Steps of the teachers.")]
+Guidance = Annotated[float | None, typer.Option(show_default="their own best", help="Guidance scale of the teachers.")]
+Untrained = Annotated[
+    int,
+    typer.Option(
+        callback=within(0, 100),
+        help="Also measure each teacher as a student of this many steps, where a distillation starts.",
+    ),
+]
+Processes = Annotated[int, typer.Option(callback=within(1), help="Processes on this machine that share the drawing.")]
+ImageFolder = Annotated[Path | None, typer.Option(help="Keep the generated images in this folder instead of the cache.")]
+Inception = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=NETWORKS, show_default="fetched once", help="Inception in TorchScript."),
+]
+ClipModel = Annotated[
+    str | None, typer.Option(rich_help_panel=NETWORKS, help="open_clip folder or ARCHITECTURE:TAG of the CLIP score.")
+]
+CmmdModel = Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="The same for the CMMD.")]
+DinoModel = Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="Folder or hub id of DINOv2.")]
+Report = Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")]
+Picture = Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a --report or --picture that is there.")]
+AsLatex = Annotated[bool, typer.Option("--latex", help="Print the table for a paper.")]
+FailAbove = Annotated[
+    list[str] | None,
+    typer.Option(
+        autocompletion=one_of(*(f"{name}=" for name in MEASURED)), help="METRIC=VALUE: exit with 5 if a model's is above."
+    ),
+]
+FailBelow = Annotated[
+    list[str] | None,
+    typer.Option(
+        autocompletion=one_of(*(f"{name}=" for name in MEASURED)), help="METRIC=VALUE: exit with 5 if a model's is below."
+    ),
+]
+FLAGS = {
+    "fid": typer.Option(rich_help_panel=METRICS, help="Frechet distance to the reference, and to a teacher's images."),
+    "kid": typer.Option(rich_help_panel=METRICS, help="Kernel distance, unbiased for few images."),
+    "prdc": typer.Option(rich_help_panel=METRICS, help="Precision, recall, density and coverage."),
+    "clip": typer.Option(rich_help_panel=METRICS, help="CLIP score."),
+    "cmmd": typer.Option(rich_help_panel=METRICS, help="Kernel distance of CLIP embeddings."),
+    "dino": typer.Option("--dino", "--fd-dinov2", rich_help_panel=METRICS, help="Frechet distance of DINOv2 features."),
+    "accuracy": typer.Option(rich_help_panel=METRICS, help="Noun and color accuracy, on the emoji world."),
+    "composition": typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and color pairs held out from training."),
+    "fid_infinity": typer.Option(rich_help_panel=METRICS, help="FID extrapolated to an infinite sample."),
+}
+"""Options of the metrics."""
+
+
+@with_flags(FLAGS, after="everything")
+def evaluate(
+    models: Models = None,
+    everything: Everything = False,
+    protocol: Protocol = "auto",
+    reference: Reference = None,
+    prompts: Captions = None,
+    column: ColumnOption = None,
+    num: Num = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    untrained: Untrained = 0,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = 50,
+    device: DeviceOption = "auto",
+    processes: Processes = 1,
+    image_folder: ImageFolder = None,
+    inception: Inception = None,
+    clip_model: ClipModel = None,
+    cmmd_model: CmmdModel = None,
+    dino_model: DinoModel = None,
+    report: Report = None,
+    picture: Picture = None,
+    overwrite: Overwrite = False,
+    as_latex: AsLatex = False,
+    fail_above: FailAbove = None,
+    fail_below: FailBelow = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    *,
+    flags: dict[str, bool],
+) -> None:
+    """Evaluate models side by side; images are cached. Default metrics: FID, CLIP score and accuracy.
+
+    Example: sid eval emoji emoji-teacher --fid --clip
+    """
+    check_protocol(protocol)
+    check_column(column, prompts)
+    request = Request(
+        models=[Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]],
+        metrics=[name for name, given in flags.items() if given],
+        everything=everything,
+        bounds=limits(fail_above or [], fail_below or []),
+        protocol=Rules(protocol, reference, prompts, column or "", num, seed, untrained),
+        networks=Files(inception, clip_model, cmmd_model, dino_model),
+        batch_size=batch_size,
+        image_folder=image_folder,
+    )
+    check_name(device)
+    check_places(report, picture, image_folder, overwrite)
+    if group().count == 1 and processes > 1:
+        sys.exit(launch_processes(processes, device))
+    stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
+    smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
+    with open_console(as_json, quiet, stopped, smaller) as console:
+        from sidcli.evaluate import run
+
+        if outcome := run(request, choose_device(device, console), console):
+            show(outcome, console, as_json, as_latex, picture, report)
+
+
+def check_places(report: Path | None, picture: Path | None, image_folder: Path | None, overwrite: bool) -> None:
+    """Raises UsageError or EnvironmentProblem for a place that cannot be written."""
+    for file, option in ((report, "--report"), (picture, "--picture")):
+        if file:
+            check_new([file], option, overwrite)
+    if image_folder:
+        check_writable(image_folder, "--image-folder")
+    check_writable(cache_folder(), "cache with SID_CACHE_DIR")
+
+
+def show(outcome: Outcome, console: Console, as_json: bool, as_latex: bool, picture: Path | None, report: Path | None) -> None:
+    """Print and write what was measured. Raises GateError where a value is beyond its bound."""
+    if as_latex and not as_json:
+        console.result(outcome.latex().splitlines(), {})
+    else:
+        console.table(f"protocol {outcome.protocol}, values with their 95 % intervals", *outcome.table())
+    for warning in outcome.warnings:
+        console.note(f"note: {warning}")
+    outcome.write(picture, report)
+    for what, file in (("comparison", picture), ("report", report)):
+        if file:
+            console.note(f"{what}: {file}")
+    if as_json:
+        files = {"picture": str(picture) if picture else None, "report": str(report) if report else None}
+        console.result([], outcome.as_dict() | files)
+    if outcome.beyond:
+        raise GateError("; ".join(outcome.beyond))

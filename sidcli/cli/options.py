@@ -1,0 +1,158 @@
+"""What the options of several commands are made of, and options made from the fields of settings classes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sidcli import objectives
+from sidcli.config import CHOICES, PREDICTIONS, PRESETS, DistillConfig
+from sidcli.errors import UsageError
+
+Command = Callable[..., None]
+METHOD, MACHINE = "Method", "Memory and speed"
+SID_SETTINGS = tuple(objectives.names(objectives.Sid))
+"""Settings of the objective sid, which have options of their own."""
+
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """Completion in the shell. Where no value fits, the shell completes paths."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def within(least: float, most: float | None = None) -> Callable[..., Any]:
+    """Callback that checks the range of an option; with `min` and `max` Typer would print it in the help. Raises UsageError."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not (least <= value and (most is None or value <= most)):
+            below = "" if most is None else f" and at most {most}"
+            raise UsageError(f"{param.opts[0]} must be at least {least}{below}, not {value}")
+        return value
+
+    return check
+
+
+DeviceOption = Annotated[
+    str, typer.Option(autocompletion=one_of("auto", "cpu", "cuda", "cuda:0"), help="auto, cpu, cuda or cuda:INDEX.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, an error as one on stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results only.")]
+SeedOption = Annotated[int, typer.Option(callback=within(0, 2**62), help="Seed of the noise.")]
+PredictionOption = Annotated[
+    str,
+    typer.Option(
+        autocompletion=one_of(*PREDICTIONS), help="What the model predicts, if its files do not say: epsilon or v_prediction."
+    ),
+]
+ConfigOption = Annotated[str, typer.Option(help="Diffusers folder whose JSON files describe a model in a single file.")]
+ColumnOption = Annotated[
+    str | None, typer.Option(help="Column of a table given as --prompts; by default caption, text, prompt, ...")
+]
+BatchOption = Annotated[int, typer.Option(callback=within(1, 4096), help="Images computed at once.")]
+
+
+COMMON = ("prediction_type", "model_config", "width", "height", "prompts", "column", "steps", "batch_size", "seed")
+PANELS = {
+    METHOD: (
+        *("student_steps", "renoise", "t_init", "t_min", "t_max", "lr_fake", "lr_generator", "ema_images"),
+        *("fake_warmup", "fake_updates", "fake_lora", "student_lora"),
+    ),
+    "Objective sid": SID_SETTINGS,
+    MACHINE: (
+        *("micro_batch", "precision", "tf32", "compile", "optimizer", "teacher_bf16", "gradient_checkpointing", "split_backward"),
+        *("offload_average", "offload_optimizer", "shard"),
+    ),
+}
+"""Settings that have an option, by the panel of the help that shows it; others are set in a config file."""
+SHOWN = {
+    "width": "the teacher's own",
+    "height": "the teacher's own",
+    "prompts": "general; emoji for emoji-teacher",
+    "column": "the first one with a usual name",
+    "lr_fake": "--lr",
+    "lr_generator": "--lr",
+    **{f"kappa{index}": "from --guidance" for index in (1, 2, 3, 4)},
+}
+"""Defaults that depend on something else, as the help shows them."""
+
+
+def with_settings(command: Command) -> Command:
+    """A command whose parameter `settings` becomes an option for each of COMMON, after the option `teacher`, and of PANELS.
+
+    The command receives the settings that were given. Help texts are the docstrings of the fields of the settings classes.
+    """
+    common = [_option(name, None) for name in COMMON]
+    more = [_option(name, panel) for panel, names in PANELS.items() for name in names]
+    return with_options(command, "settings", common, "teacher", more)
+
+
+def with_flags(flags: dict[str, Any], after: str) -> Callable[[Command], Command]:
+    """A command whose parameter `flags` becomes an option for each flag, after the option `after`."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, kind, default=False, annotation=Annotated[bool, option]) for name, option in flags.items()
+    ]
+    return lambda command: with_options(command, "flags", parameters, after)
+
+
+def with_options(
+    command: Command, name: str, parameters: list[inspect.Parameter], after: str, more: Sequence[inspect.Parameter] = ()
+) -> Command:
+    """A command whose parameter `name` becomes options: `parameters` after its option `after`, and `more` at the end.
+
+    It receives those options in a dict, without those that were not given.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.name != name
+    ]
+    place = [parameter.name for parameter in own].index(after) + 1
+
+    @functools.wraps(command)
+    def wrapped(**arguments: Any) -> None:
+        given = {parameter.name: arguments.pop(parameter.name) for parameter in [*parameters, *more]}
+        command(**arguments, **{name: {key: value for key, value in given.items() if value is not None}})
+
+    merged = [*own[:place], *parameters, *own[place:], *more]
+    wrapped.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+    return wrapped
+
+
+def _option(name: str, panel: str | None) -> inspect.Parameter:
+    """The option of a setting."""
+    owner: type = objectives.Sid.Settings if name in SID_SETTINGS else DistillConfig
+    kind, choices = typing.get_type_hints(owner)[name], CHOICES.get(name, ())
+    if choices:
+        kind = Literal[choices]
+    option = typer.Option(
+        rich_help_panel=panel,
+        autocompletion=one_of("emoji", "general") if name == "prompts" else None,
+        show_default=SHOWN.get(name) or _default(owner, name),
+        help=HELP[owner][name],
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _default(owner: type, name: str) -> str:
+    """The default of a setting as the help shows it, and that of the emoji world where it differs."""
+    usual, emoji = (preset.get(name, getattr(owner, name)) for preset in (PRESETS["sd15"], PRESETS["emoji"]))
+    shown = [
+        ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        for value in (usual, emoji)
+    ]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]}; {shown[1]} for emoji-teacher"
+
+
+HELP: dict[type, dict[str, str]] = {owner: objectives.help_of(owner) for owner in (DistillConfig, objectives.Sid.Settings)}
