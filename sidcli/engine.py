@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from sidcli import objectives, randomness
-from sidcli.config import DistillConfig
+from sidcli.data.prompts import Prompts
 from sidcli.diffusion.sampling import exit_grid, few_steps
+from sidcli.distributed import Team, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
-from sidcli.families import build
-from sidcli.models.unet import Cond, add_adapters, denoise, guided_predictions, merged
+from sidcli.models.families import build
+from sidcli.models.loading import Model
+from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.unet import Cond, add_adapters, blocks, denoise, guided_predictions, merged
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
-from sidcli.parallel import Team, assign, count, whole
 from sidcli.progress import Progress, silent
-from sidcli.prompts import Prompts
-from sidcli.sampler import Plan, Sampler
-from sidcli.teachers import Model
+from sidcli.settings import DistillConfig
 
 
 def pick_bf16(precision: str, device: torch.device) -> bool:
@@ -65,7 +65,7 @@ class TrainedNetwork:
     def __init__(self, role: Role, net: Any, config: DistillConfig, team: Team):
         self.role, self.net, self.config, self.team = role, net, config, team
         if not role.lora:  # a LoRA's network has the teacher's own weights, whole in every process
-            team.split(net)
+            team.split(net, blocks(net))
         self.call, self.optimizer = team.prepare(net, self._optimizer())
         self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights()} if role.average else {}
 

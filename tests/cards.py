@@ -13,9 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from sidcli.export import apart
-from sidcli.sampler import Sampler, plan_for
-from sidcli.teachers import Model
+from sidcli.formats.export import apart
+from sidcli.models.loading import Model
+from sidcli.models.sampler import Sampler, plan_for
 
 PROMPT, SEED = "a cat", 0
 FIXED = "guidance_scale=0, generator=torch.Generator().manual_seed(0)"

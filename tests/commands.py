@@ -16,8 +16,12 @@ from typing import NoReturn
 
 import torch
 
-from sidcli import distill, evaluate, export, sampler, scores
 from sidcli.cli import console, main
+from sidcli.evaluation import run as evaluate
+from sidcli.evaluation import scores
+from sidcli.formats import export
+from sidcli.models import sampler
+from sidcli.training import distill
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])

@@ -12,10 +12,10 @@ os.environ["COLUMNS"] = "100"
 
 import torch
 
-from sidcli import sampler
-from sidcli.config import DistillConfig
-from sidcli.sources import find
-from sidcli.teachers import Model, load, quiet_libraries
+from sidcli.models import sampler
+from sidcli.models.loading import Model, load, quiet_libraries
+from sidcli.models.sources import find
+from sidcli.settings import DistillConfig
 from tests import checks, tiny
 
 quiet_libraries()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from sidcli import checkpoint
 from sidcli.errors import EnvironmentProblem
+from sidcli.training import checkpoint
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 

@@ -21,14 +21,14 @@ from unittest import mock
 
 import torch
 
-from sidcli.config import PRESETS, DistillConfig, strategy
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.files import read_json
+from sidcli.models.loading import Overrides, load
+from sidcli.models.sources import WEIGHTS, find
 from sidcli.objectives.sid import SidSettings
 from sidcli.optimizer import Adam, local
-from sidcli.prompts import open_prompts
-from sidcli.sources import WEIGHTS, find
-from sidcli.teachers import Overrides, load
+from sidcli.settings import PRESETS, DistillConfig, strategy
 
 RECORD = Path(__file__).with_suffix(".json")
 STEPS = 10

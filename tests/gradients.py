@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sidcli.distributed import assign
 from sidcli.engine import Engine
-from sidcli.parallel import assign
 
 
 def gradient(built: Engine, phase: str = "generator") -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from sidcli.cli import main
-from sidcli.launch import STOPPING
+from sidcli.training.launch import STOPPING
 
 
 @contextmanager

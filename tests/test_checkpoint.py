@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidcli import checkpoint
 from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.files import check_space
+from sidcli.training import checkpoint
 
 
 def files(value: float) -> dict[str, dict[str, torch.Tensor]]:

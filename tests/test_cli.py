@@ -13,10 +13,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from sidcli.config import CHOICES, STRATEGIES, DistillConfig
 from sidcli.formats.order import FORMATS
-from sidcli.sources import find
-from sidcli.teachers import load
+from sidcli.models.loading import load
+from sidcli.models.sources import find
+from sidcli.settings import CHOICES, STRATEGIES, DistillConfig
 from tests.commands import from_server as sid
 from tests.inprocess import sid as in_process
 

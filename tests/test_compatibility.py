@@ -12,12 +12,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from sidcli import compatibility
-from sidcli.compatibility import BUILT, PIPELINES, REQUIRED, SCHEDULERS
 from sidcli.errors import InputError
-from sidcli.sampler import Plan, Sampler
-from sidcli.sources import find
-from sidcli.teachers import Overrides, describe, load
+from sidcli.models import compatibility
+from sidcli.models.compatibility import BUILT, PIPELINES, REQUIRED, SCHEDULERS
+from sidcli.models.loading import Overrides, describe, load
+from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sources import find
 from tests import tiny_families
 
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"

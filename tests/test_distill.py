@@ -17,20 +17,21 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from sidcli import checkpoint, distill, export
-from sidcli.config import DistillConfig, flat, read_toml
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine, Measurements
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError
 from sidcli.files import check_unlocked, locked
+from sidcli.formats import export
 from sidcli.formats.order import Order
+from sidcli.models.loading import Model, load
+from sidcli.models.sampler import Sampler, plan_for
+from sidcli.models.sources import find, read_card
 from sidcli.models.unet import Cond
 from sidcli.progress import silent
-from sidcli.prompts import open_prompts
 from sidcli.report.page import Commands
 from sidcli.report.run import run_sections
-from sidcli.sampler import Sampler, plan_for
-from sidcli.sources import find, read_card
-from sidcli.teachers import Model, load
+from sidcli.settings import DistillConfig, flat, read_toml
+from sidcli.training import checkpoint, distill
 from tests.inprocess import sid
 from tests.test_checkpoint import rewritten
 

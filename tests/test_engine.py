@@ -8,15 +8,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sidcli.config import MEMORY, DistillConfig, strategy
+from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.sampling import exit_grid, few_steps
 from sidcli.engine import Engine, ema_beta
+from sidcli.models.loading import Model, load
+from sidcli.models.sources import find
 from sidcli.models.unet import Cond
 from sidcli.objectives.base import Batch, Inputs, Phase
 from sidcli.objectives.sid import SidSettings
-from sidcli.prompts import open_prompts
-from sidcli.sources import find
-from sidcli.teachers import Model, load
+from sidcli.settings import MEMORY, DistillConfig, strategy
 from tests.gradients import gradient, perturbed
 
 CPU = torch.device("cpu")

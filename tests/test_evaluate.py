@@ -16,23 +16,23 @@ import pytest
 import torch
 from PIL import Image
 
-from sidcli import protocols
+from sidcli.data.imagefiles import open_images
+from sidcli.data.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
+from sidcli.distributed import Share, Team
 from sidcli.emoji import world
-from sidcli.entrants import REAL, Entrant, entrants, look_up
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluate import beyond, latex, page, pictures, table, unjudged
-from sidcli.hub import Silence
-from sidcli.imagefiles import open_images
-from sidcli.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
+from sidcli.evaluation import protocols
+from sidcli.evaluation.entrants import REAL, Entrant, entrants, look_up
+from sidcli.evaluation.protocols import Networks, Protocol, choose, custom, emoji, listed
+from sidcli.evaluation.run import beyond, latex, page, pictures, table, unjudged
+from sidcli.evaluation.scores import ASKED, Evaluation, Row, chosen
+from sidcli.evaluation.spec import Bound, Wish, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
-from sidcli.parallel import Share, Team
+from sidcli.models.hub import Silence
+from sidcli.models.sampler import Plan, png_info
+from sidcli.models.sources import find
 from sidcli.progress import Progress, silent
-from sidcli.protocols import Networks, Protocol, choose, custom, emoji, listed
 from sidcli.report.page import Table, render
-from sidcli.sampler import Plan, png_info
-from sidcli.scores import ASKED, Evaluation, Row, chosen
-from sidcli.sources import find
-from sidcli.wishes import Bound, Wish, check_protocol, limits
 from tests.commands import sid
 
 CPU = torch.device("cpu")
@@ -311,7 +311,7 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
         opened.append(weakref.ref(heavy))
         return heavy
 
-    monkeypatch.setattr("sidcli.entrants._drawer", load_one)
+    monkeypatch.setattr("sidcli.evaluation.entrants._drawer", load_one)
     found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in look_up(Wish.parse(text, None, None), 0, Silence())]
     evaluation = Evaluation(rules, entrants(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Team(CPU))
     evaluation.fill(Silence())

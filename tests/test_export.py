@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sidcli import distill, export
-from sidcli.config import DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.errors import GateError, InputError, UsageError
-from sidcli.formats import graph, lora, onnx, runtime, single_file, single_file_folder
+from sidcli.formats import export, graph, lora, onnx, runtime, single_file_folder
 from sidcli.formats.order import FORMATS, Order
-from sidcli.outputs import check_export
-from sidcli.prompts import open_prompts
-from sidcli.sources import find
-from sidcli.teachers import Model, Overrides, describe, load
+from sidcli.formats.outputs import check_export
+from sidcli.models import single_file
+from sidcli.models.loading import Model, Overrides, describe, load
+from sidcli.models.sources import find
+from sidcli.settings import DistillConfig
+from sidcli.training import distill
 from tests import tiny, tiny_families, tiny_students
 from tests.cards import Card, is_near, options, ours
 from tests.commands import SERVER

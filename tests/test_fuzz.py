@@ -17,18 +17,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sidcli import checkpoint
-from sidcli.config import read_toml
+from sidcli.data.imagefiles import open_images
+from sidcli.data.prompts import read_list
 from sidcli.errors import SidError
-from sidcli.formats import single_file
-from sidcli.formats.official_pkl import network
-from sidcli.hub import Silence
-from sidcli.imagefiles import open_images
-from sidcli.prompts import read_list
-from sidcli.protocols import read_statistics
-from sidcli.sources import find
-from sidcli.teachers import describe
-from sidcli.wishes import Wish, limits
+from sidcli.evaluation.protocols import read_statistics
+from sidcli.evaluation.spec import Wish, limits
+from sidcli.models import single_file
+from sidcli.models.hub import Silence
+from sidcli.models.loading import describe
+from sidcli.models.official_pkl import network
+from sidcli.models.sources import find
+from sidcli.settings import read_toml
+from sidcli.training import checkpoint
 
 CASES = int(os.environ.get("SID_FUZZ_CASES", "100"))
 fuzzed = settings(

@@ -21,19 +21,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sidcli import checkpoint, protocols
-from sidcli.config import read_toml
+from sidcli.data.imagefiles import open_images
+from sidcli.data.prompts import read_list
 from sidcli.errors import InputError
+from sidcli.evaluation import protocols
+from sidcli.evaluation.protocols import read_statistics
 from sidcli.files import read_json
-from sidcli.formats import official_pkl, single_file
-from sidcli.hub import Silence
-from sidcli.imagefiles import open_images
 from sidcli.metrics.clip import Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
-from sidcli.prompts import read_list
-from sidcli.protocols import read_statistics
-from sidcli.sources import find
-from sidcli.teachers import load
+from sidcli.models import official_pkl, single_file
+from sidcli.models.hub import Silence
+from sidcli.models.loading import load
+from sidcli.models.sources import find
+from sidcli.settings import read_toml
+from sidcli.training import checkpoint
 from tests import commands
 from tests.commands import Ended, in_a_child
 

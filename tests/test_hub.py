@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sidcli.errors import InputError
-from sidcli.families import clip_tokenizer
 from sidcli.formats.diffusers_folder import save_tokenizer
-from sidcli.hub import check_weights, is_complete, needed
+from sidcli.models.families import clip_tokenizer
+from sidcli.models.hub import check_weights, is_complete, needed
 from tests.commands import process as sid
 from tests.hub_server import COMMIT, Hub, Trouble
 
@@ -39,7 +39,7 @@ FETCH = """
 import sys
 from sidcli.cli.console import Console
 from sidcli.errors import SidError
-from sidcli.hub import fetch
+from sidcli.models.hub import fetch
 try:
     print(fetch(sys.argv[1], Console()).folder)
 except SidError as error:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sidcli.data.imagefiles import MAX_BYTES, ImageFiles, open_images
 from sidcli.errors import InputError
-from sidcli.imagefiles import MAX_BYTES, ImageFiles, open_images
 
 NOBODY = 65534
 

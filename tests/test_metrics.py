@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from sidcli.data.imagefiles import open_images
+from sidcli.data.imagesets import Collection, FileSet
+from sidcli.distributed import Share
 from sidcli.emoji import world
-from sidcli.imagefiles import open_images
-from sidcli.imagesets import Collection, FileSet
 from sidcli.metrics.features import EmojiFeatures, InceptionFeatures, resize
 from sidcli.metrics.fid import fid, fid_infinity, frechet_distance, statistics
 from sidcli.metrics.intervals import share
 from sidcli.metrics.kid import kid
 from sidcli.metrics.prdc import prdc
-from sidcli.parallel import Share
 from sidcli.progress import silent
 from tests.stand_ins import write_inception
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sidcli.models.codec import Codec
+from sidcli.models.loading import Model
 from sidcli.models.unet import Cond, blocks, denoise, features, guided_predictions
-from sidcli.teachers import Model
 
 
 def test_a_codec_scales_and_shifts_latents_as_diffusers_does_and_undoes_it_when_it_decodes(sd: Model) -> None:

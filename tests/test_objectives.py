@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sidcli import objectives
-from sidcli.config import DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import UsageError
+from sidcli.models.loading import Model
 from sidcli.objectives import scores, sid
 from sidcli.objectives.base import FAKE, GENERATOR, Batch, Phase
-from sidcli.prompts import open_prompts
-from sidcli.teachers import Model
+from sidcli.settings import DistillConfig
 from tests.gradients import perturbed
 
 

@@ -27,9 +27,9 @@ from torch import nn
 from torch.jit.unsupported_tensor_ops import execWrapper
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.formats import official_pkl
-from sidcli.formats.inert_pickle import Inert, Name, Reader
-from sidcli.formats.official_pkl import matching, network, packed, tensors
+from sidcli.models import official_pkl
+from sidcli.models.inert_pickle import Inert, Name, Reader
+from sidcli.models.official_pkl import matching, network, packed, tensors
 from tests.tiny import DOWN, UP
 
 
@@ -588,7 +588,7 @@ def test_a_file_that_wants_more_memory_than_its_size_explains_is_refused(tmp_pat
 
 
 def test_more_instructions_than_a_network_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidcli.formats.inert_pickle.INSTRUCTIONS", 1000)
+    monkeypatch.setattr("sidcli.models.inert_pickle.INSTRUCTIONS", 1000)
     with pytest.raises(InputError, match="more than 1000 instructions"):
         Reader(b"\x80\x04" + b"N" * 2000 + b".").load()
 
@@ -602,7 +602,7 @@ def test_more_instructions_than_a_network_has_are_refused(monkeypatch: pytest.Mo
     ],
 )
 def test_the_child_cannot_leave_its_limits(tmp_path: Path, deed: str, sign: str) -> None:
-    program = f"import resource; from sidcli.formats.official_pkl import confine; confine(0); {deed}"
+    program = f"import resource; from sidcli.models.official_pkl import confine; confine(0); {deed}"
     command = [sys.executable, "-P", "-S", "-c", program]
     done = subprocess.run(command, env=official_pkl.environment(), cwd=tmp_path, capture_output=True, text=True)
     assert sign in done.stdout + done.stderr

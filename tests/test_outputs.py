@@ -24,15 +24,15 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console as Terminal
 
-from sidcli import export
 from sidcli.cli import console
 from sidcli.cli.console import Console
 from sidcli.errors import EnvironmentProblem, out_of_memory
 from sidcli.files import append_line, atomic_folder, locked
+from sidcli.formats import export
 from sidcli.formats.order import Order
-from sidcli.pictures import contact_sheet
-from sidcli.sources import find
-from sidcli.teachers import Model, load
+from sidcli.formats.pictures import contact_sheet
+from sidcli.models.loading import Model, load
+from sidcli.models.sources import find
 from tests.inprocess import sid
 from tests.killing import killed_at
 

@@ -41,7 +41,7 @@ def test_an_installation_anywhere_finds_its_general_prompts(installed: Path, tmp
     assert done.returncode == 0, done.stderr
     file, prompt = done.stdout.splitlines()
     assert Path(file).parent == installed / "sidcli"
-    from sidcli.prompts import open_prompts
+    from sidcli.data.prompts import open_prompts
 
     assert prompt == open_prompts("general").at(0, 5)
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sidcli import checkpoint, launch
-from sidcli.config import DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import UsageError
-from sidcli.prompts import open_prompts
-from sidcli.teachers import Model
+from sidcli.models.loading import Model
+from sidcli.settings import DistillConfig
+from sidcli.training import checkpoint, launch
 
 SETTINGS = ["--prompts", "general", "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--device", "cpu", "--precision", "fp32"]
 # Where a gradient is all but zero, Adam's step has a rounding error's sign; a large epsilon makes steps follow gradients.

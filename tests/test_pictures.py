@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from sidcli.pictures import FONT, LABEL_LINES, columns_for, contact_sheet, wrapped
+from sidcli.formats.pictures import FONT, LABEL_LINES, columns_for, contact_sheet, wrapped
 
 LETTERS = ImageFont.truetype(FONT, 11)
 

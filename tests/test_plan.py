@@ -12,16 +12,16 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sidcli import checkpoint, plan
-from sidcli.config import MEMORY, DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import EnvironmentProblem, UsageError
-from sidcli.hub import Silence
+from sidcli.models.hub import Silence
+from sidcli.models.loading import Model, load
+from sidcli.models.sources import find
 from sidcli.models.unet import Cond, denoise
 from sidcli.objectives.sid import SidSettings
-from sidcli.prompts import open_prompts
-from sidcli.sources import find
-from sidcli.teachers import Model, load
+from sidcli.settings import MEMORY, DistillConfig
+from sidcli.training import checkpoint, plan
 from tests import tiny
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from sidcli import protocols
-from sidcli.config import DistillConfig, differences
+from sidcli.data.prompts import Grammar, open_prompts, read_list
 from sidcli.errors import InputError, UsageError
-from sidcli.hub import Silence
-from sidcli.prompts import Grammar, open_prompts, read_list
+from sidcli.evaluation import protocols
+from sidcli.models.hub import Silence
+from sidcli.settings import DistillConfig, differences
 from tests.coco import write_coco
 from tests.inprocess import sid
 

@@ -20,20 +20,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from sidcli.data.imagesets import SceneSet
+from sidcli.data.prompts import read_list
+from sidcli.distributed import Team
 from sidcli.emoji import world
-from sidcli.entrants import Entrant, entrants, look_up
 from sidcli.errors import InputError, UsageError
-from sidcli.hub import Silence
-from sidcli.imagesets import SceneSet
+from sidcli.evaluation.entrants import Entrant, entrants, look_up
+from sidcli.evaluation.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji, read_statistics
+from sidcli.evaluation.scores import Evaluation, chosen
+from sidcli.evaluation.spec import Wish
 from sidcli.metrics import weights
 from sidcli.metrics.clip import PREFIX, Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
 from sidcli.metrics.fid import Statistics, frechet_distance
-from sidcli.parallel import Team
-from sidcli.prompts import read_list
-from sidcli.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji, read_statistics
-from sidcli.scores import Evaluation, chosen
-from sidcli.wishes import Wish
+from sidcli.models.hub import Silence
 from tests.coco import write_coco
 from tests.commands import sid
 from tests.inprocess import sid as in_process

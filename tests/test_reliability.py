@@ -23,11 +23,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sidcli import checkpoint
-from sidcli.config import DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
-from sidcli.prompts import open_prompts
-from sidcli.teachers import Model
+from sidcli.models.loading import Model
+from sidcli.settings import DistillConfig
+from sidcli.training import checkpoint
 from tests.commands import Running, process
 from tests.killing import killed_at
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sidcli.emoji import world
+from sidcli.evaluation.protocols import emoji_captions, scenes
 from sidcli.metrics.features import EmojiFeatures
+from sidcli.models.loading import load
+from sidcli.models.sampler import Sampler, draw, plan_for
+from sidcli.models.sources import WEIGHTS, find, fingerprint
 from sidcli.progress import silent
-from sidcli.protocols import emoji_captions, scenes
-from sidcli.sampler import Sampler, draw, plan_for
-from sidcli.sources import WEIGHTS, find, fingerprint
-from sidcli.teachers import load
 
 CPU = torch.device("cpu")
 

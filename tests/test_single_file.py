@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sidcli import families
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.families import FAMILIES, build, clip_tokenizer, describe
-from sidcli.formats import comfyui, ldm, single_file
-from sidcli.formats.single_file import read, write
-from sidcli.sources import find
-from sidcli.teachers import load
+from sidcli.formats import comfyui
+from sidcli.models import families, ldm, single_file
+from sidcli.models.families import FAMILIES, build, clip_tokenizer, describe
+from sidcli.models.loading import load
+from sidcli.models.single_file import read, write
+from sidcli.models.sources import find
 from tests import tiny, tiny_families
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sidcli import sources
 from sidcli.errors import InputError
-from sidcli.hub import Fetched
-from sidcli.sources import find, fingerprint
+from sidcli.models import sources
+from sidcli.models.hub import Fetched
+from sidcli.models.sources import find, fingerprint
 
 
 @pytest.fixture(autouse=True)

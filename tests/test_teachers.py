@@ -10,9 +10,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from sidcli.errors import InputError, UsageError
-from sidcli.sampler import Plan, Sampler
-from sidcli.sources import find
-from sidcli.teachers import Overrides, describe, load
+from sidcli.models.loading import Overrides, describe, load
+from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sources import find
 from tests import tiny_families
 
 

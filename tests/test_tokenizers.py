@@ -10,12 +10,12 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from sidcli.errors import InputError
-from sidcli.families import clip_tokenizer
 from sidcli.formats.diffusers_folder import save_tokenizer
-from sidcli.sampler import Plan, Sampler
-from sidcli.sources import find
-from sidcli.teachers import describe, load
-from sidcli.vocabulary import read_tokenizer
+from sidcli.models.families import clip_tokenizer
+from sidcli.models.loading import describe, load
+from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sources import find
+from sidcli.models.tokenizers import read_tokenizer
 from tests.test_compatibility import change
 
 EMOJI = Path(__file__).parent.parent / "sidcli" / "emoji" / "weights" / "teacher"

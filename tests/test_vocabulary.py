@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from sidcli.data.prompts import shipped_folder
 from sidcli.emoji import vocabulary, world
 from sidcli.emoji.nouns import NOUNS
-from sidcli.prompts import shipped_folder
 from tests.inprocess import sid
 
 

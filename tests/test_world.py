@@ -4,8 +4,8 @@ import re
 import numpy as np
 import pytest
 
+from sidcli.data.prompts import shipped_folder
 from sidcli.emoji import world
-from sidcli.prompts import shipped_folder
 
 
 def test_a_scene_is_a_function_of_seed_and_index() -> None:

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sidcli.families import clip_tokenizer
-from sidcli.sources import Source
-from sidcli.teachers import Model, read_path
+from sidcli.models.families import clip_tokenizer
+from sidcli.models.loading import Model, read_path
+from sidcli.models.sources import Source
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")

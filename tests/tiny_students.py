@@ -17,10 +17,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sidcli.families import clip_tokenizer
 from sidcli.formats.card import provenance
-from sidcli.sources import find
-from sidcli.teachers import Model, Overrides, load
+from sidcli.models.families import clip_tokenizer
+from sidcli.models.loading import Model, Overrides, load
+from sidcli.models.sources import find
 from tests.tiny_families import BETAS, openclip_text
 
 FAMILIES = ("sd1", "sd2", "sdxl")

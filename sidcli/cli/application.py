@@ -19,8 +19,8 @@ from sidcli.cli.export import export
 from sidcli.cli.sample import sample
 from sidcli.environment import flag, group_or_alone, prepare
 from sidcli.errors import EnvironmentProblem, SidError, UsageError
-from sidcli.launch import catch
 from sidcli.printable import prepare_streams, printable
+from sidcli.training.launch import catch
 
 EPILOG = (
     "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "

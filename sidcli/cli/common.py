@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidcli.config import PREDICTIONS
 from sidcli.devices import pick_device
 from sidcli.environment import flag
 from sidcli.errors import EnvironmentProblem, Interrupted, UsageError, out_of_memory
+from sidcli.settings import PREDICTIONS
 
 if TYPE_CHECKING:
     import torch
 
     from sidcli.cli.console import Console
-    from sidcli.teachers import Description, Model, Overrides
+    from sidcli.models.loading import Description, Model, Overrides
 
 
 def check_column(column: str | None, prompts: Path | None) -> None:
@@ -57,10 +57,10 @@ def open_console(
 def launch_processes(processes: int, device: str) -> int:
     """Run this command in several processes. Raises EnvironmentProblem where there are fewer GPUs, before any of them is started."""
     if device != "cpu":
-        from sidcli.parallel import check_cards
+        from sidcli.distributed import check_cards
 
         check_cards(pick_device(device).type, processes)
-    from sidcli.launch import launch
+    from sidcli.training.launch import launch
 
     return launch(processes, sys.argv[1:])
 
@@ -76,8 +76,8 @@ def choose_device(name: str, console: Console) -> torch.device:
 def describe_model(name: str, **overrides: Any) -> Description:
     """What is known of a model before its weights are read or downloaded."""
     checked = check_overrides(**overrides)
-    from sidcli.sources import find
-    from sidcli.teachers import describe, quiet_libraries
+    from sidcli.models.loading import describe, quiet_libraries
+    from sidcli.models.sources import find
 
     quiet_libraries()
     return describe(find(name, descriptions_only=True), checked)
@@ -86,7 +86,7 @@ def describe_model(name: str, **overrides: Any) -> Description:
 def check_overrides(**overrides: Any) -> Overrides:
     if overrides.get("prediction_type", "auto") not in PREDICTIONS:
         raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {overrides['prediction_type']!r}")
-    from sidcli.teachers import Overrides
+    from sidcli.models.loading import Overrides
 
     return Overrides(**overrides)
 
@@ -94,8 +94,8 @@ def check_overrides(**overrides: Any) -> Overrides:
 def load_model(name: str, console: Console, **overrides: Any) -> Model:
     checked = check_overrides(**overrides)
     console.note(f"loading {name}")
-    from sidcli.sources import find
-    from sidcli.teachers import load, quiet_libraries
+    from sidcli.models.loading import load, quiet_libraries
+    from sidcli.models.sources import find
 
     quiet_libraries()
     return load(find(name, console), checked, console)

@@ -16,19 +16,19 @@ import typer
 from sidcli import objectives
 from sidcli.cli.common import choose_device, launch_processes, load_model, open_console
 from sidcli.cli.options import MACHINE, METHOD, DeviceOption, JsonOption, QuietOption, one_of, with_settings, within
-from sidcli.config import MEMORY, PRESETS, STRATEGIES, DistillConfig, preset_for, read_toml, strategy
 from sidcli.devices import check_name
 from sidcli.environment import cache_folder, group
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.files import check_unlocked, check_writable
-from sidcli.outputs import check_run
+from sidcli.formats.outputs import check_run
 from sidcli.progress import duration
+from sidcli.settings import MEMORY, PRESETS, STRATEGIES, DistillConfig, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
-    from sidcli.distill import Result
-    from sidcli.plan import Card
-    from sidcli.prompts import Prompts
+    from sidcli.data.prompts import Prompts
+    from sidcli.training.distill import Result
+    from sidcli.training.plan import Card
 
 Model = Annotated[str | None, typer.Argument(metavar="[TEACHER]", help="The same as --teacher.")]
 Teacher = Annotated[
@@ -172,7 +172,7 @@ def plan_run(
     request.check(folder, True, bool(eval_every))
     request.prompts(console)
     resolved, card = request.on(console, folder, device, True, plan_for)
-    from sidcli import plan
+    from sidcli.training import plan
 
     made = plan.make(resolved, folder, device, processes, console, keep, card)
     console.result(made.lines(), made.as_dict())
@@ -185,13 +185,13 @@ def train(
     request.check(folder, False, bool(times["eval"]))
     source = request.prompts(console)
     resolved, _ = request.on(console, folder, device, False, None)
-    from sidcli import plan
+    from sidcli.training import plan
 
     plan.check(resolved, folder, times["keep"], console)
     if "prompts" not in request.own and resolved.prompts in ("emoji", "general"):
         console.note(f"prompts: {source.name} (built in; override with --prompts FILE)")
-    from sidcli import distill as driver
     from sidcli.cli.console import DistillProgress
+    from sidcli.training import distill as driver
 
     known = {name: getattr(resolved, name) for name in ("prediction_type", "model_config", "width", "height")}
     loaded = load_model(request.teacher, console, **known)
@@ -289,7 +289,7 @@ class Request:
             check_unlocked(folder)
 
     def prompts(self, console: Console) -> Prompts:
-        from sidcli.prompts import PromptList, open_prompts
+        from sidcli.data.prompts import PromptList, open_prompts
 
         config = self.config(self.recipe)
         source = open_prompts(config.prompts, config.column)
@@ -310,7 +310,7 @@ class Request:
             recipe = {name: value for name, value in read_toml(folder / "config.toml").items() if name in MEMORY["12gb"]}
         planned_only = dry_run and (plan_for is not None or device.startswith("cuda"))  # for a GPU that need not be here
         on_gpu = not planned_only and choose_device(device, console).type == "cuda"
-        from sidcli import plan
+        from sidcli.training import plan
 
         card = plan.parse_card(plan_for) if plan_for else None
         if self.memory == "auto" and not begun and (on_gpu or card):

@@ -23,13 +23,13 @@ from sidcli.cli.options import (
 from sidcli.devices import check_name
 from sidcli.environment import cache_folder, group
 from sidcli.errors import GateError
+from sidcli.evaluation.spec import PROTOCOLS, Files, Request, Rules, Wish, check_protocol, limits
 from sidcli.files import check_new, check_writable
 from sidcli.metrics.catalog import METRICS as MEASURED
-from sidcli.wishes import PROTOCOLS, Files, Request, Rules, Wish, check_protocol, limits
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
-    from sidcli.evaluate import Outcome
+    from sidcli.evaluation.run import Outcome
 
 METRICS, NETWORKS = "Metrics", "Networks of the metrics"
 
@@ -174,7 +174,7 @@ def evaluate(
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
     with open_console(as_json, quiet, stopped, smaller) as console:
-        from sidcli.evaluate import run
+        from sidcli.evaluation.run import run
 
         if outcome := run(request, choose_device(device, console), console):
             show(outcome, console, as_json, as_latex, picture, report)

@@ -14,14 +14,14 @@ from sidcli.cli.common import describe_model, load_model, open_console
 from sidcli.cli.options import ConfigOption, JsonOption, PredictionOption, QuietOption, one_of, within
 from sidcli.errors import UsageError
 from sidcli.formats.order import DTYPES, FORMATS
-from sidcli.outputs import check_export
+from sidcli.formats.outputs import check_export
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
-    from sidcli.export import Exported
+    from sidcli.formats.export import Exported
     from sidcli.formats.order import Order
-    from sidcli.teachers import Description
-    from sidcli.teachers import Model as Student
+    from sidcli.models.loading import Description
+    from sidcli.models.loading import Model as Student
 
 Model = Annotated[
     str,
@@ -86,7 +86,7 @@ def export(
         known = {"prediction_type": prediction_type, "model_config": model_config}
         asked = Asked(model, teacher, known, format, order, rank, license, push_to_hub)
         student, order = asked.load(output, console)
-        from sidcli import export as driver
+        from sidcli.formats import export as driver
 
         with console.progress(f"export {format}", 3, "stages") as advance:
             done = driver.run(student, format, output, order, verify, advance)
@@ -109,7 +109,7 @@ class Asked:
 
     def load(self, output: Path, console: Console) -> tuple[Student, Order]:
         """The student, checked before a weight is read, and the order with the teacher of a LoRA."""
-        from sidcli import export as driver
+        from sidcli.formats import export as driver
 
         if Path(self.model).suffix.lower() == ".pkl":
             student, order = self.load_released(output, console)
@@ -121,7 +121,7 @@ class Asked:
         return driver.licensed(student, self.license, needed=self.push_to_hub is not None), order
 
     def check(self, described: Description, teacher: Description | None, order: Order, output: Path) -> None:
-        from sidcli import export as driver
+        from sidcli.formats import export as driver
 
         driver.check(described, teacher, self.format, order, output)
         driver.licensed(described, self.license, needed=self.push_to_hub is not None)
@@ -130,7 +130,7 @@ class Asked:
 
     def load_released(self, output: Path, console: Console) -> tuple[Student, Order]:
         """A student from one of the authors' files, which holds a UNet alone."""
-        from sidcli import export as driver
+        from sidcli.formats import export as driver
 
         teacher = str(self.teacher)
         base = describe_model(teacher, **self.known)
@@ -144,7 +144,7 @@ class Asked:
 
     def load_with_teacher(self, output: Path, console: Console) -> tuple[Student, Order]:
         """A student and its teacher, for a LoRA of the rank that is asked for, or that the student was trained with."""
-        from sidcli import export as driver
+        from sidcli.formats import export as driver
         from sidcli.formats.order import DEFAULT_RANK, Order
 
         of_teacher = self.known if self.teacher and self.teacher.endswith(".safetensors") else {}
@@ -166,7 +166,7 @@ def tell(done: Exported, console: Console, push_to_hub: str | None, public: bool
     if done.loss is not None:
         console.note(f"the LoRA's image is at most {done.loss}/255 from the student's own; a higher --rank keeps more")
     if push_to_hub:
-        from sidcli.hub import upload
+        from sidcli.models.hub import upload
 
         url = upload(done.folder, push_to_hub, not public, console)
         console.note(f"uploaded to {url} ({'public' if public else 'private, if it was made now'})")

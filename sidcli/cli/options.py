@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sidcli import objectives
-from sidcli.config import CHOICES, PREDICTIONS, PRESETS, DistillConfig
 from sidcli.errors import UsageError
+from sidcli.settings import CHOICES, PREDICTIONS, PRESETS, DistillConfig
 
 Command = Callable[..., None]
 METHOD, MACHINE = "Method", "Memory and speed"

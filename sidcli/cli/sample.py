@@ -22,12 +22,12 @@ from sidcli.cli.options import (
 )
 from sidcli.devices import check_name
 from sidcli.errors import UsageError
-from sidcli.outputs import Places
+from sidcli.formats.outputs import Places
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
-    from sidcli.sampler import Drawer, Plan
-    from sidcli.sources import Source
+    from sidcli.models.sampler import Drawer, Plan
+    from sidcli.models.sources import Source
 
 BACKENDS = ("auto", "torch", "onnx", "openvino")
 
@@ -122,7 +122,7 @@ def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list
     """
     texts, about = list(given), ""
     if file:
-        from sidcli.prompts import read_list
+        from sidcli.data.prompts import read_list
 
         listed = read_list(file, column)
         texts, about = [*texts, *listed.lines], listed.note
@@ -145,9 +145,9 @@ def draw(
     preview: bool,
 ) -> None:
     """Draw each prompt `num` times, and say what was drawn."""
-    from sidcli import sample as driver
     from sidcli.emoji import vocabulary
-    from sidcli.sources import read_card
+    from sidcli.formats import images as driver
+    from sidcli.models.sources import read_card
 
     source, drawer, plan = opened
     if read_card(source).get("world") == "emoji" and (about_words := vocabulary.remark(texts, source.name)):
@@ -176,7 +176,7 @@ def open_drawer(
     """Whatever draws for `sid sample`: networks in torch, or the graphs of an export."""
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    from sidcli.sources import find, graph_format, read_card
+    from sidcli.models.sources import find, graph_format, read_card
 
     graphs = graph_format(Path(name)) if Path(name).is_dir() else None
     if graphs is None and backend in ("onnx", "openvino"):
@@ -185,7 +185,7 @@ def open_drawer(
         )
     if graphs is None:
         where = choose_device(device, console)
-        from sidcli.sampler import Sampler, plan_for
+        from sidcli.models.sampler import Sampler, plan_for
 
         loaded = load_model(name, console, **overrides)
         plan = plan_for(loaded, steps, guidance)
@@ -194,7 +194,7 @@ def open_drawer(
         raise UsageError(f"{name} holds {graphs} graphs, which sid does not run", "draw with the model it was made from")
     console.note(f"loading {name}")
     from sidcli.formats.runtime import open_graphs
-    from sidcli.sampler import student_plan
+    from sidcli.models.sampler import student_plan
 
     source = find(name, console)
     card = read_card(source)

@@ -21,8 +21,8 @@ from sidcli.errors import InputError
 from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline, write_student
 from sidcli.formats.order import Order
-from sidcli.sources import WEIGHTS, Source
-from sidcli.teachers import load
+from sidcli.models.loading import load
+from sidcli.models.sources import WEIGHTS, Source
 
 
 def half(source: Path, target: Path) -> None:

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from sidcli.diffusion.sampling import exit_grid
 from sidcli.files import write_json
+from sidcli.models.loading import Description, Model
 from sidcli.printable import printable
-from sidcli.teachers import Description, Model
 
 PAPER = "2406.01561"
 TERMS = ("license", "license_name", "license_link")

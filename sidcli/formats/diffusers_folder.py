@@ -20,8 +20,8 @@ from transformers import CLIPTokenizer
 from sidcli.files import atomic_folder, read_json, write_json
 from sidcli.formats.card import PROMPT, call, grid_of, is_deterministic, sides, visits, write_card
 from sidcli.formats.order import DTYPES, Order
-from sidcli.sampler import Plan, plan_for
-from sidcli.teachers import Model
+from sidcli.models.loading import Model
+from sidcli.models.sampler import Plan, plan_for
 
 USAGE = """```python
 {imports}from diffusers import {pipeline}

@@ -20,10 +20,10 @@ from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import DTYPES, Order
 from sidcli.models.codec import Codec
+from sidcli.models.loading import Model
+from sidcli.models.sampler import Plan, plan_for, seeded_noise
 from sidcli.models.unet import Cond, denoise, sizes
 from sidcli.progress import Progress, silent
-from sidcli.sampler import Plan, plan_for, seeded_noise
-from sidcli.teachers import Model
 
 GENERATOR = "generator"
 

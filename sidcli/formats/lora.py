@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sidcli.errors import InputError, UsageError
-from sidcli.families import FAMILIES, family_of
 from sidcli.formats.card import call, grid_of, sides, write_card
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler
 from sidcli.formats.order import DTYPES, Order
+from sidcli.models.families import FAMILIES, family_of
+from sidcli.models.loading import Model
+from sidcli.models.sampler import plan_for
 from sidcli.printable import printable
-from sidcli.sampler import plan_for
-from sidcli.teachers import Model
 
 USAGE = """```python
 import torch

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sidcli.formats.graph import write_graphs
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import open_graphs
-from sidcli.sampler import plan_for
-from sidcli.teachers import Model
+from sidcli.models.loading import Model
+from sidcli.models.sampler import plan_for
 
 IMPORTS = "import onnxruntime"
 RUN = """    return onnxruntime.InferenceSession(f"FOLDER/{name}.onnx").run(None, inputs)"""

@@ -11,8 +11,8 @@ from sidcli.formats import onnx
 from sidcli.formats.graph import write_graphs
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import library, open_graphs, openvino_core
-from sidcli.sampler import plan_for
-from sidcli.teachers import Model
+from sidcli.models.loading import Model
+from sidcli.models.sampler import plan_for
 
 IMPORTS = "import openvino"
 RUN = """    # By default a CPU with bf16 would compute in it.

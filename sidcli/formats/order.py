@@ -13,7 +13,7 @@ from sidcli.errors import EnvironmentProblem, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from sidcli.teachers import Model
+    from sidcli.models.loading import Model
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """--dtype -> its name in torch."""

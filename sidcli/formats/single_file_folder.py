@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from sidcli.errors import InputError
-from sidcli.families import clip_tokenizer
 from sidcli.files import write_json
-from sidcli.formats import single_file
 from sidcli.formats.card import PROMPT, sides, write_card
 from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, write_pipeline
 from sidcli.formats.order import Order
-from sidcli.sampler import plan_for
-from sidcli.teachers import Description, Model, read_path
+from sidcli.models import single_file
+from sidcli.models.families import clip_tokenizer
+from sidcli.models.loading import Description, Model, read_path
+from sidcli.models.sampler import plan_for
 
 FILE = "student.safetensors"
 SCHEDULE = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sidcli.files import read_json
 from sidcli.formats.graph import GraphSampler, Run, write_graphs
 from sidcli.formats.order import Order
-from sidcli.sampler import plan_for
-from sidcli.teachers import Model
+from sidcli.models.loading import Model
+from sidcli.models.sampler import plan_for
 
 IMPORTS = "import torch"
 RUN = """    program = torch.export.load(f"FOLDER/{name}.pt2").module()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
 from sidcli.metrics.transforms import quantized
-from sidcli.sources import check_links
+from sidcli.models.sources import check_links
 
 PREFIX = "A photo depicts "
 """Stands before every caption in the paper's CLIP scores, as in arXiv 2104.08718."""

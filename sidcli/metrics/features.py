@@ -25,7 +25,7 @@ from sidcli.emoji.world import SIZE
 from sidcli.errors import InputError
 from sidcli.files import MAX_DESCRIPTION, sha256
 from sidcli.metrics.weights import INCEPTION
-from sidcli.sources import WEIGHTS, check_links
+from sidcli.models.sources import WEIGHTS, check_links
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

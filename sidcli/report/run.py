@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from sidcli.config import flat
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
@@ -22,6 +21,7 @@ from sidcli.objectives import OBJECTIVES
 from sidcli.progress import duration
 from sidcli.report.charts import evenly, number
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
+from sidcli.settings import flat
 
 FRAMES = 24
 PROXIES: Mapping[str, tuple[str, bool | None]] = {

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from sidcli.export import PROMPT, apart
 from sidcli.files import write_json
+from sidcli.formats.export import PROMPT, apart
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import open_graphs
-from sidcli.sampler import Drawer, Plan, Sampler, plan_for
-from sidcli.sources import find
-from sidcli.teachers import load, quiet_libraries
+from sidcli.models.loading import load, quiet_libraries
+from sidcli.models.sampler import Drawer, Plan, Sampler, plan_for
+from sidcli.models.sources import find
 
 RESULT = Path(__file__).parent / "results" / "backends.json"
 

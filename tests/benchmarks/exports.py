@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from sidcli import export
-from sidcli.config import DistillConfig
 from sidcli.files import write_json
+from sidcli.formats import export
 from sidcli.formats.order import Order
-from sidcli.teachers import quiet_libraries
+from sidcli.models.loading import quiet_libraries
+from sidcli.settings import DistillConfig
 from tests.test_export import FAMILIES, student_of, through_a_single_file
 
 RESULT = Path(__file__).parent / "results" / "exports.json"

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from sidcli import checkpoint
-from sidcli.distill import Rhythm
+from sidcli.training import checkpoint
+from sidcli.training.distill import Rhythm
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("loading", "first picture", "step", "saving", "teacher's images for --eval-every", "step, two processes")

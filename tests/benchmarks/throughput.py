@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from sidcli import plan
-from sidcli.config import MEMORY, PRESETS, DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
-from sidcli.prompts import open_prompts
-from sidcli.sources import find
-from sidcli.teachers import Model, load, quiet_libraries
+from sidcli.models.loading import Model, load, quiet_libraries
+from sidcli.models.sources import find
+from sidcli.settings import MEMORY, PRESETS, DistillConfig
+from sidcli.training import plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests import tiny

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from sidcli.config import MEMORY, DistillConfig, strategy
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
-from sidcli.prompts import open_prompts
-from sidcli.sampler import Sampler, plan_for
-from sidcli.sources import find
-from sidcli.teachers import load, quiet_libraries
+from sidcli.models.loading import load, quiet_libraries
+from sidcli.models.sampler import Sampler, plan_for
+from sidcli.models.sources import find
+from sidcli.settings import MEMORY, DistillConfig, strategy
 from tests import tiny, tiny_families
 from tests.gpu.graphs import attach
 from tests.gpu.record import Check, Outcome, Skipped, run_checks

@@ -23,15 +23,15 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidcli import plan
-from sidcli.config import MEMORY, PRESETS, DistillConfig
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
-from sidcli.families import FAMILIES, build, clip_tokenizer
-from sidcli.hub import Silence
-from sidcli.prompts import open_prompts
-from sidcli.sampler import Plan, Sampler
-from sidcli.sources import Source, find
-from sidcli.teachers import Model, load, quiet_libraries, read_path
+from sidcli.models.families import FAMILIES, build, clip_tokenizer
+from sidcli.models.hub import Silence
+from sidcli.models.loading import Model, load, quiet_libraries, read_path
+from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sources import Source, find
+from sidcli.settings import MEMORY, PRESETS, DistillConfig
+from sidcli.training import plan
 from tests import tiny, tiny_families
 from tests.benchmarks.throughput import Naive, matrix_peak, wait
 from tests.gpu.graphs import attach

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from sidcli.config import PRESETS, DistillConfig
-from sidcli.distill import student_card
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.formats.diffusers_folder import write_student
+from sidcli.models.loading import load, quiet_libraries
+from sidcli.models.sources import find
 from sidcli.objectives.sid import SidSettings
-from sidcli.prompts import open_prompts
-from sidcli.sources import find
-from sidcli.teachers import load, quiet_libraries
+from sidcli.settings import PRESETS, DistillConfig
+from sidcli.training.distill import student_card
 from tests.gpu.graphs import attach
 from tests.gpu.record import append
 

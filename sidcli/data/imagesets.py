@@ -18,16 +18,16 @@ import numpy as np
 from PIL import Image
 
 from sidcli import __version__
+from sidcli.data.imagefiles import ImageFiles
+from sidcli.distributed import Share
 from sidcli.emoji import world
 from sidcli.environment import cache_folder
 from sidcli.files import atomic_file
-from sidcli.imagefiles import ImageFiles
+from sidcli.formats.pictures import save_png
 from sidcli.metrics.features import Extractor, in_threads
-from sidcli.parallel import Share
-from sidcli.pictures import save_png
+from sidcli.models.sampler import Drawer, Plan, png_info
+from sidcli.models.sources import Source, fingerprint
 from sidcli.progress import Progress, silent
-from sidcli.sampler import Drawer, Plan, png_info
-from sidcli.sources import Source, fingerprint
 
 UNIT = 100
 

@@ -23,19 +23,19 @@ from typing import Protocol as Shape
 import numpy as np
 import torch
 
+from sidcli.data.imagefiles import DAMAGE, ImageFiles, open_images
+from sidcli.data.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_is
+from sidcli.data.prompts import open_prompts, read_list
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.files import sha256, size_of
-from sidcli.hub import Listener
-from sidcli.imagefiles import DAMAGE, ImageFiles, open_images
-from sidcli.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_is
 from sidcli.metrics.clip import PREFIX, Clip, Embeddings, Similarity
 from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import Statistics
 from sidcli.metrics.transforms import square
 from sidcli.metrics.weights import INCEPTION, fetch
-from sidcli.prompts import open_prompts, read_list
-from sidcli.sources import WEIGHTS
+from sidcli.models.hub import Listener
+from sidcli.models.sources import WEIGHTS
 
 REFERENCE_SCENES = 10_000
 QUICK_NUM = 300

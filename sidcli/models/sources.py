@@ -13,9 +13,9 @@ from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
-from sidcli.hub import PARTS, PICKLES, Listener, Silence, fetch, needed
+from sidcli.models.hub import PARTS, PICKLES, Listener, Silence, fetch, needed
 
-WEIGHTS = Path(__file__).parent / "emoji" / "weights"
+WEIGHTS = Path(__file__).parent.parent / "emoji" / "weights"
 EMBEDDED: dict[str, tuple[Path, Path | None]] = {
     "emoji-teacher": (WEIGHTS / "teacher", None),
     "emoji": (WEIGHTS / "student", WEIGHTS / "teacher"),

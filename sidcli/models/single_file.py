@@ -20,12 +20,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sidcli.compatibility import check_entries, check_schedule, check_scheduler_class
 from sidcli.errors import InputError, first_line
-from sidcli.families import FAMILIES, TEXT_KEYS, build, describe, family_of
 from sidcli.files import atomic_file, read_bytes, read_json, save_tensors
-from sidcli.formats.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
-from sidcli.sources import check_links
+from sidcli.models.compatibility import check_entries, check_schedule, check_scheduler_class
+from sidcli.models.families import FAMILIES, TEXT_KEYS, build, describe, family_of
+from sidcli.models.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
+from sidcli.models.sources import check_links
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 """What headers call the prediction -> what schedulers call it."""

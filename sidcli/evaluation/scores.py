@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from sidcli import __version__
+from sidcli.data.imagesets import Collection, DrawnSet, FileSet
+from sidcli.distributed import Team
 from sidcli.emoji import world
-from sidcli.entrants import REAL, Entrant
 from sidcli.errors import UsageError
-from sidcli.hub import Listener
-from sidcli.imagesets import Collection, DrawnSet, FileSet
+from sidcli.evaluation.entrants import REAL, Entrant
+from sidcli.evaluation.protocols import Protocol, scenes
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
 from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
-from sidcli.parallel import Team
-from sidcli.protocols import Protocol, scenes
+from sidcli.models.hub import Listener
 
 PRDC = ("precision", "recall", "density", "coverage")
 ASKED = {

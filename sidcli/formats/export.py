@@ -19,14 +19,15 @@ from torch import Tensor
 
 from sidcli import __version__
 from sidcli.errors import GateError, InputError, UsageError
-from sidcli.families import build
 from sidcli.files import atomic_folder, check_space, sha256
-from sidcli.formats import lora, official_pkl, single_file_folder
+from sidcli.formats import lora, single_file_folder
 from sidcli.formats.card import is_deterministic, provenance, terms_of
 from sidcli.formats.order import FORMATS, Order
+from sidcli.models import official_pkl
+from sidcli.models.families import build
+from sidcli.models.loading import Description, Model
+from sidcli.models.sampler import T_INIT, Sampler, plan_for
 from sidcli.progress import Progress
-from sidcli.sampler import T_INIT, Sampler, plan_for
-from sidcli.teachers import Description, Model
 
 Known = TypeVar("Known", Model, Description)
 

@@ -6,7 +6,7 @@ only offers it on GPUs. A group is there when WORLD_SIZE says so, which `acceler
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from sidcli.environment import group
 from sidcli.errors import EnvironmentProblem
-from sidcli.models.unet import blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,10 +78,10 @@ class Team:
         size = len(samples) // self.count
         return samples[self.rank * size : (self.rank + 1) * size]
 
-    def split(self, net: nn.Module) -> None:
-        """Under `shard`, leave each process its part of the weights; call it before an optimizer sees them."""
+    def split(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Under `shard`, leave each process its part of the weights of a network and its blocks; before an optimizer sees them."""
         if self.sharded:
-            for part in (*blocks(net), net):
+            for part in (*blocks, net):
                 fully_shard(part)
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -27,21 +27,22 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sidcli import checkpoint, objectives
-from sidcli.config import DistillConfig
+from sidcli import objectives
 from sidcli.devices import pick_device
+from sidcli.distributed import count
 from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
 from sidcli.errors import UsageError
-from sidcli.families import build
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
-from sidcli.hub import Listener, Silence
+from sidcli.models.families import build
+from sidcli.models.hub import Listener, Silence
+from sidcli.models.loading import Description, Overrides, describe, latent_shape
+from sidcli.models.sources import find
 from sidcli.models.unet import Cond, add_adapters, denoise, sizes
 from sidcli.objectives.base import TEACHER, Phase, Role
-from sidcli.parallel import count
 from sidcli.progress import duration
-from sidcli.sources import find
-from sidcli.teachers import Description, Overrides, describe, latent_shape
+from sidcli.settings import DistillConfig
+from sidcli.training import checkpoint
 
 RESERVE = 0.06
 """Share of a card's memory left for what the plan does not see, such as fragmentation."""

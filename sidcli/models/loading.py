@@ -21,7 +21,12 @@ from diffusers import DDPMScheduler
 from torch import nn
 from transformers import CLIPTokenizer
 
-from sidcli.compatibility import (
+from sidcli.diffusion.path import DiscretePath
+from sidcli.errors import InputError, UsageError, first_line
+from sidcli.files import read_json
+from sidcli.models import single_file
+from sidcli.models.codec import Codec, codec_factor
+from sidcli.models.compatibility import (
     OTHER_COPY,
     OTHER_MODEL,
     SCHEDULE,
@@ -34,17 +39,12 @@ from sidcli.compatibility import (
     whole,
     wholes,
 )
-from sidcli.diffusion.path import DiscretePath
-from sidcli.errors import InputError, UsageError, first_line
-from sidcli.families import FAMILIES, build, clip_tokenizer, network_class, text_config
-from sidcli.files import read_json
-from sidcli.formats import single_file
-from sidcli.hub import PICKLES, PRECISIONS, WEIGHTS, Listener, Silence, check_weights, weights_by_variant
-from sidcli.models.codec import Codec, codec_factor
-from sidcli.rehearsal import rehearse
-from sidcli.sources import PARTS, Source, graph_format, read_card
-from sidcli.vocabulary import CLASSES as TOKENIZERS
-from sidcli.vocabulary import check_tokenizer, read_tokenizer
+from sidcli.models.families import FAMILIES, build, clip_tokenizer, network_class, text_config
+from sidcli.models.hub import PICKLES, PRECISIONS, WEIGHTS, Listener, Silence, check_weights, weights_by_variant
+from sidcli.models.rehearsal import rehearse
+from sidcli.models.sources import PARTS, Source, graph_format, read_card
+from sidcli.models.tokenizers import CLASSES as TOKENIZERS
+from sidcli.models.tokenizers import check_tokenizer, read_tokenizer
 
 LARGEST = 8192
 """Pixels on a side; more is a slip of the finger."""

@@ -22,10 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sidcli.data.tables import SUFFIXES, Table, check_kind, looks_like_table, numbered_lines, of_rows, open_table
 from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes, size_of
 from sidcli.randomness import numpy_generator
-from sidcli.tables import SUFFIXES, Table, check_kind, looks_like_table, numbered_lines, of_rows, open_table
 
 MAX_BYTES = 1 << 30
 MAX_JSON = 1 << 27

@@ -27,28 +27,29 @@ import tomli_w
 import torch
 from safetensors import SafetensorError
 
-from sidcli import __version__, checkpoint
-from sidcli.config import DistillConfig, differences
+from sidcli import __version__
+from sidcli.data.prompts import EmojiPrompts, Prompts
 from sidcli.devices import cores, pick_device, processor
 from sidcli.diffusion.sampling import exit_grid
+from sidcli.distributed import count
 from sidcli.emoji import world
 from sidcli.engine import Engine, Measurements, check_teacher
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
-from sidcli.launch import catch, give_back
-from sidcli.outputs import check_run
-from sidcli.parallel import count
-from sidcli.pictures import grid, save_png
+from sidcli.formats.outputs import check_run
+from sidcli.formats.pictures import grid, save_png
+from sidcli.models.loading import Model
+from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for
+from sidcli.models.sources import fingerprint
 from sidcli.progress import Progress
-from sidcli.prompts import EmojiPrompts, Prompts
-from sidcli.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 from sidcli.report.page import write
 from sidcli.report.run import run_page
-from sidcli.sampler import Drawer, Plan, Sampler, draw, plan_for
-from sidcli.sources import fingerprint
-from sidcli.teachers import Model
+from sidcli.settings import DistillConfig, differences
+from sidcli.training import checkpoint
+from sidcli.training.launch import catch, give_back
+from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 
 RUN_FORMAT = 1
 GRID_IMAGES = 8

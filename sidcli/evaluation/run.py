@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sidcli.entrants import entrants, look_up
+from sidcli.distributed import Team
+from sidcli.evaluation.entrants import entrants, look_up
+from sidcli.evaluation.protocols import Networks, choose, open_protocol
+from sidcli.evaluation.scores import Evaluation, Listener, Row, chosen
+from sidcli.evaluation.spec import Bound, Request
+from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.catalog import METRICS
-from sidcli.parallel import Team
-from sidcli.pictures import contact_sheet, save_png
+from sidcli.models.loading import quiet_libraries
 from sidcli.printable import json_text
-from sidcli.protocols import Networks, choose, open_protocol
 from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table, write
 from sidcli.report.run import run_sections
-from sidcli.scores import Evaluation, Listener, Row, chosen
-from sidcli.teachers import quiet_libraries
-from sidcli.wishes import Bound, Request
 
 SHOWN = 12
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.formats.inert_pickle import HINT, MAGIC, Inert, Reader, View, shown, typename
+from sidcli.models.inert_pickle import HINT, MAGIC, Inert, Reader, View, shown, typename
 
 if TYPE_CHECKING:  # the child starts without torch
     from torch import Tensor, nn

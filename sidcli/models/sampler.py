@@ -16,11 +16,11 @@ from torch import Tensor
 from sidcli.diffusion.sampling import Renoise, exit_grid, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
+from sidcli.models.loading import Description, Model
+from sidcli.models.sources import Source
 from sidcli.models.unet import TextEncoder, denoise, guided_predictions
 from sidcli.printable import json_text
 from sidcli.progress import Progress, silent
-from sidcli.sources import Source
-from sidcli.teachers import Description, Model
 
 T_INIT = 625
 """The timestep of the one-step generator in the paper; sigma / a = 2.5 there."""

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sidcli.data.imagesets import Collection, DrawnSet
+from sidcli.distributed import Share
 from sidcli.engine import Engine
-from sidcli.imagesets import Collection, DrawnSet
 from sidcli.metrics.clip import Clip, Embeddings, Similarity
 from sidcli.metrics.kid import cmmd
-from sidcli.parallel import Share
+from sidcli.models.loading import Model
+from sidcli.models.sampler import Plan, Sampler, draw, plan_for
+from sidcli.models.sources import WEIGHTS
 from sidcli.progress import Progress, silent
-from sidcli.sampler import Plan, Sampler, draw, plan_for
-from sidcli.sources import WEIGHTS
-from sidcli.teachers import Model
 
 PROXY_IMAGES = 128
 BATCH = 16

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from sidcli.outputs import Places
-from sidcli.pictures import contact_sheet, save_png
+from sidcli.formats.outputs import Places
+from sidcli.formats.pictures import contact_sheet, save_png
+from sidcli.models.sampler import Drawer, Plan, draw, png_info
+from sidcli.models.sources import Source
 from sidcli.progress import Progress
-from sidcli.sampler import Drawer, Plan, draw, png_info
-from sidcli.sources import Source
 
 SHEET_IMAGES = 100
 """Images on a contact sheet, the first ones."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from sidcli.compatibility import OTHER_COPY
 from sidcli.errors import InputError, first_line
-from sidcli.families import build
 from sidcli.models.codec import codec_factor
+from sidcli.models.compatibility import OTHER_COPY
+from sidcli.models.families import build
 from sidcli.models.unet import Cond, denoise, sizes
 
 

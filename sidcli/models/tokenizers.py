@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from sidcli.compatibility import OTHER_COPY, OTHER_MODEL, shown, whole
 from sidcli.errors import InputError, first_line
-from sidcli.families import MAX_TOKENS
 from sidcli.files import read_bytes, read_json
-from sidcli.hub import has_vocabulary
+from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, shown, whole
+from sidcli.models.families import MAX_TOKENS
+from sidcli.models.hub import has_vocabulary
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNSPECIFIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from sidcli.data.imagefiles import NOT_READ, SUFFIXES, ImageFiles, open_images
+from sidcli.data.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.hub import Listener
-from sidcli.imagefiles import NOT_READ, SUFFIXES, ImageFiles, open_images
-from sidcli.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
-from sidcli.protocols import Captions, Protocol
-from sidcli.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
-from sidcli.sources import Source, find, graph_format, read_card
-from sidcli.teachers import Description, describe, load
-from sidcli.wishes import Wish
+from sidcli.evaluation.protocols import Captions, Protocol
+from sidcli.evaluation.spec import Wish
+from sidcli.models.hub import Listener
+from sidcli.models.loading import Description, describe, load
+from sidcli.models.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
+from sidcli.models.sources import Source, find, graph_format, read_card
 
 REAL = "real scenes"
 
