@@ -47,7 +47,7 @@ class Share:
     count: int = 1
 
 
-class Team:
+class Distributed:
     """This process among `count`; `shard` splits weights, gradients and optimizer state over all of them (FSDP2)."""
 
     def __init__(self, device: torch.device, shard: bool = False):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sidcli import objectives, randomness
 from sidcli.data.prompts import Prompts
 from sidcli.diffusion.sampling import exit_grid, few_steps
-from sidcli.distributed import Team, assign, count, whole
+from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.models.families import build
 from sidcli.models.loading import Model
@@ -62,11 +62,11 @@ class TrainedNetwork:
     `net` is the network itself, `call` what is called where gradients are to be shared between processes.
     """
 
-    def __init__(self, role: Role, net: Any, config: DistillConfig, team: Team):
-        self.role, self.net, self.config, self.team = role, net, config, team
+    def __init__(self, role: Role, net: Any, config: DistillConfig, distributed: Distributed):
+        self.role, self.net, self.config, self.distributed = role, net, config, distributed
         if not role.lora:  # a LoRA's network has the teacher's own weights, whole in every process
-            team.split(net, blocks(net))
-        self.call, self.optimizer = team.prepare(net, self._optimizer())
+            distributed.split(net, blocks(net))
+        self.call, self.optimizer = distributed.prepare(net, self._optimizer())
         self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights()} if role.average else {}
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -94,10 +94,10 @@ class TrainedNetwork:
         """
         gradients = [local(value.grad) for _, value in self.weights() if value.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        broken = (self.team.sum((~torch.isfinite(norms.sum() + loss)).float()) > 0).float()
+        broken = (self.distributed.sum((~torch.isfinite(norms.sum() + loss)).float()) > 0).float()
         if self.role.clip:
             squares = norms.square().sum()
-            norm = (self.team.sum(squares) if self.team.sharded and not self.role.lora else squares).sqrt()
+            norm = (self.distributed.sum(squares) if self.distributed.sharded and not self.role.lora else squares).sqrt()
             torch._foreach_mul_(gradients, (self.role.clip / (norm + 1e-6)).clamp(max=1.0))
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(inner, Adam):
@@ -218,8 +218,8 @@ class Engine:
         self.config, self.prompts = config, prompts
         self.objective = objectives.find(config.objective.name)(config, teacher.path.steps)
         check_split(config.batch_size, count())
-        self.team = Team(device, config.shard)
-        self.device = self.team.device
+        self.distributed = Distributed(device, config.shard)
+        self.device = self.distributed.device
         self.bf16 = pick_bf16(config.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -232,7 +232,9 @@ class Engine:
                 value.data = value.data.bfloat16()
         for net in (self.teacher, *nets.values()):
             self._arrange(net)
-        self.roles = {name: TrainedNetwork(role, nets[name], config, self.team) for name, role in self.objective.roles.items()}
+        self.roles = {
+            name: TrainedNetwork(role, nets[name], config, self.distributed) for name, role in self.objective.roles.items()
+        }
         self.nets = Networks(self)
         self.empty = self.sampler.encode([""])
         self.skipped = torch.zeros((), device=self.device)
@@ -258,7 +260,7 @@ class Engine:
         """Layout, recomputation and compilation as configured; none of them changes what is computed."""
         if self.config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        if self.device.type == "cuda" and not self.team.sharded:  # FSDP2 takes contiguous parameters alone
+        if self.device.type == "cuda" and not self.distributed.sharded:  # FSDP2 takes contiguous parameters alone
             net.to(memory_format=torch.channels_last)
         if self.config.compile == "on":
             net.compile()
@@ -287,7 +289,7 @@ class Engine:
         split = phase.split and self.config.split_backward
         self.nets.training = phase.role
         for batch, last in self._batches(phase, samples):
-            with self.team.gradients(role.call, last):
+            with self.distributed.gradients(role.call, last):
                 with torch.set_grad_enabled(not split):
                     output = phase.forward(self.nets, batch)
                 with torch.no_grad():
@@ -295,10 +297,10 @@ class Engine:
                 if split:
                     output = phase.forward(self.nets, batch)
                 # Processes average their gradients; the loss is normalized by the global batch already.
-                output.backward(gradient * self.team.count)
+                output.backward(gradient * self.distributed.count)
             rows.append(torch.stack(list(values.values())))
             outputs.append(output.detach())
-        totals = self.team.sum(sum(rows[1:], rows[0]))
+        totals = self.distributed.sum(sum(rows[1:], rows[0]))
         broken = role.step(totals[0])
         self.skipped += broken
         self.skipped_in_row = (self.skipped_in_row + broken) * broken
@@ -310,7 +312,7 @@ class Engine:
 
     def _pieces(self) -> list[range]:
         """This process's samples of the global batch, by micro-batch."""
-        samples, size = self.team.share(range(self.config.batch_size)), self.config.micro_batch
+        samples, size = self.distributed.share(range(self.config.batch_size)), self.config.micro_batch
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _batches(self, phase: Phase, samples: Sequence[Tensor]) -> Iterator[tuple[Batch, bool]]:

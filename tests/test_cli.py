@@ -52,7 +52,7 @@ def test_help_and_usage_errors_never_import_anything_heavy(arguments: list[str])
 
 
 def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "250")
     assert in_process(command, "--help") == 0
     return capsys.readouterr().out
 

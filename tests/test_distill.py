@@ -64,9 +64,9 @@ class KillAt(Silent):
 
 
 def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | None = None, **more: Any) -> distill.Result:
-    rhythm = distill.Rhythm(save=more.pop("save", 2), sample=2, log=1, eval=more.pop("eval_every", 0))
+    intervals = distill.Intervals(save=more.pop("save", 2), sample=2, log=1, eval=more.pop("eval_every", 0))
     prompts = open_prompts(config.prompts)
-    return distill.run(load(find(str(folder))), config, prompts, output, "cpu", rhythm, more.get("resume"), listener or Silent())
+    return distill.run(load(find(str(folder))), config, prompts, output, "cpu", intervals, more.get("resume"), listener or Silent())
 
 
 def state(output: Path, step: int) -> dict[str, torch.Tensor]:
@@ -196,7 +196,7 @@ def test_run_json_tells_when_by_which_command_and_on_what_a_run_was_made(
 ) -> None:
     days = iter(range(1, 9))
     monkeypatch.setattr(distill, "now", lambda: f"2026-11-{next(days):02d}T10:00:00Z")
-    arguments = (open_prompts("general"), tmp_path / "run", "cpu", distill.Rhythm(save=2, sample=9, log=1), None)
+    arguments = (open_prompts("general"), tmp_path / "run", "cpu", distill.Intervals(save=2, sample=9, log=1), None)
     record = tmp_path / "run" / "run.json"
 
     class Look(KillAt):
@@ -266,7 +266,7 @@ def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_o
     monkeypatch.setattr(distill, "PROXY_IMAGES", 6)
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
     teacher = load(find("emoji-teacher"))
-    arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Rhythm(save=1, sample=5, log=1, eval=1), None)
+    arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Intervals(save=1, sample=5, log=1, eval=1), None)
 
     def measured() -> dict[int, float]:
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -290,7 +290,7 @@ def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_o
     )
     assert any(note.startswith("step 3: CMMD to the teacher") for note in listener.notes)
     distill.run(
-        load(find("emoji-teacher")), dataclasses.replace(config, steps=3), *arguments[:3], distill.Rhythm(1, 5), None, Silent()
+        load(find("emoji-teacher")), dataclasses.replace(config, steps=3), *arguments[:3], distill.Intervals(1, 5), None, Silent()
     )
     assert measured() == again, "what is not measured again is kept"
 
@@ -304,7 +304,7 @@ class KillBeforeTheFirstStep(Silent):
 @pytest.mark.check(4)
 def test_a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_drawn_all(tmp_path: Path) -> None:
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
-    arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Rhythm(save=1, sample=5, log=1, eval=1), None)
+    arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Intervals(save=1, sample=5, log=1, eval=1), None)
     with pytest.raises(Interrupted, match="interrupted; nothing to save at step 0") as stopped:
         distill.run(load(find("emoji-teacher")), config, *arguments, KillBeforeTheFirstStep())
     assert stopped.value.exit_code == 138 and not list((tmp_path / "cache").rglob("*.png"))
@@ -446,8 +446,8 @@ def test_a_checkpoint_is_written_when_the_last_one_is_too_long_ago(sd_folder: Pa
         def stepped(self, record: dict[str, Any]) -> None:
             found.append(sorted(checkpoint.numbered(tmp_path / "run" / "checkpoints")))
 
-    rhythm = distill.Rhythm(save=100, sample=100, save_seconds=0)
-    arguments = (open_prompts("general"), tmp_path / "run", "cpu", rhythm, None, Watch())
+    intervals = distill.Intervals(save=100, sample=100, save_seconds=0)
+    arguments = (open_prompts("general"), tmp_path / "run", "cpu", intervals, None, Watch())
     result = distill.run(load(find(str(sd_folder))), config, *arguments)
     assert found[3] in ([1, 2], [1, 2, 3], [2, 3]) and 0 < result.saving < result.seconds
 

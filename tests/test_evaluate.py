@@ -18,7 +18,7 @@ from PIL import Image
 
 from sidcli.data.imagefiles import open_images
 from sidcli.data.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
-from sidcli.distributed import Share, Team
+from sidcli.distributed import Distributed, Share
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
@@ -26,7 +26,7 @@ from sidcli.evaluation.entrants import REAL, Entrant, entrants, look_up
 from sidcli.evaluation.protocols import Networks, Protocol, choose, custom, emoji, listed
 from sidcli.evaluation.run import beyond, latex, page, pictures, table, unjudged
 from sidcli.evaluation.scores import ASKED, Evaluation, Row, chosen
-from sidcli.evaluation.spec import Bound, Wish, check_protocol, limits
+from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.models.hub import Silence
 from sidcli.models.sampler import Plan, png_info
@@ -192,19 +192,19 @@ def test_processes_that_share_the_work_compute_what_one_computes(tmp_path: Path,
 @pytest.mark.parametrize(
     ("text", "wish"),
     [
-        ("emoji", Wish("emoji", 50, None)),
-        ("emoji-teacher,steps=10,guidance=1.5", Wish("emoji-teacher", 10, 1.5, own=True)),
-        ("a/b@main,guidance=2", Wish("a/b@main", 50, 2.0, own=True)),
+        ("emoji", ModelSpec("emoji", 50, None)),
+        ("emoji-teacher,steps=10,guidance=1.5", ModelSpec("emoji-teacher", 10, 1.5, own=True)),
+        ("a/b@main,guidance=2", ModelSpec("a/b@main", 50, 2.0, own=True)),
     ],
 )
-def test_a_model_may_say_how_it_is_to_draw(text: str, wish: Wish) -> None:
-    assert Wish.parse(text, 50, None) == wish
+def test_a_model_may_say_how_it_is_to_draw(text: str, wish: ModelSpec) -> None:
+    assert ModelSpec.parse(text, 50, None) == wish
 
 
 @pytest.mark.parametrize("text", ["emoji,steps=x", "emoji,stops=2", "emoji,steps"])
 def test_another_word_behind_a_comma_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="neither steps=N nor guidance=G"):
-        Wish.parse(text, None, None)
+        ModelSpec.parse(text, None, None)
 
 
 def test_the_interval_of_a_share_is_written_by_its_ends() -> None:
@@ -239,7 +239,7 @@ def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(scenes_folder / "cat.png")
     Image.new("RGB", (8, 8)).save(scenes_folder / "dog.tif")
     listener = Listening()
-    look_up(Wish(str(scenes_folder)), 0, listener)
+    look_up(ModelSpec(str(scenes_folder)), 0, listener)
     assert listener.said == [
         f"{scenes_folder}: ignoring images that are not PNG, JPEG, WebP, BMP or GIF: 1 .tif",
         f"{scenes_folder}: using 10 numbered images; ignoring 1 other image",
@@ -250,12 +250,12 @@ def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:
 def test_a_file_that_is_neither_a_model_nor_a_set_of_images_is_refused(name: str, scenes_folder: Path) -> None:
     (scenes_folder / name).touch()
     with pytest.raises(InputError, match=f"{name} is neither a model nor a folder or .zip of images"):
-        look_up(Wish(str(scenes_folder / name)), 0, Silence())
+        look_up(ModelSpec(str(scenes_folder / name)), 0, Silence())
 
 
 def test_a_path_with_a_comma_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
-    assert Wish.parse(str(tmp_path / "a,b"), None, None).name == str(tmp_path / "a,b")
+    assert ModelSpec.parse(str(tmp_path / "a,b"), None, None).name == str(tmp_path / "a,b")
 
 
 @pytest.fixture
@@ -270,9 +270,9 @@ def scenes_folder(tmp_path: Path) -> Path:
 
 def test_a_folder_of_real_scenes_gets_the_numbers_of_real_scenes(scenes_folder: Path) -> None:
     rules = quick()
-    found = look_up(Wish(str(scenes_folder)), 0, Silence())
+    found = look_up(ModelSpec(str(scenes_folder)), 0, Silence())
     entered = entrants(found, rules, CPU, 10, 0, 10, None)
-    evaluation = Evaluation(rules, entered, ["kid", "clip", "noun", "color"], 10, Team(CPU))
+    evaluation = Evaluation(rules, entered, ["kid", "clip", "noun", "color"], 10, Distributed(CPU))
     evaluation.fill(Silence())
     real, ours = evaluation.rows(Silence())
     assert (real.model, real.is_real, real.n, ours.n) == (REAL, True, 10, 10)
@@ -291,8 +291,8 @@ def test_the_clip_score_falls_when_captions_are_shuffled() -> None:
     scores = []
     for captions in (said, said[1:] + said[:1]):
         collection = Collection(SceneSet(world.PROMPT_SEED), 60, captions)
-        collection.fill([rules.judges.clip], Share(), silent)
-        scores.append(collection.features(rules.judges.clip).mean())
+        collection.fill([rules.extractors.clip], Share(), silent)
+        scores.append(collection.features(rules.extractors.clip).mean())
     assert scores[0] > scores[1] + 0.3
 
 
@@ -312,8 +312,8 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
         return heavy
 
     monkeypatch.setattr("sidcli.evaluation.entrants._drawer", load_one)
-    found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in look_up(Wish.parse(text, None, None), 0, Silence())]
-    evaluation = Evaluation(rules, entrants(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Team(CPU))
+    found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in look_up(ModelSpec.parse(text, None, None), 0, Silence())]
+    evaluation = Evaluation(rules, entrants(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Distributed(CPU))
     evaluation.fill(Silence())
     assert len(opened) == 2 and held == [1, 1]
 
@@ -337,7 +337,7 @@ def test_a_table_with_more_metrics_than_models_is_turned() -> None:
 def test_a_page_points_out_a_model_only_where_it_is_better_than_the_others_beyond_the_intervals() -> None:
     rules = emoji(NETWORKS)
     entered = [Entrant(name, "", SceneSet(0), 10) for name in (REAL, "a", "b")]
-    evaluation = Evaluation(rules, entered, [], 10, Team(CPU))
+    evaluation = Evaluation(rules, entered, [], 10, Distributed(CPU))
     evaluation.metrics = ["kid", "noun", "clip"]
     rows = [real_row(kid=0, noun=9, clip=9), row("a", kid=10, noun=5, clip=5), row("b", kid=7, noun=6, clip=8)]
     scores = page(evaluation, rows, [(name, []) for name in (REAL, "a", "b")], 0).sections[0]
@@ -398,16 +398,16 @@ def test_a_model_that_a_gate_says_nothing_about_is_named() -> None:
 def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "four.txt").write_text("a cat\na dog\na bus\na car\n")
     rules = custom(NETWORKS, None, tmp_path / "four.txt")
-    entered = entrants(look_up(Wish(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    entered = entrants(look_up(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
     assert chosen([], rules, False, entered) == ["clip"]
-    assert Evaluation(rules, entered, [], None, Team(CPU)).counts == [4]
+    assert Evaluation(rules, entered, [], None, Distributed(CPU)).counts == [4]
 
 
 def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possible() -> None:
     rules = emoji(NETWORKS)
-    assert entrants(look_up(Wish("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
+    assert entrants(look_up(ModelSpec("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
     with pytest.raises(UsageError, match="one-step model; --steps 4"):
-        entrants(look_up(Wish("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
+        entrants(look_up(ModelSpec("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_without_a_reference_what_needs_none_is_measured_on_built_in_captions() 
     two = [Entrant("t", "", SceneSet(0), is_teacher=True), Entrant("s", "", SceneSet(1))]
     assert chosen([], rules, False, two) == chosen([], rules, True, two) == ["fid_teacher", "clip"]
     assert chosen(["fid"], rules, False, two) == ["fid_teacher"]
-    assert Evaluation(rules, two, [], None, Team(CPU)).counts == [300, 300]
+    assert Evaluation(rules, two, [], None, Distributed(CPU)).counts == [300, 300]
     with pytest.raises(UsageError, match="FID needs --reference FOLDER") as caught:
         chosen(["fid"], rules, False, two[1:])
     assert caught.value.hint == "--clip"
@@ -479,7 +479,7 @@ def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> N
     real = Entrant(REAL, "", SceneSet(2), is_real=True)
     assert "fid_teacher" in chosen(["fid"], rules, False, [real, *two])
     assert "fid_teacher" not in chosen(["fid"], rules, False, [real, two[1]])
-    evaluation = Evaluation(rules, two, ["fid_teacher"], 20, Team(CPU))
+    evaluation = Evaluation(rules, two, ["fid_teacher"], 20, Distributed(CPU))
     evaluation.fill(Silence())
     teacher, student = evaluation.rows(Silence())
     assert "fid_teacher" not in teacher.metrics and student.metrics["fid_teacher"].value > 0
@@ -496,7 +496,7 @@ def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so
             drawn, real = (n, 100) if few == "drawn" else (100, n)
             some = replace(rules, reference=Collection(SceneSet(world.REFERENCE_SEED), real))
             try:
-                evaluation = Evaluation(some, two, [metric], drawn, Team(CPU))
+                evaluation = Evaluation(some, two, [metric], drawn, Distributed(CPU))
             except UsageError as error:
                 least = re.search(r"needs at least (\d+) images; (?:t|the reference) has", error.message)
                 assert least is not None, error.message
@@ -518,7 +518,7 @@ def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path
     rules = emoji(NETWORKS)
     metrics = [name for name in METRICS if name not in ("fid_teacher", "fid_infinity", "fd_dinov2", "composition")]
     for reference in (Collection(SceneSet(world.REFERENCE_SEED), 30), Collection(alike, 30)):
-        one = Evaluation(replace(rules, reference=reference), [Entrant("alike", "", alike, 30)], metrics, None, Team(CPU))
+        one = Evaluation(replace(rules, reference=reference), [Entrant("alike", "", alike, 30)], metrics, None, Distributed(CPU))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             one.fill(Silence())
@@ -527,7 +527,9 @@ def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path
 
 
 def test_few_images_and_rows_of_different_sizes_are_warned_of() -> None:
-    evaluation = Evaluation(quick(), [Entrant("a", "", SceneSet(0)), Entrant("b", "", SceneSet(1), 20)], ["fid"], 30, Team(CPU))
+    evaluation = Evaluation(
+        quick(), [Entrant("a", "", SceneSet(0)), Entrant("b", "", SceneSet(1), 20)], ["fid"], 30, Distributed(CPU)
+    )
     evaluation.fill(Silence())
     different, biased = evaluation.warnings(evaluation.rows(Silence()))
     assert different == "rows of 20 and of 30 images: distances of different n do not compare"
@@ -535,7 +537,7 @@ def test_few_images_and_rows_of_different_sizes_are_warned_of() -> None:
 
 
 def test_a_model_below_real_scenes_is_explained() -> None:
-    evaluation = Evaluation(quick(), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Team(CPU))
+    evaluation = Evaluation(quick(), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Distributed(CPU))
     evaluation.fill(Silence())
     rows = [real_row(fid=25.76), row("mine", fid=23.22), row("yours", fid=26.0)]
     assert evaluation.warnings(rows)[-1].startswith("FID of mine is below that of real scenes: at this n, bias")
@@ -544,12 +546,12 @@ def test_a_model_below_real_scenes_is_explained() -> None:
 
 def test_real_scenes_are_as_many_as_the_images_beside_them(scenes_folder: Path) -> None:
     rules = emoji(NETWORKS)
-    entered = entrants(look_up(Wish(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
-    assert Evaluation(rules, entered, ["clip"], None, Team(CPU)).counts == [10, 10]
+    entered = entrants(look_up(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    assert Evaluation(rules, entered, ["clip"], None, Distributed(CPU)).counts == [10, 10]
 
 
 def test_what_is_named_twice_is_measured_once(scenes_folder: Path) -> None:
-    found = [one for _ in range(2) for name in ("emoji", str(scenes_folder)) for one in look_up(Wish(name), 0, Silence())]
+    found = [one for _ in range(2) for name in ("emoji", str(scenes_folder)) for one in look_up(ModelSpec(name), 0, Silence())]
     assert [one.name for one in entrants(found, emoji(NETWORKS), CPU, 10, 0, 10, None)] == [REAL, "emoji", str(scenes_folder)]
 
 
@@ -565,8 +567,8 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
         info = None if prompt is None else png_info(prompt, index, find("emoji"), Plan(1, grid=(625,)))
         Image.new("RGB", (64, 64)).save(folder / f"{index}.png", pnginfo=info)
     place = Path(shutil.make_archive(str(folder), "zip", folder)) if packed else folder
-    entered = entrants(look_up(Wish(str(place)), 0, Silence()), rules, CPU, None, 0, 10, None)
-    evaluation = Evaluation(rules, entered, ["clip"], None, Team(CPU))
+    entered = entrants(look_up(ModelSpec(str(place)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    evaluation = Evaluation(rules, entered, ["clip"], None, Distributed(CPU))
     listener = Listening()
     evaluation.fill(listener)
     (warning,) = evaluation.warnings([])
@@ -574,7 +576,7 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
     assert "for example 1.png: prompt 'a red" in warning and "..." in warning and "\x1b" not in warning
     assert listener.said == [], "nothing has to be drawn: the table follows at once"
     slow = Entrant("s", "", drawn_set(Painter(), 5))
-    Evaluation(rules, [*entered, slow], ["clip"], 5, Team(CPU)).fill(listener)
+    Evaluation(rules, [*entered, slow], ["clip"], 5, Distributed(CPU)).fill(listener)
     assert listener.said == [f"note: {warning}"]
 
 
@@ -592,7 +594,7 @@ def test_the_protocol_is_chosen_by_what_is_measured_or_asked_for() -> None:
 
 def test_a_model_that_does_not_draw_emoji_is_refused_by_the_emoji_protocol(sd_folder: Path) -> None:
     with pytest.raises(InputError, match="does not draw the emoji world"):
-        entrants(look_up(Wish(str(sd_folder)), 0, Silence()), emoji(NETWORKS), CPU, 10, 0, 10, None)
+        entrants(look_up(ModelSpec(str(sd_folder)), 0, Silence()), emoji(NETWORKS), CPU, 10, 0, 10, None)
 
 
 def test_an_image_folder_is_read_in_the_order_of_its_numbers(scenes_folder: Path) -> None:

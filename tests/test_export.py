@@ -45,9 +45,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 def student_of(folder: Path, config: DistillConfig, teacher: str, **changes: object) -> Model:
     settings = dataclasses.replace(config, teacher=teacher, steps=2, **changes)
     known = Overrides(settings.prediction_type, settings.model_config, settings.width, settings.height)
-    rhythm = distill.Rhythm(save=2, sample=2, log=1)
+    intervals = distill.Intervals(save=2, sample=2, log=1)
     model = load(find(teacher), known)
-    result = distill.run(model, settings, open_prompts("general"), folder / "run", "cpu", rhythm, None, Silent())
+    result = distill.run(model, settings, open_prompts("general"), folder / "run", "cpu", intervals, None, Silent())
     return load(find(str(result.run)))
 
 

@@ -21,7 +21,7 @@ from sidcli.data.imagefiles import open_images
 from sidcli.data.prompts import read_list
 from sidcli.errors import SidError
 from sidcli.evaluation.protocols import read_statistics
-from sidcli.evaluation.spec import Wish, limits
+from sidcli.evaluation.spec import ModelSpec, limits
 from sidcli.models import single_file
 from sidcli.models.hub import Silence
 from sidcli.models.loading import describe
@@ -219,5 +219,5 @@ def test_images_and_statistics(place: Path, content: bytes) -> None:
 @fuzzed
 @given(st.text(max_size=40), st.text(max_size=20))
 def test_words_of_the_command_line(name: str, bound: str) -> None:
-    survives(lambda: Wish.parse(name, None, None))
+    survives(lambda: ModelSpec.parse(name, None, None))
     survives(lambda: limits([bound, f"fid={bound}"], []))

@@ -35,7 +35,7 @@ def test_an_installation_has_every_file_of_the_package_and_the_prompts(installed
 
 
 def test_an_installation_anywhere_finds_its_general_prompts(installed: Path, tmp_path: Path) -> None:
-    program = "from sidcli import prompts; print(prompts.__file__, prompts.open_prompts('general').at(0, 5), sep='\\n')"
+    program = "from sidcli.data import prompts; print(prompts.__file__, prompts.open_prompts('general').at(0, 5), sep='\\n')"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

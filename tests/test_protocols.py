@@ -22,13 +22,13 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from sidcli.data.imagesets import SceneSet
 from sidcli.data.prompts import read_list
-from sidcli.distributed import Team
+from sidcli.distributed import Distributed
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.entrants import Entrant, entrants, look_up
 from sidcli.evaluation.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji, read_statistics
 from sidcli.evaluation.scores import Evaluation, chosen
-from sidcli.evaluation.spec import Wish
+from sidcli.evaluation.spec import ModelSpec
 from sidcli.metrics import weights
 from sidcli.metrics.clip import PREFIX, Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
@@ -68,7 +68,7 @@ def test_an_image_of_coco_is_cropped_shrunk_by_lanczos_resized_as_clean_fid_does
     channels = [Image.fromarray(np.asarray(small)[..., c].astype(np.float32)) for c in range(3)]
     resized = np.stack([np.asarray(one.resize((299, 299), Image.Resampling.BICUBIC)) for one in channels]).clip(0, 255)
     # ... and around zero.
-    look = rules.judges.features
+    look = rules.extractors.features
     assert isinstance(look, InceptionFeatures)
     expected = look.net.layers((torch.from_numpy(resized)[None] - 128) / 128).detach().numpy()
     assert rules.reference is not None
@@ -105,8 +105,8 @@ def test_the_clip_score_of_coco_is_computed_as_gigagans_code_does_and_others_see
     theirs = ((tensor + 1.0) * 127.5).clamp(0.0, 255.0).byte().permute(1, 2, 0).numpy()
     with torch.no_grad():
         truncated, exact = score(Image.fromarray(theirs), PREFIX + caption), score(Image.fromarray(image), caption)
-    assert rules.judges.clip([image], [caption])[0, 0] == pytest.approx(truncated, abs=1e-6)
-    assert custom(networks, None, None).judges.clip([image], [caption])[0, 0] == pytest.approx(exact, abs=1e-6)
+    assert rules.extractors.clip([image], [caption])[0, 0] == pytest.approx(truncated, abs=1e-6)
+    assert custom(networks, None, None).extractors.clip([image], [caption])[0, 0] == pytest.approx(exact, abs=1e-6)
     assert abs(truncated - score(Image.fromarray(image), PREFIX + caption)) > 1e-6, "the difference can be seen"
 
 
@@ -180,7 +180,9 @@ def test_the_clip_score_of_coco_is_read_through_an_architecture_and_a_file_as_vi
 
 def test_a_reference_of_statistics_is_that_of_its_images(coco_folder: Path, networks: Networks, tmp_path: Path) -> None:
     def measured(reference: Path) -> Evaluation:
-        evaluation = Evaluation(custom(networks, reference, None), [Entrant("scenes", "", SceneSet(0))], ["fid"], 20, Team(CPU))
+        evaluation = Evaluation(
+            custom(networks, reference, None), [Entrant("scenes", "", SceneSet(0))], ["fid"], 20, Distributed(CPU)
+        )
         evaluation.fill(Silence())
         return evaluation
 
@@ -247,14 +249,14 @@ def test_statistics_of_another_network_and_a_reference_too_small_are_refused_bef
 ) -> None:
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(128), sigma=np.eye(128))
     evaluation = Evaluation(
-        custom(networks, tmp_path / "narrow.npz", None), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Team(CPU)
+        custom(networks, tmp_path / "narrow.npz", None), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Distributed(CPU)
     )
     with pytest.raises(UsageError, match=r"statistics have 128 dimensions, inception .* has 2048"):
         evaluation.fill(Silence())
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
     with pytest.raises(UsageError, match="KID needs at least 2 images; the reference has 1"):
-        Evaluation(custom(networks, tmp_path / "one", None), [Entrant("a", "", SceneSet(0))], ["kid"], 20, Team(CPU))
+        Evaluation(custom(networks, tmp_path / "one", None), [Entrant("a", "", SceneSet(0))], ["kid"], 20, Distributed(CPU))
 
 
 def test_a_network_described_or_weighed_differently_is_another_network(stand_ins: dict[str, Path], tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_coco_without_its_folder_or_with_another_is_told_what_to_unpack(networks
 
 
 def test_a_custom_protocol_asks_its_captions_of_a_model(networks: Networks, tmp_path: Path) -> None:
-    found = look_up(Wish("emoji"), 0, Silence())
+    found = look_up(ModelSpec("emoji"), 0, Silence())
     np.savez(tmp_path / "some.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UsageError, match="emoji needs captions to draw"):
         entrants(found, custom(networks, tmp_path / "some.npz", None), CPU, 10, 0, 10, None)
@@ -290,7 +292,7 @@ def test_a_custom_protocol_asks_its_captions_of_a_model(networks: Networks, tmp_
     entered = entrants(found, rules, CPU, None, 0, 10, None)
     metrics = chosen([], rules, False, entered)
     assert metrics == ["clip"]
-    assert Evaluation(rules, entered, metrics, None, Team(CPU)).count(entered[0]) == 3
+    assert Evaluation(rules, entered, metrics, None, Distributed(CPU)).count(entered[0]) == 3
 
 
 def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
@@ -298,7 +300,7 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     plain = replace(networks, inception=None, clip=None, cmmd=None, dino=None)
-    photo = custom(plain, None, None).judges
+    photo = custom(plain, None, None).extractors
     with pytest.raises(InputError) as caught:
         _ = photo.features
     assert "inception-2015-12-05.pt" in caught.value.message and "HF_HUB_OFFLINE forbids" in caught.value.message
@@ -319,7 +321,7 @@ def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(
         InceptionFeatures(tmp_path / "no.pt", CPU)([image])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no open_clip_config.json"):
-        _ = emoji(replace(plain, clip=str(tmp_path / "empty"))).judges.clip
+        _ = emoji(replace(plain, clip=str(tmp_path / "empty"))).extractors.clip
 
 
 @pytest.mark.parametrize(

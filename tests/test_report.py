@@ -31,7 +31,7 @@ from sidcli.report.page import (
     Curves,
     Facts,
     Gallery,
-    Intervals,
+    IntervalRows,
     Page,
     Scores,
     Table,
@@ -122,7 +122,7 @@ def full_page(text: str = "plain") -> Page:
         text,
         (
             Table(text, ["model", text], [[Cell(names[0]), Cell(text, True)], [Cell("other"), Cell(text)]], [text]),
-            Scores(text, [Intervals(METRICS["fid"], list(zip(names, measured, strict=True)))], [text]),
+            Scores(text, [IntervalRows(METRICS["fid"], list(zip(names, measured, strict=True)))], [text]),
             Gallery(text, [text, text], gallery, [text]),
             Timeline(text, [text, text], [0, 500, 1000], strips, strips[0], [3, 4], [text]),
             Curves(text, curves, [text]),

@@ -181,7 +181,7 @@ def plan_run(
 def train(
     request: Request, console: Console, folder: Path, device: str, times: dict[str, Any], resume: Path | None, tracker: str | None
 ) -> Result:
-    """Run the training; `times` are the fields of distill.Rhythm."""
+    """Run the training; `times` are the fields of distill.Intervals."""
     request.check(folder, False, bool(times["eval"]))
     source = request.prompts(console)
     resolved, _ = request.on(console, folder, device, False, None)
@@ -198,7 +198,7 @@ def train(
     command = shlex.join(["sid", *sys.argv[1:]])
     with console.progress("distill", resolved.steps, "steps") as advance:
         listener = DistillProgress(console, advance)
-        return driver.run(loaded, resolved, source, folder, device, driver.Rhythm(**times), resume, listener, tracker, command)
+        return driver.run(loaded, resolved, source, folder, device, driver.Intervals(**times), resume, listener, tracker, command)
 
 
 def check(

@@ -23,7 +23,7 @@ from sidcli.cli.options import (
 from sidcli.devices import check_name
 from sidcli.environment import cache_folder, group
 from sidcli.errors import GateError
-from sidcli.evaluation.spec import PROTOCOLS, Files, Request, Rules, Wish, check_protocol, limits
+from sidcli.evaluation.spec import PROTOCOLS, Files, ModelSpec, Request, Rules, check_protocol, limits
 from sidcli.files import check_new, check_writable
 from sidcli.metrics.catalog import METRICS as MEASURED
 
@@ -158,7 +158,7 @@ def evaluate(
     check_protocol(protocol)
     check_column(column, prompts)
     request = Request(
-        models=[Wish.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]],
+        models=[ModelSpec.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]],
         metrics=[name for name, given in flags.items() if given],
         everything=everything,
         bounds=limits(fail_above or [], fail_below or []),

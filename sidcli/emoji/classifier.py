@@ -1,4 +1,4 @@
-"""The judge of the emoji world: names the noun and the background color of an image, and lends its features to the emoji-FID."""
+"""The extractor of the emoji world: names the noun and the background color of an image, and lends its features to the emoji-FID."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
     write_json(output / name / "sid.json", {"kind": "teacher", "world": "emoji", "guidance": 3.0, "steps_trained": steps})
 
 
-def worn(x: Tensor, step: int) -> Tensor:
+def degraded(x: Tensor, step: int) -> Tensor:
     """Images in 0..255 as a generator may draw them: half of them softened, all with a little noise."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     amount = uniform(0, "soften", step, range(len(x))).view(-1, 1, 1, 1)
@@ -348,11 +348,11 @@ def worn(x: Tensor, step: int) -> Tensor:
 
 
 def metric_batch(step: int, batch: int) -> tuple[list[world.Scene], Tensor]:
-    """Scenes for the metric networks, every twentieth one of a pair that the teacher never sees, and their worn images."""
+    """Scenes for the metric networks, every twentieth one of a pair that the teacher never sees, and their degraded images."""
     indices = range(step * batch, (step + 1) * batch)
     scenes = [world.scene(world.METRIC_SEED, index, held_out=index % 20 == 0) for index in indices]
     pixels = torch.stack([torch.from_numpy(world.render(picture)) for picture in scenes]).permute(0, 3, 1, 2).float()
-    return scenes, worn(pixels, step)
+    return scenes, degraded(pixels, step)
 
 
 def train_classifier(output: Path, steps: int, batch: int = 64) -> None:

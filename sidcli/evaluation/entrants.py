@@ -13,7 +13,7 @@ from sidcli.data.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.protocols import Captions, Protocol
-from sidcli.evaluation.spec import Wish
+from sidcli.evaluation.spec import ModelSpec
 from sidcli.models.hub import Listener
 from sidcli.models.loading import Description, describe, load
 from sidcli.models.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
@@ -24,9 +24,9 @@ REAL = "real scenes"
 
 @dataclass(frozen=True)
 class Found:
-    """What a wish's name stands for: a model that can be described, exported graphs, or images."""
+    """What a spec's name stands for: a model that can be described, exported graphs, or images."""
 
-    wish: Wish
+    spec: ModelSpec
     source: Source | None = None
     known: Description | None = None
     files: ImageFiles | None = None
@@ -40,26 +40,26 @@ class Found:
         return self.source is not None and (self.known.card if self.known else read_card(self.source)).get("world") == "emoji"
 
 
-def look_up(wish: Wish, untrained: int, listener: Listener) -> list[Found]:
-    """What a wish names; with `untrained`, a teacher and then the same as if it were a student of so many steps.
+def look_up(spec: ModelSpec, untrained: int, listener: Listener) -> list[Found]:
+    """What a spec names; with `untrained`, a teacher and then the same as if it were a student of so many steps.
 
     Raises InputError where there is neither a model nor an image of that name.
     """
-    path = Path(wish.name)
+    path = Path(spec.name)
     models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
     if path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models)):
         files = open_images(path)
         for note in files.notes:
             listener.note(note)
-        return [Found(wish, files=files)]
+        return [Found(spec, files=files)]
     if path.suffix.lower() in {*SUFFIXES, *NOT_READ, ".npz", ".tar"} and path.is_file():
         raise InputError(
             f"{path} is neither a model nor a folder or .zip of images",
             "give the folder that holds the images; --reference also takes an .npz of statistics",
         )
-    source = find(wish.name, listener)
-    found = Found(wish, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
-    return [found, replace(found, wish=replace(wish, untrained=untrained))] if untrained and found.is_teacher else [found]
+    source = find(spec.name, listener)
+    found = Found(spec, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
+    return [found, replace(found, spec=replace(spec, untrained=untrained))] if untrained and found.is_teacher else [found]
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,16 @@ def entrants(
     for one in found:
         if one.files is not None:
             size = len(one.files)
-            rows.append(Entrant(one.wish.name, f"{size} image{'s' * (size > 1)}", FileSet(one.files), size))
+            rows.append(Entrant(one.spec.name, f"{size} image{'s' * (size > 1)}", FileSet(one.files), size))
             continue
         if protocol.is_emoji and not one.is_emoji:
             raise InputError(
-                f"{one.wish.name} does not draw the emoji world",
+                f"{one.spec.name} does not draw the emoji world",
                 "--protocol coco2014-30k, or --protocol custom with --prompts FILE",
             )
         captions = protocol.captions
         if captions is None:
-            raise UsageError(f"{one.wish.name} needs captions to draw", "--prompts FILE, or --prompts general for built-in ones")
+            raise UsageError(f"{one.spec.name} needs captions to draw", "--prompts FILE, or --prompts general for built-in ones")
         count = captions.limit if captions.limit is not None else num or protocol.default_num or 0
         rows.append(_model(one, captions, protocol.held_out, count, device, seed, batch_size, place))
     return list({(row.name, row.sampling): row for row in rows}.values())
@@ -123,19 +123,19 @@ def _model(
     batch_size: int,
     place: Path | None,
 ) -> Entrant:
-    source, wish = one.source, one.wish
+    source, spec = one.source, one.spec
     assert source is not None
     opened: list[Drawer] = []
     if one.known is None:
-        if wish.own:
-            raise UsageError(f"{wish.name} holds graphs, whose sampling is fixed", "leave steps= and guidance= out")
-        plan = student_plan(read_card(source), None, None, wish.name)
-    elif wish.untrained:
-        plan = untrained_plan(wish.untrained)
-    elif one.known.is_student and not wish.own:
+        if spec.own:
+            raise UsageError(f"{spec.name} holds graphs, whose sampling is fixed", "leave steps= and guidance= out")
+        plan = student_plan(read_card(source), None, None, spec.name)
+    elif spec.untrained:
+        plan = untrained_plan(spec.untrained)
+    elif one.known.is_student and not spec.own:
         plan = plan_for(one.known)
     else:
-        plan = plan_for(one.known, wish.steps, wish.guidance)
+        plan = plan_for(one.known, spec.steps, spec.guidance)
 
     def open_drawer() -> Drawer:
         if not opened:
@@ -146,12 +146,12 @@ def _model(
         return DrawnSet(source, plan, asked.first(count), asked.key, seed, open_drawer, batch_size, place)
 
     return Entrant(
-        wish.name,
+        spec.name,
         plan.describe(),
         drawn(captions),
         captions.limit,
         drawn(held_out) if held_out else None,
-        is_teacher=one.is_teacher and not wish.untrained,
+        is_teacher=one.is_teacher and not spec.untrained,
         close=opened.clear,
     )
 

@@ -69,7 +69,7 @@ def hint(option: str) -> str:
     return f"{option} FOLDER with open_clip_config.json and open_clip_model.safetensors, or {option} ARCHITECTURE:TAG"
 
 
-class Judges(Shape):
+class Extractors(Shape):
     """The networks that look at images, each made when a metric asks for it."""
 
     @property
@@ -156,7 +156,7 @@ class Protocol:
     name: str
     captions: Captions | None
     reference: Collection | Statistics | None
-    judges: Judges
+    extractors: Extractors
     default_num: int | None
     prepare: Prepare = as_it_is
     prepared: str = ""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sidcli.distributed import Team
+from sidcli.distributed import Distributed
 from sidcli.evaluation.entrants import entrants, look_up
 from sidcli.evaluation.protocols import Networks, choose, open_protocol
 from sidcli.evaluation.scores import Evaluation, Listener, Row, chosen
@@ -20,7 +20,7 @@ from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.catalog import METRICS
 from sidcli.models.loading import quiet_libraries
 from sidcli.printable import json_text
-from sidcli.report.page import Cell, Facts, Gallery, Intervals, Page, Scores, Section, Table, write
+from sidcli.report.page import Cell, Facts, Gallery, IntervalRows, Page, Scores, Section, Table, write
 from sidcli.report.run import run_sections
 
 SHOWN = 12
@@ -69,20 +69,20 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
 
     Raises InputError for models, images or networks that are not to be had, UsageError for a request that the protocol refuses.
     """
-    team, rules = Team(device), request.protocol
+    distributed, rules = Distributed(device), request.protocol
     quiet_libraries()
-    found = [one for wish in request.models for one in look_up(wish, rules.untrained, listener)]
+    found = [one for spec in request.models for one in look_up(spec, rules.untrained, listener)]
     models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
     has_images = any(one.files is not None for one in found)
     name = choose(rules.name, models_are_emoji, has_images, bool(rules.reference or rules.prompts))
     files = request.networks
-    networks = Networks(team.device, listener, files.inception, files.clip, files.cmmd, files.dino)
+    networks = Networks(distributed.device, listener, files.inception, files.clip, files.cmmd, files.dino)
     protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)
-    entered = entrants(found, protocol, team.device, rules.num, rules.seed, request.batch_size, request.image_folder)
+    entered = entrants(found, protocol, distributed.device, rules.num, rules.seed, request.batch_size, request.image_folder)
     metrics = chosen(request.metrics, protocol, request.everything, entered, [bound.metric for bound in request.bounds])
-    evaluation = Evaluation(protocol, entered, metrics, rules.num, team)
+    evaluation = Evaluation(protocol, entered, metrics, rules.num, distributed)
     evaluation.fill(listener)
-    if not team.leads:
+    if not distributed.leads:
         return None
     rows = evaluation.rows(listener)
     warnings = [*evaluation.warnings(rows), *unjudged(rows, request.bounds)]
@@ -194,7 +194,7 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
     header, cells = turned(*listed(rows, metrics))
     captions = protocol.captions.first(SHOWN) if protocol.captions else [f"image {index}" for index in range(SHOWN)]
     scores = [
-        Intervals(
+        IntervalRows(
             METRICS[metric], [(name, row.metrics[metric]) for name, row in zip(names, rows, strict=True) if metric in row.metrics]
         )
         for metric in metrics

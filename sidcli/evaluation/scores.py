@@ -14,7 +14,7 @@ import torch
 
 from sidcli import __version__
 from sidcli.data.imagesets import Collection, DrawnSet, FileSet
-from sidcli.distributed import Team
+from sidcli.distributed import Distributed
 from sidcli.emoji import world
 from sidcli.errors import UsageError
 from sidcli.evaluation.entrants import REAL, Entrant
@@ -115,8 +115,10 @@ def chosen(
 class Evaluation:
     """Metrics of entrants under one protocol. `fill` is the work that processes share; rows are computed by the one that leads."""
 
-    def __init__(self, protocol: Protocol, entered: Sequence[Entrant], metrics: Sequence[str], num: int | None, team: Team):
-        self.protocol, self.entered, self.metrics, self.team = protocol, entered, metrics, team
+    def __init__(
+        self, protocol: Protocol, entered: Sequence[Entrant], metrics: Sequence[str], num: int | None, distributed: Distributed
+    ):
+        self.protocol, self.entered, self.metrics, self.distributed = protocol, entered, metrics, distributed
         self.num = num or protocol.default_num
         counted = [(entrant.name, self.count(entrant), FEWEST) for entrant in sorted(entered, key=lambda one: one.is_real)]
         counted += [("the reference", self.reference.count, FEWEST_REAL)] if self.reference is not None else []
@@ -129,7 +131,9 @@ class Evaluation:
                     )
         self.neighbors: tuple[Entrant, Prdc] | None = None
         """Precision, recall, density and coverage of the entrant measured last, which come together."""
-        self.judges: dict[str, Extractor] = {name: getattr(protocol.judges, name) for name in {JUDGE[metric] for metric in metrics}}
+        self.extractors: dict[str, Extractor] = {
+            name: getattr(protocol.extractors, name) for name in {JUDGE[metric] for metric in metrics}
+        }
 
     def count(self, entrant: Entrant) -> int:
         """Its images; of real scenes as many as any of the others has."""
@@ -163,7 +167,7 @@ class Evaluation:
         given = self.protocol.reference
         if isinstance(given, Statistics) and features.shape[1] != len(given.mean):
             raise UsageError(
-                f"the reference's statistics have {len(given.mean)} dimensions, {self.judges['features'].name} has {features.shape[1]}",
+                f"the reference's statistics have {len(given.mean)} dimensions, {self.extractors['features'].name} has {features.shape[1]}",
                 "statistics of Inception's 2048 features, or a folder of images",
             )
 
@@ -174,29 +178,35 @@ class Evaluation:
         """
         work: list[tuple[str, list[tuple[Collection, list[Extractor]]], Callable[[], None]]] = []
         if self.reference is not None:
-            comparing = [self.judges[name] for name in self.judges if name != "clip"]
+            comparing = [self.extractors[name] for name in self.extractors if name != "clip"]
             work.append(("reference", [(self.reference, comparing)], lambda: None))
         for entrant in self.entered:
-            parts = [(self.collection(entrant), list(self.judges.values()))]
+            parts = [(self.collection(entrant), list(self.extractors.values()))]
             held_out = self.held_out(entrant)
             if held_out:
-                parts.append((held_out, [self.judges["features"]]))
+                parts.append((held_out, [self.extractors["features"]]))
             work.append((f"{entrant.name}, {entrant.sampling}", parts, entrant.close))
-        missing = [(part, judge) for _, parts, _ in work for part, judges in parts for judge in judges if part.lacks(judge)]
-        lacking = {judge for _, judge in missing}
+        missing = [
+            (part, extractor)
+            for _, parts, _ in work
+            for part, extractors in parts
+            for extractor in extractors
+            if part.lacks(extractor)
+        ]
+        lacking = {extractor for _, extractor in missing}
         for note in self.other_prompts if any(isinstance(part.images, DrawnSet) for part, _ in missing) else []:
             listener.note(f"note: {note}")
-        for name, judge in self.judges.items():
-            if judge in lacking or (name == "features" and isinstance(self.protocol.reference, Statistics)):
-                seen = judge([np.zeros((8, 8, 3), np.uint8)], ["a"])
+        for name, extractor in self.extractors.items():
+            if extractor in lacking or (name == "features" and isinstance(self.protocol.reference, Statistics)):
+                seen = extractor([np.zeros((8, 8, 3), np.uint8)], ["a"])
                 if name == "features":
                     self.check_width(seen)
         for name, parts, close in work:
             with listener.progress(name, sum(part.count for part, _ in parts), "images") as advance:
-                for part, judges in parts:
-                    part.fill(judges, self.team.part, advance)
+                for part, extractors in parts:
+                    part.fill(extractors, self.distributed.part, advance)
             close()
-        self.team.wait()
+        self.distributed.wait()
 
     def rows(self, listener: Listener) -> list[Row]:
         with listener.progress("metrics", len(self.entered) * len(self.metrics), "numbers") as advance:
@@ -214,19 +224,19 @@ class Evaluation:
 
     def measure(self, entrant: Entrant, metric: str, found: dict[str, Measured]) -> Measured | None:
         """One number of one entrant, None where it has no such number; `found` are those measured before."""
-        judge = JUDGE[metric]
-        features = self.collection(entrant).features(self.judges[judge])
+        extractor = JUDGE[metric]
+        features = self.collection(entrant).features(self.extractors[extractor])
         if metric in ("fid", "fd_dinov2"):
-            return fid(features, self.statistics[judge])
+            return fid(features, self.statistics[extractor])
         if metric == "fid_infinity":
-            return fid_infinity(features, self.statistics[judge], found.get("fid") or fid(features, self.statistics[judge]))
+            return fid_infinity(features, self.statistics[extractor], found.get("fid") or fid(features, self.statistics[extractor]))
         if metric == "fid_teacher":
             return None if entrant is self.teacher or entrant.is_real else fid(features, self.statistics["teacher"])
         if metric == "kid":
             return self.kid(features / self.kid_unit)
         if metric in PRDC:
             if self.neighbors is None or self.neighbors[0] is not entrant:
-                real = torch.from_numpy(self.compared(judge, len(features)))
+                real = torch.from_numpy(self.compared(extractor, len(features)))
                 self.neighbors = entrant, prdc(real, torch.from_numpy(features))
             return getattr(self.neighbors[1], metric)
         if metric == "cmmd":
@@ -235,23 +245,23 @@ class Evaluation:
             return mean(features[:, 0])
         if metric == "composition":
             held_out = self.held_out(entrant)
-            return share(np.all(self.right(held_out.features(self.judges[judge]), True), axis=1)) if held_out else None
+            return share(np.all(self.right(held_out.features(self.extractors[extractor]), True), axis=1)) if held_out else None
         return share(self.right(features, False)[:, ("noun", "color").index(metric)])
 
     def right(self, features: np.ndarray, held_out: bool) -> np.ndarray:
         """Whether noun and background color are those that were asked for, bool [n, 2]."""
-        judge = self.judges["features"]
-        assert isinstance(judge, EmojiFeatures)
-        nouns, colors = judge.answers(features)
+        extractor = self.extractors["features"]
+        assert isinstance(extractor, EmojiFeatures)
+        nouns, colors = extractor.answers(features)
         asked = scenes(len(features), held_out)
         right_nouns = [world.NOUN_LIST[seen] == scene.noun for seen, scene in zip(nouns, asked, strict=True)]
         right_colors = [world.COLOR_LIST[seen] == scene.color for seen, scene in zip(colors, asked, strict=True)]
         return np.stack([right_nouns, right_colors], 1)
 
-    def compared(self, judge: str, count: int | None = None) -> np.ndarray:
+    def compared(self, extractor: str, count: int | None = None) -> np.ndarray:
         """Features of the reference; with `count`, of so many of its images, evenly spaced."""
         assert self.reference is not None
-        features = self.reference.features(self.judges[judge])
+        features = self.reference.features(self.extractors[extractor])
         return features if count is None else features[np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)]
 
     @property
@@ -277,9 +287,9 @@ class Evaluation:
         given = self.protocol.reference
         found = {"features": given} if isinstance(given, Statistics) else {}
         if self.reference is not None:
-            found |= {name: statistics(self.compared(name)) for name in self.judges if name in ("features", "dino")}
+            found |= {name: statistics(self.compared(name)) for name in self.extractors if name in ("features", "dino")}
         if self.teacher and "fid_teacher" in self.metrics:
-            found["teacher"] = statistics(self.collection(self.teacher).features(self.judges["features"]))
+            found["teacher"] = statistics(self.collection(self.teacher).features(self.extractors["features"]))
         return found
 
     @cached_property
@@ -324,9 +334,9 @@ class Evaluation:
                     )
         if "fid_teacher" in self.metrics and self.teacher and sum(entrant.is_teacher for entrant in self.entered) > 1:
             said.append(f"FID to teacher is to the images of {self.teacher.name}, {self.teacher.sampling}")
-        judge = self.judges.get("features")
-        if isinstance(judge, InceptionFeatures) and not judge.published:
-            said.append(f"{judge.file} is not the Inception of published numbers: do not compare this FID with published ones")
+        extractor = self.extractors.get("features")
+        if isinstance(extractor, InceptionFeatures) and not extractor.published:
+            said.append(f"{extractor.file} is not the Inception of published numbers: do not compare this FID with published ones")
         return said
 
     def record(self, seed: int) -> dict[str, Any]:
@@ -340,7 +350,7 @@ class Evaluation:
             "captions": {"name": protocol.captions.name, "key": protocol.captions.key} if protocol.captions else None,
             "prepared": protocol.prepared or "as it is",
             **protocol.facts,
-            "networks": {name: judge.name for name, judge in sorted(self.judges.items())},
+            "networks": {name: extractor.name for name, extractor in sorted(self.extractors.items())},
             "resize": "clean-fid, PIL bicubic per channel in float",
             "intervals": "95 %, over the drawn images; recall and coverage over the reference images",
             **(

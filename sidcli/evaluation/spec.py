@@ -15,7 +15,7 @@ PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 
 
 @dataclass(frozen=True)
-class Wish:
+class ModelSpec:
     """A model or a set of images to measure, as the command line names it, and how it is to draw.
 
     `own` says that its steps and guidance were given with its name; otherwise they are those of all teachers.
@@ -28,22 +28,22 @@ class Wish:
     own: bool = False
 
     @classmethod
-    def parse(cls, text: str, steps: int | None, guidance: float | None) -> Wish:
+    def parse(cls, text: str, steps: int | None, guidance: float | None) -> ModelSpec:
         """`NAME[,steps=N][,guidance=G]`. Raises UsageError for anything else behind a comma."""
         name, *settings = text.split(",")
         if Path(text).exists():  # a path may have commas of its own
             name, settings = text, []
-        wish = cls(name, steps, guidance)
+        spec = cls(name, steps, guidance)
         kinds: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float}
         for setting in settings:
             key, _, value = setting.partition("=")
             try:
-                wish = replace(wish, own=True, **{key.strip(): kinds[key.strip()](value)})
+                spec = replace(spec, own=True, **{key.strip(): kinds[key.strip()](value)})
             except (KeyError, ValueError) as error:
                 raise UsageError(
                     f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"
                 ) from error
-        return wish
+        return spec
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Files:
 class Request:
     """An evaluation as the command line asks for it."""
 
-    models: Sequence[Wish]
+    models: Sequence[ModelSpec]
     metrics: Sequence[str]
     everything: bool
     bounds: Sequence[Bound]

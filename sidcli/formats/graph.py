@@ -181,10 +181,10 @@ def _sizes(model: Model, multiple: int) -> str:
     if not multiple:
         return f"The size is fixed: {width} x {height} pixels."
     factor = model.codec.factor
-    told = ", and `time_ids` says both in pixels" if model.is_xl else ""
+    ids = ", and `time_ids` says both in pixels" if model.is_xl else ""
     return (
         f"Width and height may be any multiples of {multiple} pixels: the last two sides of `noise` are height and width divided by"
-        f" {factor}{told}. The model was trained at {width} x {height}."
+        f" {factor}{ids}. The model was trained at {width} x {height}."
     )
 
 

@@ -245,8 +245,8 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 def unreachable(named: str, error: Exception) -> InputError:
-    told = error.__cause__ or error  # the hub's library wraps what happened into words about connections
-    reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
+    cause = error.__cause__ or error  # the hub's library wraps what happened into words about connections
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     return InputError(
         f"cannot reach {named} on the hub, and the cache has no complete copy: {reason}",
         "run again to continue the download, set HF_HOME to a cache that has it, or pass the path of a diffusers folder",

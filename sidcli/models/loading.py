@@ -181,10 +181,10 @@ def describe(source: Source, overrides: Overrides | None = None, listener: Liste
         ) from error
 
 
-def _described(source: Source, wishes: Overrides, listener: Listener) -> Description:
+def _described(source: Source, overrides: Overrides, listener: Listener) -> Description:
     if source.is_file:
-        prediction = None if wishes.prediction_type == "auto" else wishes.prediction_type
-        file = single_file.read(source.path, Path(wishes.model_config) if wishes.model_config else None, prediction)
+        prediction = None if overrides.prediction_type == "auto" else overrides.prediction_type
+        file = single_file.read(source.path, Path(overrides.model_config) if overrides.model_config else None, prediction)
         if file.assumed:
             listener.note(f"nothing says what {source.name} predicts: epsilon is assumed; --prediction-type v_prediction otherwise")
         networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), _card_in(file)
@@ -195,15 +195,15 @@ def _described(source: Source, wishes: Overrides, listener: Listener) -> Descrip
             raise InputError(
                 f"{source.name} holds exported graphs, which only draw", "`sid sample`, or the run that they came from"
             )
-        if wishes.model_config:
+        if overrides.model_config:
             raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
         file = None
         networks, scheduler_config, empty_is_zero = _read_folder(source)
         card = read_card(source)
-        if wishes.prediction_type != "auto":
-            scheduler_config["prediction_type"] = wishes.prediction_type
+        if overrides.prediction_type != "auto":
+            scheduler_config["prediction_type"] = overrides.prediction_type
         places = {name: str(source.part(name) / "config.json") for name in networks}
-    size = _size(wishes, networks, places)
+    size = _size(overrides, networks, places)
     _check_fit(source.name, networks, places)
     path = read_path(scheduler_config)
     texts = [name for name in networks if name.startswith("text_encoder")]
@@ -291,14 +291,14 @@ def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str,
     if "sample_size" in vae and _sides(vae) is None:
         raise InputError(f"{places['vae']}: sample_size is {shown(vae['sample_size'])}, which is not an image size", OTHER_COPY)
     second = networks.get("text_encoder_2")
-    told = whole(text, "hidden_size", places["text_encoder"])
+    width = whole(text, "hidden_size", places["text_encoder"])
     if second:
-        told += whole(second, "hidden_size", places["text_encoder_2"])
+        width += whole(second, "hidden_size", places["text_encoder_2"])
     heard = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
     widths = set(heard) if isinstance(heard, list) else {heard}
-    if widths != {told}:
+    if widths != {width}:
         raise InputError(
-            f"{name}: the UNet's cross_attention_dim {heard} does not match the text encoders' width {told}", OTHER_COPY
+            f"{name}: the UNet's cross_attention_dim {heard} does not match the text encoders' width {width}", OTHER_COPY
         )
     added = unet.get("addition_embed_type") == "text_time"
     if added != bool(second):
@@ -346,14 +346,14 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
         raise InputError(f"{file} would change the weights beside it", "merge the adapter into the model, or remove it")
 
 
-def _size(wishes: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
-    """Height and width in pixels, as wished; then the UNet's configuration says so too."""
+def _size(overrides: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
+    """Height and width in pixels, of the overrides or the model; then the UNet's configuration says so too."""
     wholes(networks["vae"], "block_out_channels", places["vae"])
     factor = codec_factor(networks["vae"])
-    wanted = (wishes.height, wishes.width)
+    wanted = (overrides.height, overrides.width)
     if not all(wanted):
         height, width = _sample_size(networks["unet"], places["unet"])
-        wanted = (wishes.height or height * factor, wishes.width or width * factor)
+        wanted = (overrides.height or height * factor, overrides.width or width * factor)
     for name, side in zip(("height", "width"), wanted, strict=True):
         if not factor <= side <= LARGEST or side % factor:
             raise UsageError(f"--{name} must be a multiple of {factor} for this model, at most {LARGEST}, not {side}")

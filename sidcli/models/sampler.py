@@ -118,7 +118,7 @@ def untrained_plan(steps: int) -> Plan:
 
 
 def plan_for(model: Model | Description, steps: int | None = None, guidance: float | None = None) -> Plan:
-    """The model's own way of drawing, with the user's wishes. Raises UsageError for wishes it cannot fulfil."""
+    """The model's own way of drawing, with the user's steps and guidance. Raises UsageError for values that it cannot draw with."""
     if model.is_student:
         return student_plan(model.card, steps, guidance, model.source.name)
     check_wishes(steps, guidance)

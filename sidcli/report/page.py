@@ -84,7 +84,7 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Intervals:
+class IntervalRows:
     """One metric of several contestants on one axis."""
 
     metric: Metric
@@ -94,7 +94,7 @@ class Intervals:
 @dataclass(frozen=True)
 class Scores:
     title: str
-    metrics: Sequence[Intervals]
+    metrics: Sequence[IntervalRows]
     notes: Sequence[str] = ()
 
 
@@ -173,7 +173,7 @@ def numbers(curves: Sequence[Curve]) -> list[tuple[float, list[float | None]]]:
     return [(step, [column.get(step) for column in columns]) for step in sorted(set().union(*columns))]
 
 
-def measurements(metrics: Sequence[Intervals]) -> list[tuple[str, list[tuple[Metric, Measured | None]]]]:
+def measurements(metrics: Sequence[IntervalRows]) -> list[tuple[str, list[tuple[Metric, Measured | None]]]]:
     """(contestant, each metric and what it measured of them, if anything)."""
     columns = [(intervals.metric, dict(intervals.rows)) for intervals in metrics]
     names = dict.fromkeys(name for intervals in metrics for name, _ in intervals.rows)

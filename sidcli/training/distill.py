@@ -74,7 +74,7 @@ class Tracker(Protocol):
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class Intervals:
     """How often the loop saves, samples, logs and evaluates, in steps; changes nothing that is computed."""
 
     save: int
@@ -146,7 +146,7 @@ def run(
     prompts: Prompts,
     output: Path,
     device_name: str,
-    rhythm: Rhythm,
+    intervals: Intervals,
     resume: Path | None,
     listener: Listener,
     tracker: str | None = None,
@@ -156,40 +156,40 @@ def run(
 
     Raises InputError for a continued run whose settings changed or that another version of sid has written, Interrupted after saving
     on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite or another
-    process of the team has died.
+    process of the run has died.
     """
     check_run(output)
     check_teacher(teacher.source.name, teacher.is_student, teacher.path.steps, config)
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             engine = Engine(teacher, config, prompts, pick_device(device_name))
-        with locked(output) if engine.team.leads else nullcontext():
+        with locked(output) if engine.distributed.leads else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
                 restore(engine, output, resume, inputs, listener)
-                engine.team.wait()
-                if engine.team.leads:
-                    begin_at(engine, output, rhythm, listener)
+                engine.distributed.wait()
+                if engine.distributed.leads:
+                    begin_at(engine, output, intervals, listener)
                     write_record(output, teacher, config, engine, prompts, command)
-                engine.team.wait()
+                engine.distributed.wait()
             began_at = engine.step
             for line in introduction(engine, output):
                 listener.note(line)
             listener.started(began_at, config.steps)
-            writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs, rhythm.keep)
-            with open_tracker(tracker if engine.team.leads else None, output) as board:
-                loop = Loop(engine, output, rhythm, writer, stop, listener, board)
+            writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs, intervals.keep)
+            with open_tracker(tracker if engine.distributed.leads else None, output) as board:
+                loop = Loop(engine, output, intervals, writer, stop, listener, board)
                 seconds, record = loop.run()
             cut = engine.sampler.truncated
             if cut:
                 listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
             student = output / "student"
             finished = engine.student()
-            if engine.team.leads:
+            if engine.distributed.leads:
                 write_student(student, finished, student_card(engine, prompts))
                 complete_record(output, engine, loop.trained)
                 write(run_page(output), output / "report.html")
-            engine.team.wait()
+            engine.distributed.wait()
     return Result(output, student, engine.step, engine.step - began_at, engine.images, seconds, writer.seconds, record)
 
 
@@ -200,13 +200,13 @@ class Loop:
         self,
         engine: Engine,
         output: Path,
-        rhythm: Rhythm,
+        intervals: Intervals,
         writer: checkpoint.Writer,
         stop: StopFlag,
         listener: Listener,
         tracker: Tracker | None = None,
     ):
-        self.engine, self.output, self.rhythm, self.writer, self.stop = engine, output, rhythm, writer, stop
+        self.engine, self.output, self.intervals, self.writer, self.stop = engine, output, intervals, writer, stop
         self.listener, self.tracker = listener, tracker
         self.painter = Painter(engine, output / "samples", listener)
         self.proxy: Proxy | None = None
@@ -214,7 +214,7 @@ class Loop:
         self.returned = False
         self.saved, self.begun = engine.step, time.monotonic()
         self.saved_at = self.begun
-        self.trained = trained_seconds(output / "metrics.jsonl") if engine.team.leads else 0.0
+        self.trained = trained_seconds(output / "metrics.jsonl") if engine.distributed.leads else 0.0
         """Seconds of training time of the whole run, as of the last record; without the time that an interruption has lost."""
         self.trained_before = self.trained
 
@@ -222,25 +222,25 @@ class Loop:
         """Returns the seconds it took and the last record. Raises Interrupted after saving, SidError where it diverges."""
         with self.writer:
             self.train()
-            self.look(bool(self.rhythm.eval), True)
+            self.look(bool(self.intervals.eval), True)
         return time.monotonic() - self.begun, self.record
 
     def train(self) -> None:
-        engine, rhythm = self.engine, self.rhythm
+        engine, intervals = self.engine, self.intervals
         done = 0
         while engine.step < engine.config.steps:
-            self.look(bool(rhythm.eval) and engine.step % rhythm.eval == 0, engine.step % rhythm.sample == 0)
+            self.look(bool(intervals.eval) and engine.step % intervals.eval == 0, engine.step % intervals.sample == 0)
             result = engine.train_step()
             done += 1
             finished = engine.step == engine.config.steps
-            if engine.step % rhythm.log == 0 or engine.step == 1 or finished:
+            if engine.step % intervals.log == 0 or engine.step == 1 or finished:
                 self.report(result, done * engine.config.batch_size / (time.monotonic() - self.begun))
             self.listener.stepped({**self.record, "step": engine.step})
-            if engine.step % rhythm.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
+            if engine.step % intervals.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
                 self.go_back()
                 continue
             stopped, late = self.asked()
-            due = (late or engine.step % rhythm.save == 0) and not result.skipped_in_row
+            due = (late or engine.step % intervals.save == 0) and not result.skipped_in_row
             if due or finished:
                 self.save()
             if stopped:
@@ -252,7 +252,7 @@ class Loop:
             return
         paused = time.monotonic()
         student = self.engine.student()
-        if self.engine.team.leads:
+        if self.engine.distributed.leads:
             with suppress(Interrupted), self.stop.at_once():
                 if evaluate:
                     self.evaluate(student)
@@ -303,7 +303,7 @@ class Loop:
             "images_per_second": round(rate, 3),
             "memory_gb": peak_memory(self.engine),
         }
-        if self.engine.team.leads:
+        if self.engine.distributed.leads:
             self.write(self.record)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -313,11 +313,13 @@ class Loop:
 
     def asked(self) -> tuple[int, bool]:
         """The signal that asks to stop, 0 for none, and whether the last checkpoint is too long ago; all processes agree on it."""
-        team, number = self.engine.team, self.stop.number
-        late = team.leads and time.monotonic() - self.saved_at > self.rhythm.save_seconds
-        if team.accelerator is None:
+        distributed, number = self.engine.distributed, self.stop.number
+        late = distributed.leads and time.monotonic() - self.saved_at > self.intervals.save_seconds
+        if distributed.accelerator is None:
             return number, late
-        heard, total, late_ones = team.sum(torch.tensor([number > 0, number, late], dtype=torch.float, device=team.device)).tolist()
+        heard, total, late_ones = distributed.sum(
+            torch.tensor([number > 0, number, late], dtype=torch.float, device=distributed.device)
+        ).tolist()
         return round(total / heard) if heard else 0, late_ones > 0
 
     def go_back(self) -> None:
@@ -333,8 +335,8 @@ class Loop:
             )
         self.engine.load(found.step, checkpoint.read(found))
         self.returned, self.saved = True, found.step
-        if self.engine.team.leads:
-            forget_after(self.output / "metrics.jsonl", found.step, bool(self.rhythm.eval))
+        if self.engine.distributed.leads:
+            forget_after(self.output / "metrics.jsonl", found.step, bool(self.intervals.eval))
         self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
 
     def save(self) -> None:
@@ -343,12 +345,12 @@ class Loop:
         if engine.step == self.saved:
             return
         self.saved, self.saved_at = engine.step, time.monotonic()
-        if not (engine.team.leads or engine.team.sharded):
+        if not (engine.distributed.leads or engine.distributed.sharded):
             return
         room = psutil.virtual_memory().available > 2 * engine.state_bytes
         with self.writer.waiting():
             tensors = engine.tensors(copy=room)
-        if engine.team.leads:
+        if engine.distributed.leads:
             self.writer.write(engine.step, tensors)
             if not room:
                 self.writer.finish()
@@ -356,13 +358,13 @@ class Loop:
     def settle(self) -> None:
         """Wait until the last checkpoint is on disk, in every process."""
         self.writer.finish()
-        self.engine.team.wait()
+        self.engine.distributed.wait()
 
 
 @contextmanager
 def advice(config: DistillConfig) -> Iterator[None]:
     """Raises EnvironmentProblem where memory runs out, of the GPU or the machine, with the switches that are still to try, and SidError
-    where a process of the team does not answer any more."""
+    where another process of the run does not answer any more."""
     try:
         yield
     except SidError:
@@ -447,18 +449,18 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
     listener.note(f"continuing from step {found.step}")
 
 
-def begin_at(engine: Engine, output: Path, rhythm: Rhythm, listener: Listener) -> None:
+def begin_at(engine: Engine, output: Path, intervals: Intervals, listener: Listener) -> None:
     """Make the run folder one that has come to the engine's step and no further, with room for the checkpoints that follow.
 
     Raises EnvironmentProblem where the disk has none.
     """
     checkpoints = output / "checkpoints"
     clear_leftovers(output)
-    forget_after(output / "metrics.jsonl", engine.step, bool(rhythm.eval))
+    forget_after(output / "metrics.jsonl", engine.step, bool(intervals.eval))
     for folder in checkpoint.set_aside(checkpoints, engine.step):
         listener.note(f"set aside: {folder}; delete it if you do not need it")
     if engine.step < engine.config.steps:
-        checkpoint.check_room(checkpoints, engine.state_bytes, rhythm.keep)
+        checkpoint.check_room(checkpoints, engine.state_bytes, intervals.keep)
 
 
 def forget_after(metrics: Path, step: int, evaluates: bool) -> None:
@@ -479,7 +481,7 @@ def forget_after(metrics: Path, step: int, evaluates: bool) -> None:
 
 def introduction(engine: Engine, output: Path) -> list[str]:
     """What a run is about to do, for people: output, steps, batch, device and precision."""
-    config, processes = engine.config, engine.team.count
+    config, processes = engine.config, engine.distributed.count
     if engine.step == config.steps and (output / "student").is_dir():
         return [f"{output} is finished: all {config.steps} steps are done; train longer with a higher --steps"]
     accumulation = -(-config.batch_size // (processes * config.micro_batch))
@@ -539,7 +541,7 @@ def write_record(output: Path, teacher: Model, config: DistillConfig, engine: En
             "processor": processor(),
             "cores": cores(),
             "threads": torch.get_num_threads(),
-            "processes": engine.team.count,
+            "processes": engine.distributed.count,
             "bf16": engine.bf16,
         },
     )
@@ -576,7 +578,7 @@ class Painter:
         self.texts = sample_prompts(engine, folder / "prompts.json")
         # A run that begins anew in its folder may have another teacher.
         self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
-        if engine.team.leads:
+        if engine.distributed.leads:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
     def paint(self, student: Model) -> None:

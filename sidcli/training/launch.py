@@ -58,21 +58,21 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # Each process would otherwise use every core.
     shared |= {"OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))}
-    team = []
+    distributed = []
     for rank in range(count):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # In a process group of its own, so that a Ctrl-C reaches it once, through `forward`, and not from the terminal as well.
         command = [sys.executable, "-m", "sidcli", *arguments]
-        team.append(subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_die_with_parent))
+        distributed.append(subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_die_with_parent))
 
     def forward(number: int, frame: FrameType | None) -> None:
-        for process in team:
+        for process in distributed:
             if process.poll() is None:
                 process.send_signal(number)
 
     before = catch(forward)
     try:
-        code = _wait(team)
+        code = _wait(distributed)
     finally:
         give_back(before)
     if code > 128 and code - 128 not in STOPPING:
@@ -82,15 +82,15 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     return code
 
 
-def _wait(team: list[subprocess.Popen[bytes]]) -> int:
+def _wait(distributed: list[subprocess.Popen[bytes]]) -> int:
     deadline = None
-    while any(process.poll() is None for process in team):
-        failed = [process for process in team if process.poll()]
+    while any(process.poll() is None for process in distributed):
+        failed = [process for process in distributed if process.poll()]
         if failed and deadline is None:
             deadline = time.monotonic() + PATIENCE
         if deadline and time.monotonic() > deadline:
-            for process in team:
+            for process in distributed:
                 process.kill()
         time.sleep(0.1)
-    codes = [process.returncode for process in team]
+    codes = [process.returncode for process in distributed]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sidcli.training import checkpoint
-from sidcli.training.distill import Rhythm
+from sidcli.training.distill import Intervals
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("loading", "first picture", "step", "saving", "teacher's images for --eval-every", "step, two processes")
@@ -66,8 +66,8 @@ def trial(gigabytes: float, device: str) -> dict[str, Any]:
         "copy": round(copied - begun, 2),
         "write": round(wrote - copied, 2),
         "verify": round(verified - wrote, 2),
-        "share_at_default": round((copied - begun) / Rhythm(1, 1).save_seconds, 5),
-        "share_if_training_waited": round((wrote - begun) / Rhythm(1, 1).save_seconds, 5),
+        "share_at_default": round((copied - begun) / Intervals(1, 1).save_seconds, 5),
+        "share_if_training_waited": round((wrote - begun) / Intervals(1, 1).save_seconds, 5),
     }
 
 
