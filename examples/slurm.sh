@@ -1,0 +1,10 @@
+#!/bin/bash
+#SBATCH --job-name=sid
+#SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8
+#SBATCH --time=24:00:00 --signal=USR1@300 --requeue
+# Two nodes of eight GPUs. SIGUSR1, sent 300 seconds before the time is over, saves; the same job continues.
+set -euo pipefail
+export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+srun bash -c 'accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank $SLURM_NODEID \
+    --main_process_ip $HEAD --main_process_port 29500 \
+    -m sidcli distill --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --output /shared/run'

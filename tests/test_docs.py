@@ -1,0 +1,69 @@
+"""README, docs and examples: commands that parse, links that lead somewhere, scripts that run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from sidcli.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """The `sid` commands of a page, in blocks and in running text; not those with an ellipsis."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```(?:bash|console)\n(.*?)^```", text, flags=re.S | re.M)).replace("\\\n", " ")
+    lines = [line.removeprefix("$ ").split("  #")[0] for line in blocks.splitlines()]
+    inline = [match.replace("\n", " ") for match in re.findall(r"`(sid (?:distill|sample|eval|export) [^`]+)`", text)]
+    found = [line for line in lines if line.startswith("sid ")] + inline
+    return [command for command in found if "..." not in command]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_has_the_arguments_of_its_command(page: Path) -> None:
+    application = typer.main.get_command(app)
+    for text in commands(page):
+        _, name, *arguments = shlex.split(text, comments=True)
+        command = application.commands[name]  # type: ignore[attr-defined]
+        try:
+            command.make_context(name, list(arguments))
+        except typer.TyperException as error:
+            raise AssertionError(f"{text}: {error.format_message()}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.is_file(), f"{page.name}: {target}"
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in headings], target
+
+
+def test_the_readme_has_at_most_160_lines() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_the_script_for_continuous_integration_runs(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    small = {"STEPS": "1", "NUM": "20", "FID": "1000000", "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", ROOT / "examples" / "ci.sh"], cwd=tmp_path, env=os.environ | small, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"cat.png", "run", "scores.json", "student"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_slurm_script_is_bash_and_its_training_has_the_options_of_sid() -> None:
+    script = ROOT / "examples" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    (line,) = re.findall(r"-m sidcli distill ([^']+)'", script.read_text(encoding="utf-8"))
+    typer.main.get_command(app).commands["distill"].make_context("distill", shlex.split(line))  # type: ignore[attr-defined]
