@@ -51,8 +51,9 @@ class Prompts(Protocol):
 
 def shipped_folder() -> Path:
     """The folder `prompts/` of the repository, which an installation has inside the package, as `sidcli/prompt_lists/`."""
-    installed = Path(__file__).with_name("prompt_lists")
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "prompts"
+    package = Path(__file__).parent.parent
+    installed = package / "prompt_lists"
+    return installed if installed.is_dir() else package.parent / "prompts"
 
 
 @dataclass(frozen=True, eq=False)
