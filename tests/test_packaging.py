@@ -40,7 +40,7 @@ def test_an_installation_anywhere_finds_its_general_prompts(installed: Path, tmp
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     file, prompt = done.stdout.splitlines()
-    assert Path(file).parent == installed / "sidcli"
+    assert Path(file).parent.parent == installed / "sidcli"
     from sidcli.data.prompts import open_prompts
 
     assert prompt == open_prompts("general").at(0, 5)
