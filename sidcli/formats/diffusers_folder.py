@@ -1,7 +1,7 @@
 """A one-step student as a plain diffusers pipeline folder: stock code runs it with num_inference_steps=1, guidance_scale=0.
 
 The trick is the scheduler: EulerDiscrete over the first t_init + 1 betas with trailing spacing starts at t_init with
-sigma_t_init z and steps straight to the clean latent, which is what the one-step generator computes (artifacts 3).
+sigma_t_init z and steps straight to the clean latent, which is what the one-step generator computes.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Naive:
-    """SiD-LSG as its authors' loop computes it (method 1.8 and 1.14), at guidance 2 everywhere."""
+    """SiD-LSG as its authors' loop computes it (arXiv 2406.01561), at guidance 2 everywhere."""
 
     def __init__(self, teacher: Model, config: DistillConfig, device: torch.device):
         self.config, self.device, self.model = config, device, teacher
