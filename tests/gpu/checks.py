@@ -29,7 +29,7 @@ from sidcli.engine import Engine
 from sidcli.models.loading import load, quiet_libraries
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find
-from sidcli.settings import MEMORY, DistillConfig, strategy
+from sidcli.settings import MEMORY, DistillConfig
 from tests import tiny, tiny_families
 from tests.gpu.graphs import attach
 from tests.gpu.record import Check, Outcome, Skipped, run_checks
@@ -65,7 +65,7 @@ class Place:
     def engine(self, kind: str, device: torch.device, **settings: Any) -> Engine:
         base = {"precision": "fp32", "compile": "off", "batch_size": self.batch, "micro_batch": self.batch}
         base |= {"lr_fake": 1e-4, "lr_generator": 1e-4, "prompts": "emoji" if kind == "emoji" else "general"}
-        config = DistillConfig(teacher=kind, **(base | strategy("lsg", 2.0) | settings))
+        config = DistillConfig(teacher=kind, **(base | settings))
         return perturbed(Engine(load(find(self.path(kind))), config, open_prompts(config.prompts), device))
 
 
@@ -78,7 +78,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def both(place: Place, kind: str, other: dict[str, Any], **settings: Any) -> dict[str, float]:
     """Distances of the gradients of both phases on the device, with `other` settings and without."""
     found = {}
-    for phase in ("fake", "generator"):
+    for phase in ("fake_score", "generator"):
         plain = gradient(place.engine(kind, place.device, **settings), phase)
         found[phase] = distance(gradient(place.engine(kind, place.device, **(settings | other)), phase), plain)
     return found
@@ -90,7 +90,7 @@ def judged(values: dict[str, float], bound: float) -> Outcome:
 
 def against_the_cpu(place: Place, kind: str, **settings: Any) -> Outcome:
     found = {}
-    for phase in ("fake", "generator"):
+    for phase in ("fake_score", "generator"):
         on_cpu = gradient(place.engine(kind, CPU, **settings), phase)
         found[phase] = distance(gradient(place.engine(kind, place.device, **settings), phase), on_cpu)
     return judged(found, FLOAT32)
@@ -136,7 +136,7 @@ def graphs(place: Place) -> Outcome:
     if place.device.type != "cuda":
         raise Skipped("needs a GPU")
     found = {}
-    for phase in ("fake", "generator"):
+    for phase in ("fake_score", "generator"):
         plain, recorded = (place.engine("emoji", place.device, precision="bf16") for _ in range(2))
         recorder = attach(recorded)
         found[phase] = distance(gradient(recorded, phase), gradient(plain, phase))
@@ -152,14 +152,14 @@ def recipes(place: Place) -> Outcome:
     found = {}
     for name, recipe in MEMORY.items():
         settings = recipe | {"precision": "bf16", "fake_lora": min(4, recipe.get("fake_lora", 0)), "micro_batch": 2}
-        numbers = place.engine("emoji", place.device, **settings).advance().numbers()
+        numbers = place.engine("emoji", place.device, **settings).train_step().numbers()
         found[name] = {key: round(value, 5) for key, value in numbers.items()}
     return Outcome(found, all(row["skipped"] == 0 for row in found.values()), "no update skipped")
 
 
 def two_processes(place: Place, shard: bool = False) -> Outcome:
     """Two processes on one device, over gloo, because NCCL refuses to have both on one card."""
-    alone = {phase: gradient(place.engine("emoji", place.device), phase).cpu() for phase in ("fake", "generator")}
+    alone = {phase: gradient(place.engine("emoji", place.device), phase).cpu() for phase in ("fake_score", "generator")}
     file = place.folder / f"two-{shard}.pt"
     port = str(29500 + os.getpid() % 500 + shard)
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -190,7 +190,7 @@ def worker(file: str, device: str, batch: str, shard: str) -> None:
     place = Place(device, False)
     place.batch = int(batch)
     found = {}
-    for phase in ("fake", "generator"):
+    for phase in ("fake_score", "generator"):
         engine = place.engine("emoji", place.device, shard=shard == "1")
         found[phase] = gradient(engine, phase).cpu()
     if os.environ["RANK"] == "0":

@@ -148,7 +148,8 @@ def engine(
     if arrange:
         arrange(built)
     clock = Clock(lab)
-    built._update, built.update_average = clock.wrap(built._update), clock.wrap(built.update_average)  # type: ignore[method-assign]
+    for role in built.roles.values():
+        role.step, role.update_average = clock.wrap(role.step), clock.wrap(role.update_average)  # type: ignore[method-assign]
     with context or nullcontext():
         warm, _ = timed(lab, built.train_step, 0)
         clock.seconds = 0.0
