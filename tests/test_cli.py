@@ -140,7 +140,7 @@ def test_values_complete_in_the_shell(
         (["sample", "a cat", "--model", "emoji-teacher", "--guidance", "nan"], 2, "--guidance must be finite"),
         (["sample", "cat \udcff"], 2, "not valid UTF-8"),
         (["distill", "--images", "-5"], 2, "--images must be at least 1, not -5"),
-        (["distill", "--tracker", "foo"], 2, "--tracker must be tensorboard or wandb, not 'foo'"),
+        (["distill", "--tracker", "foo"], 2, "Invalid value for '--tracker': 'foo' is not one of 'tensorboard', 'wandb'."),
         (["distill", "--resume", "nowhere"], 3, "nowhere is not a checkpoint"),
         (["distill", "--dry-run", "--t-init", "1000"], 2, "the teacher's schedule has 1000 timesteps"),
         (["distill", "--dry-run", "--teacher", "emoji"], 3, "student already"),

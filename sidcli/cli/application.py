@@ -82,6 +82,7 @@ def main() -> None:
         sys.exit(app(prog_name="sid", standalone_mode=False))
     except typer.TyperException as error:
         if message := error.format_message():  # of a bare `sid` there is none: it has shown its help
+            message = message.replace("Value error, ", "")  # of pydantic, which checks the types of options
             _say(UsageError(message, f"{getattr(getattr(error, 'ctx', None), 'command_path', 'sid')} --help"))
         sys.exit(error.exit_code)
     except SidError as error:

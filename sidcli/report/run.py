@@ -100,7 +100,7 @@ def _sections(run: Run) -> tuple[Section, ...]:
     sections = (
         _overview(run),
         _timeline(run.folder / "samples"),
-        _curves("Progress", PROXIES, curves, (*_reading(run), LOOK, *_goal(run), *([RATIO] if "ratio" in curves else []))),
+        _curves("Progress", PROXIES, curves, (_reading(run), *_goal(run), *([RATIO] if "ratio" in curves else []))),
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
         _curves("Speed and memory", COSTS, curves, from_zero=True),
         _commands(run),
@@ -111,10 +111,10 @@ def _sections(run: Run) -> tuple[Section, ...]:
     return tuple(section for section in sections if section is not None)
 
 
-def _reading(run: Run) -> tuple[str, ...]:
-    """How to read the losses of the run's objective."""
+def _reading(run: Run) -> str:
+    """How to read the losses of the run's objective, and what to look at instead."""
     objective = OBJECTIVES.get(str(flat(run.config).get("objective", "sid")))
-    return (objective.reads,) if objective else ()
+    return f"{objective.reads} {LOOK}" if objective else LOOK
 
 
 def _goal(run: Run) -> tuple[str, ...]:
