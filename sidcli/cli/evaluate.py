@@ -174,9 +174,10 @@ def evaluate(
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
     with open_console(as_json, quiet, stopped, smaller) as console:
+        where = choose_device(device, console)
         from sidcli.evaluation.run import run
 
-        if outcome := run(request, choose_device(device, console), console):
+        if outcome := run(request, where, console):
             show(outcome, console, as_json, as_latex, picture, report)
 
 
