@@ -68,7 +68,7 @@ def teacher(folder: Path, prediction: str) -> Path:
     return folder
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
+def run(name: str, folder: Path, steps: int = STEPS) -> dict[str, Any]:
     """Losses and other measurements [step], gradient norms [update] and hashes of the state after the last step."""
     given = dict(SETTINGS[name])
     objective = SidSettings(**strategy(given.pop("strategy", "lsg"), None))
@@ -86,7 +86,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         step(optimizer)
 
     with mock.patch.object(Adam, "step", measured):
-        numbers = [engine.train_step().numbers() for _ in range(STEPS)]
+        numbers = [engine.train_step().numbers() for _ in range(steps)]
     return {
         "measured": {key: [row[key] for row in numbers] for key in numbers[0]},
         "gradient_norms": norms,

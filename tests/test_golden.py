@@ -12,8 +12,9 @@ RECORD = read_json(golden.RECORD)
 
 @pytest.mark.parametrize("name", golden.SETTINGS)
 def test_ten_steps_end_as_they_were_recorded(name: str, tmp_path: Path) -> None:
-    found, wanted = golden.run(name, tmp_path), RECORD["runs"][name]
-    if golden.machine() == RECORD["machine"]:
+    same_machine, wanted = golden.machine() == RECORD["machine"], RECORD["runs"][name]
+    found = golden.run(name, tmp_path, golden.STEPS if same_machine else 1)
+    if same_machine:
         assert {key: found[key] for key in wanted} == wanted
     else:
         for key, values in wanted["measured"].items():
