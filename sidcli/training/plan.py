@@ -154,6 +154,8 @@ def activations(
     if lora:
         with torch.device("meta"):
             add_adapters(net, lora)
+        if not trained:
+            net.requires_grad_(False)
     meter = Activations(net, config.gradient_checkpointing)
     with meter.counted(), Autocast(device_type) if config.precision == "bf16" else nullcontext():
         forward(net, rows, cond)
