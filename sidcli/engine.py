@@ -66,12 +66,14 @@ class TrainedNetwork:
         self.role, self.net, self.config, self.distributed = role, net, config, distributed
         if not role.lora:  # a LoRA's network has the teacher's own weights, whole in every process
             distributed.split(net, blocks(net))
+        self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
+        """The weights that are trained, by name."""
         self.call, self.optimizer = distributed.prepare(net, self._optimizer())
-        self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights()} if role.average else {}
+        self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights} if role.average else {}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config, role = self.config, self.role
-        values = [value for _, value in self.weights()]
+        values = [value for _, value in self.weights]
         if config.optimizer == "adam":
             return Adam(values, role.lr, role.betas, config.adam_eps, role.weight_decay, config.offload_optimizer)
         try:
@@ -79,10 +81,6 @@ class TrainedNetwork:
         except ImportError as error:
             raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install bitsandbytes") from error
         return AdamW8bit(values, lr=role.lr, betas=role.betas, eps=config.adam_eps, weight_decay=role.weight_decay)
-
-    def weights(self) -> list[tuple[str, nn.Parameter]]:
-        """The weights that are trained, by name."""
-        return [(name, value) for name, value in self.net.named_parameters() if value.requires_grad]
 
     def _kept(self, value: Tensor) -> Tensor:
         return value.cpu() if self.config.offload_average else value
@@ -92,7 +90,7 @@ class TrainedNetwork:
 
         This is decided on the device, so nothing waits.
         """
-        gradients = [local(value.grad) for _, value in self.weights() if value.grad is not None]
+        gradients = [local(value.grad) for _, value in self.weights if value.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         broken = (self.distributed.sum((~torch.isfinite(norms.sum() + loss)).float()) > 0).float()
         if self.role.clip:
@@ -111,12 +109,12 @@ class TrainedNetwork:
     def update_average(self, update: int) -> None:
         """average <- beta average + (1 - beta) weights, with `ema_beta` after `update` updates before this one."""
         beta = ema_beta(update * self.config.batch_size, self.config)
-        values = [self._kept(local(value.detach())) for _, value in self.weights()]
+        values = [self._kept(local(value.detach())) for _, value in self.weights]
         torch._foreach_lerp_([local(value) for value in self.average.values()], values, 1.0 - beta)
 
     def tensors(self, name: str, copy: bool) -> dict[str, dict[str, Tensor]]:
         """The state by file, whole and on the CPU."""
-        files = {name: dict(self.weights())}
+        files = {name: dict(self.weights)}
         if self.role.average:
             files["average"] = self.average  # type: ignore[assignment]
         found = {file: {key: whole(value, copy) for key, value in tensors.items()} for file, tensors in files.items()}
@@ -124,7 +122,7 @@ class TrainedNetwork:
 
     def load(self, name: str, files: dict[str, dict[str, Tensor]]) -> None:
         """Raises KeyError or RuntimeError where names or shapes differ."""
-        for key, value in self.weights():
+        for key, value in self.weights:
             assign(value, files[name][key])
         for key, average in self.average.items():
             assign(average, files["average"][key])
@@ -194,7 +192,7 @@ class Networks:
     def _frozen(self) -> Iterator[None]:
         """A block in which the weights of all networks but the one in training take no gradient: graphs keep nothing for them."""
         roles = self._engine.roles
-        others = [value for name, trained in roles.items() if name != self.training for _, value in trained.weights()]
+        others = [value for name, trained in roles.items() if name != self.training for _, value in trained.weights]
         for value in others:
             value.requires_grad_(False)
         try:
@@ -226,15 +224,14 @@ class Engine:
         self.sampler = Sampler(teacher, self.device)
         self.path = teacher.path
         self.teacher = self.sampler.unet
-        nets = {name: self._trainable(role) for name, role in self.objective.roles.items()}
+        roles = self.objective.roles
+        nets = {name: self._trainable(role) for name, role in roles.items()}
         if config.teacher_bf16 and self.bf16:
             for value in self.teacher.parameters():
                 value.data = value.data.bfloat16()
         for net in (self.teacher, *nets.values()):
             self._arrange(net)
-        self.roles = {
-            name: TrainedNetwork(role, nets[name], config, self.distributed) for name, role in self.objective.roles.items()
-        }
+        self.roles = {name: TrainedNetwork(role, nets[name], config, self.distributed) for name, role in roles.items()}
         self.nets = Networks(self)
         self.empty = self.sampler.encode([""])
         self.skipped = torch.zeros((), device=self.device)
@@ -276,14 +273,18 @@ class Engine:
         """One training step: the phases of the objective, in order."""
         values: Values = {}
         samples: list[Tensor] = []
-        for phase in self.objective.phases(self.step):
-            measured, samples = self.run_phase(phase, samples)
+        phases = self.objective.phases(self.step)
+        for phase, following in zip(phases, [*phases[1:], None], strict=True):
+            measured, samples = self.run_phase(phase, samples, keep=following is not None and following.inputs.reuse)
             values |= measured
         self.step += 1
         return Measurements(values, self.skipped.clone(), self.skipped_in_row.clone())
 
-    def run_phase(self, phase: Phase, samples: Sequence[Tensor] = ()) -> tuple[Values, list[Tensor]]:
-        """One update of one network. `samples`: outputs of the phase before, by micro-batch. Returns measurements and own outputs."""
+    def run_phase(self, phase: Phase, samples: Sequence[Tensor] = (), keep: bool = False) -> tuple[Values, list[Tensor]]:
+        """One update of one network. `samples`: outputs of the phase before, by micro-batch.
+
+        Returns measurements and, with `keep`, the outputs of this phase.
+        """
         role, outputs = self.roles[phase.role], []
         rows: list[Tensor] = []
         split = phase.split and self.config.split_backward
@@ -299,7 +300,8 @@ class Engine:
                 # Processes average their gradients; the loss is normalized by the global batch already.
                 output.backward(gradient * self.distributed.count)
             rows.append(torch.stack(list(values.values())))
-            outputs.append(output.detach())
+            if keep:
+                outputs.append(output.detach())
         totals = self.distributed.sum(sum(rows[1:], rows[0]))
         broken = role.step(totals[0])
         self.skipped += broken
@@ -320,7 +322,7 @@ class Engine:
         pieces = self._pieces()
         for index, piece in enumerate(pieces):
             batch = self._batch((phase.inputs, self.step, piece))
-            if phase.reuse:
+            if phase.inputs.reuse:
                 batch = dataclasses.replace(batch, samples=samples[index])
             yield batch, index == len(pieces) - 1
 
@@ -358,9 +360,11 @@ class Engine:
             drops = randomness.uniform(seed, "caption dropout", turn, samples) < inputs.dropout
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, drops.tolist(), strict=True)]
         visits = 1
-        if config.student_steps > 1:
+        if inputs.reuse:
+            visits = 0
+        elif config.student_steps > 1:
             visits = int(randomness.integers(1, config.student_steps + 1, seed, "exit", step, [0]))
-        streams = [f"{inputs.stream} latent"] + [f"{inputs.stream} latent {visit}" for visit in range(1, visits)]
+        streams = [f"{inputs.stream} latent {visit}" if visit else f"{inputs.stream} latent" for visit in range(visits)]
         latents = [randomness.normal(shape, seed, stream, turn, samples) for stream in streams]
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
         t = randomness.integers(*inputs.t_range, seed, f"{inputs.stream} timestep", turn, samples)
@@ -405,7 +409,7 @@ class Engine:
     def state_bytes(self) -> int:
         """Size of `tensors()`, but for some scalars."""
         return state_bytes(
-            self.config, [(trained.role, sum(value.numel() for _, value in trained.weights())) for trained in self.roles.values()]
+            self.config, [(trained.role, sum(value.numel() for _, value in trained.weights)) for trained in self.roles.values()]
         )
 
     def tensors(self, copy: bool = False) -> dict[str, dict[str, Tensor]]:

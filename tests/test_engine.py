@@ -330,7 +330,7 @@ def test_student_and_fake_score_may_both_be_adapters_on_the_weights_of_one_teach
     for name in ("generator", "fake_score"):
         net = built.roles[name].net
         assert {value.data_ptr() for value in net.parameters() if not value.requires_grad} == shared
-    assert len({tuple(value.flatten()[:3].tolist()) for role in built.roles.values() for _, value in role.weights()}) > 2
+    assert len({tuple(value.flatten()[:3].tolist()) for role in built.roles.values() for _, value in role.weights}) > 2
     for _ in range(3):
         built.train_step()
     assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())

@@ -169,17 +169,18 @@ def test_the_generator_learns_first_and_the_fake_score_from_the_samples_of_that_
     built = engine(sd, dataclasses.replace(config, fake_updates=3), name)
     generator, first, second, third = built.objective.phases(4)
     assert [generator.role, first.role, second.role, third.role] == [GENERATOR, FAKE, FAKE, FAKE]
-    assert first.reuse and not second.reuse and first.inputs.position == generator.inputs.position
+    assert first.inputs.reuse and not second.inputs.reuse and first.inputs.position == generator.inputs.position
     assert len({phase.inputs.position for phase in (first, second, third)}) == 3
     assert generator.inputs.t_range == (20, 980) and first.inputs.t_range == (0, 1000)
     trained, given = [], []
 
     def forward(nets: Any, batch: Batch) -> torch.Tensor:
         given.append(batch.samples)
+        assert batch.latents == []
         return first.forward(nets, batch)
 
     built.step = 4
-    _, samples = built.run_phase(generator)
+    _, samples = built.run_phase(generator, keep=True)
     trained.append(samples[0].clone())
     built.run_phase(dataclasses.replace(first, forward=forward), samples)
     assert torch.equal(given[0], trained[0])
@@ -191,7 +192,7 @@ def test_the_generator_learns_first_and_the_fake_score_from_the_samples_of_that_
 @pytest.mark.parametrize("name", SHARING)
 def test_a_warm_up_of_the_fake_score_draws_samples_of_its_own(sd: Model, config: DistillConfig, name: str) -> None:
     built = engine(sd, dataclasses.replace(config, fake_warmup=2), name)
-    assert [(phase.role, phase.reuse) for phase in built.objective.phases(1)] == [(FAKE, False)]
+    assert [(phase.role, phase.inputs.reuse) for phase in built.objective.phases(1)] == [(FAKE, False)]
     assert [phase.update for phase in built.objective.phases(5) if phase.role == GENERATOR] == [3]
 
 
@@ -207,8 +208,9 @@ def test_a_setting_of_another_objective_is_refused_by_name_with_what_this_one_ha
         objectives.settings({"name": "dmd2", "kappa1": 2.0})
     with pytest.raises(UsageError, match="'kapa3' is not a setting of objective sid; did you mean 'kappa3'"):
         objectives.settings({"kapa3": 2.0})
-    with pytest.raises(UsageError, match="--objective must be one of sid, dmd2, vsd"):
-        objectives.settings({"name": "dmd"})
+    for name in ("dmd", ["sid"], 3):
+        with pytest.raises(UsageError, match="--objective must be one of sid, dmd2, vsd"):
+            objectives.settings({"name": name})
     with pytest.raises(UsageError, match="guidance must be float, not '3'"):
         objectives.settings({"name": "dmd2", "guidance": "3"})
     with pytest.raises(UsageError, match="guidance must be finite, not nan"):

@@ -39,7 +39,9 @@ Teacher = Annotated[
         help="Embedded name, diffusers folder, single file, or hub id (@revision).",
     ),
 ]
-Guidance = Annotated[float | None, typer.Option(show_default="2; 0.5 with short", help="Scale of the guidance strategy.")]
+Guidance = Annotated[
+    float | None, typer.Option(show_default="2; 0.5 with short; that of the objective", help="Guidance scale of the objective.")
+]
 Images = Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", show_default="runs/TEACHER-gGUIDANCE", help="Run folder.")]
 Resume = Annotated[Path | None, typer.Option(show_default="the newest", help="Checkpoint to continue from.")]

@@ -20,9 +20,9 @@ OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "dmd2": Dmd2, "vsd": Vsd}
 
 def find(name: object) -> type[Objective]:
     """Raises UsageError for an unknown name."""
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, not {name!r}")
-    return OBJECTIVES[str(name)]
+    return OBJECTIVES[name]
 
 
 def names(objective: type[Objective]) -> list[str]:

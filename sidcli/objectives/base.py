@@ -69,6 +69,8 @@ class Inputs:
     """Timesteps are uniform from the first to the second, which is excluded."""
     dropout: float = 0.0
     """Share of captions that are replaced by the empty prompt."""
+    reuse: bool = False
+    """Take the samples of the phase before, which must be one of the generator and have the same `position`, instead of new noise."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,11 @@ class Phase:
     """Updates of this network before this one."""
     split: bool = False
     """Whether `gradient` runs networks, so that it is worth it to keep no graph of `forward` meanwhile (`split_backward`)."""
-    reuse: bool = False
-    """Take prompts and samples of the phase before instead of new ones. That phase must be one of the generator."""
 
 
 class RunConfig(Protocol):
     """The settings of a run that objectives share."""
 
-    @property
-    def batch_size(self) -> int: ...
     @property
     def t_min(self) -> int: ...
     @property

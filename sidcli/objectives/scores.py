@@ -71,9 +71,9 @@ class OnSharedSamples(ScoreDistillation):
         if not self.trains_generator(step):
             return fakes
         generator, first = self.generator_phase(step), fakes[0]
-        inputs = dataclasses.replace(first.inputs, position=generator.inputs.position)
+        inputs = dataclasses.replace(first.inputs, position=generator.inputs.position, reuse=True)
         passes = tuple(one for one in first.passes if one.role != GENERATOR)
-        return [generator, dataclasses.replace(first, inputs=inputs, passes=passes, reuse=True), *fakes[1:]]
+        return [generator, dataclasses.replace(first, inputs=inputs, passes=passes), *fakes[1:]]
 
 
 def generate(nets: Networks, batch: Batch) -> Tensor:
