@@ -133,7 +133,7 @@ def with_options(
 def _option(name: str, panel: str | None) -> inspect.Parameter:
     """The option of a setting."""
     owner: type = objectives.Sid.Settings if name in SID_SETTINGS else DistillConfig
-    kind, choices = typing.get_type_hints(owner)[name], CHOICES.get(name, ())
+    kind, choices = KINDS[owner][name], CHOICES.get(name, ())
     if choices:
         kind = Literal[choices]
     option = typer.Option(
@@ -155,4 +155,6 @@ def _default(owner: type, name: str) -> str:
     return shown[0] if shown[0] == shown[1] else f"{shown[0]}; {shown[1]} for emoji-teacher"
 
 
-HELP: dict[type, dict[str, str]] = {owner: objectives.help_of(owner) for owner in (DistillConfig, objectives.Sid.Settings)}
+OWNERS: tuple[type, ...] = (DistillConfig, objectives.Sid.Settings)
+HELP = {owner: objectives.help_of(owner) for owner in OWNERS}
+KINDS = {owner: typing.get_type_hints(owner) for owner in OWNERS}
