@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.progress import Listener
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,14 @@ def pick_device(wanted: str) -> torch.device:
     device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(f"no device {wanted}: {torch.cuda.device_count()} CUDA devices here", "use --device cpu or auto")
+    return device
+
+
+def choose_device(name: str, listener: Listener) -> torch.device:
+    """The same, and the listener is told which device `auto` stands for."""
+    device = pick_device(name)
+    if name == "auto":
+        listener.note(f"--device auto: {device}")
     return device
 
 

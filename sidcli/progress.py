@@ -1,8 +1,10 @@
-"""How long work reports what is done, and how times are written."""
+"""Who is told about the progress of work, and how times are written."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -16,6 +18,43 @@ class Progress(Protocol):
 
 def silent(count: float, text: str = "") -> None:
     """Progress that nobody watches."""
+
+
+class Listener(Protocol):
+    """Who is told what happens: a terminal, a notebook, or nobody."""
+
+    def note(self, text: str) -> None: ...
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]: ...
+
+
+class Silence:
+    """A listener that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]:
+        return nullcontext(silent)
+
+
+class RunListener(Listener, Protocol):
+    """A listener of a training run: `started` once, `stepped` with the last record after each step."""
+
+    def started(self, step: int, steps: int) -> None: ...
+    def stepped(self, record: dict[str, Any]) -> None: ...
+
+
+SHOWN = {
+    "images_per_second": "{:.3g} img/s",
+    "fake_loss": "fake {:.3g}",
+    "generator_loss": "gen {:.3g}",
+    "ratio": "ratio {:.3g}",
+    "memory_gb": "{:.3g} GB",
+}
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """What a bar shows of a training step's record."""
+    return ", ".join(form.format(record[name]) for name, form in SHOWN.items() if record.get(name) is not None)
 
 
 def duration(seconds: float) -> str:

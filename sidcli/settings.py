@@ -15,10 +15,10 @@ from typing import Any
 from sidcli import objectives
 from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes
+from sidcli.models.overrides import PREDICTIONS
 from sidcli.objectives.base import Settings
 from sidcli.objectives.sid import SidSettings
 
-PREDICTIONS = ("auto", "epsilon", "v_prediction")
 CHOICES = {
     "prediction_type": PREDICTIONS,
     "renoise": ("ddim", "fixed", "fresh"),
@@ -232,18 +232,26 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror}", "check the path given to --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
-    content = nested(content)
+    return checked(nested(content), f"{path}: ", "key")
+
+
+FIELDS = {field.name: dict if field.name == "objective" else type(field.default) for field in dataclasses.fields(DistillConfig)}
+"""Fields of DistillConfig and their types; the objective is a table of its settings."""
+
+
+def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]:
+    """Fields of DistillConfig with values of their types; an int may stand for a float. Raises UsageError for others."""
+    values = dict(content)
     for name, value in content.items():
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            raise UsageError(f"{path}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        kind = dict if name == "objective" else type(fields[name].default)
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, 1)
+            raise UsageError(f"{where}unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        kind = FIELDS[name]
         if kind is float and type(value) is int:
-            content[name] = float(value)
+            values[name] = float(value)
         elif type(value) is not kind:
-            raise UsageError(f"{path}: {name} must be {kind.__name__}, not {value!r}")
-    return content
+            raise UsageError(f"{where}{name} must be {kind.__name__}, not {value!r}")
+    return values
 
 
 def nested(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ import torch
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.files import read_json
-from sidcli.models.loading import Overrides, load
+from sidcli.models.loading import load
+from sidcli.models.overrides import Overrides
 from sidcli.models.sources import WEIGHTS, find
 from sidcli.objectives.sid import SidSettings
 from sidcli.optimizer import Adam, local

@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "sidcli"
 FLOORS = [
     {"errors", "optimizer", "printable", "progress", "randomness", "diffusion"},
     {"devices", "environment", "files", "objectives"},
-    {"distributed", "models", "settings"},
-    {"formats"},
+    {"distributed", "models"},
+    {"formats", "settings"},
     {"emoji"},
     {"metrics"},
     {"data", "report"},
     {"engine", "evaluation"},
     {"training"},
+    {"api"},
     {"cli"},
 ]
 """Rooms, which are packages and single modules, from the ground up."""
@@ -26,7 +27,7 @@ FORBIDDEN = {"eval", "exec", "compile", "__import__"}
 
 def modules() -> dict[str, ast.Module]:
     names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
-    return {name: ast.parse(path.read_text()) for path, name in names.items() if not name.endswith(".__init__")}
+    return {name: ast.parse(path.read_text()) for path, name in names.items() if not name.endswith("__init__")}
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -51,9 +52,9 @@ def test_every_room_has_a_floor_and_imports_only_from_floors_below() -> None:
     assert len(FLOORS) <= 11
     floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
     found = imports()
-    assert {name.split(".")[0] for name in found} - {"__init__", "__main__"} == set(floor)
+    assert {name.split(".")[0] for name in found} - {"__main__"} == set(floor)
     for name, others in found.items():
-        for other in others - {"__init__"}:
+        for other in others:
             one, below = name.split(".")[0], other.split(".")[0]
             assert one == below or one == "__main__" or floor[below] < floor[one], f"{name} imports {other}"
 
@@ -91,7 +92,10 @@ def test_no_function_is_longer_than_60_lines_and_the_training_step_than_40() -> 
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 most = 40 if node.name in ("train_step", "run_phase") else 60
-                assert (node.end_lineno or 0) - node.lineno < most, f"{name}.{node.name}"
+                first = node.body[0]
+                is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                docstring = (first.end_lineno or 0) - first.lineno + 1 if is_docstring else 0
+                assert (node.end_lineno or 0) - node.lineno - docstring < most, f"{name}.{node.name}"
 
 
 def test_environment_variables_are_read_in_one_module() -> None:

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from sidcli.errors import InputError
 from sidcli.models import compatibility
 from sidcli.models.compatibility import BUILT, PIPELINES, REQUIRED, SCHEDULERS
-from sidcli.models.loading import Overrides, describe, load
+from sidcli.models.loading import describe, load
+from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Plan, Sampler
 from sidcli.models.sources import find
 from tests import tiny_families

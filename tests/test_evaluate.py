@@ -28,10 +28,9 @@ from sidcli.evaluation.run import beyond, latex, page, pictures, table, unjudged
 from sidcli.evaluation.scores import ASKED, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
-from sidcli.models.hub import Silence
 from sidcli.models.sampler import Plan, png_info
 from sidcli.models.sources import find
-from sidcli.progress import Progress, silent
+from sidcli.progress import Progress, Silence, silent
 from sidcli.report.page import Table, render
 from tests.commands import sid
 

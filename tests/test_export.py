@@ -25,7 +25,8 @@ from sidcli.formats import export, graph, lora, onnx, runtime, single_file_folde
 from sidcli.formats.order import FORMATS, Order
 from sidcli.formats.outputs import check_export
 from sidcli.models import single_file
-from sidcli.models.loading import Model, Overrides, describe, load
+from sidcli.models.loading import Model, describe, load
+from sidcli.models.overrides import Overrides
 from sidcli.models.sources import find
 from sidcli.settings import DistillConfig
 from sidcli.training import distill

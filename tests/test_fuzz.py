@@ -23,10 +23,10 @@ from sidcli.errors import SidError
 from sidcli.evaluation.protocols import read_statistics
 from sidcli.evaluation.spec import ModelSpec, limits
 from sidcli.models import single_file
-from sidcli.models.hub import Silence
 from sidcli.models.loading import describe
 from sidcli.models.official_pkl import network
 from sidcli.models.sources import find
+from sidcli.progress import Silence
 from sidcli.settings import read_toml
 from sidcli.training import checkpoint
 

@@ -30,9 +30,9 @@ from sidcli.files import read_json
 from sidcli.metrics.clip import Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
 from sidcli.models import official_pkl, single_file
-from sidcli.models.hub import Silence
 from sidcli.models.loading import load
 from sidcli.models.sources import find
+from sidcli.progress import Silence
 from sidcli.settings import read_toml
 from sidcli.training import checkpoint
 from tests import commands

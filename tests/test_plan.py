@@ -15,11 +15,11 @@ from diffusers import UNet2DConditionModel
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import EnvironmentProblem, UsageError
-from sidcli.models.hub import Silence
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
 from sidcli.models.unet import Cond, denoise
 from sidcli.objectives.sid import SidSettings
+from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig
 from sidcli.training import checkpoint, plan
 from tests import tiny

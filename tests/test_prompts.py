@@ -7,7 +7,7 @@ import pytest
 from sidcli.data.prompts import Grammar, open_prompts, read_list
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
-from sidcli.models.hub import Silence
+from sidcli.progress import Silence
 from sidcli.settings import DistillConfig, differences
 from tests.coco import write_coco
 from tests.inprocess import sid

@@ -33,7 +33,7 @@ from sidcli.metrics import weights
 from sidcli.metrics.clip import PREFIX, Clip
 from sidcli.metrics.features import DinoFeatures, InceptionFeatures
 from sidcli.metrics.fid import Statistics, frechet_distance
-from sidcli.models.hub import Silence
+from sidcli.progress import Silence
 from tests.coco import write_coco
 from tests.commands import sid
 from tests.inprocess import sid as in_process

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from sidcli.errors import InputError, UsageError
-from sidcli.models.loading import Overrides, describe, load
+from sidcli.models.loading import describe, load
+from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Plan, Sampler
 from sidcli.models.sources import find
 from tests import tiny_families

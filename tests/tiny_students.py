@@ -19,7 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sidcli.formats.card import provenance
 from sidcli.models.families import clip_tokenizer
-from sidcli.models.loading import Model, Overrides, load
+from sidcli.models.loading import Model, load
+from sidcli.models.overrides import Overrides
 from sidcli.models.sources import find
 from tests.tiny_families import BETAS, openclip_text
 

@@ -1,4 +1,4 @@
-"""What the commands share: the console and its errors, the device, models by name. Nothing heavy is imported before it is needed."""
+"""What the commands share: the console and its errors, several processes. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sidcli.devices import pick_device
-from sidcli.environment import flag
+from sidcli.environment import flag, group
 from sidcli.errors import EnvironmentProblem, Interrupted, UsageError, out_of_memory
-from sidcli.settings import PREDICTIONS
 
 if TYPE_CHECKING:
-    import torch
-
     from sidcli.cli.console import Console
-    from sidcli.models.loading import Description, Model, Overrides
 
 
 def check_column(column: str | None, prompts: Path | None) -> None:
@@ -54,48 +50,17 @@ def open_console(
         raise EnvironmentProblem(f"out of memory: {said}", smaller) from error
 
 
-def launch_processes(processes: int, device: str) -> int:
-    """Run this command in several processes. Raises EnvironmentProblem where there are fewer GPUs, before any of them is started."""
+def launch_processes(processes: int, device: str) -> None:
+    """Run this command in several processes and exit with their code; return if one is asked for, or in one of several.
+
+    Raises EnvironmentProblem where there are fewer GPUs, before any process is started.
+    """
+    if processes == 1 or group().count > 1:
+        return
     if device != "cpu":
         from sidcli.distributed import check_cards
 
         check_cards(pick_device(device).type, processes)
     from sidcli.training.launch import launch
 
-    return launch(processes, sys.argv[1:])
-
-
-def choose_device(name: str, console: Console) -> torch.device:
-    """The device by name, before anything is looked for or downloaded: work for nothing would be worse than an error."""
-    device = pick_device(name)
-    if name == "auto":
-        console.note(f"--device auto: {device}")
-    return device
-
-
-def describe_model(name: str, **overrides: Any) -> Description:
-    """What is known of a model before its weights are read or downloaded."""
-    checked = check_overrides(**overrides)
-    from sidcli.models.loading import describe, quiet_libraries
-    from sidcli.models.sources import find
-
-    quiet_libraries()
-    return describe(find(name, descriptions_only=True), checked)
-
-
-def check_overrides(**overrides: Any) -> Overrides:
-    if overrides.get("prediction_type", "auto") not in PREDICTIONS:
-        raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {overrides['prediction_type']!r}")
-    from sidcli.models.loading import Overrides
-
-    return Overrides(**overrides)
-
-
-def load_model(name: str, console: Console, **overrides: Any) -> Model:
-    checked = check_overrides(**overrides)
-    console.note(f"loading {name}")
-    from sidcli.models.loading import load, quiet_libraries
-    from sidcli.models.sources import find
-
-    quiet_libraries()
-    return load(find(name, console), checked, console)
+    sys.exit(launch(processes, sys.argv[1:]))

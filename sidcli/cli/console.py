@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
@@ -21,7 +21,7 @@ from rich.text import Text
 from sidcli.environment import group_or_alone
 from sidcli.errors import EnvironmentProblem, SidError
 from sidcli.printable import can_show, json_text, printable
-from sidcli.progress import duration
+from sidcli.progress import duration, in_words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -241,24 +241,25 @@ class Advance:
 
 
 class DistillProgress:
-    """Listens to a training run and shows it."""
+    """Listens to a training run, and shows it as a bar from its start to the end of the block."""
 
-    def __init__(self, console: Console, advance: Advance):
-        self.console, self.advance = console, advance
+    def __init__(self, console: Console):
+        self.console, self.blocks = console, ExitStack()
+        self.advance: Advance | None = None
+
+    def __enter__(self) -> DistillProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.blocks.close()
 
     def started(self, step: int, steps: int) -> None:
+        self.advance = self.blocks.enter_context(self.console.progress("distill", steps, "steps"))
         self.advance.begin(step)
 
     def stepped(self, record: dict[str, Any]) -> None:
-        shown = {
-            "images_per_second": "{:.3g} img/s",
-            "fake_loss": "fake {:.3g}",
-            "generator_loss": "gen {:.3g}",
-            "ratio": "ratio {:.3g}",
-            "memory_gb": "{:.3g} GB",
-        }
-        text = ", ".join(form.format(record[key]) for key, form in shown.items() if record.get(key) is not None)
-        self.advance(record["step"] - self.advance.done, text)
+        if self.advance is not None:
+            self.advance(record["step"] - self.advance.done, in_words(record))
 
     def note(self, text: str) -> None:
         self.console.note(text)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidcli.cli.common import check_column, choose_device, launch_processes, open_console
+from sidcli import api
+from sidcli.cli.common import check_column, launch_processes, open_console
 from sidcli.cli.options import (
     BatchOption,
     ColumnOption,
@@ -21,9 +21,9 @@ from sidcli.cli.options import (
     within,
 )
 from sidcli.devices import check_name
-from sidcli.environment import cache_folder, group
+from sidcli.environment import cache_folder
 from sidcli.errors import GateError
-from sidcli.evaluation.spec import PROTOCOLS, Files, ModelSpec, Request, Rules, check_protocol, limits
+from sidcli.evaluation.spec import PROTOCOLS, ModelSpec, check_protocol, limits
 from sidcli.files import check_new, check_writable
 from sidcli.metrics.catalog import METRICS as MEASURED
 
@@ -155,30 +155,43 @@ def evaluate(
 
     Example: sid eval emoji emoji-teacher --fid --clip
     """
-    check_protocol(protocol)
-    check_column(column, prompts)
-    request = Request(
-        models=[ModelSpec.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]],
-        metrics=[name for name, given in flags.items() if given],
-        everything=everything,
-        bounds=limits(fail_above or [], fail_below or []),
-        protocol=Rules(protocol, reference, prompts, column or "", num, seed, untrained),
-        networks=Files(inception, clip_model, cmmd_model, dino_model),
-        batch_size=batch_size,
-        image_folder=image_folder,
-    )
-    check_name(device)
+    check(protocol, column, prompts, device)
+    specs = [ModelSpec.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
+    bounds = limits(fail_above or [], fail_below or [])
+    networks: dict[str, Any] = {"inception": inception, "clip_model": clip_model, "cmmd_model": cmmd_model}
     check_places(report, picture, image_folder, overwrite)
-    if group().count == 1 and processes > 1:
-        sys.exit(launch_processes(processes, device))
+    launch_processes(processes, device)
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
     with open_console(as_json, quiet, stopped, smaller) as console:
-        where = choose_device(device, console)
-        from sidcli.evaluation.run import run
-
-        if outcome := run(request, where, console):
+        outcome = api.evaluate(
+            specs,
+            [name for name, given in flags.items() if given],
+            everything=everything,
+            protocol=protocol,
+            reference=reference,
+            prompts=prompts,
+            column=column or "",
+            num=num,
+            seed=seed,
+            untrained=untrained,
+            bounds=bounds,
+            dino_model=dino_model,
+            **networks,
+            image_folder=image_folder,
+            batch_size=batch_size,
+            device=device,
+            listener=console,
+        )
+        if outcome:
             show(outcome, console, as_json, as_latex, picture, report)
+
+
+def check(protocol: str, column: str | None, prompts: Path | None, device: str) -> None:
+    """Raises UsageError for values that are not possible, before anything is read."""
+    check_protocol(protocol)
+    check_column(column, prompts)
+    check_name(device)
 
 
 def check_places(report: Path | None, picture: Path | None, image_folder: Path | None, overwrite: bool) -> None:

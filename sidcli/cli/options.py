@@ -12,7 +12,8 @@ import typer
 
 from sidcli import objectives
 from sidcli.errors import UsageError
-from sidcli.settings import CHOICES, PREDICTIONS, PRESETS, DistillConfig
+from sidcli.models.overrides import PREDICTIONS
+from sidcli.settings import CHOICES, PRESETS, DistillConfig
 
 Command = Callable[..., None]
 METHOD, MACHINE = "Method", "Memory and speed"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sidcli.cli.common import check_column, choose_device, load_model, open_console
+from sidcli import api
+from sidcli.cli.common import check_column, open_console
 from sidcli.cli.options import (
     BatchOption,
     ColumnOption,
@@ -22,14 +23,11 @@ from sidcli.cli.options import (
 )
 from sidcli.devices import check_name
 from sidcli.errors import UsageError
-from sidcli.formats.outputs import Places
+from sidcli.formats.outputs import BACKENDS, Places, unnamed
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
-    from sidcli.models.sampler import Drawer, Plan
-    from sidcli.models.sources import Source
-
-BACKENDS = ("auto", "torch", "onnx", "openvino")
+    from sidcli.formats.images import Samples
 
 Prompt = Annotated[list[str] | None, typer.Argument(help="One or more prompts.")]
 Model = Annotated[
@@ -98,21 +96,46 @@ def sample(
 
         Console(as_json, quiet).result(vocabulary.lines(), vocabulary.summary())
         return
-    if steps is not None and steps < 1:
-        raise UsageError(f"--steps must be at least 1, not {steps}")
+    check(steps, backend, device)
     check_column(column, prompts)
     texts, about_prompts = read_prompts(prompt or [], prompts, column or "")
-    check_name(device)
-    places = Places.of(output, len(texts) * num) if output else Places.unnamed(texts, num, seed)
-    places.check(overwrite)
+    output = output or unnamed(texts, num, seed)
+    Places.of(output, len(texts) * num).check(overwrite)
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
     with open_console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
         if about_prompts:
             console.note(about_prompts)
-        known = {"prediction_type": prediction_type, "model_config": model_config, "width": width, "height": height}
-        drawer = open_drawer(model, backend, device, steps, guidance, console, **known)
-        draw(console, drawer, model, texts, num, seed, places, batch_size, preview)
+        if model == "emoji":
+            console.note("model: emoji (built in); another one: --model NAME")
+        drawn = api.sample(
+            texts,
+            model,
+            num=num,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            output=output,
+            overwrite=overwrite,
+            width=width,
+            height=height,
+            prediction_type=prediction_type,
+            model_config=model_config,
+            backend=backend,
+            batch_size=batch_size,
+            device=device,
+            listener=console,
+        )
+        tell(drawn, console, preview)
+
+
+def check(steps: int | None, backend: str, device: str) -> None:
+    """Raises UsageError for values that are not possible, before anything is read."""
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {steps}")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    check_name(device)
 
 
 def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list[str], str]:
@@ -133,76 +156,17 @@ def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list
     return texts, about
 
 
-def draw(
-    console: Console,
-    opened: tuple[Source, Drawer, Plan],
-    model: str,
-    texts: list[str],
-    num: int,
-    seed: int,
-    places: Places,
-    batch_size: int,
-    preview: bool,
-) -> None:
-    """Draw each prompt `num` times, and say what was drawn."""
-    from sidcli.emoji import vocabulary
-    from sidcli.formats import images as driver
-    from sidcli.models.sources import read_card
+def tell(drawn: Samples, console: Console, preview: bool) -> None:
+    """What was drawn, and where it is."""
+    from PIL import Image
 
-    source, drawer, plan = opened
-    if read_card(source).get("world") == "emoji" and (about_words := vocabulary.remark(texts, source.name)):
-        console.note(about_words)
-    other = "; another model: --model NAME" if model == "emoji" else ""
-    console.note(f"drawing with {source.name} ({plan.describe()}){other}")
-    count = len(texts) * num
-    with console.progress("draw", count, "images") as advance:
-        drawn, cut = driver.run(source, drawer, plan, texts, num, seed, places, batch_size, advance)
-    if cut:
-        console.note(f"{cut} prompts were longer than the text encoder reads and were truncated")
-    if places.sheet:
-        some = f" (the first {driver.SHEET_IMAGES} images)" if count > driver.SHEET_IMAGES else ""
-        console.note(f"contact sheet: {places.sheet}{some}")
+    from sidcli.formats.images import SHEET_IMAGES
+
+    files = [str(one.file) for one in drawn.drawn]
+    if drawn.sheet:
+        some = f" (the first {SHEET_IMAGES} images)" if len(files) > SHEET_IMAGES else ""
+        console.note(f"contact sheet: {drawn.sheet}{some}")
     if preview:
-        from PIL import Image
-
-        with Image.open(places.sheet or drawn[0].file) as picture:
+        with Image.open(drawn.sheet or files[0]) as picture:
             console.preview(picture)
-    console.result([str(item.file) for item in drawn], driver.summary(drawn, places.sheet, source, plan))
-
-
-def open_drawer(
-    name: str, backend: str, device: str, steps: int | None, guidance: float | None, console: Console, **overrides: Any
-) -> tuple[Source, Drawer, Plan]:
-    """Whatever draws for `sid sample`: networks in torch, or the graphs of an export."""
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    from sidcli.models.sources import find, graph_format, read_card
-
-    graphs = graph_format(Path(name)) if Path(name).is_dir() else None
-    if graphs is None and backend in ("onnx", "openvino"):
-        raise UsageError(
-            f"--backend {backend} draws with an export, which {name} is not", f"sid export {name} --format {backend} -o FOLDER"
-        )
-    if graphs is None:
-        where = choose_device(device, console)
-        from sidcli.models.sampler import Sampler, plan_for
-
-        loaded = load_model(name, console, **overrides)
-        plan = plan_for(loaded, steps, guidance)
-        return loaded.source, Sampler(loaded, where), plan
-    if backend == "torch" or graphs not in BACKENDS:
-        raise UsageError(f"{name} holds {graphs} graphs, which sid does not run", "draw with the model it was made from")
-    console.note(f"loading {name}")
-    from sidcli.formats.runtime import open_graphs
-    from sidcli.models.sampler import student_plan
-
-    source = find(name, console)
-    card = read_card(source)
-    plan = student_plan(card, None, guidance, name)
-    if steps not in (None, plan.steps):
-        raise UsageError(f"the graphs of {name} draw in {plan.steps} steps, not {steps}", "leave --steps out")
-    if overrides["prediction_type"] != "auto" or overrides["model_config"] or device not in ("auto", "cpu"):
-        raise UsageError(f"{name} holds graphs: they run on the CPU, and what they predict is inside", "leave those options out")
-    drawer = open_graphs(source.path, graphs if backend == "auto" else backend)
-    drawer.resize(overrides["height"], overrides["width"])
-    return source, drawer, plan
+    console.result(files, drawn.as_dict())

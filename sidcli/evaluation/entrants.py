@@ -14,10 +14,10 @@ from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.protocols import Captions, Protocol
 from sidcli.evaluation.spec import ModelSpec
-from sidcli.models.hub import Listener
 from sidcli.models.loading import Description, describe, load
 from sidcli.models.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
+from sidcli.progress import Listener
 
 REAL = "real scenes"
 

@@ -34,8 +34,8 @@ from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, Ince
 from sidcli.metrics.fid import Statistics
 from sidcli.metrics.transforms import square
 from sidcli.metrics.weights import INCEPTION, fetch
-from sidcli.models.hub import Listener
 from sidcli.models.sources import WEIGHTS
+from sidcli.progress import Listener
 
 REFERENCE_SCENES = 10_000
 QUICK_NUM = 300

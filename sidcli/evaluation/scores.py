@@ -25,7 +25,7 @@ from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
 from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
-from sidcli.models.hub import Listener
+from sidcli.progress import Listener
 
 PRDC = ("precision", "recall", "density", "coverage")
 ASKED = {

@@ -22,12 +22,13 @@ from sidcli.errors import GateError, InputError, UsageError
 from sidcli.files import atomic_folder, check_space, sha256
 from sidcli.formats import lora, single_file_folder
 from sidcli.formats.card import is_deterministic, provenance, terms_of
-from sidcli.formats.order import FORMATS, Order
+from sidcli.formats.order import DEFAULT_RANK, FORMATS, Order
 from sidcli.models import official_pkl
 from sidcli.models.families import build
-from sidcli.models.loading import Description, Model
+from sidcli.models.loading import Description, Model, describe_model, open_model
+from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import T_INIT, Sampler, plan_for
-from sidcli.progress import Progress
+from sidcli.progress import Listener, Progress
 
 Known = TypeVar("Known", Model, Description)
 
@@ -104,6 +105,64 @@ def space(nets: Mapping[str, Any], format_name: str, order: Order) -> int:
         return width * (drawing + texts)
     # Text encoders of graphs stay in float32; OpenVINO's files are written beside the ONNX graph that they are made from.
     return 4 * texts + width * drawing * (2 if format_name == "openvino" else 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The model to export and the format to write; `known` is about the model, or about the teacher of a .pkl."""
+
+    model: str
+    format_name: str
+    order: Order
+    rank: int | None
+    teacher: str | None
+    """The model that a LoRA or a .pkl belongs to; a .pkl has one."""
+    known: Overrides
+    license: str | None
+    repository: str | None
+    """The hub repository that the export is uploaded to."""
+
+    def open(self, output: Path, listener: Listener) -> tuple[Model, Order]:
+        """The student, and the order with the teacher of a LoRA. What can be refused is refused before a weight is read."""
+        if Path(self.model).suffix.lower() == ".pkl":
+            student, order = self.open_released(output, listener)
+        elif self.format_name == "lora":
+            student, order = self.open_with_teacher(output, listener)
+        else:
+            self.check(describe_model(self.model, self.known), None, self.order, output)
+            student, order = open_model(self.model, listener, self.known), self.order
+        return licensed(student, self.license, needed=self.repository is not None), order
+
+    def check(self, described: Description, teacher: Description | None, order: Order, output: Path) -> None:
+        check(described, teacher, self.format_name, order, output)
+        licensed(described, self.license, needed=self.repository is not None)
+        if self.repository:
+            check_upload(self.repository)
+
+    def open_released(self, output: Path, listener: Listener) -> tuple[Model, Order]:
+        """A student from one of the authors' files, which holds a UNet alone."""
+        file, teacher, is_lora = Path(self.model), str(self.teacher), self.format_name == "lora"
+        base = describe_model(teacher, self.known)
+        described = released(file, base)
+        self.check(described, base if is_lora else None, self.order, output)
+        listener.note(f"reading {self.model} in a separate process")
+        weights = weights_of(file, described)
+        loaded = open_model(teacher, listener, self.known)
+        return imported(described, file, weights, loaded), dataclasses.replace(self.order, teacher=loaded if is_lora else None)
+
+    def open_with_teacher(self, output: Path, listener: Listener) -> tuple[Model, Order]:
+        """A student and its teacher, for a LoRA of the rank that is asked for, or that the student was trained with."""
+        of_teacher = self.known if self.teacher and self.teacher.endswith(".safetensors") else Overrides()
+        of_student = self.known if of_teacher == Overrides() else Overrides()
+        described = describe_model(self.model, of_student)
+        recorded = described.card.get("config", {})
+        names = [field.name for field in dataclasses.fields(Overrides)]
+        again = Overrides(**{name: recorded[name] for name in names if name in recorded})
+        teacher, known = (self.teacher, of_teacher) if self.teacher else (teacher_of(described), again)
+        order = dataclasses.replace(self.order, rank=self.rank or trained_rank(described.card) or DEFAULT_RANK)
+        self.check(described, describe_model(teacher, known), order, output)
+        base = open_model(teacher, listener, known)
+        return open_model(self.model, listener, of_student), dataclasses.replace(order, teacher=base)
 
 
 def run(model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress) -> Exported:

@@ -16,6 +16,8 @@ from pathlib import Path
 from sidcli.errors import UsageError
 from sidcli.files import check_new, check_writable
 
+BACKENDS = ("auto", "torch", "onnx", "openvino")
+"""What `sid sample` draws with."""
 RUN = (".lock", "run.json", "checkpoints")
 """What tells a run folder from others, beginning with its very first moment."""
 
@@ -25,20 +27,20 @@ def slug(text: str, otherwise: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or otherwise
 
 
+def unnamed(prompts: Sequence[str], num: int, seed: int) -> Path:
+    """A new file or folder in this folder, named after the prompt and the seed: a-cat-0.png, or samples-0 for several prompts."""
+    stem = f"{slug(prompts[0], 'image') if len(prompts) == 1 else 'samples'}-{seed}"
+    suffix = ".png" if len(prompts) * num == 1 else ""
+    names = (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}" for number in itertools.count(1))
+    return next(Path(name) for name in names if not os.path.lexists(name))
+
+
 @dataclass(frozen=True)
 class Places:
     """The files of `sid sample`: one for each image, and for several a contact sheet."""
 
     files: list[Path]
     sheet: Path | None
-
-    @classmethod
-    def unnamed(cls, prompts: Sequence[str], num: int, seed: int) -> Places:
-        """A new file or folder in this folder, named after the prompt and the seed: a-cat-0.png, or samples-0 for several prompts."""
-        stem = f"{slug(prompts[0], 'image') if len(prompts) == 1 else 'samples'}-{seed}"
-        suffix = ".png" if len(prompts) * num == 1 else ""
-        names = (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}" for number in itertools.count(1))
-        return cls.of(next(Path(name) for name in names if not os.path.lexists(name)), len(prompts) * num)
 
     @classmethod
     def of(cls, output: Path, count: int) -> Places:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sidcli.environment import cache_folder, flag
 from sidcli.errors import InputError
 from sidcli.files import atomic_file, sha256
-from sidcli.models.hub import Listener
+from sidcli.progress import Listener
 
 SECONDS = 30
 """Without an answer for so long, a download is given up."""

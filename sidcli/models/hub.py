@@ -9,14 +9,13 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sidcli.errors import InputError
-from sidcli.progress import Progress, silent
+from sidcli.progress import Listener
 
 # Ids that left the hub, and where their content lives on.
 ALIASES = {
@@ -40,20 +39,6 @@ WEIGHTS = re.compile(
 PRECISIONS = ("", "fp32", "fp16", "bf16")
 """Variants of the same weights, in the order in which they are preferred; "" is a file without a variant in its name."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-class Listener(Protocol):
-    """Who is told what happens while a model is looked for."""
-
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]: ...
-
-
-class Silence:
-    def note(self, text: str) -> None: ...
-
-    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]:
-        return nullcontext(silent)
 
 
 @dataclass(frozen=True)

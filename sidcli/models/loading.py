@@ -40,25 +40,16 @@ from sidcli.models.compatibility import (
     wholes,
 )
 from sidcli.models.families import FAMILIES, build, clip_tokenizer, network_class, text_config
-from sidcli.models.hub import PICKLES, PRECISIONS, WEIGHTS, Listener, Silence, check_weights, weights_by_variant
+from sidcli.models.hub import PICKLES, PRECISIONS, WEIGHTS, check_weights, weights_by_variant
+from sidcli.models.overrides import Overrides
 from sidcli.models.rehearsal import rehearse
-from sidcli.models.sources import PARTS, Source, graph_format, read_card
+from sidcli.models.sources import PARTS, Source, find, graph_format, read_card
 from sidcli.models.tokenizers import CLASSES as TOKENIZERS
 from sidcli.models.tokenizers import check_tokenizer, read_tokenizer
+from sidcli.progress import Listener, Silence
 
 LARGEST = 8192
 """Pixels on a side; more is a slip of the finger."""
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What the user knows better than a model's files: what the network predicts, a folder whose JSON files describe a single file,
-    and the size in pixels to draw at (0: the model's own)."""
-
-    prediction_type: str = "auto"
-    model_config: str = ""
-    width: int = 0
-    height: int = 0
 
 
 STOCK = (None, "diffusers", "transformers", "stable_diffusion")
@@ -381,6 +372,19 @@ def _sides(config: dict[str, Any]) -> tuple[int, int] | None:
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         return None
     return sides[0], sides[1]
+
+
+def open_model(name: str, listener: Listener, known: Overrides) -> Model:
+    """Find a model by its name and read it."""
+    listener.note(f"loading {name}")
+    quiet_libraries()
+    return load(find(name, listener), known, listener)
+
+
+def describe_model(name: str, known: Overrides) -> Description:
+    """What is known of a model, by its name, before its weights are read or downloaded."""
+    quiet_libraries()
+    return describe(find(name, descriptions_only=True), known)
 
 
 def load(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Model:

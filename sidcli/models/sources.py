@@ -13,7 +13,8 @@ from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.files import read_json, sha256
-from sidcli.models.hub import PARTS, PICKLES, Listener, Silence, fetch, needed
+from sidcli.models.hub import PARTS, PICKLES, fetch, needed
+from sidcli.progress import Listener, Silence
 
 WEIGHTS = Path(__file__).parent.parent / "emoji" / "weights"
 EMBEDDED: dict[str, tuple[Path, Path | None]] = {

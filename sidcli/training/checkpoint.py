@@ -33,12 +33,12 @@ from sidcli.files import (
     sha256,
     write_json,
 )
+from sidcli.training.intervals import KEEP
 
 FORMAT = 4
 READABLE = (3, FORMAT)
 """Format 3 had the settings of SiD beside the others and another name for one file."""
 RENAMED = {"optimizer_fake": "optimizer_fake_score"}
-KEEP = 2
 Files = dict[str, dict[str, Tensor]]
 """Tensors by name, by file without its suffix."""
 

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -43,11 +43,12 @@ from sidcli.formats.pictures import grid, save_png
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for
 from sidcli.models.sources import fingerprint
-from sidcli.progress import Progress
+from sidcli.progress import RunListener
 from sidcli.report.page import write
 from sidcli.report.run import run_page
 from sidcli.settings import DistillConfig, differences
 from sidcli.training import checkpoint
+from sidcli.training.intervals import Intervals
 from sidcli.training.launch import catch, give_back
 from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 
@@ -57,35 +58,11 @@ SKIPPED_LIMIT = 6
 """Updates in a row that may be left out for a value that is not finite; three steps' worth."""
 
 
-class Listener(Protocol):
-    """Who is told about a run: the terminal, or nobody."""
-
-    def started(self, step: int, steps: int) -> None: ...
-    def stepped(self, record: dict[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]: ...
-
-
 class Tracker(Protocol):
     """One of accelerate's trackers."""
 
     def log(self, values: dict[str, Any], step: int | None) -> None: ...
     def finish(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """How often the loop saves, samples, logs and evaluates, in steps; changes nothing that is computed."""
-
-    save: int
-    sample: int
-    save_seconds: float = 480.0
-    """A checkpoint is begun no later than this after the one before: eight minutes, and what is left of ten is to write it."""
-    log: int = 10
-    eval: int = 0
-    """0: never."""
-    keep: int = checkpoint.KEEP
-    """Checkpoints that stay."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +125,7 @@ def run(
     device_name: str,
     intervals: Intervals,
     resume: Path | None,
-    listener: Listener,
+    listener: RunListener,
     tracker: str | None = None,
     command: str = "",
 ) -> Result:
@@ -203,7 +180,7 @@ class Loop:
         intervals: Intervals,
         writer: checkpoint.Writer,
         stop: StopFlag,
-        listener: Listener,
+        listener: RunListener,
         tracker: Tracker | None = None,
     ):
         self.engine, self.output, self.intervals, self.writer, self.stop = engine, output, intervals, writer, stop
@@ -411,7 +388,7 @@ def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
         tracker.finish()
 
 
-def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str, str], listener: Listener) -> None:
+def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str, str], listener: RunListener) -> None:
     """Load the given checkpoint, or the run's newest valid one, if its settings and inputs agree; writes nothing."""
     if (output / "run.json").exists():
         record = read_json(output / "run.json", "remove it: it is written again")
@@ -449,7 +426,7 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
     listener.note(f"continuing from step {found.step}")
 
 
-def begin_at(engine: Engine, output: Path, intervals: Intervals, listener: Listener) -> None:
+def begin_at(engine: Engine, output: Path, intervals: Intervals, listener: RunListener) -> None:
     """Make the run folder one that has come to the engine's step and no further, with room for the checkpoints that follow.
 
     Raises EnvironmentProblem where the disk has none.
@@ -573,7 +550,7 @@ class Painter:
     Drawing the teacher's takes as many forwards as hundreds of training steps of a small batch: the first step does not wait for it.
     """
 
-    def __init__(self, engine: Engine, folder: Path, listener: Listener):
+    def __init__(self, engine: Engine, folder: Path, listener: RunListener):
         self.engine, self.folder, self.listener = engine, folder, listener
         self.texts = sample_prompts(engine, folder / "prompts.json")
         # A run that begins anew in its folder may have another teacher.

@@ -35,12 +35,12 @@ from sidcli.errors import UsageError
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
 from sidcli.models.families import build
-from sidcli.models.hub import Listener, Silence
-from sidcli.models.loading import Description, Overrides, describe, latent_shape
+from sidcli.models.loading import Description, describe, latent_shape
+from sidcli.models.overrides import Overrides
 from sidcli.models.sources import find
 from sidcli.models.unet import Cond, add_adapters, denoise, sizes
 from sidcli.objectives.base import TEACHER, Phase, Role
-from sidcli.progress import duration
+from sidcli.progress import Listener, Silence, duration
 from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint
 

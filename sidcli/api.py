@@ -1,0 +1,400 @@
+"""The Python API: five functions, which are what the commands call. `from sidcli import load, sample, distill, evaluate, export`.
+
+Names of models are those of the command line: an embedded name, a diffusers folder, a run folder, a single file or a hub id. A
+`listener` is told what happens; without one, progress bars and notes go to stderr. `SILENT` shows nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sidcli.devices import check_name, choose_device
+from sidcli.errors import UsageError
+from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protocol
+from sidcli.evaluation.spec import Request as Evaluation
+from sidcli.files import check_writable
+from sidcli.formats.order import DEFAULT_RANK, Order, check
+from sidcli.formats.outputs import Places, check_export
+from sidcli.models.overrides import Overrides
+from sidcli.progress import Listener, Progress, RunListener, Silence, in_words
+from sidcli.training.intervals import Intervals
+from sidcli.training.request import Request
+
+if TYPE_CHECKING:
+    from sidcli.evaluation.run import Outcome
+    from sidcli.formats.export import Exported
+    from sidcli.formats.images import Samples
+    from sidcli.models.loading import Model
+    from sidcli.training.distill import Result
+
+PathLike = str | os.PathLike[str]
+SILENT = Silence()
+USUAL = Intervals()
+
+
+class Bars:
+    """The listener of a call without one: bars of tqdm, which a notebook shows as widgets, and notes, on stderr."""
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self.tqdm = tqdm
+        self.bar: Any = None
+
+    def note(self, text: str) -> None:
+        self.tqdm.write(text, file=sys.stderr)
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str = "") -> Iterator[Progress]:
+        with self.tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=unit == "bytes", leave=False, delay=1.0) as bar:
+
+            def advance(count: float, text: str = "") -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(count)
+
+            yield advance
+
+    def started(self, step: int, steps: int) -> None:
+        self.bar = self.tqdm(initial=step, total=steps, desc="distill", unit=" steps")
+
+    def stepped(self, record: dict[str, Any]) -> None:
+        self.bar.set_postfix_str(in_words(record), refresh=False)
+        self.bar.update(record["step"] - self.bar.n)
+        if record["step"] >= self.bar.total:
+            self.bar.close()
+
+
+def load(
+    name: str,
+    *,
+    prediction_type: str = "auto",
+    model_config: str = "",
+    width: int = 0,
+    height: int = 0,
+    listener: Listener | None = None,
+) -> Model:
+    """Read a teacher or a student, in float32 on the CPU.
+
+    Args:
+        name: Embedded name, diffusers folder, run folder, single file, or hub id (`OWNER/NAME@revision`).
+        prediction_type: What the network predicts, if its files do not say: "epsilon" or "v_prediction".
+        model_config: Diffusers folder whose JSON files describe a single file.
+        width, height: Size in pixels to draw at; 0: the model's own.
+
+    Returns:
+        The networks (`unet`, `vae`, `text_encoders`), tokenizers and what is known about the model. Pass it to `sample`.
+
+    Raises:
+        InputError: The model is not found, damaged, or of a kind that sid does not compute.
+        UsageError: A value that is not possible.
+    """
+    known = Overrides(prediction_type, model_config, width, height)
+    from sidcli.models.loading import open_model
+
+    return open_model(name, listener or Bars(), known)
+
+
+def sample(
+    prompts: str | Sequence[str],
+    model: str | Model = "emoji",
+    *,
+    num: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    output: PathLike | None = None,
+    overwrite: bool = False,
+    width: int = 0,
+    height: int = 0,
+    prediction_type: str = "auto",
+    model_config: str = "",
+    backend: str = "auto",
+    batch_size: int = 16,
+    device: str = "auto",
+    listener: Listener | None = None,
+) -> Samples:
+    """Generate images from prompts.
+
+    Args:
+        prompts: One prompt or several.
+        model: A name, or what `load` returned; the latter has its size and prediction already.
+        num: Images per prompt, with seeds `seed`, `seed` + 1, ...
+        steps: Denoising steps; by default 50 for a teacher, and a student's own.
+        guidance: Guidance scale of a teacher.
+        output: A .png for one image, or a folder for several; without it, the images are in memory alone.
+        width, height: Size in pixels; 0: the model's own.
+        backend: "auto", "torch", "onnx" or "openvino"; the last two run an exported graph.
+        batch_size: Images computed at once; does not change the images.
+        device: "auto", "cpu", "cuda" or "cuda:INDEX".
+
+    Returns:
+        `images`: PIL images in the order of prompts and seeds; `drawn`: prompt, seed and file of each.
+
+    Raises:
+        InputError: The model is not found, damaged, or of a kind that sid does not compute.
+        UsageError: A value that is not possible, or files that are there and are not to be overwritten.
+        EnvironmentProblem: A device that is not here, or a folder that cannot be written.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
+    if any(not text.strip() for text in texts):
+        raise UsageError("an empty prompt", "describe what to draw")
+    if num < 1:
+        raise UsageError(f"--num must be at least 1, not {num}")
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {steps}")
+    check_name(device)
+    count = len(texts) * num
+    places = Places.of(Path(output), count) if output else None
+    if places:
+        places.check(overwrite)
+    known = Overrides(prediction_type, model_config, width, height)
+    if not isinstance(model, str) and known != Overrides():
+        raise UsageError("a loaded model has its size and prediction already", "give them to load()")
+    listener = listener or Bars()
+    from sidcli.emoji import vocabulary
+    from sidcli.formats import images
+    from sidcli.models.sources import read_card
+
+    opened = images.open_drawer(model, backend, device, steps, guidance, listener, known)
+    if read_card(opened.source).get("world") == "emoji" and (about := vocabulary.remark(texts, opened.source.name)):
+        listener.note(about)
+    listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
+    with listener.progress("draw", count, "images") as advance:
+        drawn = images.run(opened, texts, num, seed, places, batch_size, advance)
+    if drawn.truncated:
+        listener.note(f"{drawn.truncated} prompts were longer than the text encoder reads and were truncated")
+    return drawn
+
+
+def distill(
+    teacher: str | None = None,
+    output: PathLike | None = None,
+    *,
+    objective: str | None = None,
+    guidance: float | None = None,
+    guidance_strategy: str | None = None,
+    objective_settings: Mapping[str, Any] | None = None,
+    lr: float | None = None,
+    images: int | None = None,
+    memory: str = "auto",
+    config: PathLike | None = None,
+    device: str = "auto",
+    intervals: Intervals = USUAL,
+    resume: PathLike | None = None,
+    tracker: str | None = None,
+    command: str = "",
+    listener: RunListener | None = None,
+    **settings: Any,
+) -> Result:
+    """Distill a teacher into a one-step student, or continue the run that is in the folder.
+
+    Args:
+        teacher: Name of the teacher; by default that of `config`, else "emoji-teacher".
+        output: Run folder; by default runs/TEACHER-gGUIDANCE.
+        objective: Distillation method; see `sidcli.objectives.OBJECTIVES`.
+        guidance, guidance_strategy: Scale and strategy of the objective.
+        objective_settings: Settings of the objective, by name.
+        lr: Learning rate of both networks.
+        images: Training images per network, instead of `steps`.
+        memory: "auto", "fast", "24gb" or "12gb".
+        config: TOML file of settings, such as a run's config.toml.
+        device: "auto", "cpu", "cuda" or "cuda:INDEX".
+        intervals: How often to save, sample and measure.
+        resume: Checkpoint to continue from; by default the newest.
+        tracker: "tensorboard" or "wandb".
+        command: Recorded in run.json.
+        settings: Fields of `sidcli.settings.DistillConfig`, such as `steps`, `batch_size` and `prompts`, or of the objective's settings.
+
+    Returns:
+        The run folder, the student's folder, steps, images and seconds.
+
+    Raises:
+        UsageError: A setting or value that is not possible.
+        InputError: The teacher or the prompts are not found or refused, or a continued run has other settings.
+        EnvironmentProblem: A device or a library that is not here, or too little memory or disk.
+        Interrupted: A signal, after saving.
+        SidError: The training diverged.
+    """
+    request = Request.of(
+        teacher,
+        Path(output) if output else None,
+        objective,
+        guidance,
+        guidance_strategy,
+        objective_settings or {},
+        lr,
+        images,
+        memory,
+        Path(config) if config else None,
+        settings,
+    )
+    check_name(device)
+    listener = listener or Bars()
+    checkpoint = Path(resume) if resume else None
+    request.check(False, bool(intervals.eval), tracker, checkpoint)
+    prompts = request.prompts(listener)
+    resolved, _ = request.resolve(listener, device)
+    from sidcli.models.loading import open_model
+    from sidcli.training import distill as driver
+    from sidcli.training import plan
+
+    plan.check(resolved, request.folder, intervals.keep, listener)
+    if "prompts" not in request.own and resolved.prompts in ("emoji", "general"):
+        listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
+    known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)
+    loaded = open_model(request.teacher, listener, known)
+    return driver.run(loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command)
+
+
+def evaluate(
+    models: str | ModelSpec | Sequence[str | ModelSpec] = ("emoji", "emoji-teacher"),
+    metrics: Sequence[str] = (),
+    *,
+    everything: bool = False,
+    protocol: str = "auto",
+    reference: PathLike | None = None,
+    prompts: PathLike | None = None,
+    column: str = "",
+    num: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    untrained: int = 0,
+    bounds: Sequence[Bound] = (),
+    inception: PathLike | None = None,
+    clip_model: str | None = None,
+    cmmd_model: str | None = None,
+    dino_model: str | None = None,
+    image_folder: PathLike | None = None,
+    batch_size: int = 50,
+    device: str = "auto",
+    listener: Listener | None = None,
+) -> Outcome | None:
+    """Measure models or folders of images side by side. Generated images are kept in the cache.
+
+    Args:
+        models: Names as on the command line, `NAME[,steps=N][,guidance=G]`, or folders and zips of images.
+        metrics: Of "fid", "kid", "prdc", "clip", "cmmd", "dino", "accuracy", "composition", "fid_infinity"; empty: what the protocol
+            measures by default.
+        everything: All metrics of the protocol.
+        protocol: "auto", "emoji", "coco2014-30k" or "custom".
+        reference: Images or statistics to compare with.
+        prompts, column: Captions to draw, and the column of a table.
+        num: Images per model.
+        steps, guidance: Of all teachers whose name does not say.
+        untrained: Also measure each teacher as a student of this many steps.
+        bounds: Gates; values beyond them are in `beyond` of the outcome.
+        inception, clip_model, cmmd_model, dino_model: Where the networks of the metrics come from.
+        image_folder: Keep the images here instead of in the cache.
+
+    Returns:
+        `rows`: model, sampling, n, and values with their 95 % intervals; `table()`, `latex()`, `as_dict()`, `write(picture, report)`.
+        None in those of several processes that only help to draw.
+
+    Raises:
+        InputError: Models, images or networks that are not found or refused.
+        UsageError: A request that the protocol refuses.
+        EnvironmentProblem: A device that is not here, or a folder that cannot be written.
+    """
+    check_protocol(protocol)
+    check_name(device)
+    listed = [models] if isinstance(models, str | ModelSpec) else models
+    folder = Path(image_folder) if image_folder else None
+    if folder:
+        check_writable(folder, "--image-folder")
+    request = Evaluation(
+        models=[ModelSpec.parse(one, steps, guidance) if isinstance(one, str) else one for one in listed],
+        metrics=metrics,
+        everything=everything,
+        bounds=bounds,
+        protocol=Rules(protocol, _path(reference), _path(prompts), column, num, seed, untrained),
+        networks=Files(_path(inception), clip_model, cmmd_model, dino_model),
+        batch_size=batch_size,
+        image_folder=folder,
+    )
+    listener = listener or Bars()
+    where = choose_device(device, listener)
+    from sidcli.evaluation.run import run
+
+    return run(request, where, listener)
+
+
+def _path(place: PathLike | None) -> Path | None:
+    return None if place is None else Path(place)
+
+
+def export(
+    model: str,
+    output: PathLike,
+    format: str = "diffusers",
+    *,
+    dtype: str = "fp32",
+    variant: str | None = None,
+    teacher: str | None = None,
+    rank: int | None = None,
+    verify: bool = True,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+    public: bool = False,
+    prediction_type: str = "auto",
+    model_config: str = "",
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Exported:
+    """Write a student for other programs.
+
+    Args:
+        model: A run folder, a student's folder or file, "emoji", or the authors' .pkl.
+        output: Folder to write.
+        format: "diffusers", "single-file", "onnx", "openvino", "torch-export" or "lora".
+        dtype: "fp32", "fp16" or "bf16".
+        variant: "fp16" names diffusers' files so.
+        teacher: The model that a LoRA or a .pkl belongs to.
+        rank: LoRA rank; by default that of the training, else 64.
+        verify: Draw with the export and compare before the folder appears.
+        license: License of the teacher, where its files do not say.
+        push_to_hub: Repository to upload to, OWNER/NAME, private unless `public`.
+
+    Returns:
+        The folder, its files with bytes and hashes, and the largest pixel difference found by the verification.
+
+    Raises:
+        InputError: The model is not a student, or cannot be exported like this.
+        UsageError: A value that is not possible, or a folder that is there and is not to be overwritten.
+        EnvironmentProblem: A library that is not installed, or too little disk.
+        GateError: The export draws another image.
+    """
+    if Path(model).suffix.lower() == ".pkl" and teacher is None:
+        raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
+    if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
+        raise UsageError(f"--push-to-hub must be OWNER/NAME, not {push_to_hub!r}")
+    place = Path(output)
+    place = Path(os.path.abspath(place)) if place.name in ("", "..") else place
+    order = Order(dtype, variant, rank or DEFAULT_RANK)
+    check(format, order)
+    check_export(place, overwrite)
+    known = Overrides(prediction_type, model_config)
+    listener = listener or Bars()
+    from sidcli.formats import export as driver
+
+    student, order = driver.Request(model, format, order, rank, teacher, known, license, push_to_hub).open(place, listener)
+    with listener.progress(f"export {format}", 3, "stages") as advance:
+        done = driver.run(student, format, place, order, verify, advance)
+    if done.difference is not None:
+        listener.note(f"verified: the export draws the same image as sid, at most {done.difference}/255 apart")
+    if done.loss is not None:
+        listener.note(f"the LoRA's image is at most {done.loss}/255 from the student's own; a higher --rank keeps more")
+    if push_to_hub:
+        from sidcli.models.hub import upload
+
+        url = upload(done.folder, push_to_hub, not public, listener)
+        listener.note(f"uploaded to {url} ({'public' if public else 'private, if it was made now'})")
+    return done

@@ -1,0 +1,185 @@
+"""What `sid distill` is asked for: settings from presets, a config file, a memory recipe and options, checked before torch is imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sidcli import objectives
+from sidcli.devices import choose_device
+from sidcli.environment import cache_folder, group
+from sidcli.errors import EnvironmentProblem, InputError, UsageError
+from sidcli.files import check_unlocked, check_writable
+from sidcli.formats.outputs import check_run
+from sidcli.settings import FIELDS, MEMORY, PRESETS, DistillConfig, checked, preset_for, read_toml, strategy
+
+if TYPE_CHECKING:
+    from sidcli.data.prompts import Prompts
+    from sidcli.progress import Listener
+    from sidcli.training.plan import Card
+
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings to start from, those that are given, and a memory recipe between the two."""
+
+    teacher: str
+    start: dict[str, Any]
+    own: dict[str, Any]
+    memory: str
+    folder: Path
+    """The run folder."""
+
+    @classmethod
+    def of(
+        cls,
+        teacher: str | None,
+        output: Path | None,
+        objective: str | None,
+        guidance: float | None,
+        guidance_strategy: str | None,
+        objective_settings: Mapping[str, Any],
+        lr: float | None,
+        images: int | None,
+        memory: str,
+        config: Path | None,
+        settings: Mapping[str, Any],
+    ) -> Request:
+        """The request of a call; `settings` are fields of DistillConfig or settings of the objective.
+
+        Raises UsageError for names or values that are not possible, InputError for a config file that cannot be read.
+        """
+        check_values(settings, lr, images, memory)
+        from_file = read_toml(config) if config else {}
+        teacher = teacher or from_file.pop("teacher", DistillConfig.teacher)
+        from_file.pop("teacher", None)
+        method, table = objective_table(from_file.pop("objective", {}), objective, guidance, guidance_strategy)
+        known = {*FIELDS} - {"objective", "teacher"}
+        others = {name: value for name, value in settings.items() if name not in known}
+        own = checked({name: value for name, value in settings.items() if name in known}, "", "setting")
+        chosen = objectives.settings({**table, **others, **objective_settings})
+        start = {**method.defaults, **PRESETS[preset_for(teacher)], **from_file, "objective": chosen}
+        folder = output or default_folder(teacher, start, objective, guidance_strategy)
+        return cls(teacher, start, with_shortcuts(own, start, lr, images), memory, folder)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return MEMORY["fast" if self.memory == "auto" else self.memory]
+
+    def config(self, recipe: dict[str, Any]) -> DistillConfig:
+        """Raises UsageError for a value that is not possible."""
+        if self.own.get("shard", self.start.get("shard")):  # which spreads the state over the processes instead
+            recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
+        merged = self.start | recipe | self.own | {"teacher": self.teacher}
+        batch = merged.get("batch_size", DistillConfig.batch_size)
+        merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
+        if merged.get("prompts", "auto") == "auto":
+            merged["prompts"] = "emoji" if preset_for(self.teacher) == "emoji" else "general"
+        return DistillConfig(**merged)
+
+    def check(self, dry_run: bool, evaluates: bool, tracker: str | None = None, resume: Path | None = None) -> None:
+        """Raises UsageError, InputError or EnvironmentProblem for settings, folders or a tracker that cannot be."""
+        if tracker not in (None, *TRACKERS):
+            raise UsageError(f"--tracker must be one of {', '.join(TRACKERS)}, not {tracker!r}")
+        if tracker and find_spec(tracker) is None:
+            raise EnvironmentProblem(f"--tracker {tracker} needs a package that is not installed", f"pip install {tracker}")
+        if resume and not (resume / "manifest.json").is_file():
+            raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
+        self.config(self.recipe)
+        check_writable(self.folder) if dry_run else check_run(self.folder)
+        if evaluates:
+            check_writable(cache_folder(), "cache with SID_CACHE_DIR")
+        if not dry_run and group().rank == 0:
+            check_unlocked(self.folder)
+
+    def prompts(self, listener: Listener) -> Prompts:
+        from sidcli.data.prompts import PromptList, open_prompts
+
+        config = self.config(self.recipe)
+        source = open_prompts(config.prompts, config.column)
+        if isinstance(source, PromptList) and source.note:
+            listener.note(source.note)
+        return source
+
+    def resolve(
+        self, listener: Listener, device: str, dry_run: bool = False, plan_for: str | None = None
+    ) -> tuple[DistillConfig, Card | None]:
+        """The settings on this device, or on a GPU that is planned for, which is returned too.
+
+        Raises UsageError or EnvironmentProblem for a device that cannot be.
+        """
+        recipe = self.recipe
+        begun = self.memory == "auto" and (self.folder / "config.toml").is_file()
+        if begun:  # however full the device is today, the run goes on as it began
+            recipe = {name: value for name, value in read_toml(self.folder / "config.toml").items() if name in MEMORY["12gb"]}
+        planned_only = dry_run and (plan_for is not None or device.startswith("cuda"))  # for a GPU that need not be here
+        on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
+        from sidcli.training import plan
+
+        card = plan.parse_card(plan_for) if plan_for else None
+        if self.memory == "auto" and not begun and (on_gpu or card):
+            return plan.choose({name: self.config(recipe) for name, recipe in MEMORY.items()}, device, listener, card), card
+        return self.config(recipe), card
+
+
+def check_values(settings: Mapping[str, Any], lr: float | None, images: int | None, memory: str) -> None:
+    """Raises UsageError for options that exclude each other and for values that are not possible."""
+    if "steps" in settings and images is not None:
+        raise UsageError("--steps and --images exclude each other", "give one of them")
+    if images is not None and images < 1:
+        raise UsageError(f"--images must be at least 1, not {images}")
+    if memory not in ("auto", *MEMORY):
+        raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise UsageError(f"--lr must be positive, not {lr}")
+
+
+def method_of(objective: str | None, config: Path | None) -> type[objectives.Objective]:
+    """The objective that is asked for: by name, else that of a config file, else sid."""
+    table = read_toml(config).get("objective", {}) if config else {}
+    return objectives.find(objective or table.get("name", "sid"))
+
+
+def objective_table(
+    table: dict[str, Any], name: str | None, guidance: float | None, guidance_strategy: str | None
+) -> tuple[type[objectives.Objective], dict[str, Any]]:
+    """The objective, and its settings after those of a config file (`table`) and the options for guidance."""
+    if name not in (None, table.get("name", "sid")):
+        table = {"name": name}  # a table of another objective does not apply
+    method = objectives.find(table.get("name", "sid"))
+    if method is not objectives.Sid and guidance_strategy is not None:
+        raise UsageError(f"--guidance-strategy is an option of objective sid, not of {table['name']}", "--guidance SCALE")
+    if method is not objectives.Sid and guidance is not None:
+        return method, table | {"guidance": guidance}
+    if guidance is not None or guidance_strategy is not None:
+        return method, table | strategy(guidance_strategy or "lsg", guidance)
+    return method, dict(table)
+
+
+def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: float | None, images: int | None) -> dict[str, Any]:
+    """The given settings, with those that `lr` and `images` stand for; `start` are the settings without them."""
+    own = dict(settings)
+    if "prompts" in own and "column" not in own:
+        own["column"] = ""  # that of a --config belongs to its own prompts
+    if lr is not None:
+        own = {"lr_fake": lr, "lr_generator": lr} | own
+    if images is not None:
+        size = own.get("batch_size", start.get("batch_size", DistillConfig.batch_size))
+        own["steps"] = max(1, -(-images // max(1, size)))
+    return own
+
+
+def default_folder(teacher: str, start: Mapping[str, Any], objective: str | None, guidance_strategy: str | None) -> Path:
+    """The run folder where none is given."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
+    kinds = [kind for kind, usual in ((objective, "sid"), (guidance_strategy, "lsg")) if kind not in (None, usual)]
+    table = start["objective"]
+    return Path("runs") / "-".join([name, *map(str, kinds), f"g{getattr(table, table.scale):g}"])
