@@ -146,10 +146,7 @@ def sample(
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
         raise UsageError("an empty prompt", "describe what to draw")
-    if num < 1:
-        raise UsageError(f"--num must be at least 1, not {num}")
-    if steps is not None and steps < 1:
-        raise UsageError(f"--steps must be at least 1, not {steps}")
+    _check_least(num=num, batch_size=batch_size, steps=1 if steps is None else steps)
     check_name(device)
     count = len(texts) * num
     places = Places.of(Path(output), count) if output else None
@@ -305,6 +302,7 @@ def evaluate(
         EnvironmentProblem: A device that is not here, or a folder that cannot be written.
     """
     check_protocol(protocol)
+    _check_least(batch_size=batch_size, num=1 if num is None else num)
     check_name(device)
     listed = [models] if isinstance(models, str | ModelSpec) else models
     folder = Path(image_folder) if image_folder else None
@@ -325,6 +323,13 @@ def evaluate(
     from sidcli.evaluation.run import run
 
     return run(request, where, listener)
+
+
+def _check_least(**values: int) -> None:
+    """Raises UsageError for a value below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def _path(place: PathLike | None) -> Path | None:
@@ -378,6 +383,7 @@ def export(
         raise UsageError(f"--push-to-hub must be OWNER/NAME, not {push_to_hub!r}")
     place = Path(output)
     place = Path(os.path.abspath(place)) if place.name in ("", "..") else place
+    _check_least(rank=1 if rank is None else rank)
     order = Order(dtype, variant, rank or DEFAULT_RANK)
     check(format, order)
     check_export(place, overwrite)

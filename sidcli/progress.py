@@ -35,6 +35,10 @@ class Silence:
     def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]:
         return nullcontext(silent)
 
+    def started(self, step: int, steps: int) -> None: ...
+
+    def stepped(self, record: dict[str, Any]) -> None: ...
+
 
 class RunListener(Listener, Protocol):
     """A listener of a training run: `started` once, `stepped` with the last record after each step."""

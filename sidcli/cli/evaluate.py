@@ -158,7 +158,7 @@ def evaluate(
     check(protocol, column, prompts, device)
     specs = [ModelSpec.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
     bounds = limits(fail_above or [], fail_below or [])
-    networks: dict[str, Any] = {"inception": inception, "clip_model": clip_model, "cmmd_model": cmmd_model}
+    networks: dict[str, Any] = dict(inception=inception, clip_model=clip_model, cmmd_model=cmmd_model, dino_model=dino_model)
     check_places(report, picture, image_folder, overwrite)
     launch_processes(processes, device)
     stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
@@ -176,7 +176,6 @@ def evaluate(
             seed=seed,
             untrained=untrained,
             bounds=bounds,
-            dino_model=dino_model,
             **networks,
             image_folder=image_folder,
             batch_size=batch_size,

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -30,7 +31,12 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 def catch(handler: Handler) -> dict[signal.Signals, Handler]:
-    """Handle the signals of STOPPING, and return what handled them before; under `nohup`, a closed terminal stays without effect."""
+    """Handle the signals of STOPPING, and return what handled them before; under `nohup`, a closed terminal stays without effect.
+
+    Python lets the main thread alone handle signals; in another one nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 

@@ -1,0 +1,156 @@
+"""The Python API, as a notebook or a script uses it."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sidcli
+from sidcli import distill, evaluate, export, load, sample
+from sidcli.api import SILENT, Bars
+from sidcli.errors import InputError, UsageError
+from sidcli.settings import DistillConfig
+from sidcli.training.request import Request
+from tests.commands import from_server as sid
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_importing_the_package_and_the_five_functions_imports_neither_torch_nor_the_terminal() -> None:
+    code = (
+        "import sys, sidcli\nassert 'sidcli.api' not in sys.modules\n"
+        "from sidcli import load, sample, distill, evaluate, export\n"
+        "assert not {'torch', 'rich', 'typer', 'diffusers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"load", "sample", "distill", "evaluate", "export"} <= set(dir(sidcli))
+    with pytest.raises(AttributeError, match="'sidcli' has no attribute 'train'"):
+        _ = sidcli.train  # type: ignore[attr-defined]
+
+
+def test_sample_returns_the_images_that_the_command_writes(tmp_path: Path) -> None:
+    assert sid("sample", "a cat", "a dog", "--num", "2", "-o", "out", cwd=tmp_path).returncode == 0
+    student = load("emoji", listener=SILENT)
+    drawn = sample(["a cat", "a dog"], student, num=2, listener=SILENT)
+    assert [(one.prompt, one.seed, one.file) for one in drawn.drawn] == [
+        (prompt, seed, None) for prompt in ("a cat", "a dog") for seed in (0, 1)
+    ]
+    for index, image in enumerate(drawn.images):
+        with Image.open(tmp_path / "out" / f"{index:06d}.png") as written:
+            assert image.tobytes() == written.convert("RGB").tobytes()
+    again = sample("a cat", student, output=tmp_path / "cat.png", listener=SILENT)
+    assert again.images[0].tobytes() == drawn.images[0].tobytes() and again.drawn[0].file == tmp_path / "cat.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"prompts": []}, "no prompt given"),
+        ({"prompts": [" "]}, "an empty prompt"),
+        ({"prompts": "a cat", "num": 0}, "--num must be at least 1, not 0"),
+        ({"prompts": "a cat", "steps": 0}, "--steps must be at least 1, not 0"),
+        ({"prompts": "a cat", "device": "gpu"}, "--device must be"),
+        ({"prompts": "a cat", "backend": "tensorrt"}, "--backend must be one of"),
+        ({"prompts": "a cat", "batch_size": 0}, "--batch-size must be at least 1, not 0"),
+        ({"prompts": "a cat", "prediction_type": "x0"}, "--prediction-type must be one of"),
+    ],
+)
+def test_sample_refuses_values_that_are_not_possible(arguments: dict[str, object], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        sample(**arguments, listener=SILENT)  # type: ignore[arg-type]
+
+
+def test_a_loaded_model_keeps_its_size_and_a_missing_one_is_an_input_error(sd_folder: Path) -> None:
+    with pytest.raises(UsageError, match="has its size and prediction already"):
+        sample("a cat", load(str(sd_folder), listener=SILENT), width=64, listener=SILENT)
+    with pytest.raises(InputError, match="nowhere/model"):
+        load("nowhere/model/x", listener=SILENT)
+
+
+def test_distill_trains_the_same_student_as_the_command_and_continues_its_run(sd_folder: Path, tmp_path: Path) -> None:
+    common = ["--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--guidance", "1.5", "--set", "alpha=1.1", "--device", "cpu"]
+    assert sid("distill", sd_folder, *common, "-o", tmp_path / "one", cwd=tmp_path).returncode == 0
+    settings = {"batch_size": 4, "lr": 1e-3, "guidance": 1.5, "alpha": 1.1, "device": "cpu"}
+    done = distill(str(sd_folder), tmp_path / "two", steps=2, **settings, listener=SILENT)  # type: ignore[arg-type]
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (done.student / weights).read_bytes() == (tmp_path / "one" / "student" / weights).read_bytes()
+    more = distill(str(sd_folder), tmp_path / "one", steps=3, **settings, listener=SILENT)  # type: ignore[arg-type]
+    assert (done.step, more.step, more.taken) == (2, 3, 1)
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["command"].startswith("sid distill")
+
+
+def test_distill_runs_in_a_thread_too_where_no_signal_can_be_handled(sd_folder: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        work = partial(distill, str(sd_folder), tmp_path / "run", steps=1, batch_size=2, device="cpu", listener=SILENT)
+        assert pool.submit(work).result().step == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"stepz": 3}, "'stepz' is not a setting of objective sid"),
+        ({"steps": "3"}, "steps must be int, not '3'"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"steps": 3, "images": 12}, "exclude each other"),
+        ({"objective": "dmd2", "kappa1": 2.0}, "'kappa1' is not a setting of objective dmd2, it is one of sid"),
+        ({"memory": "8gb"}, "--memory must be one of"),
+        ({"tracker": "mlflow"}, "--tracker must be one of tensorboard, wandb"),
+        ({"resume": "nowhere"}, "nowhere is not a checkpoint"),
+    ],
+)
+def test_distill_refuses_settings_that_are_not_possible(settings: dict[str, object], problem: str, tmp_path: Path) -> None:
+    with pytest.raises((UsageError, InputError), match=problem):
+        distill("emoji-teacher", tmp_path / "run", listener=SILENT, **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_of_a_distillation_may_be_given_by_its_name() -> None:
+    given = {"t_init": 600, "student_steps": 2, "fake_lora": 4, "adam_eps": 1e-6, "compile": "off"}
+    request = Request.of("emoji-teacher", None, None, None, None, {}, None, None, "auto", None, given)
+    config = request.config(request.recipe)
+    assert isinstance(config, DistillConfig) and {name: getattr(config, name) for name in given} == given
+
+
+def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_path: Path) -> None:
+    outcome = evaluate("emoji", ["clip", "accuracy"], num=20, listener=SILENT)
+    assert outcome is not None
+    (row,) = [row for row in outcome.rows if not row.is_real]
+    assert row.n == 20 and row.metrics["clip"].low < row.metrics["clip"].value < row.metrics["clip"].high
+    done = sid("eval", "emoji", "--clip", "--accuracy", "--num", "20", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["models"] == outcome.as_dict()["models"]
+
+
+def test_export_returns_what_was_written_and_refuses_what_the_command_refuses(tmp_path: Path) -> None:
+    done = export("emoji", tmp_path / "student", dtype="fp16", listener=SILENT)
+    assert done.folder == tmp_path / "student" and done.difference is not None and "unet/config.json" in done.files
+    for arguments, problem in (
+        (("emoji", tmp_path / "student"), "exists already"),
+        (("emoji", tmp_path / "new", "gguf"), "unknown format 'gguf'"),
+        (("authors.pkl", tmp_path / "new"), "a .pkl holds a UNet alone"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            export(*arguments, listener=SILENT)  # type: ignore[arg-type]
+
+
+def test_bars_show_notes_and_progress_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    bars.note("loading a model")
+    with bars.progress("draw", 4, "images") as advance:
+        advance(4)
+    bars.started(1, 3)
+    for step in (2, 3):
+        bars.stepped({"step": step, "images_per_second": 2.0})
+    out, err = capsys.readouterr()
+    assert not out and "loading a model" in err and "3/3" in err and "2 img/s" in err
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "distill.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "place", "1", "20"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "noun" in done.stdout and (tmp_path / "place" / "3.png").is_file()
