@@ -10,10 +10,10 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# A student distilled here and now, measured beside its teacher; 10 to 15 minutes on two CPU cores.
+# A student distilled here and now, measured beside its teacher; 15 to 20 minutes on two CPU cores.
 demo: .venv/ready
 	$(BIN)/sid distill --teacher emoji-teacher --output runs/demo
-	$(BIN)/sid eval emoji-teacher runs/demo --untrained 1 --fid --clip --accuracy --num 400 --picture runs/demo/comparison.png --overwrite
+	$(BIN)/sid eval emoji-teacher runs/demo --untrained 1 --fid --clip --accuracy --num 200 --picture runs/demo/comparison.png --overwrite
 	@echo "picture: runs/demo/comparison.png"
 	@echo "run folder: runs/demo"
 

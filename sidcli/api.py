@@ -187,7 +187,7 @@ def distill(
     intervals: Intervals = USUAL,
     resume: PathLike | None = None,
     tracker: str | None = None,
-    command: str = "",
+    command: str = "sidcli.distill, from Python",
     listener: RunListener | None = None,
     **settings: Any,
 ) -> Result:
@@ -207,7 +207,7 @@ def distill(
         intervals: How often to save, sample and measure.
         resume: Checkpoint to continue from; by default the newest.
         tracker: "tensorboard" or "wandb".
-        command: Recorded in run.json.
+        command: How the run was started, for run.json.
         settings: Fields of `sidcli.settings.DistillConfig`, such as `steps`, `batch_size` and `prompts`, or of the objective's settings.
 
     Returns:

@@ -1,12 +1,14 @@
 """The Python API, as a notebook or a script uses it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +18,8 @@ from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
 from sidcli.settings import DistillConfig
 from sidcli.training.request import Request
-from tests.commands import from_server as sid
+from tests import inprocess
+from tests.commands import sid
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +47,8 @@ def test_sample_returns_the_images_that_the_command_writes(tmp_path: Path) -> No
         with Image.open(tmp_path / "out" / f"{index:06d}.png") as written:
             assert image.tobytes() == written.convert("RGB").tobytes()
     again = sample("a cat", student, output=tmp_path / "cat.png", listener=SILENT)
-    assert again.images[0].tobytes() == drawn.images[0].tobytes() and again.drawn[0].file == tmp_path / "cat.png"
+    difference = np.asarray(again.images[0]).astype(int) - np.asarray(drawn.images[0])  # of another batch: rounding
+    assert abs(difference).max() <= 1 and again.drawn[0].file == tmp_path / "cat.png"
 
 
 @pytest.mark.parametrize(
@@ -74,14 +78,14 @@ def test_a_loaded_model_keeps_its_size_and_a_missing_one_is_an_input_error(sd_fo
 
 def test_distill_trains_the_same_student_as_the_command_and_continues_its_run(sd_folder: Path, tmp_path: Path) -> None:
     common = ["--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--guidance", "1.5", "--set", "alpha=1.1", "--device", "cpu"]
-    assert sid("distill", sd_folder, *common, "-o", tmp_path / "one", cwd=tmp_path).returncode == 0
+    assert inprocess.sid("distill", sd_folder, *common, "-o", tmp_path / "one") == 0
     settings = {"batch_size": 4, "lr": 1e-3, "guidance": 1.5, "alpha": 1.1, "device": "cpu"}
     done = distill(str(sd_folder), tmp_path / "two", steps=2, **settings, listener=SILENT)  # type: ignore[arg-type]
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (done.student / weights).read_bytes() == (tmp_path / "one" / "student" / weights).read_bytes()
     more = distill(str(sd_folder), tmp_path / "one", steps=3, **settings, listener=SILENT)  # type: ignore[arg-type]
     assert (done.step, more.step, more.taken) == (2, 3, 1)
-    assert json.loads((tmp_path / "one" / "run.json").read_text())["command"].startswith("sid distill")
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["command"] == "sidcli.distill, from Python"
 
 
 def test_distill_runs_in_a_thread_too_where_no_signal_can_be_handled(sd_folder: Path, tmp_path: Path) -> None:
@@ -122,7 +126,8 @@ def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_p
     (row,) = [row for row in outcome.rows if not row.is_real]
     assert row.n == 20 and row.metrics["clip"].low < row.metrics["clip"].value < row.metrics["clip"].high
     done = sid("eval", "emoji", "--clip", "--accuracy", "--num", "20", "--json", cwd=tmp_path)
-    assert json.loads(done.stdout)["models"] == outcome.as_dict()["models"]
+    printed = json.loads(done.stdout)["models"]
+    assert [one["metrics"] for one in printed] == [one["metrics"] for one in outcome.as_dict()["models"]]
 
 
 def test_export_returns_what_was_written_and_refuses_what_the_command_refuses(tmp_path: Path) -> None:
@@ -149,8 +154,7 @@ def test_bars_show_notes_and_progress_on_stderr(capsys: pytest.CaptureFixture[st
     assert not out and "loading a model" in err and "3/3" in err and "2 img/s" in err
 
 
-def test_the_python_example_runs(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "distill.py"
-    done = subprocess.run([sys.executable, script, tmp_path / "place", "1", "20"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "noun" in done.stdout and (tmp_path / "place" / "3.png").is_file()
+def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "distill.py"))
+    example["main"](tmp_path, 1, 20)
+    assert "noun" in capsys.readouterr().out and (tmp_path / "3.png").is_file() and (tmp_path / "student" / "unet").is_dir()
