@@ -22,7 +22,7 @@ from sidcli.distributed import Distributed, Share
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
-from sidcli.evaluation.entrants import REAL, Entrant, entrants, look_up
+from sidcli.evaluation.candidates import REAL, Candidate, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, choose, custom, emoji, listed
 from sidcli.evaluation.run import beyond, latex, page, pictures, table, unjudged
 from sidcli.evaluation.scores import ASKED, Evaluation, Row, chosen
@@ -189,15 +189,15 @@ def test_processes_that_share_the_work_compute_what_one_computes(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("text", "wish"),
+    ("text", "spec"),
     [
         ("emoji", ModelSpec("emoji", 50, None)),
         ("emoji-teacher,steps=10,guidance=1.5", ModelSpec("emoji-teacher", 10, 1.5, own=True)),
         ("a/b@main,guidance=2", ModelSpec("a/b@main", 50, 2.0, own=True)),
     ],
 )
-def test_a_model_may_say_how_it_is_to_draw(text: str, wish: ModelSpec) -> None:
-    assert ModelSpec.parse(text, 50, None) == wish
+def test_a_model_may_say_how_it_is_to_draw(text: str, spec: ModelSpec) -> None:
+    assert ModelSpec.parse(text, 50, None) == spec
 
 
 @pytest.mark.parametrize("text", ["emoji,steps=x", "emoji,stops=2", "emoji,steps"])
@@ -238,7 +238,7 @@ def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(scenes_folder / "cat.png")
     Image.new("RGB", (8, 8)).save(scenes_folder / "dog.tif")
     listener = Listening()
-    look_up(ModelSpec(str(scenes_folder)), 0, listener)
+    resolve(ModelSpec(str(scenes_folder)), 0, listener)
     assert listener.said == [
         f"{scenes_folder}: ignoring images that are not PNG, JPEG, WebP, BMP or GIF: 1 .tif",
         f"{scenes_folder}: using 10 numbered images; ignoring 1 other image",
@@ -249,7 +249,7 @@ def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:
 def test_a_file_that_is_neither_a_model_nor_a_set_of_images_is_refused(name: str, scenes_folder: Path) -> None:
     (scenes_folder / name).touch()
     with pytest.raises(InputError, match=f"{name} is neither a model nor a folder or .zip of images"):
-        look_up(ModelSpec(str(scenes_folder / name)), 0, Silence())
+        resolve(ModelSpec(str(scenes_folder / name)), 0, Silence())
 
 
 def test_a_path_with_a_comma_is_a_path(tmp_path: Path) -> None:
@@ -269,9 +269,9 @@ def scenes_folder(tmp_path: Path) -> Path:
 
 def test_a_folder_of_real_scenes_gets_the_numbers_of_real_scenes(scenes_folder: Path) -> None:
     rules = quick()
-    found = look_up(ModelSpec(str(scenes_folder)), 0, Silence())
-    entered = entrants(found, rules, CPU, 10, 0, 10, None)
-    evaluation = Evaluation(rules, entered, ["kid", "clip", "noun", "color"], 10, Distributed(CPU))
+    found = resolve(ModelSpec(str(scenes_folder)), 0, Silence())
+    candidates = to_measure(found, rules, CPU, 10, 0, 10, None)
+    evaluation = Evaluation(rules, candidates, ["kid", "clip", "noun", "color"], 10, Distributed(CPU))
     evaluation.fill(Silence())
     real, ours = evaluation.rows(Silence())
     assert (real.model, real.is_real, real.n, ours.n) == (REAL, True, 10, 10)
@@ -310,9 +310,9 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
         opened.append(weakref.ref(heavy))
         return heavy
 
-    monkeypatch.setattr("sidcli.evaluation.entrants._drawer", load_one)
-    found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in look_up(ModelSpec.parse(text, None, None), 0, Silence())]
-    evaluation = Evaluation(rules, entrants(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Distributed(CPU))
+    monkeypatch.setattr("sidcli.evaluation.candidates._drawer", load_one)
+    found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in resolve(ModelSpec.parse(text, None, None), 0, Silence())]
+    evaluation = Evaluation(rules, to_measure(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Distributed(CPU))
     evaluation.fill(Silence())
     assert len(opened) == 2 and held == [1, 1]
 
@@ -335,8 +335,8 @@ def test_a_table_with_more_metrics_than_models_is_turned() -> None:
 
 def test_a_page_points_out_a_model_only_where_it_is_better_than_the_others_beyond_the_intervals() -> None:
     rules = emoji(NETWORKS)
-    entered = [Entrant(name, "", SceneSet(0), 10) for name in (REAL, "a", "b")]
-    evaluation = Evaluation(rules, entered, [], 10, Distributed(CPU))
+    candidates = [Candidate(name, "", SceneSet(0), 10) for name in (REAL, "a", "b")]
+    evaluation = Evaluation(rules, candidates, [], 10, Distributed(CPU))
     evaluation.metrics = ["kid", "noun", "clip"]
     rows = [real_row(kid=0, noun=9, clip=9), row("a", kid=10, noun=5, clip=5), row("b", kid=7, noun=6, clip=8)]
     scores = page(evaluation, rows, [(name, []) for name in (REAL, "a", "b")], 0).sections[0]
@@ -378,7 +378,7 @@ def test_a_gate_names_every_model_and_number_beyond_it_and_leaves_real_scenes_al
 
 
 def test_a_gate_asks_for_its_own_metric_and_is_refused_where_there_is_none() -> None:
-    rules, one = emoji(NETWORKS), [Entrant(REAL, "", SceneSet(0), is_real=True), Entrant("s", "", SceneSet(1))]
+    rules, one = emoji(NETWORKS), [Candidate(REAL, "", SceneSet(0), is_real=True), Candidate("s", "", SceneSet(1))]
     assert chosen(["clip"], rules, False, one, ["kid"]) == ["kid", "clip"]
     with pytest.raises(UsageError, match="FID to teacher needs a teacher in the table"):
         chosen(["clip"], rules, False, one, ["fid_teacher"])
@@ -397,16 +397,16 @@ def test_a_model_that_a_gate_says_nothing_about_is_named() -> None:
 def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "four.txt").write_text("a cat\na dog\na bus\na car\n")
     rules = custom(NETWORKS, None, tmp_path / "four.txt")
-    entered = entrants(look_up(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
-    assert chosen([], rules, False, entered) == ["clip"]
-    assert Evaluation(rules, entered, [], None, Distributed(CPU)).counts == [4]
+    candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    assert chosen([], rules, False, candidates) == ["clip"]
+    assert Evaluation(rules, candidates, [], None, Distributed(CPU)).counts == [4]
 
 
 def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possible() -> None:
     rules = emoji(NETWORKS)
-    assert entrants(look_up(ModelSpec("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
+    assert to_measure(resolve(ModelSpec("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
     with pytest.raises(UsageError, match="one-step model; --steps 4"):
-        entrants(look_up(ModelSpec("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
+        to_measure(resolve(ModelSpec("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_every_option_asks_for_metrics_of_the_catalog_and_all_of_them_have_one()
 def test_what_a_protocol_cannot_give_is_left_out_of_all_and_refused_by_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "some.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     rules = custom(NETWORKS, tmp_path / "some.npz", None)
-    one = [Entrant("a", "", SceneSet(0))]
+    one = [Candidate("a", "", SceneSet(0))]
     assert chosen([], rules, True, one) == ["fid"]
     with pytest.raises(UsageError, match="KID needs a reference of images"):
         chosen(["kid"], rules, False, one)
@@ -463,7 +463,7 @@ def test_without_a_reference_what_needs_none_is_measured_on_built_in_captions() 
     rules = custom(NETWORKS, None, None)
     assert rules.captions is not None and rules.captions.limit is None
     assert rules.captions.first(3) == listed(Path("general"), Silence()).first(3) and len(set(rules.captions.first(50))) > 40
-    two = [Entrant("t", "", SceneSet(0), is_teacher=True), Entrant("s", "", SceneSet(1))]
+    two = [Candidate("t", "", SceneSet(0), is_teacher=True), Candidate("s", "", SceneSet(1))]
     assert chosen([], rules, False, two) == chosen([], rules, True, two) == ["fid_teacher", "clip"]
     assert chosen(["fid"], rules, False, two) == ["fid_teacher"]
     assert Evaluation(rules, two, [], None, Distributed(CPU)).counts == [300, 300]
@@ -474,8 +474,8 @@ def test_without_a_reference_what_needs_none_is_measured_on_built_in_captions() 
 
 def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> None:
     rules = emoji(NETWORKS)
-    two = [Entrant("t", "", SceneSet(0), is_teacher=True), Entrant("s", "", SceneSet(1))]
-    real = Entrant(REAL, "", SceneSet(2), is_real=True)
+    two = [Candidate("t", "", SceneSet(0), is_teacher=True), Candidate("s", "", SceneSet(1))]
+    real = Candidate(REAL, "", SceneSet(2), is_real=True)
     assert "fid_teacher" in chosen(["fid"], rules, False, [real, *two])
     assert "fid_teacher" not in chosen(["fid"], rules, False, [real, two[1]])
     evaluation = Evaluation(rules, two, ["fid_teacher"], 20, Distributed(CPU))
@@ -487,8 +487,8 @@ def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> N
 @pytest.mark.parametrize("few", ["drawn", "real"])
 def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so_many(few: str, stand_ins: dict[str, Path]) -> None:
     rules = emoji(Networks(CPU, Silence(), dino=str(stand_ins["dino"])))
-    teacher = Entrant("t", "", SceneSet(5), held_out=SceneSet(6), is_teacher=True)
-    two = [teacher, Entrant("s", "", SceneSet(7), held_out=SceneSet(8))]
+    teacher = Candidate("t", "", SceneSet(5), held_out=SceneSet(6), is_teacher=True)
+    two = [teacher, Candidate("s", "", SceneSet(7), held_out=SceneSet(8))]
     for metric in METRICS:
         needed = {}
         for n in (1, 2, 3, 4, 5, 6, 20, 100):
@@ -517,7 +517,7 @@ def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path
     rules = emoji(NETWORKS)
     metrics = [name for name in METRICS if name not in ("fid_teacher", "fid_infinity", "fd_dinov2", "composition")]
     for reference in (Collection(SceneSet(world.REFERENCE_SEED), 30), Collection(alike, 30)):
-        one = Evaluation(replace(rules, reference=reference), [Entrant("alike", "", alike, 30)], metrics, None, Distributed(CPU))
+        one = Evaluation(replace(rules, reference=reference), [Candidate("alike", "", alike, 30)], metrics, None, Distributed(CPU))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             one.fill(Silence())
@@ -527,7 +527,7 @@ def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path
 
 def test_few_images_and_rows_of_different_sizes_are_warned_of() -> None:
     evaluation = Evaluation(
-        quick(), [Entrant("a", "", SceneSet(0)), Entrant("b", "", SceneSet(1), 20)], ["fid"], 30, Distributed(CPU)
+        quick(), [Candidate("a", "", SceneSet(0)), Candidate("b", "", SceneSet(1), 20)], ["fid"], 30, Distributed(CPU)
     )
     evaluation.fill(Silence())
     different, biased = evaluation.warnings(evaluation.rows(Silence()))
@@ -536,7 +536,7 @@ def test_few_images_and_rows_of_different_sizes_are_warned_of() -> None:
 
 
 def test_a_model_below_real_scenes_is_explained() -> None:
-    evaluation = Evaluation(quick(), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Distributed(CPU))
+    evaluation = Evaluation(quick(), [Candidate("a", "", SceneSet(0))], ["fid"], 20, Distributed(CPU))
     evaluation.fill(Silence())
     rows = [real_row(fid=25.76), row("mine", fid=23.22), row("yours", fid=26.0)]
     assert evaluation.warnings(rows)[-1].startswith("FID of mine is below that of real scenes: at this n, bias")
@@ -545,13 +545,13 @@ def test_a_model_below_real_scenes_is_explained() -> None:
 
 def test_real_scenes_are_as_many_as_the_images_beside_them(scenes_folder: Path) -> None:
     rules = emoji(NETWORKS)
-    entered = entrants(look_up(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
-    assert Evaluation(rules, entered, ["clip"], None, Distributed(CPU)).counts == [10, 10]
+    candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    assert Evaluation(rules, candidates, ["clip"], None, Distributed(CPU)).counts == [10, 10]
 
 
 def test_what_is_named_twice_is_measured_once(scenes_folder: Path) -> None:
-    found = [one for _ in range(2) for name in ("emoji", str(scenes_folder)) for one in look_up(ModelSpec(name), 0, Silence())]
-    assert [one.name for one in entrants(found, emoji(NETWORKS), CPU, 10, 0, 10, None)] == [REAL, "emoji", str(scenes_folder)]
+    found = [one for _ in range(2) for name in ("emoji", str(scenes_folder)) for one in resolve(ModelSpec(name), 0, Silence())]
+    assert [one.name for one in to_measure(found, emoji(NETWORKS), CPU, 10, 0, 10, None)] == [REAL, "emoji", str(scenes_folder)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -566,16 +566,16 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
         info = None if prompt is None else png_info(prompt, index, find("emoji"), Plan(1, grid=(625,)))
         Image.new("RGB", (64, 64)).save(folder / f"{index}.png", pnginfo=info)
     place = Path(shutil.make_archive(str(folder), "zip", folder)) if packed else folder
-    entered = entrants(look_up(ModelSpec(str(place)), 0, Silence()), rules, CPU, None, 0, 10, None)
-    evaluation = Evaluation(rules, entered, ["clip"], None, Distributed(CPU))
+    candidates = to_measure(resolve(ModelSpec(str(place)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    evaluation = Evaluation(rules, candidates, ["clip"], None, Distributed(CPU))
     listener = Listening()
     evaluation.fill(listener)
     (warning,) = evaluation.warnings([])
     assert warning.startswith(f"{place}: 1 of 5 images with a recorded prompt were made from another one than their caption")
     assert "for example 1.png: prompt 'a red" in warning and "..." in warning and "\x1b" not in warning
     assert listener.said == [], "nothing has to be drawn: the table follows at once"
-    slow = Entrant("s", "", drawn_set(Painter(), 5))
-    Evaluation(rules, [*entered, slow], ["clip"], 5, Distributed(CPU)).fill(listener)
+    slow = Candidate("s", "", drawn_set(Painter(), 5))
+    Evaluation(rules, [*candidates, slow], ["clip"], 5, Distributed(CPU)).fill(listener)
     assert listener.said == [f"note: {warning}"]
 
 
@@ -593,7 +593,7 @@ def test_the_protocol_is_chosen_by_what_is_measured_or_asked_for() -> None:
 
 def test_a_model_that_does_not_draw_emoji_is_refused_by_the_emoji_protocol(sd_folder: Path) -> None:
     with pytest.raises(InputError, match="does not draw the emoji world"):
-        entrants(look_up(ModelSpec(str(sd_folder)), 0, Silence()), emoji(NETWORKS), CPU, 10, 0, 10, None)
+        to_measure(resolve(ModelSpec(str(sd_folder)), 0, Silence()), emoji(NETWORKS), CPU, 10, 0, 10, None)
 
 
 def test_an_image_folder_is_read_in_the_order_of_its_numbers(scenes_folder: Path) -> None:

@@ -77,9 +77,9 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
             kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return value
 
-    x, t, told = torch.randn(4, *sd.latent_shape), torch.full((4,), 500), engine.sampler.encode(["a cat"] * 4)
+    x, t, cond = torch.randn(4, *sd.latent_shape), torch.full((4,), 500), engine.sampler.encode(["a cat"] * 4)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine._autocast():
-        alive = denoise(engine.roles["generator"].net, x, t, told)
+        alive = denoise(engine.roles["generator"].net, x, t, cond)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(sd.unet.config)
     counted, _ = plan.activations(unet, 4, config, Cond(torch.empty(1, 77, 32, device="meta")), trained=True)

@@ -25,7 +25,7 @@ from sidcli.data.prompts import read_list
 from sidcli.distributed import Distributed
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluation.entrants import Entrant, entrants, look_up
+from sidcli.evaluation.candidates import Candidate, resolve, to_measure
 from sidcli.evaluation.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji, read_statistics
 from sidcli.evaluation.scores import Evaluation, chosen
 from sidcli.evaluation.spec import ModelSpec
@@ -181,7 +181,7 @@ def test_the_clip_score_of_coco_is_read_through_an_architecture_and_a_file_as_vi
 def test_a_reference_of_statistics_is_that_of_its_images(coco_folder: Path, networks: Networks, tmp_path: Path) -> None:
     def measured(reference: Path) -> Evaluation:
         evaluation = Evaluation(
-            custom(networks, reference, None), [Entrant("scenes", "", SceneSet(0))], ["fid"], 20, Distributed(CPU)
+            custom(networks, reference, None), [Candidate("scenes", "", SceneSet(0))], ["fid"], 20, Distributed(CPU)
         )
         evaluation.fill(Silence())
         return evaluation
@@ -249,14 +249,14 @@ def test_statistics_of_another_network_and_a_reference_too_small_are_refused_bef
 ) -> None:
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(128), sigma=np.eye(128))
     evaluation = Evaluation(
-        custom(networks, tmp_path / "narrow.npz", None), [Entrant("a", "", SceneSet(0))], ["fid"], 20, Distributed(CPU)
+        custom(networks, tmp_path / "narrow.npz", None), [Candidate("a", "", SceneSet(0))], ["fid"], 20, Distributed(CPU)
     )
     with pytest.raises(UsageError, match=r"statistics have 128 dimensions, inception .* has 2048"):
         evaluation.fill(Silence())
     (tmp_path / "one").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a.png")
     with pytest.raises(UsageError, match="KID needs at least 2 images; the reference has 1"):
-        Evaluation(custom(networks, tmp_path / "one", None), [Entrant("a", "", SceneSet(0))], ["kid"], 20, Distributed(CPU))
+        Evaluation(custom(networks, tmp_path / "one", None), [Candidate("a", "", SceneSet(0))], ["kid"], 20, Distributed(CPU))
 
 
 def test_a_network_described_or_weighed_differently_is_another_network(stand_ins: dict[str, Path], tmp_path: Path) -> None:
@@ -283,16 +283,16 @@ def test_coco_without_its_folder_or_with_another_is_told_what_to_unpack(networks
 
 
 def test_a_custom_protocol_asks_its_captions_of_a_model(networks: Networks, tmp_path: Path) -> None:
-    found = look_up(ModelSpec("emoji"), 0, Silence())
+    found = resolve(ModelSpec("emoji"), 0, Silence())
     np.savez(tmp_path / "some.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UsageError, match="emoji needs captions to draw"):
-        entrants(found, custom(networks, tmp_path / "some.npz", None), CPU, 10, 0, 10, None)
+        to_measure(found, custom(networks, tmp_path / "some.npz", None), CPU, 10, 0, 10, None)
     (tmp_path / "three.txt").write_text("a cat\na dog\na bus\n")
     rules = custom(networks, None, tmp_path / "three.txt")
-    entered = entrants(found, rules, CPU, None, 0, 10, None)
-    metrics = chosen([], rules, False, entered)
+    candidates = to_measure(found, rules, CPU, None, 0, 10, None)
+    metrics = chosen([], rules, False, candidates)
     assert metrics == ["clip"]
-    assert Evaluation(rules, entered, metrics, None, Distributed(CPU)).count(entered[0]) == 3
+    assert Evaluation(rules, candidates, metrics, None, Distributed(CPU)).count(candidates[0]) == 3
 
 
 def test_networks_that_are_not_there_are_errors_that_say_what_to_put_where(

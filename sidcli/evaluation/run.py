@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sidcli.distributed import Distributed
-from sidcli.evaluation.entrants import entrants, look_up
+from sidcli.evaluation.candidates import resolve, to_measure
 from sidcli.evaluation.protocols import Networks, choose, open_protocol
 from sidcli.evaluation.scores import Evaluation, Listener, Row, chosen
 from sidcli.evaluation.spec import Bound, Request
@@ -71,16 +71,16 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     """
     distributed, rules = Distributed(device), request.protocol
     quiet_libraries()
-    found = [one for spec in request.models for one in look_up(spec, rules.untrained, listener)]
+    found = [one for spec in request.models for one in resolve(spec, rules.untrained, listener)]
     models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
     has_images = any(one.files is not None for one in found)
     name = choose(rules.name, models_are_emoji, has_images, bool(rules.reference or rules.prompts))
     files = request.networks
     networks = Networks(distributed.device, listener, files.inception, files.clip, files.cmmd, files.dino)
     protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)
-    entered = entrants(found, protocol, distributed.device, rules.num, rules.seed, request.batch_size, request.image_folder)
-    metrics = chosen(request.metrics, protocol, request.everything, entered, [bound.metric for bound in request.bounds])
-    evaluation = Evaluation(protocol, entered, metrics, rules.num, distributed)
+    candidates = to_measure(found, protocol, distributed.device, rules.num, rules.seed, request.batch_size, request.image_folder)
+    metrics = chosen(request.metrics, protocol, request.everything, candidates, [bound.metric for bound in request.bounds])
+    evaluation = Evaluation(protocol, candidates, metrics, rules.num, distributed)
     evaluation.fill(listener)
     if not distributed.leads:
         return None
@@ -180,11 +180,11 @@ def unjudged(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
 
 
 def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
-    """The first images of each entrant, the same captions and seeds in every row."""
+    """The first images of each candidate, the same captions and seeds in every row."""
     count = min(SHOWN, *evaluation.counts)
     return [
-        (f"{entrant.name}, {entrant.sampling}", [Image.fromarray(image) for image in entrant.images.read(range(count))])
-        for entrant in evaluation.entered
+        (f"{candidate.name}, {candidate.sampling}", [Image.fromarray(image) for image in candidate.images.read(range(count))])
+        for candidate in evaluation.candidates
     ]
 
 
@@ -215,9 +215,11 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
         Gallery("The same captions and seeds", captions[: len(drawn[0][1])], drawn),
         Facts("Protocol", [(name, json_text(value)) for name, value in evaluation.record(seed).items()]),
     ]
-    for entrant in evaluation.entered:
-        if (Path(entrant.name) / "metrics.jsonl").is_file():
-            sections += [replace(section, title=f"{entrant.name}: {section.title}") for section in run_sections(Path(entrant.name))]
+    for candidate in evaluation.candidates:
+        if (Path(candidate.name) / "metrics.jsonl").is_file():
+            sections += [
+                replace(section, title=f"{candidate.name}: {section.title}") for section in run_sections(Path(candidate.name))
+            ]
     summary = f"{len(rows)} rows of {max(evaluation.counts)} images, values with their 95 % intervals"
     return Page("Evaluation", f"protocol {protocol.name}", summary, sections)
 

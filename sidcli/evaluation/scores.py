@@ -1,4 +1,4 @@
-"""Metrics of entrants under a protocol: one pass over the images of each, every number from that pass."""
+"""Metrics of candidates under a protocol: one pass over the images of each, every number from that pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sidcli.data.imagesets import Collection, DrawnSet, FileSet
 from sidcli.distributed import Distributed
 from sidcli.emoji import world
 from sidcli.errors import UsageError
-from sidcli.evaluation.entrants import REAL, Entrant
+from sidcli.evaluation.candidates import REAL, Candidate
 from sidcli.evaluation.protocols import Protocol, scenes
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
@@ -40,7 +40,7 @@ ASKED = {
     "composition": ("composition",),
 }
 """Metrics by the option that asks for them."""
-JUDGE = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "composition"), "features") | {
+EXTRACTOR = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "composition"), "features") | {
     "clip": "clip",
     "cmmd": "embeddings",
     "fd_dinov2": "dino",
@@ -59,7 +59,7 @@ PER_DIMENSION = 10
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one entrant. `seconds_per_image` is the drawing alone, None where this command drew nothing."""
+    """What was measured of one candidate. `seconds_per_image` is the drawing alone, None where this command drew nothing."""
 
     model: str
     sampling: str
@@ -79,7 +79,7 @@ class Row:
 
 
 def chosen(
-    asked: Sequence[str], protocol: Protocol, everything: bool, entered: Sequence[Entrant], gated: Iterable[str] = ()
+    asked: Sequence[str], protocol: Protocol, everything: bool, candidates: Sequence[Candidate], gated: Iterable[str] = ()
 ) -> list[str]:
     """Metrics to compute, in the catalog's order, for the names of options in `asked` and the metrics of a gate.
 
@@ -95,11 +95,11 @@ def chosen(
         impossible |= {name: only for name in COMPARED if not name.startswith("fid")}
     if protocol.captions is None:
         impossible["clip"] = "--prompts FILE with the captions of the images"
-    if not any(entrant.is_teacher for entrant in entered) or sum(not entrant.is_real for entrant in entered) < 2:
+    if not any(candidate.is_teacher for candidate in candidates) or sum(not candidate.is_real for candidate in candidates) < 2:
         impossible["fid_teacher"] = "a teacher in the table, and a model beside it"
     if not protocol.is_emoji:
         impossible |= dict.fromkeys(EMOJI_ONLY, "the emoji world, whose images have a ground truth")
-    elif all(entrant.held_out is None for entrant in entered if not entrant.is_real):
+    elif all(candidate.held_out is None for candidate in candidates if not candidate.is_real):
         impossible["composition"] = "a model in the table; a folder of images has no images of held-out pairs"
     for names in [*(ASKED[option] for option in asked), *((name,) for name in gated)]:
         if set(names) <= set(impossible):
@@ -113,14 +113,14 @@ def chosen(
 
 
 class Evaluation:
-    """Metrics of entrants under one protocol. `fill` is the work that processes share; rows are computed by the one that leads."""
+    """Metrics of candidates under one protocol. `fill` is the work that processes share; rows are computed by the one that leads."""
 
     def __init__(
-        self, protocol: Protocol, entered: Sequence[Entrant], metrics: Sequence[str], num: int | None, distributed: Distributed
+        self, protocol: Protocol, candidates: Sequence[Candidate], metrics: Sequence[str], num: int | None, distributed: Distributed
     ):
-        self.protocol, self.entered, self.metrics, self.distributed = protocol, entered, metrics, distributed
+        self.protocol, self.candidates, self.metrics, self.distributed = protocol, candidates, metrics, distributed
         self.num = num or protocol.default_num
-        counted = [(entrant.name, self.count(entrant), FEWEST) for entrant in sorted(entered, key=lambda one: one.is_real)]
+        counted = [(candidate.name, self.count(candidate), FEWEST) for candidate in sorted(candidates, key=lambda one: one.is_real)]
         counted += [("the reference", self.reference.count, FEWEST_REAL)] if self.reference is not None else []
         for name, count, fewest in counted:
             for metric in metrics:
@@ -129,33 +129,33 @@ class Evaluation:
                         f"{METRICS[metric].label} needs at least {least} images; {name} has {count}",
                         f"{least} images or more, or another metric",
                     )
-        self.neighbors: tuple[Entrant, Prdc] | None = None
-        """Precision, recall, density and coverage of the entrant measured last, which come together."""
+        self.neighbors: tuple[Candidate, Prdc] | None = None
+        """Precision, recall, density and coverage of the candidate measured last, which come together."""
         self.extractors: dict[str, Extractor] = {
-            name: getattr(protocol.extractors, name) for name in {JUDGE[metric] for metric in metrics}
+            name: getattr(protocol.extractors, name) for name in {EXTRACTOR[metric] for metric in metrics}
         }
 
-    def count(self, entrant: Entrant) -> int:
+    def count(self, candidate: Candidate) -> int:
         """Its images; of real scenes as many as any of the others has."""
-        if entrant.is_real and any(not other.is_real for other in self.entered):
-            return max(self.count(other) for other in self.entered if not other.is_real)
-        limits = (self.num, entrant.limit, self.protocol.captions.limit if self.protocol.captions else None)
+        if candidate.is_real and any(not other.is_real for other in self.candidates):
+            return max(self.count(other) for other in self.candidates if not other.is_real)
+        limits = (self.num, candidate.limit, self.protocol.captions.limit if self.protocol.captions else None)
         return min(limit for limit in limits if limit is not None)
 
     @property
     def counts(self) -> list[int]:
-        """Images of each entrant."""
-        return [self.count(entrant) for entrant in self.entered]
+        """Images of each candidate."""
+        return [self.count(candidate) for candidate in self.candidates]
 
-    def collection(self, entrant: Entrant) -> Collection:
-        protocol, count = self.protocol, self.count(entrant)
+    def collection(self, candidate: Candidate) -> Collection:
+        protocol, count = self.protocol, self.count(candidate)
         captions = protocol.captions.first(count) if protocol.captions else []
-        return Collection(entrant.images, count, captions, protocol.prepare, protocol.prepared)
+        return Collection(candidate.images, count, captions, protocol.prepare, protocol.prepared)
 
-    def held_out(self, entrant: Entrant) -> Collection | None:
-        if entrant.held_out is None or "composition" not in self.metrics:
+    def held_out(self, candidate: Candidate) -> Collection | None:
+        if candidate.held_out is None or "composition" not in self.metrics:
             return None
-        return Collection(entrant.held_out, self.count(entrant) // 4)
+        return Collection(candidate.held_out, self.count(candidate) // 4)
 
     @property
     def reference(self) -> Collection | None:
@@ -180,12 +180,12 @@ class Evaluation:
         if self.reference is not None:
             comparing = [self.extractors[name] for name in self.extractors if name != "clip"]
             work.append(("reference", [(self.reference, comparing)], lambda: None))
-        for entrant in self.entered:
-            parts = [(self.collection(entrant), list(self.extractors.values()))]
-            held_out = self.held_out(entrant)
+        for candidate in self.candidates:
+            parts = [(self.collection(candidate), list(self.extractors.values()))]
+            held_out = self.held_out(candidate)
             if held_out:
                 parts.append((held_out, [self.extractors["features"]]))
-            work.append((f"{entrant.name}, {entrant.sampling}", parts, entrant.close))
+            work.append((f"{candidate.name}, {candidate.sampling}", parts, candidate.close))
         missing = [
             (part, extractor)
             for _, parts, _ in work
@@ -209,42 +209,42 @@ class Evaluation:
         self.distributed.wait()
 
     def rows(self, listener: Listener) -> list[Row]:
-        with listener.progress("metrics", len(self.entered) * len(self.metrics), "numbers") as advance:
-            return [self.row(entrant, advance) for entrant in self.entered]
+        with listener.progress("metrics", len(self.candidates) * len(self.metrics), "numbers") as advance:
+            return [self.row(candidate, advance) for candidate in self.candidates]
 
-    def row(self, entrant: Entrant, advance: Callable[[int], None]) -> Row:
+    def row(self, candidate: Candidate, advance: Callable[[int], None]) -> Row:
         found: dict[str, Measured] = {}
         for metric in self.metrics:
-            value = self.measure(entrant, metric, found)
+            value = self.measure(candidate, metric, found)
             if value is not None:
                 found[metric] = value
             advance(1)
-        seconds = entrant.images.seconds_per_image if isinstance(entrant.images, DrawnSet) else None
-        return Row(entrant.name, entrant.sampling, self.count(entrant), found, seconds, entrant.is_real)
+        seconds = candidate.images.seconds_per_image if isinstance(candidate.images, DrawnSet) else None
+        return Row(candidate.name, candidate.sampling, self.count(candidate), found, seconds, candidate.is_real)
 
-    def measure(self, entrant: Entrant, metric: str, found: dict[str, Measured]) -> Measured | None:
-        """One number of one entrant, None where it has no such number; `found` are those measured before."""
-        extractor = JUDGE[metric]
-        features = self.collection(entrant).features(self.extractors[extractor])
+    def measure(self, candidate: Candidate, metric: str, found: dict[str, Measured]) -> Measured | None:
+        """One number of one candidate, None where it has no such number; `found` are those measured before."""
+        extractor = EXTRACTOR[metric]
+        features = self.collection(candidate).features(self.extractors[extractor])
         if metric in ("fid", "fd_dinov2"):
             return fid(features, self.statistics[extractor])
         if metric == "fid_infinity":
             return fid_infinity(features, self.statistics[extractor], found.get("fid") or fid(features, self.statistics[extractor]))
         if metric == "fid_teacher":
-            return None if entrant is self.teacher or entrant.is_real else fid(features, self.statistics["teacher"])
+            return None if candidate is self.teacher or candidate.is_real else fid(features, self.statistics["teacher"])
         if metric == "kid":
             return self.kid(features / self.kid_unit)
         if metric in PRDC:
-            if self.neighbors is None or self.neighbors[0] is not entrant:
+            if self.neighbors is None or self.neighbors[0] is not candidate:
                 real = torch.from_numpy(self.compared(extractor, len(features)))
-                self.neighbors = entrant, prdc(real, torch.from_numpy(features))
+                self.neighbors = candidate, prdc(real, torch.from_numpy(features))
             return getattr(self.neighbors[1], metric)
         if metric == "cmmd":
             return self.cmmd(features)
         if metric == "clip":
             return mean(features[:, 0])
         if metric == "composition":
-            held_out = self.held_out(entrant)
+            held_out = self.held_out(candidate)
             return share(np.all(self.right(held_out.features(self.extractors[extractor]), True), axis=1)) if held_out else None
         return share(self.right(features, False)[:, ("noun", "color").index(metric)])
 
@@ -265,8 +265,8 @@ class Evaluation:
         return features if count is None else features[np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)]
 
     @property
-    def teacher(self) -> Entrant | None:
-        return next((entrant for entrant in self.entered if entrant.is_teacher), None)
+    def teacher(self) -> Candidate | None:
+        return next((candidate for candidate in self.candidates if candidate.is_teacher), None)
 
     @cached_property
     def kid_unit(self) -> float:
@@ -296,16 +296,16 @@ class Evaluation:
     def other_prompts(self) -> list[str]:
         """A sentence for each set of files whose images say that they were drawn from other prompts than the captions."""
         found = []
-        for entrant in self.entered:
-            if isinstance(entrant.images, FileSet) and self.protocol.captions:
-                files, captions = entrant.images.files, self.protocol.captions.first(self.count(entrant))
+        for candidate in self.candidates:
+            if isinstance(candidate.images, FileSet) and self.protocol.captions:
+                files, captions = candidate.images.files, self.protocol.captions.first(self.count(candidate))
                 said = [(index, prompt) for index in range(len(captions)) if (prompt := files.prompt(index)) is not None]
                 wrong = [(index, prompt) for index, prompt in said if prompt.split() != captions[index].split()]
                 if wrong:
                     index, prompt = wrong[0]
                     texts = (shorten(text, 60, placeholder="...") for text in (prompt, captions[index]))
                     found.append(
-                        f"{entrant.name}: {len(wrong)} of {len(said)} images with a recorded prompt were made from another one than "
+                        f"{candidate.name}: {len(wrong)} of {len(said)} images with a recorded prompt were made from another one than "
                         "their caption, for example {}: prompt {!r}, caption {!r}".format(files.members[index], *texts)
                     )
         return found
@@ -318,7 +318,7 @@ class Evaluation:
             said.append(f"rows of {fewest} and of {most} images: distances of different n do not compare")
         for metric in self.metrics:
             if metric in ("fid", "fd_dinov2"):
-                label, dimensions = METRICS[metric].label, len(self.statistics[JUDGE[metric]].mean)
+                label, dimensions = METRICS[metric].label, len(self.statistics[EXTRACTOR[metric]].mean)
                 if fewest < PER_DIMENSION * dimensions:
                     instead = ", or --fid-infinity" if metric == "fid" and "fid_infinity" not in self.metrics else ""
                     said.append(
@@ -332,7 +332,7 @@ class Evaluation:
                     said.append(
                         f"{label} of {names} is below that of {REAL}: at this n, bias and sampling error outweigh the difference"
                     )
-        if "fid_teacher" in self.metrics and self.teacher and sum(entrant.is_teacher for entrant in self.entered) > 1:
+        if "fid_teacher" in self.metrics and self.teacher and sum(candidate.is_teacher for candidate in self.candidates) > 1:
             said.append(f"FID to teacher is to the images of {self.teacher.name}, {self.teacher.sampling}")
         extractor = self.extractors.get("features")
         if isinstance(extractor, InceptionFeatures) and not extractor.published:

@@ -121,7 +121,7 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
     """The model's own way of drawing, with the user's steps and guidance. Raises UsageError for values that it cannot draw with."""
     if model.is_student:
         return student_plan(model.card, steps, guidance, model.source.name)
-    check_wishes(steps, guidance)
+    check_sampling(steps, guidance)
     if steps is not None and steps > model.path.steps:
         raise UsageError(f"{model.source.name} has {model.path.steps} timesteps; --steps {steps} is not possible")
     return Plan(steps or TEACHER_STEPS, model.default_guidance if guidance is None else guidance)
@@ -129,7 +129,7 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
 
 def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:
     """The same for a student by its card alone."""
-    check_wishes(steps, guidance)
+    check_sampling(steps, guidance)
     own = int(card.get("student_steps", 1))
     if steps is not None and steps > own:
         at_most = "is a one-step model" if own == 1 else f"was trained for at most {own} steps"
@@ -140,7 +140,7 @@ def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float
     return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
 
 
-def check_wishes(steps: int | None, guidance: float | None) -> None:
+def check_sampling(steps: int | None, guidance: float | None) -> None:
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     if guidance is not None and not math.isfinite(guidance):

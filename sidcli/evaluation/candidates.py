@@ -1,4 +1,4 @@
-"""Who takes part in an evaluation: models and exported graphs by name, folders and zips of images, and how each of them draws."""
+"""Models and images to measure: what a name stands for, and how each model draws."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ REAL = "real scenes"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a spec's name stands for: a model that can be described, exported graphs, or images."""
+class Resolved:
+    """What the name of a spec stands for: a model (`source` and `known`), exported graphs (`source` alone), or images (`files`)."""
 
     spec: ModelSpec
     source: Source | None = None
@@ -40,8 +40,8 @@ class Found:
         return self.source is not None and (self.known.card if self.known else read_card(self.source)).get("world") == "emoji"
 
 
-def look_up(spec: ModelSpec, untrained: int, listener: Listener) -> list[Found]:
-    """What a spec names; with `untrained`, a teacher and then the same as if it were a student of so many steps.
+def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolved]:
+    """Resolve a spec; with `untrained`, a teacher is followed by itself as if it were a student of so many steps.
 
     Raises InputError where there is neither a model nor an image of that name.
     """
@@ -51,22 +51,22 @@ def look_up(spec: ModelSpec, untrained: int, listener: Listener) -> list[Found]:
         files = open_images(path)
         for note in files.notes:
             listener.note(note)
-        return [Found(spec, files=files)]
+        return [Resolved(spec, files=files)]
     if path.suffix.lower() in {*SUFFIXES, *NOT_READ, ".npz", ".tar"} and path.is_file():
         raise InputError(
             f"{path} is neither a model nor a folder or .zip of images",
             "give the folder that holds the images; --reference also takes an .npz of statistics",
         )
     source = find(spec.name, listener)
-    found = Found(spec, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
+    found = Resolved(spec, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
     return [found, replace(found, spec=replace(spec, untrained=untrained))] if untrained and found.is_teacher else [found]
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """One row of the table before it is measured: images that answer the protocol's captions, and those of its held-out pairs.
+class Candidate:
+    """A set of images to measure, one row of the table: drawn for the captions of the protocol, and for its held-out pairs.
 
-    `is_real`: no model's, but scenes of the captions themselves, for comparison.
+    `is_real`: scenes of the captions themselves, for comparison, not the images of a model.
     """
 
     name: str
@@ -77,28 +77,28 @@ class Entrant:
     is_teacher: bool = False
     is_real: bool = False
     close: Callable[[], None] = lambda: None
-    """Lets go of what draws, so that several models need the room of one."""
+    """Frees the networks that draw, so that several models need the memory of one."""
 
 
-def entrants(
-    found: Sequence[Found],
+def to_measure(
+    found: Sequence[Resolved],
     protocol: Protocol,
     device: torch.device,
     num: int | None,
     seed: int,
     batch_size: int,
     place: Path | None,
-) -> list[Entrant]:
-    """Everything to measure, drawn nowhere yet; on the emoji world after real scenes of the same captions, as many as are drawn.
+) -> list[Candidate]:
+    """The sets of images to measure, nothing of which is drawn yet. On the emoji world, real scenes of the same captions come first.
 
-    What is named twice is measured once.
+    A model that is named twice is measured once.
     """
-    scenes = Entrant(REAL, "not drawn", SceneSet(world.PROMPT_SEED), held_out=SceneSet(world.PROMPT_SEED, True), is_real=True)
+    scenes = Candidate(REAL, "not drawn", SceneSet(world.PROMPT_SEED), held_out=SceneSet(world.PROMPT_SEED, True), is_real=True)
     rows = [scenes] if protocol.is_emoji else []
     for one in found:
         if one.files is not None:
             size = len(one.files)
-            rows.append(Entrant(one.spec.name, f"{size} image{'s' * (size > 1)}", FileSet(one.files), size))
+            rows.append(Candidate(one.spec.name, f"{size} image{'s' * (size > 1)}", FileSet(one.files), size))
             continue
         if protocol.is_emoji and not one.is_emoji:
             raise InputError(
@@ -114,7 +114,7 @@ def entrants(
 
 
 def _model(
-    one: Found,
+    one: Resolved,
     captions: Captions,
     held_out: Captions | None,
     count: int,
@@ -122,7 +122,7 @@ def _model(
     seed: int,
     batch_size: int,
     place: Path | None,
-) -> Entrant:
+) -> Candidate:
     source, spec = one.source, one.spec
     assert source is not None
     opened: list[Drawer] = []
@@ -145,7 +145,7 @@ def _model(
     def drawn(asked: Captions) -> DrawnSet:
         return DrawnSet(source, plan, asked.first(count), asked.key, seed, open_drawer, batch_size, place)
 
-    return Entrant(
+    return Candidate(
         spec.name,
         plan.describe(),
         drawn(captions),
@@ -156,7 +156,7 @@ def _model(
     )
 
 
-def _drawer(one: Found, device: torch.device) -> Drawer:
+def _drawer(one: Resolved, device: torch.device) -> Drawer:
     assert one.source is not None
     if one.known is None:
         from sidcli.formats.runtime import open_graphs
