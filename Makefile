@@ -1,4 +1,4 @@
-# Everything a clone needs: Python 3.11 or newer, git and make. The environment is made on first use and kept in .venv.
+# Requirements: Python 3.11 or newer, git and make. The first target that needs it creates the virtual environment .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,7 +10,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# A student distilled here and now, measured beside its teacher; 15 to 20 minutes on two CPU cores.
+# Distill a student and evaluate it and its teacher; 10 to 20 minutes on two CPU cores.
 demo: .venv/ready
 	$(BIN)/sid distill --teacher emoji-teacher --output runs/demo
 	$(BIN)/sid eval emoji-teacher runs/demo --untrained 1 --fid --clip --accuracy --num 200 --picture runs/demo/comparison.png --overwrite
@@ -20,7 +20,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Long tests: nineteen more runs killed twice each, every graph format of every family, 10,000 odd files for every reader.
+# Long tests: nineteen more runs killed twice each, every graph format of every family, 10,000 invalid files for every reader.
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --durations 0 tests/test_reliability.py tests/test_parallel.py tests/test_export.py
 	SID_FUZZ_CASES=10000 $(BIN)/python -m pytest --durations 0 tests/test_fuzz.py
@@ -30,7 +30,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Known vulnerabilities of the installed libraries.
+# Check the installed libraries for known vulnerabilities.
 audit: .venv/ready
 	$(BIN)/python .ci/audit $(BIN)/pip-audit
 
@@ -38,7 +38,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Correctness, speed and a training on a GPU, in nine minutes; ARGS=--smoke runs every part at a tiny size on the CPU. Needs torch,
-# transformers and accelerate; uses .venv if it exists, else $(PYTHON).
+# Check correctness, measure speed and train on a GPU, in nine minutes; ARGS=--smoke runs every part at a tiny size on the CPU. Needs
+# torch, transformers and accelerate; uses .venv if it exists, else $(PYTHON).
 gpu-visit:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu.visit $(ARGS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distill a student, measure it, and fail with exit code 5 where it does not draw what it is asked for.
+# Distill a student, evaluate it, and exit with code 5 if its CLIP score is below $CLIP.
 set -euo pipefail
 STEPS=${STEPS:-300} NUM=${NUM:-300} CLIP=${CLIP:-0.8}
 

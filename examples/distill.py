@@ -1,4 +1,4 @@
-"""Distill a student, measure it, draw with it and export it, from Python instead of the command line.
+"""Distill a student, evaluate it, generate images with it and export it, from Python instead of the command line.
 
 python examples/distill.py [FOLDER] [STEPS] [IMAGES]
 """

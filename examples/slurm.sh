@@ -2,7 +2,8 @@
 #SBATCH --job-name=sid
 #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8
 #SBATCH --time=24:00:00 --signal=USR1@300 --requeue
-# Two nodes of eight GPUs. SIGUSR1, sent 300 seconds before the time is over, saves; the same job continues.
+# Two nodes with eight GPUs each. SLURM sends SIGUSR1 300 seconds before the time limit: sid saves a checkpoint and exits. The same job,
+# started again, continues the run.
 set -euo pipefail
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 srun bash -c 'accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank $SLURM_NODEID \

@@ -1,4 +1,4 @@
-"""sid: one-step students of text-to-image diffusion models. Importing this package imports nothing else.
+"""sid: distillation of text-to-image diffusion models into one-step students. Importing this package does not import torch.
 
 The Python API is `load`, `sample`, `distill`, `evaluate` and `export`; see `sidcli.api`.
 """

@@ -1,7 +1,7 @@
-"""The Python API: five functions, which are what the commands call. `from sidcli import load, sample, distill, evaluate, export`.
+"""The Python API: `from sidcli import load, sample, distill, evaluate, export`. The commands of `sid` call these functions.
 
-Names of models are those of the command line: an embedded name, a diffusers folder, a run folder, a single file or a hub id. A
-`listener` is told what happens; without one, progress bars and notes go to stderr. `SILENT` shows nothing.
+A model name has the same form as on the command line: an embedded name, a diffusers folder, a run folder, a single file or a hub
+id. A `listener` receives progress and notes. The default listener prints them to stderr; the listener `SILENT` prints nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ USUAL = Intervals()
 
 
 class Bars:
-    """The listener of a call without one: bars of tqdm, which a notebook shows as widgets, and notes, on stderr."""
+    """The default listener. It prints tqdm progress bars, which a notebook shows as widgets, and notes to stderr."""
 
     def __init__(self) -> None:
         from tqdm.auto import tqdm
@@ -79,20 +79,20 @@ def load(
     height: int = 0,
     listener: Listener | None = None,
 ) -> Model:
-    """Read a teacher or a student, in float32 on the CPU.
+    """Load a teacher or a student in float32 on the CPU.
 
     Args:
         name: Embedded name, diffusers folder, run folder, single file, or hub id (`OWNER/NAME@revision`).
-        prediction_type: What the network predicts, if its files do not say: "epsilon" or "v_prediction".
+        prediction_type: Prediction type of the network if its files do not state it: "epsilon" or "v_prediction".
         model_config: Diffusers folder whose JSON files describe a single file.
-        width, height: Size in pixels to draw at; 0: the model's own.
+        width, height: Image size in pixels; 0: the model's own size.
 
     Returns:
-        The networks (`unet`, `vae`, `text_encoders`), tokenizers and what is known about the model. Pass it to `sample`.
+        A model with its networks (`unet`, `vae`, `text_encoders`), tokenizers and metadata. Pass it to `sample`.
 
     Raises:
-        InputError: The model is not found, damaged, or of a kind that sid does not compute.
-        UsageError: A value that is not possible.
+        InputError: If the model is not found, is damaged, or is of a kind that sid does not support.
+        UsageError: If an argument has an invalid value.
     """
     known = Overrides(prediction_type, model_config, width, height)
     from sidcli.models.loading import open_model
@@ -123,23 +123,23 @@ def sample(
 
     Args:
         prompts: One prompt or several.
-        model: A name, or what `load` returned; the latter has its size and prediction already.
+        model: A model name, or the return value of `load`. A loaded model already has an image size and a prediction type.
         num: Images per prompt, with seeds `seed`, `seed` + 1, ...
-        steps: Denoising steps; by default 50 for a teacher, and a student's own.
+        steps: Denoising steps; by default 50 for a teacher, and the student's own number for a student.
         guidance: Guidance scale of a teacher.
-        output: A .png for one image, or a folder for several; without it, the images are in memory alone.
-        width, height: Size in pixels; 0: the model's own.
+        output: A .png file for one image, or a folder for several; None: no file is written.
+        width, height: Image size in pixels; 0: the model's own size.
         backend: "auto", "torch", "onnx" or "openvino"; the last two run an exported graph.
         batch_size: Images computed at once; does not change the images.
         device: "auto", "cpu", "cuda" or "cuda:INDEX".
 
     Returns:
-        `images`: PIL images in the order of prompts and seeds; `drawn`: prompt, seed and file of each.
+        Samples: `images` are PIL images in the order of prompts and seeds; `drawn` has the prompt, seed and file of each image.
 
     Raises:
-        InputError: The model is not found, damaged, or of a kind that sid does not compute.
-        UsageError: A value that is not possible, or files that are there and are not to be overwritten.
-        EnvironmentProblem: A device that is not here, or a folder that cannot be written.
+        InputError: If the model is not found, is damaged, or is of a kind that sid does not support.
+        UsageError: If an argument has an invalid value, or a file exists and `overwrite` is False.
+        EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
@@ -191,34 +191,35 @@ def distill(
     listener: RunListener | None = None,
     **settings: Any,
 ) -> Result:
-    """Distill a teacher into a one-step student, or continue the run that is in the folder.
+    """Distill a teacher into a one-step student, or continue the run in the folder `output`.
 
     Args:
-        teacher: Name of the teacher; by default that of `config`, else "emoji-teacher".
+        teacher: Model name of the teacher; by default the teacher of `config`, else "emoji-teacher".
         output: Run folder; by default runs/TEACHER-gGUIDANCE.
         objective: Distillation method; see `sidcli.objectives.OBJECTIVES`.
-        guidance, guidance_strategy: Scale and strategy of the objective.
+        guidance, guidance_strategy: Guidance scale and guidance strategy of the objective.
         objective_settings: Settings of the objective, by name.
         lr: Learning rate of both networks.
-        images: Training images per network, instead of `steps`.
-        memory: "auto", "fast", "24gb" or "12gb".
+        images: Training images per network; sets the number of steps instead of `steps`.
+        memory: Memory recipe: "auto", "fast", "24gb" or "12gb".
         config: TOML file of settings, such as a run's config.toml.
         device: "auto", "cpu", "cuda" or "cuda:INDEX".
-        intervals: How often to save, sample and measure.
+        intervals: Steps between checkpoints, samples and evaluations.
         resume: Checkpoint to continue from; by default the newest.
-        tracker: "tensorboard" or "wandb".
-        command: How the run was started, for run.json.
-        settings: Fields of `sidcli.settings.DistillConfig`, such as `steps`, `batch_size` and `prompts`, or of the objective's settings.
+        tracker: "tensorboard" or "wandb"; None: no tracker.
+        command: Command line to record in run.json.
+        settings: Fields of `sidcli.settings.DistillConfig`, such as `steps`, `batch_size` and `prompts`, or settings of the
+            objective.
 
     Returns:
-        The run folder, the student's folder, steps, images and seconds.
+        The run folder, the student's folder, and the numbers of steps, images and seconds.
 
     Raises:
-        UsageError: A setting or value that is not possible.
-        InputError: The teacher or the prompts are not found or refused, or a continued run has other settings.
-        EnvironmentProblem: A device or a library that is not here, or too little memory or disk.
-        Interrupted: A signal, after saving.
-        SidError: The training diverged.
+        UsageError: If a setting or an argument has an invalid value.
+        InputError: If the teacher or the prompts are not found or not supported, or the settings of a continued run changed.
+        EnvironmentProblem: If a device or a library is missing, or memory or disk space is too small.
+        Interrupted: If a signal stopped the run; the state is saved first.
+        SidError: If the training diverged.
     """
     request = Request.of(
         teacher,
@@ -275,31 +276,31 @@ def evaluate(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Outcome | None:
-    """Measure models or folders of images side by side. Generated images are kept in the cache.
+    """Evaluate models or folders of images side by side. Generated images are stored in the cache.
 
     Args:
-        models: Names as on the command line, `NAME[,steps=N][,guidance=G]`, or folders and zips of images.
-        metrics: Of "fid", "kid", "prdc", "clip", "cmmd", "dino", "accuracy", "composition", "fid_infinity"; empty: what the protocol
-            measures by default.
-        everything: All metrics of the protocol.
+        models: Model names as on the command line, `NAME[,steps=N][,guidance=G]`, or folders and zip files of images.
+        metrics: Metrics to compute: "fid", "kid", "prdc", "clip", "cmmd", "dino", "accuracy", "composition", "fid_infinity"; empty:
+            the default metrics of the protocol.
+        everything: Compute all metrics of the protocol.
         protocol: "auto", "emoji", "coco2014-30k" or "custom".
         reference: Images or statistics to compare with.
-        prompts, column: Captions to draw, and the column of a table.
+        prompts, column: File of captions to generate images from, and the caption column if the file is a table.
         num: Images per model.
-        steps, guidance: Of all teachers whose name does not say.
-        untrained: Also measure each teacher as a student of this many steps.
-        bounds: Gates; values beyond them are in `beyond` of the outcome.
-        inception, clip_model, cmmd_model, dino_model: Where the networks of the metrics come from.
-        image_folder: Keep the images here instead of in the cache.
+        steps, guidance: Denoising steps and guidance scale of the teachers whose name does not state them.
+        untrained: Also evaluate each teacher as an untrained student of this many steps; 0: do not.
+        bounds: Limits of metric values; the outcome lists values beyond a limit in `beyond`.
+        inception, clip_model, cmmd_model, dino_model: Files, folders or names of the networks that the metrics use.
+        image_folder: Store the generated images in this folder instead of the cache.
 
     Returns:
-        `rows`: model, sampling, n, and values with their 95 % intervals; `table()`, `latex()`, `as_dict()`, `write(picture, report)`.
-        None in those of several processes that only help to draw.
+        The outcome: `rows` with model, sampling plan, number of images n, and values with their 95 % intervals; `table()`,
+        `latex()`, `as_dict()`, `write(picture, report)`. In a group of processes, None on every rank except 0.
 
     Raises:
-        InputError: Models, images or networks that are not found or refused.
-        UsageError: A request that the protocol refuses.
-        EnvironmentProblem: A device that is not here, or a folder that cannot be written.
+        InputError: If models, images or networks are not found or not supported.
+        UsageError: If the protocol does not support the request.
+        EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     check_protocol(protocol)
     _check_least(batch_size=batch_size, num=1 if num is None else num)
@@ -326,7 +327,7 @@ def evaluate(
 
 
 def _check_least(**values: int) -> None:
-    """Raises UsageError for a value below 1."""
+    """Raises UsageError if a value is below 1."""
     for name, value in values.items():
         if value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -354,28 +355,28 @@ def export(
     overwrite: bool = False,
     listener: Listener | None = None,
 ) -> Exported:
-    """Write a student for other programs.
+    """Export a student for use in other programs.
 
     Args:
-        model: A run folder, a student's folder or file, "emoji", or the authors' .pkl.
+        model: A run folder, a student's folder or file, "emoji", or a .pkl file of the authors of SiD-LSG.
         output: Folder to write.
         format: "diffusers", "single-file", "onnx", "openvino", "torch-export" or "lora".
         dtype: "fp32", "fp16" or "bf16".
-        variant: "fp16" names diffusers' files so.
-        teacher: The model that a LoRA or a .pkl belongs to.
-        rank: LoRA rank; by default that of the training, else 64.
-        verify: Draw with the export and compare before the folder appears.
-        license: License of the teacher, where its files do not say.
-        push_to_hub: Repository to upload to, OWNER/NAME, private unless `public`.
+        variant: "fp16" adds this variant to the names of diffusers' weight files.
+        teacher: Model name of the teacher that a LoRA or a .pkl file was distilled from.
+        rank: LoRA rank; by default the rank of the training, else 64.
+        verify: Generate an image with the export and compare it with the student's image before the folder is created.
+        license: License of the teacher if its files do not state it.
+        push_to_hub: Hub repository OWNER/NAME to upload to; a new repository is private unless `public` is True.
 
     Returns:
-        The folder, its files with bytes and hashes, and the largest pixel difference found by the verification.
+        The folder, its files with sizes in bytes and hashes, and the largest pixel difference that the verification found.
 
     Raises:
-        InputError: The model is not a student, or cannot be exported like this.
-        UsageError: A value that is not possible, or a folder that is there and is not to be overwritten.
-        EnvironmentProblem: A library that is not installed, or too little disk.
-        GateError: The export draws another image.
+        InputError: If the model is not a student, or cannot be exported in this format.
+        UsageError: If an argument has an invalid value, or the folder exists and `overwrite` is False.
+        EnvironmentProblem: If a library is not installed, or disk space is too small.
+        GateError: If the export generates a different image than the student.
     """
     if Path(model).suffix.lower() == ".pkl" and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")

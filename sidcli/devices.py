@@ -1,4 +1,4 @@
-"""The device that a command computes on, by its name on the command line."""
+"""Selection of the device by its name on the command line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 
 def check_name(wanted: str) -> None:
-    """Raises UsageError, without a look at the machine, for a name that no device has."""
+    """Raises UsageError if `wanted` is not a device name. Does not check whether this machine has the device."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, not {wanted!r}")
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:i`. Raises UsageError for another name, EnvironmentProblem for a device this machine lacks."""
+    """Return the device `auto`, `cpu`, `cuda` or `cuda:INDEX`.
+
+    Raises UsageError for another name, EnvironmentProblem if this machine does not have the device.
+    """
     check_name(wanted)
-    import torch  # which takes seconds; a wrong name is to be heard at once
+    import torch  # imported after the check, because the import takes seconds
 
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +38,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def choose_device(name: str, listener: Listener) -> torch.device:
-    """The same, and the listener is told which device `auto` stands for."""
+    """Return the device as `pick_device` does, and send the listener a note on which device `auto` selected."""
     device = pick_device(name)
     if name == "auto":
         listener.note(f"--device auto: {device}")
@@ -43,7 +46,7 @@ def choose_device(name: str, listener: Listener) -> torch.device:
 
 
 def processor() -> str:
-    """The CPU's model name, as far as the system tells."""
+    """Return the model name of the CPU, as far as the system reports it."""
     try:
         named = re.search(
             r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.MULTILINE
@@ -54,5 +57,5 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,8 @@
-"""The processes that train together: who I am, who shares a gradient, who writes. One process alone needs none of it.
+"""The group of processes that train together: ranks, parts of the batch, gradient synchronization and sharding.
 
-`accelerate` starts the group and runs DDP; networks that outgrow one card are sharded with torch's FSDP2 itself, because accelerate
-only offers it on GPUs. A group is there when WORLD_SIZE says so, which `accelerate launch`, torchrun and `sid distill --processes` set.
+`accelerate` starts the group and runs DDP. Networks that do not fit on one GPU are sharded with torch's FSDP2 directly, because
+accelerate supports FSDP2 only on GPUs. A group exists if WORLD_SIZE is above 1, as set by torchrun, `accelerate launch` or `sid
+distill --processes`. A process without a group skips all communication.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def count() -> int:
-    """Processes of the group this one belongs to."""
+    """Return the number of processes in the group of this process."""
     return group().count
 
 
 def check_cards(device_type: str, processes: int) -> None:
-    """Raises EnvironmentProblem where several processes of this machine would have to share a GPU, which NCCL refuses."""
-    if device_type != "cuda" or torch.distributed.is_initialized():  # whoever began the group has chosen another backend
+    """Raises EnvironmentProblem if several processes of this machine would have to share a GPU, which NCCL does not support."""
+    if device_type != "cuda" or torch.distributed.is_initialized():  # the caller initialized the group with its own backend
         return
     cards = torch.cuda.device_count()
     if processes > cards:
@@ -41,14 +42,14 @@ def check_cards(device_type: str, processes: int) -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """One of `count` equal parts of some work."""
+    """Part `rank` of `count` equal parts of a workload."""
 
     rank: int = 0
     count: int = 1
 
 
 class Distributed:
-    """This process among `count`; `shard` splits weights, gradients and optimizer state over all of them (FSDP2)."""
+    """This process in a group of `count`. `shard` splits weights, gradients and optimizer state over the group (FSDP2)."""
 
     def __init__(self, device: torch.device, shard: bool = False):
         here = group()
@@ -65,34 +66,34 @@ class Distributed:
 
     @property
     def part(self) -> Share:
-        """The part of any work that this process does."""
+        """The part of a workload that this process computes."""
         return Share(self.rank, self.count)
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process has rank 0, which writes files and prints."""
         return self.rank == 0
 
     def share(self, samples: range) -> range:
-        """The samples of a global batch that this process computes: equal, contiguous parts."""
+        """Return the samples of a global batch that this process computes: contiguous parts of equal size."""
         size = len(samples) // self.count
         return samples[self.rank * size : (self.rank + 1) * size]
 
     def split(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Under `shard`, leave each process its part of the weights of a network and its blocks; before an optimizer sees them."""
+        """Shard the weights of a network, block by block, if `shard` is set. Call it before the optimizer is created."""
         if self.sharded:
             for part in (*blocks, net):
                 fully_shard(part)
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The network to call where gradients are to be shared, and its optimizer."""
+        """Return the module to call in forward passes whose gradients are averaged over the processes, and its optimizer."""
         if self.accelerator is None or self.sharded:
             return net, optimizer
         return self.accelerator.prepare(net, optimizer)
 
     @contextmanager
     def gradients(self, net: nn.Module, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; gradients travel between the processes at the last one of a step only."""
+        """Context of one micro-batch's forward and backward. Only the last micro-batch of an update synchronizes gradients."""
         if isinstance(net, FSDPModule):
             net.set_requires_gradient_sync(last)
             yield
@@ -103,7 +104,7 @@ class Distributed:
                 yield
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, the same tensor on each of them."""
+        """Return the sum of a tensor over all processes; every process gets the same tensor."""
         return value if self.accelerator is None else self.accelerator.reduce(value, "sum")
 
     def wait(self) -> None:
@@ -112,7 +113,8 @@ class Distributed:
 
 
 def whole(value: Tensor, copy: bool = False) -> Tensor:
-    """A tensor with all its parts, on the CPU; every process must ask. With `copy` it is nobody else's, wherever it was."""
+    """Return a full tensor on the CPU. If it is sharded, every process must call this. With `copy` it shares no memory with
+    `value`."""
     value = value.detach()
     if isinstance(value, DTensor):
         value = value.redistribute(placements=[Replicate()] * value.device_mesh.ndim).to_local()
@@ -120,7 +122,7 @@ def whole(value: Tensor, copy: bool = False) -> Tensor:
 
 
 def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
+    """Copy a full tensor into a tensor that may be sharded."""
     with torch.no_grad():
         if isinstance(target, DTensor):
             value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -1,8 +1,9 @@
-"""The core: the networks of a distillation and its training step. Knows no files, no terminal, no arguments and no objective by name.
+"""The core: the networks of a distillation and its training step, independent of files, terminal, arguments and specific
+objectives.
 
-An objective says which networks are trained (its roles) and in which phases. In each phase one network makes an output, the objective
-returns the gradient of its loss with respect to that output, and the engine does the rest: micro-batches, processes, memory, optimizer
-and weight average.
+An objective defines which networks are trained (its roles) and the phases of a training step. In each phase one network computes an
+output, the objective returns the gradient of its loss with respect to that output, and the engine handles micro-batches, processes,
+memory, optimizer and weight average.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def pick_bf16(precision: str, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What a step measured over the global batch, as tensors on the device: reading them waits for the device, so that is left to
-    whoever logs. `values` are named by the objective.
+    """Measurements of one training step over the global batch, as scalar tensors on the device.
 
-    `skipped` counts updates left out so far because a loss or a gradient was not finite, `skipped_in_row` the current series.
+    Reading them waits for the device, so only the code that logs reads them. `values` are named by the objective. `skipped` counts
+    all updates that were skipped because a loss or a gradient was not finite, `skipped_in_row` the latest consecutive ones.
     """
 
     values: Values
@@ -59,15 +60,15 @@ class Measurements:
 class TrainedNetwork:
     """A network in training with its optimizer and weight average.
 
-    `net` is the network itself, `call` what is called where gradients are to be shared between processes.
+    `net` is the network itself, `call` the module to call in forward passes whose gradients are averaged over the processes.
     """
 
     def __init__(self, role: Role, net: Any, config: DistillConfig, distributed: Distributed):
         self.role, self.net, self.config, self.distributed = role, net, config, distributed
-        if not role.lora:  # a LoRA's network has the teacher's own weights, whole in every process
+        if not role.lora:  # a LoRA network shares the teacher's weights, which are not sharded
             distributed.split(net, blocks(net))
         self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
-        """The weights that are trained, by name."""
+        """Pairs (name, parameter) of the trained weights."""
         self.call, self.optimizer = distributed.prepare(net, self._optimizer())
         self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights} if role.average else {}
 
@@ -86,9 +87,9 @@ class TrainedNetwork:
         return value.cpu() if self.config.offload_average else value
 
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights unless the loss or a gradient is not finite. Returns 1 where the update was left out, else 0.
+        """Update the weights unless the loss or a gradient is not finite. Returns 1 if the update was skipped, else 0.
 
-        This is decided on the device, so nothing waits.
+        With `Adam` the device makes this decision, so the host does not wait.
         """
         gradients = [local(value.grad) for _, value in self.weights if value.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
@@ -101,19 +102,19 @@ class TrainedNetwork:
         if isinstance(inner, Adam):
             inner.found_inf = broken
             self.optimizer.step()
-        elif not bool(broken):  # an optimizer of another library cannot be told on the device
+        elif not bool(broken):  # an optimizer of another library cannot skip an update on the device
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return broken
 
     def update_average(self, update: int) -> None:
-        """average <- beta average + (1 - beta) weights, with `ema_beta` after `update` updates before this one."""
+        """Apply average <- beta average + (1 - beta) weights, with `ema_beta` after `update` updates before this one."""
         beta = ema_beta(update * self.config.batch_size, self.config)
         values = [self._kept(local(value.detach())) for _, value in self.weights]
         torch._foreach_lerp_([local(value) for value in self.average.values()], values, 1.0 - beta)
 
     def tensors(self, name: str, copy: bool) -> dict[str, dict[str, Tensor]]:
-        """The state by file, whole and on the CPU."""
+        """Return the state as {file: {name: tensor}}, full tensors on the CPU; see `Engine.tensors`."""
         files = {name: dict(self.weights)}
         if self.role.average:
             files["average"] = self.average  # type: ignore[assignment]
@@ -121,7 +122,7 @@ class TrainedNetwork:
         return found | {f"optimizer_{name}": _optimizer_tensors(self.optimizer, copy)}
 
     def load(self, name: str, files: dict[str, dict[str, Tensor]]) -> None:
-        """Raises KeyError or RuntimeError where names or shapes differ."""
+        """Load the state from `tensors`. Raises KeyError or RuntimeError if names or shapes differ."""
         for key, value in self.weights:
             assign(value, files[name][key])
         for key, average in self.average.items():
@@ -130,12 +131,12 @@ class TrainedNetwork:
 
 
 class Networks:
-    """The networks as an objective uses them, see objectives.base.Networks."""
+    """The networks for an objective; implements `objectives.base.Networks`."""
 
     def __init__(self, engine: Engine):
         self._engine, self.path = engine, engine.path
         self.training = ""
-        """The role whose outputs carry gradients."""
+        """The role in training, whose outputs carry gradients."""
 
     def _call(self, role: str) -> nn.Module:
         if role == TEACHER:
@@ -156,7 +157,7 @@ class Networks:
             )
 
     def predict(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
-        """Guided predictions [B, C, h, w] of the network's own kind, one for each scale, from one call."""
+        """Return raw predictions [B, C, h, w] of a network under guidance, one for each guidance scale, from one forward pass."""
         engine, net = self._engine, self._call(role)
         return guided_predictions(
             lambda x, t, cond: engine.denoise(net, x, t, cond), x_t, batch.t, batch.cond, engine.empty, scales
@@ -172,9 +173,10 @@ class Networks:
     def gradient_through(
         self, x: Tensor, networks: Sequence[Callable[[Tensor], list[Tensor]]], loss: Callable[..., tuple[Tensor, Values]]
     ) -> tuple[Tensor, Values]:
-        """The chain rule is taken apart at the outputs: their gradient first, then one backward pass through each network.
+        """Return d loss / d x, computed with one backward pass through each network, and measurements.
 
-        With `split_backward` each network is run again for its backward pass, so that one graph exists at a time.
+        The gradient with respect to the networks' outputs is computed first and then passed to these backward passes. With
+        `split_backward` each network is run again for its backward pass, so that only one graph exists at a time.
         """
         split, x = self._engine.config.split_backward, x.detach().requires_grad_()
         with self._frozen():
@@ -190,7 +192,8 @@ class Networks:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """A block in which the weights of all networks but the one in training take no gradient: graphs keep nothing for them."""
+        """Context in which the weights of all networks not in training require no gradient, so that graphs save nothing for
+        them."""
         roles = self._engine.roles
         others = [value for name, trained in roles.items() if name != self.training for _, value in trained.weights]
         for value in others:
@@ -203,13 +206,13 @@ class Networks:
 
 
 Key = tuple[Inputs, int, range]
-"""Which random inputs: of a phase, in a step, of these samples."""
+"""Identifies a micro-batch of random inputs: inputs of the phase, training step, samples."""
 
 
 class Engine:
-    """The networks, optimizers and averages of one distillation. A step is a pure function of the state and the step number.
+    """The networks, optimizers and weight averages of one distillation. A step is a pure function of the state and the step number.
 
-    Raises UsageError where the batch does not split over the processes, EnvironmentProblem where an extra is not installed.
+    Raises UsageError if the batch does not split evenly over the processes, EnvironmentProblem if an optional library is missing.
     """
 
     def __init__(self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device):
@@ -243,7 +246,7 @@ class Engine:
     # Building
 
     def _trainable(self, role: Role) -> Any:
-        """A copy of the teacher, or a second network on the teacher's own weights with adapters of its own beside them."""
+        """Return a copy of the teacher or, for a LoRA role, a second network that shares the teacher's weights and has adapters."""
         if not role.lora:
             return copy.deepcopy(self.teacher).requires_grad_(True)
         shared: dict[int, Any] = {id(value): value for value in self.teacher.parameters()}
@@ -254,23 +257,23 @@ class Engine:
         return twin
 
     def _arrange(self, net: Any) -> None:
-        """Layout, recomputation and compilation as configured; none of them changes what is computed."""
+        """Apply memory layout, gradient checkpointing and compilation as configured. They do not change the result of a network."""
         if self.config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        if self.device.type == "cuda" and not self.distributed.sharded:  # FSDP2 takes contiguous parameters alone
+        if self.device.type == "cuda" and not self.distributed.sharded:  # FSDP2 supports only contiguous parameters
             net.to(memory_format=torch.channels_last)
         if self.config.compile == "on":
             net.compile()
 
     @property
     def images(self) -> int:
-        """Training images per network so far, steps x batch size, as papers count them; warm-up and extra updates change nothing."""
+        """Training images per network so far: steps x batch size, as in papers. Warm-up and extra updates do not change it."""
         return self.step * self.config.batch_size
 
-    # A step
+    # Training step
 
     def train_step(self) -> Measurements:
-        """One training step: the phases of the objective, in order."""
+        """Run one training step: the phases of the objective, in order."""
         values: Values = {}
         samples: list[Tensor] = []
         phases = self.objective.phases(self.step)
@@ -281,7 +284,7 @@ class Engine:
         return Measurements(values, self.skipped.clone(), self.skipped_in_row.clone())
 
     def run_phase(self, phase: Phase, samples: Sequence[Tensor] = (), keep: bool = False) -> tuple[Values, list[Tensor]]:
-        """One update of one network. `samples`: outputs of the phase before, by micro-batch.
+        """Run one update of one network. `samples`: outputs of the previous phase, by micro-batch.
 
         Returns measurements and, with `keep`, the outputs of this phase.
         """
@@ -297,7 +300,7 @@ class Engine:
                     gradient, values = phase.gradient(self.nets, output.detach(), batch)
                 if split:
                     output = phase.forward(self.nets, batch)
-                # Processes average their gradients; the loss is normalized by the global batch already.
+                # Gradients are averaged over the processes, but the loss is already normalized by the global batch.
                 output.backward(gradient * self.distributed.count)
             rows.append(torch.stack(list(values.values())))
             if keep:
@@ -313,12 +316,12 @@ class Engine:
     # Random inputs
 
     def _pieces(self) -> list[range]:
-        """This process's samples of the global batch, by micro-batch."""
+        """Return this process's samples of the global batch, by micro-batch."""
         samples, size = self.distributed.share(range(self.config.batch_size)), self.config.micro_batch
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _batches(self, phase: Phase, samples: Sequence[Tensor]) -> Iterator[tuple[Batch, bool]]:
-        """The micro-batches of a phase, and whether one is the last."""
+        """Yield the micro-batches of a phase, each with whether it is the last."""
         pieces = self._pieces()
         for index, piece in enumerate(pieces):
             batch = self._batch((phase.inputs, self.step, piece))
@@ -327,7 +330,7 @@ class Engine:
             yield batch, index == len(pieces) - 1
 
     def _batch(self, key: Key) -> Batch:
-        """A micro-batch on the device, while a thread draws the next one."""
+        """Return a micro-batch on the device, and start to draw the next micro-batch in a thread."""
         drawn = (self._drawn.pop(key, None) or self._drawer.submit(self.draw_batch, *key)).result()
         self._drawn.clear()
         following = self._next(key)
@@ -337,7 +340,7 @@ class Engine:
         return dataclasses.replace(drawn, latents=latents, noise=noise, t=t, cond=self.sampler.encode(drawn.prompts))
 
     def _next(self, key: Key) -> Key:
-        """The micro-batch after this one in the order of `train_step`."""
+        """Return the key of the micro-batch that follows `key` in the order of `train_step`."""
         inputs, step, piece = key
         pieces = self._pieces()
         order = [(phase.inputs, piece) for phase in self.objective.phases(step) for piece in pieces]
@@ -348,10 +351,10 @@ class Engine:
         return self.objective.phases(step + 1)[0].inputs, step + 1, pieces[0]
 
     def draw_batch(self, inputs: Inputs, step: int, samples: Sequence[int]) -> Batch:
-        """Random inputs of some samples of a step, on the CPU: a function of the seed and the arguments, of nothing else.
+        """Draw the random inputs of some samples of a step, on the CPU. They depend only on the seed and the arguments.
 
-        A few-step student stops after the same random number of steps in the whole batch, in every process and every phase, as in the
-        published code of few-step SiD.
+        A few-step student stops after the same random number of steps in the whole batch, in every process and every phase, as in
+        the published code of few-step SiD.
         """
         config, shape = self.config, self.sampler.model.latent_shape
         turn, seed = inputs.turn, config.seed
@@ -373,28 +376,28 @@ class Engine:
     # Networks
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's prediction in float32, computed in bf16 where that was chosen."""
+        """Return the network's raw prediction in float32, computed under bf16 autocast if `self.bf16`."""
         with self._autocast():
             return denoise(net, x, t, cond).float()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        # A weight is used once a forward: caching its bf16 copy would cost its memory and save nothing.
+        # Each weight is used once per forward pass, so a cached bf16 copy would cost memory and save no time.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
 
     # State
 
     @torch.no_grad()
     def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
-        """uint8 [B, H, W, 3] that the teacher itself draws, in the precision of the run."""
+        """Return images of the teacher, uint8 [B, H, W, 3], in the precision of the run."""
         with self._autocast():
             images = self.sampler.images(prompts, seeds, plan, advance)
-        self.sampler.model.vae.to("cpu")  # training never decodes
+        self.sampler.model.vae.to("cpu")  # training does not use the VAE
         return images
 
     def student(self) -> Model:
-        """The model the run is about: the teacher's text encoder and VAE around the averaged generator, on the CPU.
+        """Return the student on the CPU: the averaged generator with the teacher's text encoder and VAE.
 
-        Every process must ask: where weights are sharded, each holds a part.
+        Every process must call this, because each process has only a part of sharded weights.
         """
         trained = self.roles[GENERATOR]
         average = {name: whole(value) for name, value in trained.average.items()}
@@ -407,15 +410,15 @@ class Engine:
 
     @property
     def state_bytes(self) -> int:
-        """Size of `tensors()`, but for some scalars."""
+        """Size of `tensors()` in bytes, except for some scalars."""
         return state_bytes(
             self.config, [(trained.role, sum(value.numel() for _, value in trained.weights)) for trained in self.roles.values()]
         )
 
     def tensors(self, copy: bool = False) -> dict[str, dict[str, Tensor]]:
-        """The state by file, whole and on the CPU. Every process must ask where it is sharded.
+        """Return the state as {file: {name: tensor}}, full tensors on the CPU. If it is sharded, every process must call this.
 
-        With `copy` the next step does not change it, wherever the networks are.
+        With `copy` the next step does not change the tensors, even if the networks are on the CPU.
         """
         files: dict[str, dict[str, Tensor]] = {}
         for name, trained in self.roles.items():
@@ -423,7 +426,7 @@ class Engine:
         return files
 
     def load(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
-        """Continue from `tensors()` of an engine with the same config. Raises KeyError or RuntimeError where names or shapes differ."""
+        """Load the state from `tensors()` with the same config. Raises KeyError or RuntimeError if names or shapes differ."""
         for name, trained in self.roles.items():
             trained.load(name, files)
         self.skipped_in_row.zero_()
@@ -431,25 +434,25 @@ class Engine:
 
 
 def optimizer_bytes(config: DistillConfig, role: Role, trained: int) -> int:
-    """Memory of the moments of `trained` weights."""
-    if config.optimizer == "adam8bit":  # which keeps both in any case
+    """Return the bytes of the optimizer's moments for `trained` weights."""
+    if config.optimizer == "adam8bit":  # keeps both moments even if beta1 is 0
         return 2 * trained
     return (8 if role.betas[0] else 4) * trained
 
 
 def state_bytes(config: DistillConfig, roles: Sequence[tuple[Role, int]]) -> int:
-    """Size of the state of a run, which a checkpoint holds, from its roles and their numbers of trained weights."""
+    """Return the bytes of a run's state, which a checkpoint stores, from the roles and their numbers of trained weights."""
     return sum((8 if role.average else 4) * trained + optimizer_bytes(config, role, trained) for role, trained in roles)
 
 
 def check_split(batch_size: int, processes: int) -> None:
-    """Raises UsageError where a batch does not give each process the same number of images."""
+    """Raises UsageError if the batch does not split into the same number of images for each process."""
     if batch_size % processes:
         raise UsageError(f"--batch-size {batch_size} does not split over {processes} processes evenly")
 
 
 def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillConfig) -> None:
-    """Raises InputError for a model that cannot teach, UsageError for settings that its schedule has no room for."""
+    """Raises InputError if the teacher is a student, UsageError if the settings need more timesteps than its schedule has."""
     if is_student:
         raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
     if config.t_init >= timesteps or config.t_max > timesteps:
@@ -457,7 +460,7 @@ def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillCo
 
 
 def _states(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Each trained tensor and what the optimizer remembers about it; accelerate may have wrapped the optimizer."""
+    """Return each trained tensor with its optimizer state. accelerate may have wrapped the optimizer."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return [(value, inner.state[value]) for group in inner.param_groups for value in group["params"]]
 
@@ -477,11 +480,11 @@ def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
         value, state = states[int(index)]
         if isinstance(state.get(entry), Tensor):
             assign(state[entry], saved)
-        else:  # the 8-bit optimizer counts steps in a plain number, and makes its state only when it first steps
+        else:  # the 8-bit optimizer counts steps in an int, and creates its state in its first step
             state[entry] = saved.item() if saved.ndim == 0 else saved.to(value.device)
 
 
 def ema_beta(images: int, config: DistillConfig) -> float:
-    """Weight of the old average after `images` images: half-life config.ema_images, at most a share of the images seen."""
+    """Return the weight of the old average after `images` images: half-life `ema_images`, at most `ema_rampup` x `images`."""
     half_life = min(config.ema_images, config.ema_rampup * images)
     return 0.5 ** (config.batch_size / half_life) if half_life > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Environment variables, read in this module alone.
+"""Access to environment variables. No other module reads them.
 
-A variable that is blank counts as unset. `prepare` removes what the libraries would fail on, such as `COLUMNS=abc`, before they are
-imported.
+A blank variable counts as unset. `prepare` removes variables that make libraries fail, such as `COLUMNS=abc`, before the libraries
+are imported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ NUMBERS = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "COLUMNS", "LINES", "TERMINAL_WIDTH"),
     *("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"),
 )
-"""Variables that libraries read, taking a blank one literally, and those that they expect to be numbers."""
+"""PLACES: variables whose blank value libraries would use as a path or an address. NUMBERS: variables that libraries parse as
+numbers."""
 GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What `accelerate launch`, torchrun and `sid distill --processes` tell each process."""
+"""Variables that `accelerate launch`, torchrun and `sid distill --processes` set in each process."""
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that work together: this one's rank among `count`, and among the `local_count` of this machine."""
+    """A group of cooperating processes: the rank of this process among `count`, and among the `local_count` on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -35,7 +36,7 @@ class Group:
 
 
 def prepare() -> None:
-    """Remove variables that libraries would take literally or fail on, and quiet the libraries; call it before they are imported."""
+    """Remove variables that libraries would misread or fail on, and turn off their messages. Call it before they are imported."""
     for name in PLACES:
         if variable(name) is None:
             os.environ.pop(name, None)
@@ -43,8 +44,8 @@ def prepare() -> None:
         if not re.fullmatch(r"0*[1-9]\d{0,5}", variable(name) or ""):
             os.environ.pop(name, None)
     if not os.path.isabs(variable("HOME") or ""):
-        os.environ.pop("HOME", None)  # then the user database knows it
-    if variable("WORLD_SIZE") in (None, "1"):  # a process alone; the others are left over from elsewhere
+        os.environ.pop("HOME", None)  # Path.home() then uses the user database
+    if variable("WORLD_SIZE") in (None, "1"):  # there is no group, so these variables are stale
         for name in GROUP:
             os.environ.pop(name, None)
     for name, value in QUIET.items():
@@ -52,18 +53,18 @@ def prepare() -> None:
 
 
 def variable(name: str) -> str | None:
-    """The value of a variable; None for one that is unset or blank."""
+    """Return the value of a variable, or None if it is unset or blank."""
     value = os.environ.get(name, "")
     return value if value.strip() else None
 
 
 def flag(name: str) -> bool:
-    """Whether a variable switches something on: set, and not to 0, false, no or off."""
+    """Return whether a variable is set to a value other than 0, false, no or off."""
     return (variable(name) or "0").strip().lower() not in ("0", "false", "no", "off")
 
 
 def group() -> Group:
-    """The group of this process. Raises EnvironmentProblem where the variables of one are incomplete or contradict each other."""
+    """Return the group of this process. Raises EnvironmentProblem if the variables of a group are incomplete or inconsistent."""
     if variable("WORLD_SIZE") in (None, "1"):
         return Group()
     count, rank, local_rank, _ = (_number(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
@@ -88,7 +89,7 @@ def _no_group(reason: str) -> EnvironmentProblem:
 
 
 def group_or_alone() -> Group:
-    """The group of this process; this process alone where the variables of a group are incomplete."""
+    """Return the group of this process, or a group of this process alone if the variables of a group are invalid."""
     try:
         return group()
     except EnvironmentProblem:
@@ -96,9 +97,9 @@ def group_or_alone() -> Group:
 
 
 def cache_folder() -> Path:
-    """$SID_CACHE_DIR, else $XDG_CACHE_HOME/sid if that is absolute, else ~/.cache/sid; `~` and variables in them are expanded.
+    """Return $SID_CACHE_DIR, else $XDG_CACHE_HOME/sid if that is absolute, else ~/.cache/sid. Expands `~` and variables in them.
 
-    Raises EnvironmentProblem where SID_CACHE_DIR has a user or a variable that is not known, and for a user without a home folder.
+    Raises EnvironmentProblem if SID_CACHE_DIR contains an unknown user or variable, or if the user has no home folder.
     """
     own, shared = _expanded("SID_CACHE_DIR"), _expanded("XDG_CACHE_HOME")
     if own:

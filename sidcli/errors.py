@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each says what happened, with which value, and what to do next; its class carries the exit code.
+"""Errors that a user can fix. Each states what happened, with which value, and what to do next; its class defines the exit code.
 
 SidError                 1  the run failed
 |- UsageError            2  an option or a configuration is wrong
@@ -45,16 +45,16 @@ class Interrupted(SidError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, with the next one after a colon; its name where it says nothing."""
+    """Return the first line of an error's message, and the second if the first ends with a colon; the class name if it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
-    """What a library says, on one line, of memory that it did not get, be it the error itself or what led to it; None for others.
+    """Return the out-of-memory message of `error` or of an error that caused it, on one line; None if there is none.
 
-    Asked by class name and words, because this file imports neither torch nor what else allocates: torch on a GPU and on the CPU,
-    numpy, safetensors, Python itself.
+    Errors of torch on a GPU and on the CPU, numpy, safetensors and Python are recognized by class name and message, because this
+    module does not import these libraries.
     """
     known = "DefaultCPUAllocator|allocate.*memory|bad_alloc|ALLOC_FAILED|start new thread"
     while error is not None:

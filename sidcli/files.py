@@ -1,6 +1,7 @@
-"""Writing without loss: a reader sees the old content or the new one, never half of either.
+"""Atomic file writes: a reader sees the old content or the new content, never a part of either.
 
-Nothing is written through a link: what is renamed into place takes the place of the link, and a file that grows refuses to be one.
+Nothing is written through a link: a file that is renamed to the path of a link replaces the link, and appending to a link
+raises an error.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 
 MAX_DESCRIPTION = 1 << 24
-"""Bytes of a JSON or TOML file; the largest that models come with, lists of their shards, have a twentieth."""
+"""Maximum bytes of a JSON or TOML file. The largest JSON files of models, the lists of their shards, have a twentieth of it."""
 
 
 def size_of(path: Path, most: int) -> int:
-    """Bytes of a regular file. Pipes and devices, which may never end, are told by their kind and not opened.
+    """Return the size of a regular file in bytes. Pipes and devices, which may be endless, are recognized by type and not opened.
 
-    Raises OSError, also for a file of more than `most` bytes.
+    Raises OSError for these, and for a file of more than `most` bytes.
     """
     try:
         status = path.stat()
@@ -48,7 +49,7 @@ def size_of(path: Path, most: int) -> int:
 
 
 def read_bytes(path: Path, most: int = MAX_DESCRIPTION) -> bytes:
-    """The content of a regular file. Raises OSError for what `size_of` refuses."""
+    """Return the content of a regular file. Raises OSError as `size_of` does."""
     size_of(path, most)
     return path.read_bytes()
 
@@ -62,9 +63,9 @@ def fsync_path(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that no other process uses; leftovers of killed runs are recognisable by `.tmp-`.
+    """Return an unused path in the same folder. Files that a killed process left are recognizable by the prefix `.tmp-`.
 
-    It ends as the path does, with so much of it that a name as long as names may be has room.
+    The name ends with the last 50 characters of the path's name, so that it does not exceed the maximum length of a file name.
     """
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name[-50:]}")
 
@@ -74,16 +75,16 @@ os.umask(_UMASK)
 
 
 def _open_to_others(path: Path) -> None:
-    """The permissions that a new file has here; safetensors keeps its files to their owner."""
+    """Give a file the default permissions of a new file; safetensors creates files that only the owner can read."""
     if path.is_file():
         path.chmod(0o666 & ~_UMASK)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write; on success it becomes `path` durably, on any error nothing of it is left.
+    """Yields a temporary path to write. On success it is renamed to `path` and synced to disk; on an error it is removed.
 
-    Raises EnvironmentProblem where the disk or the folder refuses.
+    Raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only.
     """
     temporary = temporary_beside(path)
     try:
@@ -95,19 +96,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
             fsync_path(path.parent)
     finally:
-        with suppress(OSError):  # a path that cannot be written cannot be cleaned either
+        with suppress(OSError):  # a path that cannot be written cannot be removed either
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill; on success it becomes `path`. An existing `path` is replaced only then.
+    """Yields a temporary folder to fill. On success it is renamed to `path`; an existing `path` is replaced only then.
 
-    Killed at any moment, it leaves the whole old folder or the whole new one under the name: both are swapped at once. Only where
-    the file system cannot swap (NFS; systems other than Linux) is there an instant at which neither has the name, and both are
-    whole beside it as `.tmp-*`. What a killed writer left of the same folder is removed by the next one.
+    If the process is killed, `path` is the complete old folder or the complete new folder, because the two are exchanged
+    atomically. If the file system cannot exchange folders (NFS; systems other than Linux), there is an instant at which `path` does
+    not exist and both complete folders are beside it as `.tmp-*`. The next writer of `path` removes temporary folders that a killed
+    writer left.
 
-    Raises EnvironmentProblem where the disk or the folder refuses.
+    Raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only.
     """
     temporary = temporary_beside(path)
     try:
@@ -135,7 +137,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Marks a folder as in use by this process, and yields whether it could; the kernel takes the mark away when the process dies."""
+    """Locks a folder for this process and yields whether that succeeded. The kernel releases the lock when the process dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield _lock(descriptor)
@@ -146,13 +148,13 @@ def _held(folder: Path) -> Iterator[bool]:
 def _lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a living process has it, or this file system marks no folders
+    except OSError:  # another process holds the lock, or the file system cannot lock folders
         return False
     return True
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove what killed writers of a folder left beside it."""
+    """Remove the temporary folders that killed writers of `path` left beside it."""
     for leftover in path.parent.glob(".tmp-*"):
         same = re.fullmatch(r"\.tmp-\d+-[0-9a-f]{8}-(.*)", leftover.name, re.DOTALL)
         if same and same[1] == path.name[-50:] and not leftover.is_symlink() and leftover.is_dir():
@@ -162,7 +164,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A folder with all that is in it, or a link or file by itself; whatever cannot be removed stays."""
+    """Remove a folder with its content, a link or a file. Entries that cannot be removed stay."""
     if path.is_symlink() or path.is_file():
         with suppress(OSError):
             path.unlink()
@@ -171,7 +173,7 @@ def remove(path: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange what two names stand for, at once; False where the system cannot."""
+    """Exchange two paths atomically. Returns False if the system does not support this."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -180,15 +182,15 @@ def _swap(one: Path, other: Path) -> bool:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the first folder above it that exists."""
+    """Return the path, or its nearest parent folder that exists."""
     return next(parent for parent in [path.absolute(), *path.absolute().parents] if os.path.exists(parent))
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raises EnvironmentProblem where the disk or the folder refuses what a block writes.
+    """Context that raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only.
 
-    Libraries that write through other languages have errors of their own for a full disk.
+    Libraries in other languages raise errors of their own types if the disk is full.
     """
     try:
         yield
@@ -210,12 +212,13 @@ def _problem(path: Path, error: Exception) -> EnvironmentProblem:
 
 
 def gigabytes(size: float) -> str:
-    """A size for people, in GB of 10^9 bytes, or in MB below one."""
+    """Return a size as text, in GB of 10^9 bytes, or in MB if it is below 1 GB."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def check_space(place: Path, needed: int, what: str) -> None:
-    """Raises EnvironmentProblem where the disk has less room than `what`, such as `a checkpoint needs`, needs in bytes."""
+    """Raises EnvironmentProblem if the disk has less than `needed` bytes free. `what` is part of the message: `a checkpoint
+    needs`."""
     free = shutil.disk_usage(nearest(place)).free
     if free < needed:
         raise EnvironmentProblem(
@@ -229,12 +232,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_bytes(content: Any) -> bytes:
-    """A JSON file as `write_json` spells it."""
+    """Return the content of a JSON file as `write_json` writes it."""
     return (json_text(content, indent=2) + "\n").encode()
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file that grows. Raises EnvironmentProblem where the disk refuses, or the file is a link to another place."""
+    """Append a line to a file. Raises EnvironmentProblem if writing fails or the file is a link."""
     try:
         with _open_own(path, os.O_WRONLY | os.O_APPEND) as file:
             file.write(line + "\n")
@@ -243,7 +246,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _open_own(path: Path, flags: int) -> TextIO:
-    """A file opened in place, made where there is none, but never through a link."""
+    """Open a file without following links, and create it if it does not exist. Raises EnvironmentProblem for a link."""
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
@@ -254,7 +257,7 @@ def _open_own(path: Path, flags: int) -> TextIO:
 
 
 def read_json(file: Path, hint: str = "write the model again, or take another copy of it") -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError where it is not there or not one."""
+    """Return the JSON object in a file. Raises InputError if the file does not exist or contains no JSON object."""
     try:
         content = json.loads(read_bytes(file).decode("utf-8"))
     except OSError as error:
@@ -267,7 +270,7 @@ def read_json(file: Path, hint: str = "write the model again, or take another co
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, in place. Raises OSError where the disk refuses, which safetensors reports as an error of its own."""
+    """Write a safetensors file, not atomically. Raises OSError if writing fails, instead of the error of safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -283,7 +286,7 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(folder: Path, option: str = "--output") -> None:
-    """Raises EnvironmentProblem, before any work, where `folder` cannot be made or written."""
+    """Raises EnvironmentProblem if `folder` cannot be created or written. Call it before any work."""
     instead = f"choose another {option}"
     try:
         folder.exists()
@@ -300,10 +303,10 @@ def check_writable(folder: Path, option: str = "--output") -> None:
 
 
 def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:
-    """Raises EnvironmentProblem, before any work, where files of one folder cannot be made, and UsageError where they are folders or
-    are there already and not to be replaced.
+    """Raises EnvironmentProblem if files of one folder cannot be created, UsageError if a file is a folder, or exists and
+    `overwrite` is False.
 
-    A link counts as being there, wherever it leads; replaced, it is the link that goes.
+    A link counts as an existing file, whatever its target is; the link itself is replaced. Call it before any work.
     """
     check_writable(files[0].parent, option)
     for file in files:
@@ -320,13 +323,13 @@ def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed writers left under a folder that this process holds."""
+    """Remove temporary files that killed writers left under a folder that this process has locked."""
     for leftover in list(folder.rglob(".tmp-*")):
         remove(leftover)
 
 
 def check_unlocked(folder: Path) -> None:
-    """Raises EnvironmentProblem where another process holds a run folder, before any work."""
+    """Raises EnvironmentProblem if another process has locked a run folder. Call it before any work."""
     if (folder / ".lock").exists():
         with locked(folder):
             pass
@@ -334,9 +337,9 @@ def check_unlocked(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the kernel releases the lock even after kill -9.
+    """Locks a run folder for this process. The kernel releases the lock even after kill -9.
 
-    Raises EnvironmentProblem, naming the process that holds it, or where the folder cannot be written.
+    Raises EnvironmentProblem with the id of the process that holds the lock, or if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

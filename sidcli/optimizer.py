@@ -1,4 +1,5 @@
-"""Adam without a first moment where beta1 is 0, as SiD trains with (arXiv 2406.01561): a third less state than torch's."""
+"""Adam without a first moment if beta1 is 0, as in SiD (arXiv 2406.01561): a third less memory for weights and state than
+torch's."""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ from torch.optim.adam import adam
 
 
 def local(value: Tensor) -> Tensor:
-    """The part of a tensor that lives in this process; the tensor itself where nothing is sharded."""
+    """Return this process's part of a sharded tensor, or the tensor itself if it is not sharded."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 class Adam(torch.optim.Optimizer):
-    """Equals torch.optim.AdamW, fused, on the CPU and on CUDA. With beta1 = 0 it keeps no first moment.
+    """Adam that computes the same as fused torch.optim.AdamW, on the CPU and on CUDA. With beta1 = 0 it keeps no first moment.
 
-    `found_inf`, a tensor of one element, may be set before `step()`: the update is left out where it is 1, decided on the device.
-    With `offload` the moments stay in the main memory and the update is computed there: gradients and weights travel once a
-    step, which a large accumulated batch makes cheap.
+    `found_inf`, a tensor of one element, may be set before `step()`: the device skips the update if it is 1, so the host does not
+    wait. With `offload` the moments stay in CPU memory and the update is computed there: gradients and weights are copied once per
+    step, which is cheap relative to a large accumulated batch.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Adam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             values = [value for value in group["params"] if value.grad is not None]
-            # One network at once is quickest; where everything travels, one tensor at once needs the least room.
+            # One call for all tensors is fastest. With `offload`, one tensor at a time needs the least memory.
             for chunk in [[value] for value in values] if self.offload else [values] if values else []:
                 self._update(chunk, group)
 
@@ -61,7 +62,7 @@ class Adam(torch.optim.Optimizer):
         adam(
             weights,
             gradients,
-            # With beta1 = 0 the first moment is the gradient, so the gradient may stand in for it.
+            # With beta1 = 0 the first moment is the gradient, so the gradient is passed instead.
             [local(state["exp_avg"]) for state in states] if group["betas"][0] else gradients,
             [local(state["exp_avg_sq"]) for state in states],
             [],

@@ -1,4 +1,4 @@
-"""Text of others, such as prompts and paths, made safe to show, and streams that can show it."""
+"""Escaping of untrusted text, such as prompts and paths, for output, and setup of the standard streams."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any, TextIO
 
 
 def prepare_streams() -> None:
-    """Give a process its three streams: a closed one becomes the null device, whose number the next file would otherwise get, and a
-    character that the encoding of an output lacks is written as an escape."""
+    """Prepare stdin, stdout and stderr.
+
+    A closed stream is opened on the null device, because the next opened file would otherwise get its descriptor. Characters that
+    the encoding of stdout or stderr lacks are written as escapes.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -25,7 +28,7 @@ def prepare_streams() -> None:
 
 
 def can_show(stream: TextIO, text: str) -> bool:
-    """Whether the encoding of a stream has every character of a text."""
+    """Return whether the encoding of a stream has every character of a text."""
     try:
         text.encode(stream.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -34,15 +37,14 @@ def can_show(stream: TextIO, text: str) -> bool:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Control and direction-changing characters, line ends too, made visible, so that a prompt can drive neither a terminal nor a page.
+    """Return a text with control and direction-changing characters, line ends included, as escapes.
 
-    Those in `keep` stay as they are.
+    A prompt then cannot control a terminal or a web page. Characters in `keep` are not escaped.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else f"\\u{ord(c):04x}" for c in text)
 
 
 def json_text(content: Any, indent: int | None = None, only_ascii: bool = False) -> str:
-    """JSON whose strings show letters of every script as they are, unless `only_ascii`, and escape what would drive a terminal or is
-    half a character."""
+    """Return JSON that keeps letters of every script, unless `only_ascii`, and escapes control characters and lone surrogates."""
     text = json.dumps(content, ensure_ascii=only_ascii, indent=indent)
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

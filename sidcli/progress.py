@@ -1,4 +1,4 @@
-"""Who is told about the progress of work, and how times are written."""
+"""Listeners that receive the progress of work, and text forms of records and durations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """Called as work is done: by how much more, in the unit of the whole, parts of one included; `text` says where it stands.
+    """Callback for completed work: `count` is the additional work in units of the total, fractions allowed; `text` describes the
+    current state.
 
     Several details in `text` are separated by ", ", the most important first.
     """
@@ -17,11 +18,11 @@ class Progress(Protocol):
 
 
 def silent(count: float, text: str = "") -> None:
-    """Progress that nobody watches."""
+    """Progress callback that does nothing."""
 
 
 class Listener(Protocol):
-    """Who is told what happens: a terminal, a notebook, or nobody."""
+    """Receiver of notes and progress, such as a terminal or a notebook."""
 
     def note(self, text: str) -> None: ...
     def progress(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Progress]: ...
@@ -41,7 +42,7 @@ class Silence:
 
 
 class RunListener(Listener, Protocol):
-    """A listener of a training run: `started` once, `stepped` with the last record after each step."""
+    """A listener of a training run: `started` is called once, `stepped` after each step with the last record."""
 
     def started(self, step: int, steps: int) -> None: ...
     def stepped(self, record: dict[str, Any]) -> None: ...
@@ -57,12 +58,12 @@ SHOWN = {
 
 
 def in_words(record: Mapping[str, Any]) -> str:
-    """What a bar shows of a training step's record."""
+    """Return the text that a progress bar shows for the record of a training step."""
     return ", ".join(form.format(record[name]) for name, form in SHOWN.items() if record.get(name) is not None)
 
 
 def duration(seconds: float) -> str:
-    """A length of time to two digits or so: 45 s, 12 min, 2.5 h, 3.2 days."""
+    """Return a duration as text with about two digits: 45 s, 12 min, 2.5 h, 3.2 days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

@@ -1,7 +1,7 @@
-"""The only source of randomness: every draw is a pure function of (seed, stream, step, sample).
+"""The only source of randomness: every random value is a pure function of (seed, stream, step, sample).
 
-Nothing here keeps state and nothing else seeds a global generator, so a result cannot depend on the micro-batch, on the number of
-processes, on an interruption, or on what was drawn before it.
+This module keeps no state and no other module seeds a global generator, so a result does not depend on the micro-batch, the number
+of processes, an interruption, or earlier draws.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ if TYPE_CHECKING:
 
 
 def key(seed: int, stream: str, step: int = 0, sample: int = 0) -> int:
-    """A 63-bit integer that is a function of its four arguments alone (blake2b, so the same on every machine and Python)."""
+    """Return a 63-bit integer that depends only on the four arguments (blake2b, the same on every machine and Python version)."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{step}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def numpy_generator(seed: int, stream: str, step: int = 0, sample: int = 0) -> np.random.Generator:
-    """A numpy generator for small discrete draws: scenes, captions, orders."""
+    """Return a numpy generator for small discrete draws: scenes, captions, orders."""
     return np.random.Generator(np.random.Philox(key=key(seed, stream, step, sample)))
 
 
 def torch_generator(seed: int, stream: str, step: int = 0, sample: int = 0) -> torch.Generator:
-    """A CPU torch generator; noise is always drawn on the CPU so that a seed means the same image on every device."""
+    """Return a torch generator on the CPU. Noise is always drawn on the CPU so that a seed gives the same image on every device."""
     import torch
 
     return torch.Generator("cpu").manual_seed(key(seed, stream, step, sample))
 
 
 def normal(shape: Sequence[int], seed: int, stream: str, step: int, samples: Sequence[int]) -> torch.Tensor:
-    """Standard normal noise [len(samples), *shape] in float32, row i drawn for samples[i] alone."""
+    """Return standard normal noise, float32 [len(samples), *shape]. Row i is a function of samples[i], not of the other samples."""
     import torch
 
     return torch.stack([torch.randn(*shape, generator=torch_generator(seed, stream, step, sample)) for sample in samples])
 
 
 def integers(low: int, high: int, seed: int, stream: str, step: int, samples: Sequence[int]) -> torch.Tensor:
-    """Uniform integers in [low, high), int64 [len(samples)], element i drawn for samples[i] alone."""
+    """Return uniform integers in [low, high), int64 [len(samples)]. Element i is a function of samples[i], not of other samples."""
     import torch
 
     return torch.tensor([int(numpy_generator(seed, stream, step, sample).integers(low, high)) for sample in samples])
 
 
 def uniform(seed: int, stream: str, step: int, samples: Sequence[int]) -> torch.Tensor:
-    """Uniform reals in [0, 1), float32 [len(samples)], element i drawn for samples[i] alone."""
+    """Return uniform reals in [0, 1), float32 [len(samples)]. Element i is a function of samples[i], not of the other samples."""
     import torch
 
     draws = [numpy_generator(seed, stream, step, sample).random() for sample in samples]

@@ -1,4 +1,4 @@
-"""What a command was asked to do: frozen dataclasses, their validation, presets, and TOML in and out."""
+"""Settings of a distillation: a frozen dataclass, its validation, presets, and reading from TOML."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "compile": ("auto", "on", "off"),
 }
-"""Fields of DistillConfig that take one of a few values."""
+"""Allowed values of the fields of DistillConfig that are a choice."""
 STRATEGIES: dict[str, float | None] = {"lsg": 2.0, "long": 2.0, "short": 0.5, "zero-cfg": None, "none": None}
-"""Guidance strategies with their default scale; None where the strategy fixes every scale."""
+"""Default guidance scale of each guidance strategy; None if the strategy fixes every scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Everything that decides what `sid distill` computes. Two runs with equal fields give equal students.
+    """All settings that determine the result of `sid distill`. Two runs with equal fields give equal students.
 
     The docstring of a field is the help text of its option.
     """
@@ -107,7 +107,7 @@ class DistillConfig:
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory."""
     compile: str = "auto"
-    # SD 1.5 was not compiled within five minutes on an H200, and the gain is not measured.
+    # Compilation of SD 1.5 did not finish within five minutes on an H200, and its speedup is not measured.
     """torch.compile; auto is off."""
     shard: bool = False
     """Split the networks over the processes (FSDP2)."""
@@ -153,7 +153,7 @@ MAY_CHANGE = frozenset(
         "shard",
     }
 )
-"""Fields that a continued run may change: they say where and in what pieces a step is computed, not what."""
+"""Fields that a continued run may change: its length, and where and in which parts a step is computed, but not its result."""
 
 MEMORY: dict[str, dict[str, Any]] = {
     "fast": {},
@@ -174,13 +174,13 @@ MEMORY: dict[str, dict[str, Any]] = {
         "fake_lora": 64,
     },
 }
-"""What `--memory` sets, smallest effect on the result first; single options override single fields."""
+"""Fields that each `--memory` recipe sets, smallest effect on the result first. Single options override single fields."""
 
 
 def strategy(name: str, scale: float | None) -> dict[str, float]:
-    """kappa1 to kappa4 of a guidance strategy (arXiv 2406.01561).
+    """Return kappa1 to kappa4 of a guidance strategy (arXiv 2406.01561).
 
-    Raises UsageError for an unknown name or a scale that it does not use.
+    Raises UsageError for an unknown name, or for a scale if the strategy fixes every scale.
     """
     if name not in STRATEGIES:
         raise UsageError(f"--guidance-strategy must be one of {', '.join(STRATEGIES)}, not {name!r}")
@@ -198,9 +198,9 @@ def strategy(name: str, scale: float | None) -> dict[str, float]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # One 24 GB card and the paper's recipe (arXiv 2406.01561).
+    # The paper's recipe (arXiv 2406.01561), for a 24 GB GPU.
     "sd15": {},
-    # Two CPU cores and a few minutes, chosen by measurement on the emoji teacher (README).
+    # For two CPU cores and a few minutes; tuned on the emoji teacher (README).
     "emoji": {
         "steps": 300,
         "batch_size": 16,
@@ -210,11 +210,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema_images": 500.0,
     },
 }
-"""What `sid distill` starts from; options and `--config` override single fields."""
+"""Initial fields of `sid distill`. Options and `--config` override single fields."""
 
 
 def preset_for(teacher: str) -> str:
-    """`emoji` for the embedded teacher and folders made from it, else `sd15`. Reads no weights."""
+    """Return `emoji` for the embedded teacher and folders made from it, else `sd15`. Reads no weights."""
     if teacher == "emoji-teacher":
         return "emoji"
     card = Path(teacher) / "sid.json"
@@ -225,7 +225,7 @@ def preset_for(teacher: str) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The fields of a config.toml. Raises InputError for a file that is not there or not TOML, UsageError for unknown keys."""
+    """Return the fields of a config.toml. Raises InputError if the file is missing or not TOML, UsageError for unknown keys."""
     try:
         content = tomllib.loads(read_bytes(path).decode("utf-8"))
     except OSError as error:
@@ -236,11 +236,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 FIELDS = {field.name: dict if field.name == "objective" else type(field.default) for field in dataclasses.fields(DistillConfig)}
-"""Fields of DistillConfig and their types; the objective is a table of its settings."""
+"""Type of each field of DistillConfig; the objective is a table of its settings."""
 
 
 def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]:
-    """Fields of DistillConfig with values of their types; an int may stand for a float. Raises UsageError for others."""
+    """Return fields of DistillConfig with values of their types; an int is accepted for a float.
+
+    Raises UsageError for unknown fields and other types. `where` and `what` are parts of the message.
+    """
     values = dict(content)
     for name, value in content.items():
         if name not in FIELDS:
@@ -255,7 +258,8 @@ def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]
 
 
 def nested(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are written now, with the objective's own in a table: those of SiD stood beside the others in older files."""
+    """Return settings with the objective's settings in a table, the current format. Older files have SiD's settings on the top
+    level."""
     old = {name: content[name] for name in objectives.names(objectives.Sid) if name in content}
     rest = {name: value for name, value in content.items() if name not in old}
     if old and isinstance(table := rest.get("objective", {}), dict):
@@ -264,7 +268,7 @@ def nested(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of `dataclasses.asdict` on one level, for people to compare; `objective` is the objective's name."""
+    """Return all settings of `dataclasses.asdict` on one level, for comparison; `objective` is the objective's name."""
     rest = nested(config)
     table = rest.pop("objective", None)
     if table is None:
@@ -274,10 +278,11 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collection[str] = ()) -> list[str]:
-    """The fields, as `name: saved -> given`, that forbid continuing a run with the given settings; not those whose content is compared.
+    """Return the fields, as `name: saved -> given`, whose difference prevents a run from being continued with the given settings.
 
-    A field that the run did not know yet had the value that is now its default; one that only the run knows is of a newer version.
-    Where the content of the prompts is compared, the column that they come from does not matter either.
+    The fields in `by_content`, whose content is compared instead, are ignored. If `prompts` is one of them, `column` is ignored
+    too. A field that `saved` lacks has its default value, because an older version wrote the run; a field that only `saved` has is
+    of a newer version.
     """
     now = flat(dataclasses.asdict(given))
     by_content = {*by_content, "column"} if "prompts" in by_content else by_content

@@ -1,4 +1,4 @@
-"""The command line: one file per command, and what they share."""
+"""The command line: one module per command, and the modules that they share."""
 
 from sidcli.cli.application import app, main
 

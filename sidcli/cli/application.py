@@ -1,6 +1,7 @@
-"""The application: the four commands, and errors as one line with their exit code.
+"""The application: four commands, and errors as one line with their exit code.
 
-A command is options -> config -> one call -> one result. Nothing heavy is imported before the options are known to be right.
+A command reads options, makes a config, calls one function and prints one result. Large libraries are imported only after the
+options are validated.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ app.command()(export)
 
 
 def _is_text(prompt: str) -> bool:
-    """False for bytes that the shell handed over and that are not UTF-8."""
+    """Return whether an argument is valid UTF-8. Python decodes invalid bytes from the shell as surrogates."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -66,12 +67,16 @@ def _is_text(prompt: str) -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """A command that is asked to stop unwinds, so that nothing half-written stays; a training saves first."""
+    """Exit on a signal through SystemExit, so that no partial file stays. A training run installs its own handler, which saves
+    first."""
     sys.exit(128 + number)
 
 
 def main() -> None:
-    """Entry point of `sid`: errors of ours and of the options become one line and their exit code, others a traceback and 1."""
+    """Entry point of `sid`.
+
+    A SidError or an option error prints one line and sets its exit code; other errors print a traceback and exit with 1.
+    """
     catch(_stop)
     prepare_streams()
     prepare()
@@ -81,14 +86,16 @@ def main() -> None:
                 raise UsageError(f"{argument!r} is not valid UTF-8", "check the encoding of your terminal or script")
         sys.exit(app(prog_name="sid", standalone_mode=False))
     except typer.TyperException as error:
-        if message := error.format_message():  # of a bare `sid` there is none: it has shown its help
-            message = message.replace("Value error, ", "")  # of pydantic, which checks the types of options
+        if message := error.format_message():  # empty for `sid` without arguments, which prints its help
+            message = message.replace("Value error, ", "")  # a prefix of pydantic, which checks the types of options
             _say(UsageError(message, f"{getattr(getattr(error, 'ctx', None), 'command_path', 'sid')} --help"))
         sys.exit(error.exit_code)
     except SidError as error:
         if flag("SID_DEBUG"):
             _show_traceback()
-        # What stops one of several processes stops all for the same reason, unless it is that process's own memory or disk.
+        # Most errors occur in all processes for the same reason, so local rank 0 prints them. Memory and disk errors can occur in
+        # one process.
+        # one process.
         if group_or_alone().local_rank == 0 or isinstance(error, EnvironmentProblem):
             _say(error)
         sys.exit(error.exit_code)
@@ -100,7 +107,7 @@ def main() -> None:
 
 
 def _json_asked() -> bool:
-    """Whether --json is among the arguments, which may be too wrong to be parsed."""
+    """Return whether --json is among the arguments, even if these cannot be parsed."""
     arguments = sys.argv[1:]
     return "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
 
@@ -112,5 +119,5 @@ def _say(error: SidError) -> None:
 
 
 def _show_traceback() -> None:
-    """As Python has it, without a value of any variable, but with what texts of others might do to a terminal made visible."""
+    """Print the traceback, with characters that could control a terminal as escapes and without the values of variables."""
     sys.stderr.write(printable(traceback.format_exc(), keep="\n"))

@@ -1,4 +1,4 @@
-"""What the commands share: the console and its errors, several processes. Nothing heavy is imported before it is needed."""
+"""Functions that the commands share: console, errors and processes. Large libraries are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def check_column(column: str | None, prompts: Path | None) -> None:
 def open_console(
     as_json: bool, quiet: bool, stopped: tuple[str, str], smaller: str, unused: Sequence[str] = ("bitsandbytes", "peft")
 ) -> Iterator[Console]:
-    """The console of a command; libraries are told to keep quiet before any of them is imported.
+    """Context with the console of a command. Messages of libraries are turned off before the libraries are imported.
 
-    Raises Interrupted for a signal, with what `stopped` says: what is left of the work, and how to go on. Raises EnvironmentProblem
-    where memory runs out, with what would be `smaller`.
+    Raises Interrupted on a signal with the texts `stopped`: what is left of the work, and how to continue. Raises
+    EnvironmentProblem if memory runs out, with the hint `smaller`. `unused` are modules whose import is blocked.
     """
-    for name in unused:  # diffusers and transformers import these where they find them, which takes seconds
+    for name in unused:  # diffusers and transformers import these if they are installed, which takes seconds
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     if not flag("SID_DEBUG"):
-        logging.disable()  # what libraries advise about their extras, or say of errors that we report ourselves
+        logging.disable()  # messages on optional packages, and on errors that sid reports itself
     from sidcli.cli.console import Console
 
     try:
         yield Console(as_json, quiet)
-    except SystemExit as stop:  # of the handler of signals, or of a training that is told twice
+    except SystemExit as stop:  # raised by the signal handler, or on the second signal of a training run
         raise Interrupted(int(str(stop.code)) - 128, f"stopped; {stopped[0]}", stopped[1]) from stop
-    except EnvironmentProblem:  # which says already what to do
+    except EnvironmentProblem:  # already has a hint
         raise
     except Exception as error:
         said = out_of_memory(error)
@@ -51,9 +51,9 @@ def open_console(
 
 
 def launch_processes(processes: int, device: str) -> None:
-    """Run this command in several processes and exit with their code; return if one is asked for, or in one of several.
+    """Run this command in `processes` processes and exit with their code. Returns if `processes` is 1 or in a group.
 
-    Raises EnvironmentProblem where there are fewer GPUs, before any process is started.
+    Raises EnvironmentProblem if there are fewer GPUs, before any process is started.
     """
     if processes == 1 or group().count > 1:
         return

@@ -1,4 +1,4 @@
-"""The only room that knows rich. Results go to stdout, everything else to stderr; prompts and paths are never read as markup."""
+"""The console, the only module that uses rich. Results go to stdout, other output to stderr. Prompts and paths are never markup."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LINE_SECONDS = 15.0
-"""Seconds between the lines of a log."""
+"""Seconds between progress lines if there is no terminal."""
 BAR_SECONDS = 1.0
-"""What takes less has no bar."""
+"""Seconds after which a task gets a progress bar."""
 
 
 class Bystander(Terminal):
-    """A terminal that survives a broken pipe; rich would end the program."""
+    """A rich console that continues after a broken pipe; rich would end the program."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class Console:
-    """One command's voice: for people, as one JSON object (`--json`), or nearly silent (`--quiet`)."""
+    """Output of one command: text, one JSON object (`--json`), or results only (`--quiet`)."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False):
         self.as_json, self.quiet = as_json, quiet
-        # Of several processes that train together one speaks; the others say only what went wrong with them.
+        # In a group of processes only rank 0 prints; the other processes print only their errors.
         self.rank = group_or_alone().rank
         self.quiet |= self.rank > 0
         self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -53,7 +53,7 @@ class Console:
         self.bars: Bars | None = None
 
     def say(self, line: Text | str) -> None:
-        """A line for people. Where nobody can hear it, a pipe closed or a log on a full disk, the work goes on in silence."""
+        """Print a line to stderr. If that fails, because a pipe is closed or a disk is full, turn the output off and continue."""
         try:
             self.err.print(line)
         except OSError:
@@ -64,7 +64,7 @@ class Console:
             self.say(printable(text))
 
     def error(self, error: SidError) -> None:
-        """One line: what happened, and what to try; with --json the same as an object."""
+        """Print one line with the message and the hint of an error; with --json print them as an object."""
         message, hint = f"process {self.rank}: {error.message}" if self.rank else error.message, error.hint
         if self.as_json:
             said = {"type": type(error).__name__, "message": message, "hint": hint, "exit_code": error.exit_code}
@@ -74,7 +74,7 @@ class Console:
         self.say(line + Text("; try: ", style="bold") + Text(printable(hint)) if hint else line)
 
     def result(self, lines: Sequence[str], data: dict[str, Any]) -> None:
-        """`data` as one JSON object, or `lines` for people and scripts that read lines."""
+        """Print `data` as one JSON object with --json, else `lines`."""
         if self.rank:
             return
         with self.handing_over():
@@ -87,12 +87,12 @@ class Console:
 
     @contextmanager
     def handing_over(self) -> Iterator[None]:
-        """A reader of stdout that has left has had enough. Raises EnvironmentProblem where stdout is on a disk that is full."""
+        """Context for writes to stdout. Ignores a closed pipe. Raises EnvironmentProblem for other errors, such as a full disk."""
         try:
             yield
             sys.stdout.flush()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is still to be flushed finds a place
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at exit succeeds
             if not isinstance(error, BrokenPipeError):
                 raise EnvironmentProblem(
                     f"stdout could not be written: {error.strerror}", "what went to files is complete; send the result elsewhere"
@@ -111,7 +111,7 @@ class Console:
             with self.handing_over():
                 self.out.print(table)
             return
-        # Markdown where nobody watches: it reads well in a log and pastes into a README.
+        # Markdown if stdout is not a terminal: it is readable in a log and can be pasted into a README.
         widths = [max(len(printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
         lines = [title, "", header, ["-" * width for width in widths], *rows]
         for line in lines:
@@ -124,8 +124,10 @@ class Console:
                 self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
 
     def preview(self, picture: Image.Image) -> None:
-        """A picture in the terminal: each character shows two pixels, one above the other. Nothing where there is no terminal, or one
-        that lacks the character."""
+        """Show a picture in the terminal; each character shows two pixels, one above the other.
+
+        Does nothing if there is no terminal, or if its encoding lacks the character.
+        """
         half = "\u2580"
         if not self.live or not can_show(sys.stderr, half):
             return
@@ -142,7 +144,10 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
-        """A bar on a terminal, a line now and then elsewhere. The block calls `advance(count, text)`; blocks may be nested."""
+        """Context with a bar on a terminal, else with a line every LINE_SECONDS. Contexts may be nested.
+
+        The caller reports completed work with `advance(count, text)`.
+        """
         if not self.live:
             yield Advance(self, what, total, unit)
         elif self.bars is not None:
@@ -160,14 +165,14 @@ class Console:
 
 
 class Bars(Progress):
-    """Bars of tasks, without those that have only just begun."""
+    """Progress bars of tasks, without tasks that started less than BAR_SECONDS ago."""
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
         return super().make_tasks_table([task for task in tasks if (task.elapsed or 0.0) >= BAR_SECONDS])
 
 
 class Line(ProgressColumn):
-    """A task on one line of the terminal, whatever its width: what, a bar, and as many details as there is room for."""
+    """Column that shows a task on one line of a terminal of any width: name, bar, and the details that fit."""
 
     def __init__(self, terminal: Terminal):
         super().__init__()
@@ -187,14 +192,14 @@ class Line(ProgressColumn):
 
 
 def fitting(details: Sequence[str], width: int) -> str:
-    """The first of some details, joined by commas, that fit into `width`; the very first in any case."""
+    """Return the first details that fit into `width` columns, joined by commas; always at least one detail."""
     while len(details) > 1 and cell_len(", ".join(details)) > width:
         details = details[:-1]
     return ", ".join(details)
 
 
 class Advance:
-    """What a progress block calls: how much more is done, and what to say beside it."""
+    """Progress callback of a `progress` context: adds completed work and sets the text beside it."""
 
     def __init__(self, console: Console, what: str, total: int, unit: str, bars: Bars | None = None):
         self.console, self.what, self.total, self.unit, self.bars = console, printable(what), total, unit, bars
@@ -202,11 +207,11 @@ class Advance:
         self.text = ""
         self.spoken = time.monotonic()
         self.counted_from: tuple[float, float] | None = None
-        """When the first call came, and how much was done then: what is measured starts there, as first calls warm up."""
+        """Time of the first call, and the work completed then. Rates are measured from there, because the first call warms up."""
         self.task = bars.add_task(self.what, total=total, advance=self) if bars else None
 
     def begin(self, done: int) -> None:
-        """Count what was done before this command."""
+        """Set the work that was completed before this command."""
         self.done = done
         self.show()
 
@@ -215,8 +220,8 @@ class Advance:
             self.bars.remove_task(self.task)
 
     def details(self) -> list[str]:
-        """How much is done, the time left, and what the block said last; the most important first."""
-        done = min(self.total, int(self.done + 1e-6))  # parts of images add up to whole ones but for a rounding error
+        """Return the completed work, the time left, the rate and the last text of the context, the most important first."""
+        done = min(self.total, int(self.done + 1e-6))  # fractions of images sum to integers up to a rounding error
         is_bytes = self.unit == "bytes"
         amount = f"{done / 1e6:.0f}/{self.total / 1e6:.0f} MB" if is_bytes else f"{done}/{self.total} {self.unit}".rstrip()
         since, before = self.counted_from or (0.0, self.done)
@@ -241,7 +246,7 @@ class Advance:
 
 
 class DistillProgress:
-    """Listens to a training run, and shows it as a bar from its start to the end of the block."""
+    """Listener that shows a training run as a bar, from the start of the run to the end of the context."""
 
     def __init__(self, console: Console):
         self.console, self.blocks = console, ExitStack()

@@ -174,7 +174,7 @@ def plan_run(
 
 
 def tell(result: Result, console: Console) -> None:
-    """What a run has made."""
+    """Print the result of a run."""
     if result.taken:
         share = 100 * result.saving / max(result.seconds, 1e-9)
         console.note(

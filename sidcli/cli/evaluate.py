@@ -116,7 +116,7 @@ FLAGS = {
     "composition": typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and color pairs held out from training."),
     "fid_infinity": typer.Option(rich_help_panel=METRICS, help="FID extrapolated to an infinite sample."),
 }
-"""Options of the metrics."""
+"""Options that select the metrics."""
 
 
 @with_flags(FLAGS, after="everything")
@@ -187,14 +187,14 @@ def evaluate(
 
 
 def check(protocol: str, column: str | None, prompts: Path | None, device: str) -> None:
-    """Raises UsageError for values that are not possible, before anything is read."""
+    """Raises UsageError for invalid values, before any file is read."""
     check_protocol(protocol)
     check_column(column, prompts)
     check_name(device)
 
 
 def check_places(report: Path | None, picture: Path | None, image_folder: Path | None, overwrite: bool) -> None:
-    """Raises UsageError or EnvironmentProblem for a place that cannot be written."""
+    """Raises UsageError or EnvironmentProblem for a path that cannot be written."""
     for file, option in ((report, "--report"), (picture, "--picture")):
         if file:
             check_new([file], option, overwrite)
@@ -204,7 +204,7 @@ def check_places(report: Path | None, picture: Path | None, image_folder: Path |
 
 
 def show(outcome: Outcome, console: Console, as_json: bool, as_latex: bool, picture: Path | None, report: Path | None) -> None:
-    """Print and write what was measured. Raises GateError where a value is beyond its bound."""
+    """Print and write the outcome of an evaluation. Raises GateError if a value is beyond its bound."""
     if as_latex and not as_json:
         console.result(outcome.latex().splitlines(), {})
     else:

@@ -1,4 +1,4 @@
-"""What the options of several commands are made of, and options made from the fields of settings classes."""
+"""Options that several commands share, and functions that make options from the fields of settings classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SID_SETTINGS = tuple(objectives.names(objectives.Sid))
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
-    """Completion in the shell. Where no value fits, the shell completes paths."""
+    """Return a shell completion function for these values. If no value matches, the shell completes paths."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -31,7 +31,7 @@ def one_of(*values: str) -> Callable[[str], list[str]]:
 
 
 def within(least: float, most: float | None = None) -> Callable[..., Any]:
-    """Callback that checks the range of an option; with `min` and `max` Typer would print it in the help. Raises UsageError."""
+    """Return a callback that raises UsageError outside a range. Typer's own `min` and `max` would print the range in the help."""
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
         if value is not None and not (least <= value and (most is None or value <= most)):
@@ -73,7 +73,7 @@ PANELS = {
         *("offload_average", "offload_optimizer", "shard"),
     ),
 }
-"""Settings that have an option, by the panel of the help that shows it; others are set in a config file."""
+"""Settings that have an option, by panel of the help. Other settings can only be set in a config file."""
 SHOWN = {
     "width": "the teacher's own",
     "height": "the teacher's own",
@@ -83,11 +83,11 @@ SHOWN = {
     "lr_generator": "--lr",
     **{f"kappa{index}": "from --guidance" for index in (1, 2, 3, 4)},
 }
-"""Defaults that depend on something else, as the help shows them."""
+"""Texts in the help for defaults that depend on another option or on the teacher."""
 
 
 def with_settings(command: Command) -> Command:
-    """A command whose parameter `settings` becomes an option for each of COMMON, after the option `teacher`, and of PANELS.
+    """Return a command with options instead of the parameter `settings`: COMMON after the option `teacher`, PANELS at the end.
 
     The command receives the settings that were given. Help texts are the docstrings of the fields of the settings classes.
     """
@@ -97,7 +97,7 @@ def with_settings(command: Command) -> Command:
 
 
 def with_flags(flags: dict[str, Any], after: str) -> Callable[[Command], Command]:
-    """A command whose parameter `flags` becomes an option for each flag, after the option `after`."""
+    """Return a decorator that replaces the parameter `flags` of a command by an option for each flag, after the option `after`."""
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter(name, kind, default=False, annotation=Annotated[bool, option]) for name, option in flags.items()
@@ -108,9 +108,9 @@ def with_flags(flags: dict[str, Any], after: str) -> Callable[[Command], Command
 def with_options(
     command: Command, name: str, parameters: list[inspect.Parameter], after: str, more: Sequence[inspect.Parameter] = ()
 ) -> Command:
-    """A command whose parameter `name` becomes options: `parameters` after its option `after`, and `more` at the end.
+    """Return a command with options instead of the parameter `name`: `parameters` after the option `after`, `more` at the end.
 
-    It receives those options in a dict, without those that were not given.
+    The command receives a dict of the options that were given.
     """
     hints = typing.get_type_hints(command, include_extras=True)
     own = [
@@ -132,7 +132,7 @@ def with_options(
 
 
 def _option(name: str, panel: str | None) -> inspect.Parameter:
-    """The option of a setting."""
+    """Return the option of a setting."""
     owner: type = objectives.Sid.Settings if name in SID_SETTINGS else DistillConfig
     kind, choices = KINDS[owner][name], CHOICES.get(name, ())
     if choices:
@@ -147,7 +147,7 @@ def _option(name: str, panel: str | None) -> inspect.Parameter:
 
 
 def _default(owner: type, name: str) -> str:
-    """The default of a setting as the help shows it, and that of the emoji world where it differs."""
+    """Return the default of a setting as the help shows it, and the default for the emoji teacher if it differs."""
     usual, emoji = (preset.get(name, getattr(owner, name)) for preset in (PRESETS["sd15"], PRESETS["emoji"]))
     shown = [
         ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

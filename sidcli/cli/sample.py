@@ -130,7 +130,7 @@ def sample(
 
 
 def check(steps: int | None, backend: str, device: str) -> None:
-    """Raises UsageError for values that are not possible, before anything is read."""
+    """Raises UsageError for invalid values, before any file is read."""
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     if backend not in BACKENDS:
@@ -139,9 +139,9 @@ def check(steps: int | None, backend: str, device: str) -> None:
 
 
 def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list[str], str]:
-    """The prompts of the command line and of a file, and what is to be said about the file.
+    """Return the prompts of the command line and of a file, and a note about the file.
 
-    Raises UsageError where there is none or an empty one, InputError for a file that cannot be read.
+    Raises UsageError if there is no prompt or an empty prompt, InputError if the file cannot be read.
     """
     texts, about = list(given), ""
     if file:
@@ -157,7 +157,7 @@ def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list
 
 
 def tell(drawn: Samples, console: Console, preview: bool) -> None:
-    """What was drawn, and where it is."""
+    """Print the paths of the images, and show a preview if requested."""
     from PIL import Image
 
     from sidcli.formats.images import SHEET_IMAGES

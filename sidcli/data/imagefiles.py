@@ -1,4 +1,4 @@
-"""Images made elsewhere, as an indexed set read one at a time from a folder or a zip. Nothing is unpacked to disk."""
+"""Image files in a folder or a zip, read one at a time by index. Nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -43,36 +43,36 @@ NOT_READ = {
     ".svg",
     ".exr",
 }
-"""Suffixes of images in formats that are not read; such files are counted and reported."""
+"""Suffixes of image formats that are not supported. Files with these suffixes are counted and reported."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 << 20
-# What Pillow and zipfile raise on damaged files, found by breaking valid ones at random.
+# Exceptions that Pillow and zipfile raise for damaged files, found by corrupting valid files at random.
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 HINT = f"give a folder or a .zip of {READABLE} images"
 PROMPT_BYTES = 1 << 16
-"""The start of a file in which its prompt is looked for; `sid` writes it there, and prompts have 40,000 bytes at most."""
+"""Number of bytes at the start of a file that are searched for its prompt. `sid` writes it there, with at most 40,000 bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Images in a fixed order. `name` for people; `fingerprint`, hex, changes when one of them is added, removed or changed."""
+    """Images in a fixed order. `name` is for messages; `fingerprint` (hex) changes if an image is added, removed or changed."""
 
     name: str
     fingerprint: str
     members: tuple[str, ...]
     opened: Callable[[str, int], BinaryIO]
-    """From a member's name and the number of bytes that are wanted, from its start; it may give more."""
+    """Opens a member, given its name and the number of bytes needed from its start. The stream may contain more bytes."""
     notes: tuple[str, ...] = ()
-    """What a user should know: which files of the place are not among the images, and why."""
+    """Messages for the user: which files are not among the images, and why."""
 
     def __len__(self) -> int:
         return len(self.members)
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [H, W, 3], RGB; of an animation the first frame.
+        """Return image `index` as uint8 [H, W, 3], RGB; for an animation, the first frame.
 
-        Alpha is dropped, EXIF orientation and color profiles are ignored, as clean-fid does. Raises InputError, naming the file,
-        where it is damaged, unreadable or larger than MAX_PIXELS.
+        Alpha is dropped, EXIF orientation and color profiles are ignored, as in clean-fid. Raises InputError, which names the file,
+        if the image is damaged, unreadable or larger than MAX_PIXELS.
         """
         name, hint = f"{self.name}/{self.members[index]}", "replace this image or remove it"
         try:
@@ -89,7 +89,7 @@ class ImageFiles:
             raise InputError(f"{name} cannot be read: {str(error) or type(error).__name__}", hint) from error
 
     def prompt(self, index: int) -> str | None:
-        """The prompt that `sid` wrote into a PNG; None for an image without one."""
+        """Return the prompt that `sid` wrote into a PNG file, or None if the image has no prompt."""
         try:
             with self.opened(self.members[index], PROMPT_BYTES) as file:
                 made = json.loads(text_before_pixels(file, "sid", PROMPT_BYTES) or "null")
@@ -100,21 +100,21 @@ class ImageFiles:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode == "I;16":  # 16-bit gray, which Pillow would clip at 255
+    if image.mode == "I;16":  # 16-bit gray: Pillow would clip its values at 255
         gray = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-    image.info.pop("transparency", None)  # of a palette, which Pillow warns that it drops
+    image.info.pop("transparency", None)  # prevents Pillow's warning about palettes with transparency
     return np.array(image.convert("RGB"))
 
 
 def open_images(path: Path) -> ImageFiles:
-    """The images in a folder, searched recursively without following links to folders, or in a .zip. Hidden ones are skipped.
+    """Return the images of a folder, searched recursively without links to folders, or of a .zip. Hidden files are skipped.
 
-    Order: by folder, then by name; names that are numbers (000000.png) come first, by number. Where the folder that holds all of
-    them has images with numbers for names, only such count: the contact sheet sheet.png that `sid sample` leaves beside them is
-    not one of the images.
+    The order is by folder, then by name; numbered images (000000.png) come first, by number. If the folder that contains all images
+    has numbered images, only numbered images are used. This excludes the contact sheet sheet.png that `sid sample` writes into the
+    same folder.
 
-    Raises InputError where there is no such place, no image in it, or one that will not be read.
+    Raises InputError if `path` is neither a folder nor a .zip, contains no image, or contains a too large or encrypted image.
     """
     opened: Callable[[str, int], BinaryIO]
     try:
@@ -145,7 +145,7 @@ def open_images(path: Path) -> ImageFiles:
 
 
 class _Entry(NamedTuple):
-    """A file by its name relative to the set, its size in bytes, and a stamp that changes with its content."""
+    """A file: its name relative to the folder or zip, its size in bytes, and a stamp that changes with its content."""
 
     name: str
     size: int
@@ -169,13 +169,13 @@ class _Entry(NamedTuple):
 
 
 def _order(entry: _Entry) -> tuple[str, bool, int, str, str]:
-    """Numbers are compared by length and digits, because a name in a zip may have more digits than int() takes."""
+    """Return the sort key. Numbers are compared by length and digits, because a name may have more digits than int() accepts."""
     number = entry.stem.lstrip("0") if entry.is_numbered else ""
     return entry.folder, not entry.is_numbered, len(number), number, entry.name
 
 
 def _numbered(entries: list[_Entry]) -> list[_Entry]:
-    """Only the numbered ones, if some of these stand in the folder that holds all entries (in a zip, often not its root)."""
+    """Return only the numbered entries if the folder of all entries (in a zip, often not its root) has any, else all."""
     numbered = [entry for entry in entries if entry.is_numbered]
     top = min({entry.folder for entry in numbered}, key=len, default=None)
     folders = {entry.folder for entry in entries}
@@ -188,7 +188,7 @@ def _is_image(name: str) -> bool:
 
 
 def _in_folder(folder: Path) -> list[_Entry]:
-    """Raises OSError where a folder in it or a file's status cannot be read."""
+    """Return the image files in a folder. Raises OSError if a subfolder or the status of a file cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -205,10 +205,10 @@ def _in_folder(folder: Path) -> list[_Entry]:
 
 
 def _in_zip(path: Path) -> list[_Entry]:
-    """Raises OSError where the file cannot be opened, InputError where it is no zip or a member could not be read."""
+    """Return the image files in a zip. Raises OSError if it cannot be opened, InputError if it or a member is invalid."""
     entries = []
     with _zip(path) as archive:
-        # By name, because of two members with one name the last counts, as it would when unzipped.
+        # If two members have the same name, the last is used, as when unzipping.
         for name, info in {info.filename: info for info in archive.infolist()}.items():
             if info.is_dir() or not _is_image(name):
                 continue
@@ -218,7 +218,8 @@ def _in_zip(path: Path) -> list[_Entry]:
                 continue
             if info.flag_bits & 1:
                 raise InputError(f"{path}/{name} is encrypted", "zip the images without a password")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not bound what others expand to
+            # For other compression methods, zipfile does not limit the size of the output.
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise InputError(f"{path}/{name} is compressed by method {info.compress_type}", "zip the images with deflate")
             entries.append(entry)
     return entries
@@ -232,9 +233,9 @@ def _zip(path: Path) -> zipfile.ZipFile:
 
 
 class _ZipMembers:
-    """Members by name. The zip is opened at the first read, once for all threads of a process.
+    """Opens members of a zip by name. The zip is opened at the first read, once for all threads of a process.
 
-    A forked process opens it again, because it would share the position in the file with its parent.
+    A forked process opens the zip again, because otherwise it would share the file position with its parent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -245,5 +246,5 @@ class _ZipMembers:
             if self.process != os.getpid():
                 self.archive, self.process = _zip(self.path), os.getpid()
         with self.archive.open(name) as member:
-            # Never more than the promised size: a bare read() expands a member that lies about it by up to 2 GB.
+            # Read at most the declared size: read() without a limit expands a member with a false size to up to 2 GB.
             return io.BytesIO(member.read(min(most, self.archive.getinfo(name).file_size)))

@@ -1,10 +1,10 @@
-"""Prompt sources. A source answers one question: which prompt stands at position i? The answer is a function of (seed, i) alone.
+"""Prompt sources. A source returns the prompt at position i, which is a function of (seed, i) alone.
 
 - `emoji`: captions of the emoji world, endless;
 - `general`: a grammar of everyday subjects, attributes, places, styles, light and lenses (`prompts/general.json`), over a million
   distinct prompts;
-- a path: a .txt list, one prompt a line; a .csv, .tsv or .jsonl, of which one column is read; or a .json: COCO's captions, a list
-  of strings, or a list of objects. The order is shuffled again for each pass over the list.
+- a path: a .txt list with one prompt per line; a .csv, .tsv or .jsonl, from which one column is read; or a .json with COCO's
+  captions, a list of strings, or a list of objects. The order is shuffled again for each pass over the list.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from sidcli.randomness import numpy_generator
 
 MAX_BYTES = 1 << 30
 MAX_JSON = 1 << 27
-"""Bytes of a .json, which is read as a whole; COCO's largest, the captions of train2014, have half as many."""
+"""Maximum size of a .json in bytes; it is read as a whole. COCO's largest file, the captions of train2014, has half this size."""
 MAX_LINE = 10_000
-"""Characters of a prompt."""
+"""Maximum number of characters of a prompt."""
 MAX_LINE_BYTES = 4 * MAX_LINE
 HEAD = 3
-"""Lines of a text that are looked at to tell whether it is a table."""
+"""Number of lines that are checked to detect a table in a text file."""
 TEXT_HINT = "give a text file with one prompt a line"
 JSON_HINT = "give COCO's captions_val2014.json or a JSON list of strings or of objects; JSON Lines are named .jsonl"
 
 
 class Prompts(Protocol):
-    """`name` for people, `digest` for the run record: equal digests give equal prompts."""
+    """A prompt source. `name` is for messages, `digest` for the run record; sources with equal digests return equal prompts."""
 
     @property
     def name(self) -> str: ...
@@ -50,7 +50,7 @@ class Prompts(Protocol):
 
 
 def shipped_folder() -> Path:
-    """The folder `prompts/` of the repository, which an installation has inside the package, as `sidcli/prompt_lists/`."""
+    """Return the folder `prompts/` of the repository, or its copy `sidcli/prompt_lists/` in an installed package."""
     package = Path(__file__).parent.parent
     installed = package / "prompt_lists"
     return installed if installed.is_dir() else package.parent / "prompts"
@@ -58,10 +58,11 @@ def shipped_folder() -> Path:
 
 @dataclass(frozen=True, eq=False)
 class PromptList:
-    """A user's own prompts, in an order that is a permutation per pass over the list.
+    """The prompts of a user's file. Each pass over the list uses a new permutation.
 
-    `text` is all of them in UTF-8, each ended by a line feed, `ends` where: ten million prompts of 50 bytes take 0.6 GB, as strings
-    of Python they would take 1.1. `blank` lines or captions were skipped. `column` says which column of a table they are.
+    `text` holds all prompts in UTF-8, each ended by a line feed, and `ends` the positions of the line feeds. Ten million prompts of
+    50 bytes take 0.6 GB; as Python strings they would take 1.1 GB. `blank` is the number of skipped blank lines or captions.
+    `column` says which column of a table was read.
     """
 
     name: str
@@ -83,7 +84,7 @@ class PromptList:
 
     @property
     def note(self) -> str:
-        """For people: which column was read, and how many blank lines were skipped; empty where there is nothing to say."""
+        """A message on the column that was read and the number of skipped blank lines; empty if there is nothing to report."""
         skipped = f"{self.blank} blank {'line' if self.blank == 1 else 'lines'} skipped" if self.blank else ""
         said = "; ".join(part for part in (self.column, skipped) if part)
         return f"{self.name}: {said}" if said else ""
@@ -120,7 +121,7 @@ class EmojiPrompts:
 
 @dataclass(frozen=True)
 class Grammar:
-    """Templates whose {slots} are filled from word lists, slots first and templates last."""
+    """Prompt templates and the word lists that fill their {slots}. A template is drawn first, then one word for each slot."""
 
     name: str
     templates: tuple[str, ...]
@@ -137,7 +138,7 @@ class Grammar:
 
     @property
     def count(self) -> int:
-        """How many texts the templates can spell."""
+        """Number of texts that the templates can produce."""
         return sum(math.prod(len(words) for slot, words in self.words.items() if f"{{{slot}}}" in text) for text in self.templates)
 
     def at(self, seed: int, position: int) -> str:
@@ -147,12 +148,12 @@ class Grammar:
 
 
 def read_list(path: Path, column: str = "") -> PromptList:
-    """A prompt file: UTF-8 text, one prompt a line; blank lines are skipped, a byte order mark and CRLF are fine. Or a .json.
+    """Read a prompt file: a .json, a table, or UTF-8 text with one prompt per line. A byte order mark and CRLF are allowed.
 
-    Of a .csv, .tsv or .jsonl, or of any other text where `column` is given, that column is read; without, the first one that has a
-    usual name (`tables.COLUMNS`). White space in a caption of a table becomes single spaces.
+    From a .csv, .tsv or .jsonl, or from any text file if `column` is given, one column is read: `column`, or by default the first
+    column with a usual name (`tables.COLUMNS`). White space in a caption of a table becomes single spaces. Blank lines are skipped.
 
-    Raises InputError with file and line for anything else, UsageError for a column that is not there.
+    Raises InputError with file and line if the file is invalid, UsageError if the column does not exist.
     """
     check_kind(path)
     if path.suffix.lower() == ".json":
@@ -173,7 +174,7 @@ def _of_table(path: Path, table: Table) -> PromptList:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The prompts of a text. Raises InputError where its first lines are those of a table."""
+    """Yield the prompts of a text file. Raises InputError if its first lines look like a table."""
     head: list[str] = []
     for number, line in numbered_lines(path, MAX_LINE_BYTES, TEXT_HINT):
         text = _checked(line.strip(), f"{path}:{number}")
@@ -192,11 +193,11 @@ def _check_text(path: Path, head: Sequence[str]) -> None:
 
 
 def read_captions(path: Path, column: str = "") -> PromptList:
-    """COCO's captions_val2014.json, or a JSON list of strings or of objects. White space in a caption becomes single spaces.
+    """Read COCO's captions_val2014.json, or a JSON list of strings or of objects. White space in a caption becomes single spaces.
 
-    Of COCO's, one caption for each image, in the order of image ids: of its captions that are not blank, the one with the lowest id.
+    From COCO's file, one caption per image is read, in the order of image ids: the non-blank caption with the lowest id.
 
-    Raises InputError with file and annotation for anything else.
+    Raises InputError with file and annotation if the file is invalid, UsageError if `column` is given for COCO's file.
     """
     try:
         content = json.loads(read_bytes(path, MAX_JSON))
@@ -222,7 +223,7 @@ def read_captions(path: Path, column: str = "") -> PromptList:
 
 
 def _caption(text: Any, place: str) -> str:
-    """A text from JSON on one line. Raises InputError where it is none, or holds half a character (a lone surrogate)."""
+    """Return a text from JSON as one line. Raises InputError if it is not a string or contains a lone surrogate."""
     if not isinstance(text, str):
         raise InputError(f"{place} has no text", JSON_HINT)
     try:
@@ -241,7 +242,7 @@ def _checked(text: str, place: str) -> str:
 
 
 def _prompt_list(path: Path, texts: Iterable[str], column: str = "") -> PromptList:
-    """Of the texts that are not empty. Raises InputError where there is none; `column` says which column was read."""
+    """Return a list of the non-empty texts. `column` says which column was read. Raises InputError if all texts are empty."""
     content, ends, blank = bytearray(), array("q"), 0
     for text in texts:
         if text:
@@ -258,7 +259,10 @@ def _prompt_list(path: Path, texts: Iterable[str], column: str = "") -> PromptLi
 
 
 def open_prompts(source: str, column: str = "") -> Prompts:
-    """`emoji`, `general`, or the path of a list, of which `column` is read. Raises InputError where there is no such source."""
+    """Open the prompt source `emoji` or `general`, or the list at a path, from which `column` is read.
+
+    Raises InputError if the source does not exist, UsageError if `column` is given for a source without columns.
+    """
     if column and source in ("emoji", "general"):
         raise UsageError(f"--column {column}: the prompts {source!r} have no columns", "--prompts FILE, or leave --column out")
     if source == "emoji":

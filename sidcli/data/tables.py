@@ -15,22 +15,23 @@ from sidcli.errors import InputError, UsageError
 from sidcli.files import size_of
 
 COLUMNS = ("caption", "captions", "text", "prompt", "prompts", "title", "description", "sentence", "comment")
-"""Names that a column of captions usually has. The first of them that a table has is read; case does not matter."""
+"""Usual names of caption columns. The first name in this list that a table has is read, ignoring case."""
 DELIMITED, LINES = (".csv", ".tsv", ".tab"), (".jsonl", ".ndjson")
 SUFFIXES = (*DELIMITED, *LINES)
 BINARY = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".gz", ".zip", ".zst")
 MARKUP = (".yaml", ".yml", ".xml", ".html", ".toml")
 DELIMITERS = ",;\t|"
 MAX_ROW = 1 << 20
-"""Bytes of a line of a table."""
+"""Maximum size of a line of a table, in bytes."""
 TABLE_HINT = "give a .csv, .tsv or .jsonl with a caption column, or a text file with one prompt per line"
 
 
 @dataclass(frozen=True)
 class Table:
-    """`texts` yields, row by row, where a row is and what its column holds: a string, None for nothing, or what is no caption.
+    """A table of which one column is read. `texts` yields the location and the value of each row.
 
-    `column` is the one of `columns` that is read; both are empty for rows that are strings.
+    A value is a string, None for an empty value, or of another type, which is invalid as a caption. `column` is the name of the
+    column that is read, one of `columns`; both are empty if the rows are strings.
     """
 
     column: str
@@ -43,12 +44,12 @@ class Table:
 
 
 def numbered_lines(path: Path, most: int, hint: str) -> Iterator[tuple[int, str]]:
-    """Lines of a UTF-8 file with their numbers, without their ends, one at a time, so that neither a long line nor many fill the memory.
+    """Yield the lines of a UTF-8 file with their numbers, without line ends. Neither long lines nor long files fill the memory.
 
-    A line ends at LF, CRLF or CR and nowhere else: U+2028, form feeds and such are characters of a line. A byte order mark is dropped.
-    Raises OSError, and InputError with line and byte for a line of more than `most` bytes and for what is not UTF-8.
+    A line ends only at LF, CRLF or CR; U+2028 and form feeds are characters of a line. A byte order mark is dropped. Raises
+    OSError, and InputError with line and byte if a line has more than `most` bytes or is not UTF-8.
     """
-    # As Latin-1 each byte is a character: Python finds the ends of lines, and where it stands is where UTF-8 breaks.
+    # In Latin-1 each byte is a character: Python splits the file into lines, and a UTF-8 error is located by line and byte.
     with path.open(encoding="latin-1") as file:
         number = 0
         while line := file.readline(most + 1):
@@ -65,15 +66,15 @@ def numbered_lines(path: Path, most: int, hint: str) -> Iterator[tuple[int, str]
 
 
 def check_kind(path: Path) -> None:
-    """Raises InputError for a file whose name says that it is neither text nor a table that is read."""
+    """Raises InputError if the suffix of the file is that of a format that is not supported."""
     if path.suffix.lower() in (*BINARY, *MARKUP):
         raise InputError(f"{path}: cannot read prompts from {path.suffix} files", "save the captions as .csv, .jsonl or .txt")
 
 
 def open_table(path: Path, wanted: str, most: int) -> Table:
-    """A .jsonl, or else a table of delimited fields, of at most `most` bytes; `wanted` names its column, "" stands for the usual ones.
+    """Open a .jsonl, or else a table of delimited fields, of at most `most` bytes. `wanted` names the column; "": a usual name.
 
-    Raises OSError, InputError with file and line for what is no table, UsageError where it lacks the column.
+    Raises OSError, InputError with file and line if the file is not a table, UsageError if it does not have the column.
     """
     size_of(path, most)
     lines = numbered_lines(path, MAX_ROW, TABLE_HINT)
@@ -81,7 +82,7 @@ def open_table(path: Path, wanted: str, most: int) -> Table:
 
 
 def of_rows(path: Path, rows: Iterable[tuple[str, Any]], wanted: str) -> Table:
-    """A table of (place, row), where a row is an object of JSON, or a string; the first one decides."""
+    """Return a table of pairs (location, row). The first row decides whether rows are JSON objects or strings."""
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
@@ -142,12 +143,12 @@ def _of_fields(path: Path, lines: Iterator[tuple[int, str]], wanted: str) -> Tab
 
 
 def _records(path: Path, lines: Iterable[tuple[int, str]], delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """Fields of each record, with the file and the line that it begins at: a quoted field may go on over several lines."""
+    """Yield the fields of each record with its file and first line. A quoted field may span several lines."""
     number = 0
 
     def content() -> Iterator[str]:
         nonlocal number
-        for number, line in lines:  # noqa: B007 - where the reader stands
+        for number, line in lines:  # noqa: B007 - read by the enclosing function
             yield line + "\n"
 
     reader = csv.reader(content(), delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -163,7 +164,7 @@ def _records(path: Path, lines: Iterable[tuple[int, str]], delimiter: str) -> It
 
 
 def _delimiter(header: str, wanted: str) -> str:
-    """Of the usual delimiters the one at which a column of captions shows in the first row, else the most frequent one."""
+    """Return the delimiter that splits the header into columns with a caption column, else the delimiter with the most columns."""
 
     def rank(delimiter: str) -> tuple[bool, int]:
         names = _names(header, delimiter)
@@ -180,7 +181,7 @@ def _names(line: str, delimiter: str) -> list[str]:
 
 
 def _found(columns: Sequence[str], wanted: str) -> list[int]:
-    """Where the wanted column is, by its very name or else whatever the case; "" stands for the first of the usual names."""
+    """Return the indices of the wanted column, by exact name, else ignoring case; "" stands for the first usual name found."""
     exact = [index for index, name in enumerate(columns) if wanted and name == wanted]
     if exact:
         return exact
@@ -212,9 +213,9 @@ def _shown(delimiter: str) -> str:
 
 
 def looks_like_table(lines: Sequence[str]) -> str:
-    """What the first lines of a text, blank ones left out, are instead: "JSON", "a table with the columns ..."; empty for prompts.
+    """Return "JSON" or "a table with the columns ..." if the first non-blank lines of a text look like it, "" if they are prompts.
 
-    A first line counts as a header if it has a usual name among several and the lines after it have as many fields.
+    The first line counts as a header if it has several names, one of them a usual name, and all other lines have as many fields.
     """
     if not lines:
         return ""

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """out(x, "") + kappa (out(x, c) - out(x, "")) for predictions [B, ...]."""
+    """Return out(x, "") + kappa (out(x, c) - out(x, "")) for predictions [B, ...]; kappa is the guidance scale `scale`."""
     return unconditional + scale * (conditional - unconditional)

@@ -1,11 +1,11 @@
-"""Paths x_t = a(t) x + sigma(t) eps between clean latents and noise, and conversions of what a network predicts.
+"""Paths x_t = a(t) x + sigma(t) eps between clean latents and noise, and conversions of network predictions.
 
-A network predicts p x + q eps. With x_t this gives both the clean latent and the noise:
+A network predicts out = p x + q eps. Together with x_t, the prediction gives the clean latent and the noise:
 
     x   = (q x_t - sigma out) / (a q - sigma p)
     eps = (a out - p x_t) / (a q - sigma p)
 
-so that no other code depends on the prediction type.
+With these conversions, no other code depends on the prediction type.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Coefficient = Tensor | float
-"""float32 [B, 1, 1, 1] for timesteps [B], a number for one timestep."""
+"""A tensor [B, 1, 1, 1] for timesteps [B] (float32, except in `exact`); a float for a single timestep."""
 Timestep = Tensor | int
-"""One per latent [B], or one for all."""
+"""A tensor [B] with one timestep per latent, or one int for all latents."""
 
 
 def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
-    """The (p, q) of a prediction type: a network predicts p x + q eps."""
+    """Return (p, q) of a prediction type; the network predicts p x + q eps."""
     match prediction:
         case "epsilon":
             return 0.0, 1.0
@@ -40,45 +40,48 @@ def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tup
 
 
 class Path(ABC):
-    """A path with the prediction type of a network that was trained on it. Subclasses define `exact` and `steps`."""
+    """A path and the prediction type of a network that was trained on it. Subclasses define `exact` and `steps`."""
 
     prediction: Prediction
 
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Timesteps are counted from 0 to this number."""
+        """Number of timesteps. Timesteps are counted from 0 to this number (`DiscretePath`: to this number minus 1)."""
 
     @abstractmethod
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
-        """a(t) and sigma(t) in float64."""
+        """Return a(t) and sigma(t) in float64."""
 
     def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
-        """a(t) and sigma(t)."""
+        """Return a(t) and sigma(t); tensors are float32."""
         a, sigma = self.exact(t)
         return _single(a), _single(sigma)
 
     def noised(self, x: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """x_t = a x + sigma eps."""
+        """Return x_t = a x + sigma eps."""
         a, sigma = self.scale(t)
         return a * x + sigma * noise
 
     def clean(self, out: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
-        """The clean latent that a network's output stands for."""
+        """Return the clean latent that the network output `out` at `x_t` corresponds to."""
         _, sigma, p, q, determinant = self._form(t)
         if isinstance(q, float) and q == 0.0:
             return out / p
         return (q * x_t - sigma * out) / determinant
 
     def noise(self, out: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
-        """The noise that a network's output stands for."""
+        """Return the noise that the network output `out` at `x_t` corresponds to."""
         a, _, p, q, determinant = self._form(t)
         if isinstance(p, float) and p == 0.0:
             return out / q
         return (a * out - p * x_t) / determinant
 
     def _form(self, t: Timestep) -> tuple[Coefficient, ...]:
-        """a, sigma, p, q and a q - sigma p, which is 1 for v prediction and flow matching only if it is computed in float64."""
+        """Return a, sigma, p, q and the determinant a q - sigma p.
+
+        The determinant of v prediction and flow matching is 1 only if it is computed in float64.
+        """
         a, sigma = self.exact(t)
         p, q = predicted(self.prediction, a, sigma)
         return tuple(map(_single, (a, sigma, p, q, a * q - sigma * p)))
@@ -90,8 +93,10 @@ def _single(value: Coefficient) -> Coefficient:
 
 @dataclass(frozen=True, eq=False)
 class DiscretePath(Path):
-    """A discrete variance-preserving path: a = sqrt(abar), sigma = sqrt(1 - abar). `abar` is float64 [T], cumulative products of
-    1 - beta; t is an integer in 0 .. T - 1."""
+    """A discrete variance-preserving path: a = sqrt(abar), sigma = sqrt(1 - abar).
+
+    `abar` is a float64 tensor [T] with the cumulative products of 1 - beta; t is an integer in 0 .. T - 1.
+    """
 
     abar: Tensor
     prediction: Prediction
@@ -106,7 +111,7 @@ class DiscretePath(Path):
 
     @cached_property
     def values(self) -> tuple[float, ...]:
-        """abar as plain numbers, which a graph that is exported keeps as constants."""
+        """`abar` as Python floats, which an exported graph stores as constants."""
         return tuple(self.abar.tolist())
 
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
@@ -120,7 +125,7 @@ class DiscretePath(Path):
 class FlowPath(Path):
     """The straight path of flow matching (arXiv 2209.03003, 2210.02747): x_t = (1 - t) x + t eps with t in 0 .. 1.
 
-    t is counted in `steps` units, as published networks read it: t = 0.25 is 250 of 1,000.
+    Timesteps are t times `steps`, as published networks expect them: t = 0.25 is timestep 250 of 1,000.
     """
 
     steps: int = 1000

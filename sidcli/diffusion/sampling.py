@@ -12,21 +12,22 @@ from sidcli.diffusion.path import Path
 
 Renoise = Literal["ddim", "fixed", "fresh"]
 NoiseAt = Callable[[int], Tensor]
-"""visit -> standard normal noise [B, C, h, w]."""
+"""Index of a denoising step -> standard normal noise [B, C, h, w]."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, h, w], t int64 [B]) -> the network's raw prediction [B, C, h, w]."""
 
 
 def exit_grid(t_init: int, steps: int) -> tuple[int, ...]:
-    """The timesteps of a generator of `steps` steps: t_init (1 - i / steps), rounded down; 625, 468, 312, 156 for four.
+    """Return the timesteps of a student with `steps` steps: t_init (1 - i / steps), rounded down.
 
-    Trained with a random exit (arXiv 2505.12674), it may stop after any of them.
+    Four steps from t_init 625 are 625, 468, 312, 156. A student that was trained with a random exit (arXiv 2505.12674) may stop
+    after any of its timesteps.
     """
     return tuple(t_init * (steps - index) // steps for index in range(steps))
 
 
 def trailing_grid(timesteps: int, steps: int) -> tuple[int, ...]:
-    """`steps` evenly spaced timesteps that end at T / steps - 1 and begin at T - 1, where nothing but noise is left."""
+    """Return `steps` evenly spaced timesteps from T - 1, where x_t is only noise, down to T / steps - 1; T is `timesteps`."""
     return tuple(round(timesteps * (steps - index) / steps) - 1 for index in range(steps))
 
 
@@ -38,10 +39,11 @@ def denoise_along(
     renoise: Renoise = "ddim",
     noise_at: NoiseAt | None = None,
 ) -> Tensor:
-    """Predict the clean latent at each timestep of `grid` and noise it again to the next one; returns the last prediction.
+    """Predict the clean latent at each timestep of `grid`, add noise for the next timestep, and return the last prediction.
 
-    `x_t` is the latent at grid[0]. Noise of the next timestep: `ddim` takes the predicted noise (arXiv 2010.02502, deterministic),
-    `fixed` takes noise_at(0) each time, `fresh` takes noise_at(visit). Gradients flow through the last visit alone.
+    `x_t` is the latent at grid[0]. `renoise` selects the noise that is added: `ddim` adds the predicted noise (arXiv 2010.02502,
+    deterministic), `fixed` adds noise_at(0) at every step, `fresh` adds noise_at(index of the step). If `noise_at` is None, the
+    predicted noise is added. Gradients flow through the last denoising step only.
     """
     last = len(grid) - 1
     with torch.no_grad():
@@ -57,15 +59,15 @@ def denoise_along(
 
 
 def every(t: int, x: Tensor) -> Tensor:
-    """Timestep t for each latent of x, int64 [B]."""
+    """Return timestep t for each latent of x, int64 [B]."""
     return torch.full((x.shape[0],), t, device=x.device)
 
 
 def few_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[int], renoise: Renoise = "ddim") -> Tensor:
-    """The generator x = G(z) with z = noise_at(0): `denoise_along` from sigma_t z at t = grid[0].
+    """Return the output x = G(z) of the student for z = noise_at(0): `denoise_along` from sigma_t z at t = grid[0].
 
-    With one timestep it is the one-step generator of SiD-LSG (equation 3 of arXiv 2406.01561). The input is sigma_t z
-    (standard deviation 0.9286 for Stable Diffusion at 625), neither z nor 2.5 z. Latents are float32 [B, C, h, w].
+    With one timestep, G is the one-step generator of SiD-LSG (equation 3 of arXiv 2406.01561). The network input is sigma_t z
+    (standard deviation 0.9286 for Stable Diffusion at timestep 625), not z and not 2.5 z. Latents are float32 [B, C, h, w].
     """
     z = noise_at(0)
     _, sigma = path.scale(grid[0])
@@ -73,5 +75,5 @@ def few_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[i
 
 
 def many_steps(denoise: Denoiser, noise: Tensor, path: Path, steps: int) -> Tensor:
-    """Deterministic DDIM sampling of a teacher (arXiv 2010.02502) on `steps` evenly trailing timesteps."""
+    """Sample from the teacher with deterministic DDIM (arXiv 2010.02502) at the `steps` timesteps of `trailing_grid`."""
     return denoise_along(denoise, noise, path, trailing_grid(path.steps, steps))

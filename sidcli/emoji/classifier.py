@@ -1,4 +1,4 @@
-"""The extractor of the emoji world: names the noun and the background color of an image, and lends its features to the emoji-FID."""
+"""The classifier of the emoji world. It predicts noun and background color of an image; the emoji FID uses its features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images float32 [B, 3, 64, 64] in 0..255 (the contract of clean-fid's extractors) -> features or logits."""
+    """Maps images float32 [B, 3, 64, 64] in 0..255 (the input format of clean-fid's networks) to features or logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class Classifier(nn.Module):
         self.color = nn.Linear(FEATURES, len(COLOR_LIST))
 
     def features(self, x: Tensor) -> Tensor:
-        """Features float32 [B, 128]: the average over the last 4 x 4 grid."""
+        """Return features float32 [B, 128]: the average over the last 4 x 4 grid."""
         return self.body(self.stem(x / 127.5 - 1.0)).mean((2, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits over NOUN_LIST [B, nouns] and over COLOR_LIST [B, 10]."""
+        """Return logits over NOUN_LIST [B, nouns] and over COLOR_LIST [B, 10]."""
         features = self.features(x)
         return self.noun(features), self.color(features)

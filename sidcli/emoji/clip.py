@@ -1,4 +1,4 @@
-"""The small open_clip model of the emoji world: the same library, file format and code path as ViT-g-14, at 1/400 of its size."""
+"""The small open_clip model of the emoji world. Library, file format and code path are those of ViT-g-14; its size is 1/400."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ CONFIG: dict[str, Any] = {
 
 
 def new_clip() -> tuple[open_clip.CLIP, open_clip.SimpleTokenizer]:
-    """An untrained model and its tokenizer."""
+    """Return an untrained model and its tokenizer."""
     model_cfg = CONFIG["model_cfg"]
     return open_clip.CLIP(**model_cfg), open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])

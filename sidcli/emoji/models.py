@@ -1,4 +1,4 @@
-"""The architectures of the emoji world: real Stable Diffusion classes at a size that two CPU cores can train."""
+"""The architectures of the emoji world: Stable Diffusion's classes at a size that can be trained on two CPU cores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT_WIDTH = 128
 
 
 def new_vae() -> AutoencoderKL:
-    """64 x 64 x 3 pixels <-> 16 x 16 x 4 latents. No attention in the middle: sprites are local."""
+    """Return a VAE for 64 x 64 x 3 pixels and 16 x 16 x 4 latents. Its middle block has no attention, because sprites are local."""
     return AutoencoderKL(
         block_out_channels=(24, 48, 96),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -30,9 +30,9 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_tokenizer(texts: Iterable[str], size: int = 1024) -> CLIPTokenizer:
-    """A CLIP tokenizer with a vocabulary of its own, learned from `texts`; any other word falls apart into letters.
+    """Return a CLIP tokenizer with a vocabulary learned from `texts`. Unknown words are split into shorter tokens or letters.
 
-    The vocabulary of CLIP itself (49,408 entries) would weigh more than the network that draws.
+    CLIP's own vocabulary (49,408 entries) would need 6.3 M parameters in the text encoder, compared with 8 M in the UNet.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -69,7 +69,10 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """8 M parameters, most of them at 8 x 8 and 4 x 4, where a convolution costs a quarter of what it costs one level up."""
+    """Return a UNet of 8 M parameters.
+
+    Most parameters are at resolutions 8 x 8 and 4 x 4. A convolution costs a quarter of its cost at twice the resolution.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -85,7 +88,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1.5 and the deterministic sampler that goes with it."""
+    """Return a DDIM scheduler (deterministic sampling) with the noise schedule of Stable Diffusion 1.5."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",
@@ -114,7 +117,7 @@ def new_pipeline(
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids int64 [B, 24], padded with the end mark as Stable Diffusion does."""
+    """Return token ids int64 [B, 24], padded with the end token as in Stable Diffusion."""
     return tokenizer(
         texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids

@@ -1,4 +1,4 @@
-"""The nouns of the emoji world and the emoji that draws each: plain words, the ones people type first."""
+"""The nouns of the emoji world and the emoji of each noun. The nouns are common words that users are likely to type first."""
 
 NOUNS: dict[str, str] = {
     "cat": "\U0001f431",

@@ -26,12 +26,13 @@ from sidcli.models.sources import WEIGHTS, Source
 
 
 def half(source: Path, target: Path) -> None:
+    """Save a copy of a safetensors file in half precision."""
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half() if value.is_floating_point() else value for name, value in load_file(source).items()}, target)
 
 
 def pack_nets(build: Path, guidance: float) -> None:
-    """The teacher pipeline with its card, around the VAE as it is now, and the two metric networks."""
+    """Write the teacher pipeline with its card and the build folder's current VAE, and the two metric networks."""
     model = load(Source("teacher", build / "teacher", str(build)))
     model.vae = AutoencoderKL.from_pretrained(build / "vae").eval()
     trained = json.loads((build / "teacher.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -45,7 +46,10 @@ def pack_nets(build: Path, guidance: float) -> None:
 
 
 def pack_student(run: Path) -> None:
-    """The student of a run, without the parts that it shares with the teacher."""
+    """Write the student of a run, without the parts that it shares with the teacher.
+
+    Raises InputError if its VAE or text encoder differs from that of the packed teacher.
+    """
     model = load(Source("student", run / "student", str(run)))
     write_student(WEIGHTS / "student", model, model.card, "fp16")
     for name in ("vae", "text_encoder"):

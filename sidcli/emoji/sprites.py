@@ -1,6 +1,6 @@
 """Draw the sprite sheet of the emoji world: one tile per noun, from the Noto Color Emoji font.
 
-Run once, by hand, when the list of nouns changes; the sheet is committed beside this file together with the font's license:
+The sheet and the font's license are committed in this folder. Run this module by hand when the list of nouns changes:
 
     python -m sidcli.emoji.sprites /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 """
@@ -22,7 +22,7 @@ FONT_SIZE = 109
 
 
 def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
-    """One emoji as a TILE x TILE RGBA image, cropped to its ink and centerd."""
+    """Return one emoji as a TILE x TILE RGBA image, cropped and centered. Raises ValueError if the font has no glyph for it."""
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((12, 12), character, font=font, embedded_color=True)
     box = canvas.getbbox()
@@ -32,7 +32,7 @@ def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
     side = max(ink.size)
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
-    # Resize with premultiplied alpha, or the transparent black around the ink darkens its edge.
+    # Without premultiplied alpha, resizing would mix the transparent black around the emoji into its edges.
     return square.convert("RGBa").resize((TILE, TILE), Image.Resampling.LANCZOS).convert("RGBA")
 
 

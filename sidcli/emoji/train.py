@@ -42,14 +42,14 @@ LOG_STEPS = 50
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2 %, constant, linear decay over the last 40 %."""
+    """Return the learning rate: linear warm-up over 2 % of the steps, constant, linear decay over the last 40 %."""
     warm, decay = max(1, steps // 50), max(1, steps * 2 // 5)
     return peak * min(1.0, (step + 1) / warm, (steps - step) / decay)
 
 
 @contextmanager
 def weights_of(net: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
-    """The network with its averaged weights inside the block, with its own again after it."""
+    """Load the averaged weights into the network for the duration of the block, then restore its own weights."""
     own = {name: value.clone() for name, value in net.state_dict().items()}
     net.load_state_dict({**own, **average})
     try:
@@ -59,7 +59,7 @@ def weights_of(net: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
 
 
 class Fit:
-    """AdamW with an average of the weights, saved every two minutes and at the end; continues from its own file."""
+    """A training run with AdamW and averaged weights. It saves every two minutes and at the end, and resumes from its file."""
 
     def __init__(self, name: str, net: nn.Module, loss: Loss, output: Path, steps: int, lr: float, decay: float = 0.999):
         self.name, self.net, self.loss, self.output, self.steps, self.lr = name, net, loss, output, steps, lr
@@ -89,7 +89,7 @@ class Fit:
         tensors = load_file(self.state_file)
         self.step = int(tensors["step"])
         self.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
-        # In the order of the parameters: the file's order is alphabetical, and `run` walks the two side by side.
+        # The file's order is alphabetical; `run` needs the averages in the order of the parameters.
         self.average = {name: tensors[f"average.{name}"] for name in self.average}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -139,17 +139,20 @@ class Fit:
 
 
 def half_precision() -> torch.autocast:
-    """bf16 autocast: on a CPU with AVX512-BF16 it halves the time of a convolution, and every CUDA card since 2020 has it."""
+    """Return a bf16 autocast. It halves the time of a convolution on a CPU with AVX512-BF16; CUDA GPUs since 2020 support bf16."""
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
 
 def images(seed: int, indices: range) -> Tensor:
-    """Scenes as float32 [B, 3, 64, 64] in -1..1."""
+    """Return scenes as float32 [B, 3, 64, 64] in -1..1."""
     return torch.from_numpy(world.render_many(seed, indices)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def reconstruction_loss(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pixels, squares and contours of a decoded image y against x, both [B, 3, 64, 64] in -1..1; and the first two for the log."""
+    """Return the weighted sum of L1, squared and edge errors of decoded images y against x, and L1 and MSE for the log.
+
+    Both y and x are [B, 3, 64, 64] in -1..1.
+    """
 
     def edges(image: Tensor) -> tuple[Tensor, Tensor]:
         return image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
@@ -180,9 +183,9 @@ def train_vae(output: Path, steps: int, batch: int = 16) -> None:
 
 
 def train_decoder(output: Path, steps: int, batch: int = 16) -> None:
-    """Go on with the decoder alone: the latents stay, so nothing that was trained on them has to be trained again.
+    """Train the decoder further, alone. The latents do not change, so networks trained on them need no further training.
 
-    A little noise on the latents (5 % of their spread) stands for what a drawing network gets wrong.
+    Noise on the latents (5 % of their standard deviation) imitates the errors of generated latents.
     """
     vae = AutoencoderKL.from_pretrained(output / "vae").eval().requires_grad_(False)
     net = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
@@ -220,7 +223,7 @@ FILLERS = (
 
 
 def loose_caption(picture: world.Scene, index: int) -> world.Caption:
-    """A training caption, three times in ten with stray words in it: what people add should not change what is drawn."""
+    """Return a training caption. 30 % of the captions contain filler words, so that models learn to ignore additional words."""
     text, color = world.caption(picture, world.TEACHER_SEED, index, "train")
     rng = numpy_generator(world.TEACHER_SEED, "fillers", index)
     if rng.random() < 0.3:
@@ -232,9 +235,9 @@ def loose_caption(picture: world.Scene, index: int) -> world.Caption:
 
 
 def train_text(output: Path, steps: int, batch: int = 96) -> None:
-    """Teach the text encoder to say the noun and the background color of a caption; after that it is frozen.
+    """Train the text encoder to predict the noun and the background color of a caption; afterwards it is frozen.
 
-    The drawing network then gets clean conditions from its first step on, and the text is encoded without gradients.
+    The UNet therefore gets an informative cond from its first step, and captions are encoded without gradients.
     """
     captions = [loose_caption(world.scene(world.TEACHER_SEED, index), index).text for index in range(20000)]
     tokenizer = models.new_tokenizer([*captions, *FILLERS])
@@ -250,7 +253,7 @@ def train_text(output: Path, steps: int, batch: int = 96) -> None:
         asked = [*world.COLOR_LIST, None]
         colors = torch.tensor([asked.index(caption.color) for caption in captions])
         states = encoder(models.tokens(tokenizer, [caption.text for caption in captions])).last_hidden_state
-        # The last place is padding, which attends to the whole caption.
+        # The last position is padding, which attends to the whole caption.
         noun_logits, color_logits = heads(states[:, -1]).split([len(world.NOUN_LIST), len(world.COLOR_LIST) + 1], dim=1)
         total = F.cross_entropy(noun_logits, nouns) + F.cross_entropy(color_logits, colors)
         right = (noun_logits.argmax(1) == nouns) & (color_logits.argmax(1) == colors)
@@ -262,7 +265,7 @@ def train_text(output: Path, steps: int, batch: int = 96) -> None:
 
 
 def cached_latents(output: Path, count: int) -> Tensor:
-    """Scaled latents float16 [count, 4, 16, 16] of the training scenes, encoded once and kept on disk."""
+    """Return scaled latents float16 [count, 4, 16, 16] of the training scenes. They are encoded once and stored on disk."""
     file = output / "latents.safetensors"
     if file.exists():
         return load_file(file)["latents"]
@@ -279,9 +282,9 @@ def cached_latents(output: Path, count: int) -> Tensor:
 
 
 def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000, v_prediction: bool = False) -> None:
-    """Epsilon prediction on cached latents, min-SNR weight 5 (arXiv 2303.09556), a tenth of the captions empty.
+    """Train a teacher: epsilon prediction on cached latents, min-SNR weight 5 (arXiv 2303.09556), a tenth of the captions empty.
 
-    With `v_prediction` the finished teacher goes on with v as its target, under the same weight of the clean latent's error.
+    If `v_prediction`, the finished teacher is trained further with v prediction and the same weight on the clean latents' error.
     """
     name = "teacher-v" if v_prediction else "teacher"
     latents = cached_latents(output, scenes)
@@ -299,7 +302,7 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
         texts = [loose_caption(world.scene(world.TEACHER_SEED, index % scenes), index).text for index in indices]
         dropped = uniform(0, "teacher dropout", step, samples) < 0.1
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-        # One timestep in each of `batch` equal strata: the same uniform law with less variance.
+        # One timestep from each of `batch` equal intervals: the distribution is still uniform, with less variance.
         offset = uniform(0, "teacher timestep", step, samples)
         t = ((torch.arange(batch) + offset) * (1000 / batch)).long().clamp(max=999)
         t = t[torch.randperm(batch, generator=torch_generator(0, "teacher order", step))]
@@ -340,7 +343,7 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
 
 
 def degraded(x: Tensor, step: int) -> Tensor:
-    """Images in 0..255 as a generator may draw them: half of them softened, all with a little noise."""
+    """Degrade images in 0..255 to resemble generated images: half of them are blurred, all of them get a little noise."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     amount = uniform(0, "soften", step, range(len(x))).view(-1, 1, 1, 1)
     x = torch.where(amount < 0.5, x, torch.lerp(x, soft, 2 * amount - 1))
@@ -348,7 +351,7 @@ def degraded(x: Tensor, step: int) -> Tensor:
 
 
 def metric_batch(step: int, batch: int) -> tuple[list[world.Scene], Tensor]:
-    """Scenes for the metric networks, every twentieth one of a pair that the teacher never sees, and their degraded images."""
+    """Return scenes for the metric networks, every twentieth with a held-out pair, and their degraded images."""
     indices = range(step * batch, (step + 1) * batch)
     scenes = [world.scene(world.METRIC_SEED, index, held_out=index % 20 == 0) for index in indices]
     pixels = torch.stack([torch.from_numpy(world.render(picture)) for picture in scenes]).permute(0, 3, 1, 2).float()
@@ -373,7 +376,7 @@ def train_classifier(output: Path, steps: int, batch: int = 64) -> None:
 
 
 def train_clip(output: Path, steps: int, batch: int = 128) -> None:
-    """A small open_clip model, trained the way CLIP was: which caption of the batch belongs to which image."""
+    """Train a small open_clip model like CLIP: to predict which caption of the batch belongs to which image."""
     from sidcli.emoji.clip import new_clip
 
     net, tokenizer = new_clip()
@@ -385,7 +388,7 @@ def train_clip(output: Path, steps: int, batch: int = 128) -> None:
             world.caption(picture, world.METRIC_SEED, index, "train", 0.9).text
             for picture, index in zip(scenes, indices, strict=True)
         ]
-        # Several images of a batch may fit a caption equally well; none of them is then the wrong answer.
+        # Several images of a batch may match a caption equally well; the target is then uniform over them.
         same = torch.tensor([[a.noun == b.noun and a.color == b.color for a in scenes] for b in scenes]).float()
         target = same / same.sum(1, keepdim=True)
         with half_precision():
@@ -416,7 +419,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: what the shipped weights were trained for")
     options = parser.parse_args()
     train, steps = parts[options.part]
-    torch.manual_seed(0)  # the initial weights; everything drawn later comes from sidcli.randomness
+    torch.manual_seed(0)  # for the initial weights; all later random numbers come from sidcli.randomness
     train(options.output, options.steps or steps)
 
 

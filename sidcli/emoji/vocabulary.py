@@ -1,4 +1,4 @@
-"""The words that models of the emoji world were trained on, and what to say about others."""
+"""The words that models of the emoji world were trained on, and notes on prompts with unknown words."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ SHOWN, LONGEST, EXAMPLES, WIDTH = 5, 40, 12, 100
 
 @cache
 def nouns() -> frozenset[str]:
-    """Nouns in singular and plural."""
+    """Return all nouns in singular and plural."""
     return frozenset(form for noun in NOUNS for form in (noun, plural(noun)))
 
 
 @cache
 def words() -> frozenset[str]:
-    """Every word of the captions that the models were trained on."""
+    """Return every word of the captions that the models were trained on."""
     templates = " ".join((*PLAIN_TEMPLATES, *COLOR_TEMPLATES))
     return nouns() | {*COLOR_LIST, *ADJECTIVES, "a", "an", *WORD.findall(re.sub(r"\{\w+\}", " ", templates))}
 
 
 def spelled(text: str) -> list[str]:
-    """The words of a text, lower-case and without a possessive 's, and its emoji, one by one."""
+    """Return the words of a text, in lower case and without a possessive 's, followed by each of its emoji."""
     found = [re.sub(r"['\u2019]s$", "", word) for word in WORD.findall(text.casefold())]
     return found + [character for character in text if unicodedata.category(character) in ("So", "Cn")]
 
 
 def close(word: str) -> list[str]:
-    """Known words that may have been meant: the noun that an emoji stands for, or up to two with a similar spelling."""
+    """Return known words to suggest for an unknown word: the noun of an emoji, or up to two words with a similar spelling."""
     pictured = [noun for noun, emoji in NOUNS.items() if word in emoji]
     return pictured or (difflib.get_close_matches(word, [*NOUNS, *COLOR_LIST], 2, 0.7) if len(word) > 3 else [])
 
 
 def remark(texts: Sequence[str], model: str) -> str:
-    """A note on words of prompts that a model of the emoji world does not know; empty where it knows them all."""
+    """Return a note on unknown words in prompts and on a prompt without a noun; empty if there is nothing to report."""
     unknown: dict[str, None] = {}
     idle = ""
     for text in texts:
@@ -79,9 +79,9 @@ def remark(texts: Sequence[str], model: str) -> str:
 
 
 def summary() -> dict[str, Any]:
-    """What the models can be asked for, with captions as examples."""
+    """Return the nouns, colors and adjectives that the models know, and example captions."""
     pictures = ((index, scene(PROMPT_SEED, index)) for index in count())
-    # The models were trained on "one cherries" too, which nobody would write.
+    # Training captions of plural and mass nouns can be ungrammatical ("one cherries"), so they are not used as examples.
     regular = ((index, picture) for index, picture in pictures if picture.noun not in PLURAL_NOUNS | MASS_NOUNS)
     examples = [caption(picture, PROMPT_SEED, index, "train").text for index, picture in islice(regular, EXAMPLES)]
     adjectives = [word for word in ADJECTIVES if word not in COLOR_LIST]
@@ -89,7 +89,7 @@ def summary() -> dict[str, Any]:
 
 
 def lines() -> list[str]:
-    """The summary for people."""
+    """Return the summary as lines of text."""
     content = summary()
     shown = []
     for name in ("nouns", "colors", "adjectives"):

@@ -1,9 +1,10 @@
-"""The emoji world: a text-to-image world without a download. One emoji on one colored background, 64 x 64 pixels.
+"""The emoji world: a synthetic text-to-image data set. An image is one emoji on a colored background, 64 x 64 pixels.
 
-Every scene is a pure function of (seed, index), so images, captions and ground truth (noun, color, scale, place) are endless and
-exact. Two kinds of held-out material let us measure on what no model was trained on:
+No download is needed: every scene is a pure function of (seed, index), so images, captions and ground truth (noun, color, scale,
+position) are exact and unlimited in number. Teachers and students are evaluated on two kinds of held-out data, on which they are
+not trained:
 
-- `HELD_OUT_PAIRS`: about 5 % of the (noun, color) pairs never appear in a scene unless asked for (composition);
+- `HELD_OUT_PAIRS`: about 5 % of the (noun, color) pairs never appear in a scene unless requested (composition);
 - a tenth of all caption texts, chosen by their hash, never appear in the "train" split (word forms).
 """
 
@@ -42,7 +43,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 COLOR_LIST = tuple(COLORS)
 
-# Scenes of different purposes come from different seeds, so no set ever holds a scene of another.
+# Each purpose has its own seed, so that no set contains scenes of another set.
 TEACHER_SEED, METRIC_SEED, REFERENCE_SEED, FLOOR_SEED, PROMPT_SEED = 1, 2, 3, 4, 5
 
 Split = Literal["train", "eval"]
@@ -84,7 +85,7 @@ COLOR_TEMPLATES = (
     "an emoji of {a} {noun} on {b} {color} background",
     "a picture of {a} {noun} on {b} {color} background",
 )
-# A color before the noun describes the noun, never the background: "red apple on blue" is a blue scene.
+# A color before the noun describes the noun, never the background: "red apple on blue" has a blue background.
 ADJECTIVES = ("cute", "little", "small", "big", "happy", "shiny", "nice", "beautiful", "round", "funny", "new", "old", *COLOR_LIST)
 PLURALS = {
     "mouse": "mice",
@@ -102,7 +103,7 @@ MASS_NOUNS = frozenset({"corn", "broccoli", "bread", "cheese", "honey"})
 
 @dataclass(frozen=True)
 class Scene:
-    """Ground truth of one image. Sizes and places in pixels, from the top left corner; `shade` scales the background color."""
+    """The ground truth of one image. Size and position are in pixels, from the top left; `shade` scales the background color."""
 
     noun: str
     color: str
@@ -123,7 +124,7 @@ HELD_OUT_PAIRS = frozenset(
 
 
 def scene(seed: int, index: int, held_out: bool = False) -> Scene:
-    """Scene `index` of the endless list `seed`; with `held_out`, only the pairs no model has seen, else only the others."""
+    """Return scene `index` of the endless list of `seed`. Its (noun, color) pair is in HELD_OUT_PAIRS if and only if `held_out`."""
     rng = numpy_generator(seed, "scene", index)
     while True:
         noun = NOUN_LIST[rng.integers(len(NOUN_LIST))]
@@ -150,30 +151,30 @@ def article(word: str) -> str:
 
 
 def in_split(text: str, split: Split) -> bool:
-    """Whether a caption text may be used in a split: one text in ten is for evaluation only."""
+    """Return whether a caption text belongs to a split: a tenth of all texts is for evaluation only."""
     return (_text_hash(text) % 10 == 0) == (split == "eval")
 
 
 class Caption(NamedTuple):
-    """A caption and the background color it asks for; None where it leaves the background open."""
+    """A caption and the background color that it names, None if it names no background color."""
 
     text: str
     color: str | None
 
 
 def caption(picture: Scene, seed: int, index: int, split: Split, name_color: float = 0.8) -> Caption:
-    """A caption of the scene, a function of (seed, index); names the background with probability `name_color`.
+    """Return a caption of the scene, a function of (seed, index). It names the background with probability `name_color`.
 
-    Word forms vary (articles, plurals, adjectives, order), because people type them all. Only texts of the split are returned.
+    Articles, plurals, adjectives and word order vary, as in prompts of users. Only texts of the split are returned.
     """
     wording = _wording(picture, seed, index, split, name_color)
     return Caption(wording.text(picture), picture.color if wording.template in COLOR_TEMPLATES else None)
 
 
 def shown_caption(picture: Scene, seed: int, index: int, split: Split, name_color: float = 0.8) -> str:
-    """The same caption to be shown to people: without the article or the plural that its noun does not take.
+    """Return the same caption for display: without the article or the plural that its noun does not take.
 
-    `caption` itself keeps them ("a fries"): the models here were trained on its texts, and runs are continued with them.
+    `caption` keeps them ("a fries"), because the models were trained on its texts and continued runs need the same texts.
     """
     wording = _wording(picture, seed, index, split, name_color)
     template = wording.template
@@ -185,7 +186,7 @@ def shown_caption(picture: Scene, seed: int, index: int, split: Split, name_colo
 
 
 class Wording(NamedTuple):
-    """A template of a caption and the adjective in it."""
+    """A caption template and the adjective to fill in."""
 
     template: str
     adjective: str
@@ -214,7 +215,7 @@ def _wording(picture: Scene, seed: int, index: int, split: Split, name_color: fl
 
 @cache
 def digest() -> str:
-    """A short hash of everything that decides what scenes look like."""
+    """Return a short hash of everything that determines the appearance of scenes."""
     rules = repr((NOUN_LIST, COLORS, SPRITE_SIZES, sorted(HELD_OUT_PAIRS)))
     return hashlib.blake2b(rules.encode() + SHEET.read_bytes(), digest_size=6).hexdigest()
 
@@ -227,7 +228,7 @@ def _sheet() -> Image.Image:
 
 @cache
 def _sprite(position: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One sprite at one size: premultiplied color [size, size, 3] in 0..255 and opacity [size, size, 1] in 0..1."""
+    """Return one sprite at one size: premultiplied color [size, size, 3] in 0..255 and opacity [size, size, 1] in 0..1."""
     column, row = position % SHEET_COLUMNS * TILE, position // SHEET_COLUMNS * TILE
     tile = _sheet().crop((column, row, column + TILE, row + TILE)).resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(tile, dtype=np.float32)
@@ -237,7 +238,7 @@ def _sprite(position: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndar
 
 
 def render(picture: Scene) -> np.ndarray:
-    """The scene as uint8 [64, 64, 3]."""
+    """Return the scene as an image uint8 [64, 64, 3]."""
     color, opacity = _sprite(NOUN_LIST.index(picture.noun), picture.size, picture.mirror)
     background = np.minimum(np.asarray(COLORS[picture.color], dtype=np.float32) * picture.shade, 255.0)
     image = np.broadcast_to(background, (SIZE, SIZE, 3)).copy()
@@ -247,5 +248,5 @@ def render(picture: Scene) -> np.ndarray:
 
 
 def render_many(seed: int, indices: range, held_out: bool = False) -> np.ndarray:
-    """Images uint8 [len(indices), 64, 64, 3] of scenes (seed, index)."""
+    """Return images uint8 [len(indices), 64, 64, 3] of scenes (seed, index)."""
     return np.stack([render(scene(seed, index, held_out)) for index in indices])

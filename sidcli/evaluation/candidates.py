@@ -1,4 +1,4 @@
-"""Models and images to measure: what a name stands for, and how each model draws."""
+"""Candidates of an evaluation: resolve names into models or image sets, and choose how each model generates images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REAL = "real scenes"
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the name of a spec stands for: a model (`source` and `known`), exported graphs (`source` alone), or images (`files`)."""
+    """A spec and what its name refers to: a model (`source` and `known`), exported graphs (`source` alone), or images (`files`)."""
 
     spec: ModelSpec
     source: Source | None = None
@@ -41,9 +41,9 @@ class Resolved:
 
 
 def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolved]:
-    """Resolve a spec; with `untrained`, a teacher is followed by itself as if it were a student of so many steps.
+    """Resolve a spec. If `untrained` > 0, a teacher is returned twice: as itself and as an untrained student of `untrained` steps.
 
-    Raises InputError where there is neither a model nor an image of that name.
+    Raises InputError if there is neither a model nor a set of images with this name.
     """
     path = Path(spec.name)
     models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
@@ -64,9 +64,9 @@ def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolve
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of images to measure, one row of the table: drawn for the captions of the protocol, and for its held-out pairs.
+    """A set of images to measure, one row of the table: images of the protocol's captions, and of its held-out pairs (`held_out`).
 
-    `is_real`: scenes of the captions themselves, for comparison, not the images of a model.
+    `is_real`: the images are the scenes that the captions describe, for comparison, and no model generated them.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Candidate:
     is_teacher: bool = False
     is_real: bool = False
     close: Callable[[], None] = lambda: None
-    """Frees the networks that draw, so that several models need the memory of one."""
+    """Frees the networks that generate the images, so that the networks of only one model are in memory at a time."""
 
 
 def to_measure(
@@ -89,9 +89,10 @@ def to_measure(
     batch_size: int,
     place: Path | None,
 ) -> list[Candidate]:
-    """The sets of images to measure, nothing of which is drawn yet. On the emoji world, real scenes of the same captions come first.
+    """Return the sets of images to measure, without generating images. For the emoji protocol, the first set is `REAL`, the scenes.
 
-    A model that is named twice is measured once.
+    A model that is named twice is measured once. Raises InputError if the emoji protocol is given a model of another world, and
+    UsageError if a model needs captions and the protocol has none.
     """
     scenes = Candidate(REAL, "not drawn", SceneSet(world.PROMPT_SEED), held_out=SceneSet(world.PROMPT_SEED, True), is_real=True)
     rows = [scenes] if protocol.is_emoji else []

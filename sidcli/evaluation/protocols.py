@@ -1,13 +1,14 @@
-"""What an evaluation asks and compares with, by name: captions, reference images, what is done to an image, and which networks look.
+"""Evaluation protocols. A protocol defines captions, reference images, the preprocessing of images, and feature extractors.
 
-- `emoji`: caption i is that of scene (PROMPT_SEED, i), worded as no model was trained on and always naming the background; the
-  reference is 10,000 scenes of REFERENCE_SEED;
-- `coco2014-30k`: the protocol of the paper's numbers, GigaGAN's: 30,000 captions of COCO's validation set of 2014, all of its
-  images as the reference; of every image the center square, resized by Lanczos to 256, and for CLIP pixels truncated as in its code;
-- `custom`: your captions, your reference, images as they are. With neither, captions of the built-in list `general`, for what needs
-  no reference.
+- `emoji`: caption i describes scene (PROMPT_SEED, i). No model was trained on its text, which always names the background color.
+  The reference is 10,000 scenes of REFERENCE_SEED;
+- `coco2014-30k`: the protocol of the paper's numbers, introduced by GigaGAN: 30,000 captions of COCO's validation set of 2014, with
+  all of its images as the reference. The center square of each image is resized to 256 with the Lanczos filter; for CLIP, pixels
+  are truncated as in GigaGAN's code;
+- `custom`: the user's captions and the user's reference, with unchanged images. If neither is given, the captions are those of the
+  built-in list `general`, for metrics that need no reference.
 
-Image i answers caption i with seed `seed + i`.
+Image i is generated from caption i with seed `seed + i`.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from sidcli.progress import Listener
 
 REFERENCE_SCENES = 10_000
 QUICK_NUM = 300
-"""Images per model where the captions have no end."""
+"""Default number of images per model if the number of captions is unlimited."""
 GENERAL = "general"
 GENERAL_SEED = 0xE7A1
-"""Of the captions from the built-in list; distillation draws its prompts from it with seeds of its own."""
+"""Seed of the captions from the built-in list. Distillation uses other seeds for its prompts from this list."""
 COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
 COCO_IMAGES = Path("val2014")
 COCO_SIZE = 256
 MAX_STATISTICS = 1 << 30
-"""Bytes that a reference's statistics may unpack to; those of 2048 features take 34 million."""
+"""Maximum unpacked size of reference statistics, in bytes; statistics of 2048 features have 34 million bytes."""
 ROUNDING = 1e-6
-"""Negative variances up to this share of the largest one come from float32."""
+"""Negative variances are accepted as float32 rounding errors up to this fraction of the largest variance."""
 PHOTO_CLIP, CMMD_CLIP, DINO = "ViT-g-14:laion2b_s12b_b42k", "ViT-L-14-336-quickgelu:openai", "facebook/dinov2-large"
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Which files the networks of the metrics come from, where they run, and who hears of downloads; None: the usual ones."""
+    """The files of the metric networks (None: the default files), their device, and the listener that reports downloads."""
 
     device: torch.device
     listener: Listener
@@ -70,18 +71,18 @@ def hint(option: str) -> str:
 
 
 class Extractors(Shape):
-    """The networks that look at images, each made when a metric asks for it."""
+    """The feature extractors of a protocol. Each of them is created when a metric first uses it."""
 
     @property
     def features(self) -> Extractor:
-        """For FID, KID, precision, recall, density and coverage."""
+        """The extractor for FID, KID, precision, recall, density and coverage."""
         ...
 
     @property
     def clip(self) -> Extractor: ...
     @property
     def embeddings(self) -> Extractor:
-        """For the CMMD."""
+        """The extractor for the CMMD."""
         ...
 
     @property
@@ -99,7 +100,7 @@ class _WithDino:
 
 @dataclass(frozen=True)
 class EmojiJudges(_WithDino):
-    """The classifier and the open_clip model that ship with the emoji world."""
+    """The extractors of the emoji protocol: the classifier and the open_clip model that ship with the emoji world."""
 
     @cached_property
     def features(self) -> EmojiFeatures:
@@ -120,7 +121,7 @@ class EmojiJudges(_WithDino):
 
 @dataclass(frozen=True)
 class PhotoJudges(_WithDino):
-    """The networks of published numbers; `as_gigagan`: called as GigaGAN's evaluation code calls them."""
+    """The extractors that published numbers are computed with. `as_gigagan`: use CLIP as in GigaGAN's evaluation code."""
 
     as_gigagan: bool
 
@@ -141,7 +142,7 @@ class PhotoJudges(_WithDino):
 
 @dataclass(frozen=True)
 class Captions:
-    """Caption i of as many as are asked for; `key` stands for all of them, `limit` is how many there are, if they end."""
+    """A list of captions. `first(n)` returns the first n captions, `key` identifies it, `limit` is its length (None: endless)."""
 
     name: str
     key: str
@@ -151,7 +152,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One evaluation's questions and yardsticks. `reference` is None where there is nothing to compare with."""
+    """The captions, the reference and the extractors of an evaluation. `reference` is None if there are no reference images."""
 
     name: str
     captions: Captions | None
@@ -169,7 +170,7 @@ class Protocol:
 
 
 def scenes(count: int, held_out: bool = False) -> list[world.Scene]:
-    """The scenes that the emoji protocol's captions describe."""
+    """Return the scenes that the captions of the emoji protocol describe."""
     return [world.scene(world.PROMPT_SEED, index, held_out) for index in range(count)]
 
 
@@ -194,7 +195,7 @@ def emoji(networks: Networks) -> Protocol:
 
 
 def listed(prompts: Path, listener: Listener, column: str = "") -> Captions:
-    """Captions of a file, in its order, or of the built-in list `general`, which has no end; `column` is that of a table."""
+    """Return the captions of a file, in its order, or of the endless built-in list `general`. `column` is that of a table."""
     if str(prompts) == GENERAL and not prompts.exists():
         source = open_prompts(GENERAL)
         return Captions(GENERAL, f"{GENERAL} {source.digest}", lambda count: [source.at(GENERAL_SEED, i) for i in range(count)])
@@ -205,7 +206,10 @@ def listed(prompts: Path, listener: Listener, column: str = "") -> Captions:
 
 
 def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: str = "") -> Protocol:
-    """`folder` holds annotations/captions_val2014.json and val2014/, as COCO's archives unpack."""
+    """Return the protocol `coco2014-30k`. `folder` holds annotations/captions_val2014.json and val2014/ of COCO's archives.
+
+    Raises UsageError if `folder` is None, and InputError if a file is missing.
+    """
     if folder is None:
         raise UsageError(
             "the protocol coco2014-30k needs COCO's validation set of 2014",
@@ -238,7 +242,7 @@ def _images(path: Path, listener: Listener) -> ImageFiles:
 
 
 def custom(networks: Networks, reference: Path | None, prompts: Path | None, column: str = "") -> Protocol:
-    """With neither reference nor prompts, captions of the built-in list."""
+    """Return the protocol `custom`. If neither a reference nor prompts are given, its captions are those of the built-in list."""
     compared: Collection | Statistics | None = None
     facts: dict[str, Any] = {"reference": "none"}
     if reference and reference.suffix.lower() == ".npz":
@@ -259,7 +263,7 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None, col
 
 
 def read_statistics(file: Path) -> Statistics:
-    """`mu` and `sigma` of Inception features, as clean-fid and others keep them. Raises InputError for other files."""
+    """Read `mu` and `sigma` of Inception features, as written by clean-fid and others. Raises InputError if the file is invalid."""
     hint = "--reference takes a folder or zip of images, or an .npz with `mu` [D] and `sigma` [D, D]"
     try:
         size_of(file, MAX_STATISTICS)
@@ -284,9 +288,10 @@ def read_statistics(file: Path) -> Statistics:
 
 
 def choose(name: str, all_emoji: bool, has_images: bool, own: bool) -> str:
-    """The protocol that `auto` stands for: `emoji` for emoji models, unless the user brings captions or a reference; else `custom`.
+    """Resolve `auto`: `emoji` for emoji models, unless the user gives captions or a reference (`own`), else `custom`.
 
-    Raises UsageError for folders of images with nothing to compare them with: only a model can draw the built-in captions.
+    Raises UsageError if `custom` would measure image files without the user's captions or reference, because images of the built-in
+    captions can only be generated by a model.
     """
     if name == "auto":
         name = "emoji" if all_emoji and not own else "custom"
@@ -299,7 +304,7 @@ def choose(name: str, all_emoji: bool, has_images: bool, own: bool) -> str:
 
 
 def open_protocol(name: str, networks: Networks, reference: Path | None, prompts: Path | None, column: str = "") -> Protocol:
-    """The protocol of a name. Raises UsageError where something it needs is not given."""
+    """Return the protocol with this name. Raises UsageError if a required input is missing or an input is not allowed."""
     if name == "coco2014-30k":
         return coco(networks, reference, prompts, column)
     if name == "custom":

@@ -1,4 +1,4 @@
-"""`sid eval`: one run of an evaluation, and its results as a table for people or papers, a gate, a page, and pictures side by side."""
+"""Run an evaluation (`sid eval`) and write its results: table, LaTeX table, violated bounds, report page, comparison picture."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Outcome:
-    """An evaluation that was measured."""
+    """An evaluation and its results."""
 
     evaluation: Evaluation
     rows: Sequence[Row]
     warnings: Sequence[str]
     beyond: Sequence[str]
-    """Values beyond their bounds, in words."""
+    """One sentence for each value that violates its bound."""
     seed: int
 
     @property
@@ -48,7 +48,7 @@ class Outcome:
         return latex(self.rows, self.evaluation.metrics)
 
     def write(self, picture: Path | None, report: Path | None) -> None:
-        """Write the comparison and the page, where they are wanted."""
+        """Write the comparison picture and the report page; None skips a file."""
         drawn = pictures(self.evaluation) if picture or report else []
         if picture:
             save_comparison(drawn, picture)
@@ -65,9 +65,9 @@ class Outcome:
 
 
 def run(request: Request, device: torch.device, listener: Listener) -> Outcome | None:
-    """Draw what is missing and measure it. Returns None in the processes that only help to draw.
+    """Generate the missing images and measure all candidates. Returns None in all processes except the main process.
 
-    Raises InputError for models, images or networks that are not to be had, UsageError for a request that the protocol refuses.
+    Raises InputError if a model, image or network is missing or unreadable, UsageError if the protocol does not allow the request.
     """
     distributed, rules = Distributed(device), request.protocol
     quiet_libraries()
@@ -90,7 +90,7 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
 
 
 def listed(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells, a line per row: model, sampling, n, and values with their intervals."""
+    """Return the header and the cells of each row: model, sampling, n, values with intervals, and seconds per image if known."""
 
     def write(metric: str, row: Row) -> str:
         one = row.metrics.get(metric)
@@ -106,24 +106,24 @@ def listed(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """The same for a terminal: with more metrics than models, metrics go downwards."""
+    """Return the header and the cells of `listed`, transposed if there are more metrics than models."""
     header, cells = listed(rows, metrics)
     return turned(header, cells) if len(metrics) > len(rows) else (header, cells)
 
 
 def turned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Rows for columns."""
+    """Transpose a table."""
     first, *others = (list(line) for line in zip(header, *cells, strict=True))
     return first, others
 
 
 SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
 SPECIAL |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-"""What LaTeX would read as a command."""
+"""Characters that LaTeX needs in escaped form."""
 
 
 def latex(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """The same table for a paper, with booktabs' rules; the best value of each metric is bold, and so is any that is printed alike."""
+    """Return the table as LaTeX with booktabs rules. The best value of each metric is bold, including equally printed values."""
 
     def escaped(text: str) -> str:
         return "".join(SPECIAL.get(character, character) for character in text)
@@ -144,7 +144,7 @@ def latex(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 
 def leading(rows: Sequence[Row], metric: str) -> list[int]:
-    """The models with the best value as it is printed; none where fewer than two have one. Real scenes do not compete."""
+    """Return the indices of the rows with the best printed value; empty for fewer than two values. Real scenes are excluded."""
     values = {
         index: float(METRICS[metric].write(row.metrics[metric].value).removesuffix(" %"))
         for index, row in enumerate(rows)
@@ -155,14 +155,14 @@ def leading(rows: Sequence[Row], metric: str) -> list[int]:
 
 
 def beyond(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
-    """What is beyond a bound, in words. Real scenes are no model's and are not judged."""
+    """Return one sentence for each value that violates a bound. Real scenes are excluded, because no model generated them."""
     said = []
     for bound in bounds:
         for row in rows:
             one = row.metrics.get(bound.metric)
             if row.is_real or one is None:
                 continue
-            # nan passes no bound.
+            # The comparison is negated so that NaN violates every bound.
             if not (one.value <= bound.value if bound.is_above else one.value >= bound.value):
                 metric, side = METRICS[bound.metric], "above" if bound.is_above else "below"
                 said.append(f"{metric.label} of {row.model} ({row.sampling}) is {one.value:.5g}, {side} {bound.value:g}")
@@ -170,7 +170,7 @@ def beyond(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
 
 
 def unjudged(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
-    """Models that a gate says nothing about, in words; a teacher's distance to its own images is not one."""
+    """Return one sentence for each gated metric that a row lacks, except `fid_teacher`, which the teacher itself always lacks."""
     return [
         f"the gate on {METRICS[metric].label} does not apply to {row.model} ({row.sampling}), of which it is not measured"
         for metric in dict.fromkeys(bound.metric for bound in bounds if bound.metric != "fid_teacher")
@@ -180,7 +180,7 @@ def unjudged(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
 
 
 def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
-    """The first images of each candidate, the same captions and seeds in every row."""
+    """Return the first images of each candidate, with the same captions and seeds in every row."""
     count = min(SHOWN, *evaluation.counts)
     return [
         (f"{candidate.name}, {candidate.sampling}", [Image.fromarray(image) for image in candidate.images.read(range(count))])
@@ -189,7 +189,7 @@ def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
 
 
 def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str, list[Image.Image]]], seed: int) -> Page:
-    """The results to look at: the table, intervals side by side, the same captions and seeds, and the runs that students came from."""
+    """Return the report page: table, intervals, images of the same captions and seeds, and training runs of the students."""
     names, metrics, protocol = [name for name, _ in drawn], evaluation.metrics, evaluation.protocol
     header, cells = turned(*listed(rows, metrics))
     captions = protocol.captions.first(SHOWN) if protocol.captions else [f"image {index}" for index in range(SHOWN)]
@@ -225,7 +225,7 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
 
 
 def _best(rows: Sequence[Row], metric: str) -> Row | None:
-    """The model whose interval lies beyond every other model's, if there is one. Real scenes do not compete."""
+    """Return the row with the best value if its interval overlaps no other row's interval, else None. Real scenes are excluded."""
     sign = 1 if METRICS[metric].lower_is_better else -1
     judged = sorted(
         (row for row in rows if not row.is_real and metric in row.metrics), key=lambda row: sign * row.metrics[metric].value
@@ -238,8 +238,8 @@ def _best(rows: Sequence[Row], metric: str) -> Row | None:
 
 
 def save_comparison(rows: Sequence[tuple[str, list[Image.Image]]], file: Path) -> None:
-    """One row per model, the same prompts and seeds in every column."""
-    # The parts of a name stand under the first images of its row, where one of them alone would not fit.
+    """Save a picture with one row per model, and the same prompts and seeds in every column."""
+    # A whole name is too long for the label of one image, so its parts are the labels of the first images of its row.
     labelled = [
         (image, label) for name, row in rows for image, label in zip(row, [*name.split(", "), *[""] * len(row)], strict=False)
     ]

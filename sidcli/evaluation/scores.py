@@ -1,4 +1,4 @@
-"""Metrics of candidates under a protocol: one pass over the images of each, every number from that pass."""
+"""Metrics of candidates under a protocol. One pass over the images of a candidate provides the features for all metrics."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ ASKED = {
     "accuracy": ("noun", "color"),
     "composition": ("composition",),
 }
-"""Metrics by the option that asks for them."""
+"""The metrics that each option requests."""
 EXTRACTOR = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "composition"), "features") | {
     "clip": "clip",
     "cmmd": "embeddings",
     "fd_dinov2": "dino",
 }
-"""The network of the protocol that a metric looks through."""
+"""The extractor of the protocol that each metric uses."""
 COMPARED = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
 EMOJI_ONLY = ("noun", "color", "composition")
 FEWEST = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
 FEWEST |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4}
-"""Drawn images that a metric and its interval need; one where there is no entry."""
+"""Minimum number of generated images for a metric and its interval; 1 for a metric without an entry."""
 FEWEST_REAL = {"fid": 2, "fd_dinov2": 2, "fid_infinity": 2, "kid": 2} | dict.fromkeys(PRDC, NEIGHBORS + 1)
-"""Reference images that a metric needs."""
+"""Minimum number of reference images for a metric."""
 PER_DIMENSION = 10
-"""Images per feature dimension below which a Frechet distance is mostly the bias of a small sample."""
+"""Minimum number of images per feature dimension; with fewer images, a Frechet distance is mostly small-sample bias."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one candidate. `seconds_per_image` is the drawing alone, None where this command drew nothing."""
+    """The results of one candidate. `seconds_per_image` is the sampling time alone, None if this command generated no images."""
 
     model: str
     sampling: str
@@ -81,10 +81,11 @@ class Row:
 def chosen(
     asked: Sequence[str], protocol: Protocol, everything: bool, candidates: Sequence[Candidate], gated: Iterable[str] = ()
 ) -> list[str]:
-    """Metrics to compute, in the catalog's order, for the names of options in `asked` and the metrics of a gate.
+    """Return the metrics to compute, in the catalog's order, for the option names in `asked` and the metrics of a gate (`gated`).
 
-    Of an option that asks for several metrics, those that can be measured; with `everything`, all that this protocol offers. Raises
-    UsageError for an option or a gate of which nothing can be measured.
+    For an option that requests several metrics, only the measurable metrics are returned; if `everything`, all measurable metrics
+    except `fid_infinity` and, for the emoji protocol, `fd_dinov2`. Raises UsageError if no metric of an option or of a gate can be
+    measured.
     """
     gated = set(gated)
     impossible: dict[str, str] = {}
@@ -113,7 +114,7 @@ def chosen(
 
 
 class Evaluation:
-    """Metrics of candidates under one protocol. `fill` is the work that processes share; rows are computed by the one that leads."""
+    """The metrics of candidates under one protocol. All processes share the work of `fill`; the main process computes the rows."""
 
     def __init__(
         self, protocol: Protocol, candidates: Sequence[Candidate], metrics: Sequence[str], num: int | None, distributed: Distributed
@@ -130,13 +131,13 @@ class Evaluation:
                         f"{least} images or more, or another metric",
                     )
         self.neighbors: tuple[Candidate, Prdc] | None = None
-        """Precision, recall, density and coverage of the candidate measured last, which come together."""
+        """The candidate measured last and its precision, recall, density and coverage, which are computed together."""
         self.extractors: dict[str, Extractor] = {
             name: getattr(protocol.extractors, name) for name in {EXTRACTOR[metric] for metric in metrics}
         }
 
     def count(self, candidate: Candidate) -> int:
-        """Its images; of real scenes as many as any of the others has."""
+        """Return the number of images of a candidate; for real scenes, the largest number among the other candidates."""
         if candidate.is_real and any(not other.is_real for other in self.candidates):
             return max(self.count(other) for other in self.candidates if not other.is_real)
         limits = (self.num, candidate.limit, self.protocol.captions.limit if self.protocol.captions else None)
@@ -144,7 +145,7 @@ class Evaluation:
 
     @property
     def counts(self) -> list[int]:
-        """Images of each candidate."""
+        """Number of images of each candidate."""
         return [self.count(candidate) for candidate in self.candidates]
 
     def collection(self, candidate: Candidate) -> Collection:
@@ -163,7 +164,7 @@ class Evaluation:
         return self.protocol.reference if compared and isinstance(self.protocol.reference, Collection) else None
 
     def check_width(self, features: np.ndarray) -> None:
-        """Raises UsageError where given statistics are those of another network than this protocol's."""
+        """Raises UsageError if the reference statistics and the features have different numbers of dimensions."""
         given = self.protocol.reference
         if isinstance(given, Statistics) and features.shape[1] != len(given.mean):
             raise UsageError(
@@ -172,9 +173,9 @@ class Evaluation:
             )
 
     def fill(self, listener: Listener) -> None:
-        """Draw and look at everything that the cache lacks. Networks are opened before the first image is drawn.
+        """Generate the images and compute the features that the cache lacks. Extractors are loaded before images are generated.
 
-        Where a model has to draw, which may take hours, images of other prompts are reported before it.
+        Generating images may take hours, so image files whose prompts differ from the captions are reported first.
         """
         work: list[tuple[str, list[tuple[Collection, list[Extractor]]], Callable[[], None]]] = []
         if self.reference is not None:
@@ -223,7 +224,7 @@ class Evaluation:
         return Row(candidate.name, candidate.sampling, self.count(candidate), found, seconds, candidate.is_real)
 
     def measure(self, candidate: Candidate, metric: str, found: dict[str, Measured]) -> Measured | None:
-        """One number of one candidate, None where it has no such number; `found` are those measured before."""
+        """Return one metric of one candidate, None if it does not apply. `found` holds the metrics measured before."""
         extractor = EXTRACTOR[metric]
         features = self.collection(candidate).features(self.extractors[extractor])
         if metric in ("fid", "fd_dinov2"):
@@ -249,7 +250,7 @@ class Evaluation:
         return share(self.right(features, False)[:, ("noun", "color").index(metric)])
 
     def right(self, features: np.ndarray, held_out: bool) -> np.ndarray:
-        """Whether noun and background color are those that were asked for, bool [n, 2]."""
+        """Return whether the classified noun and background color match the caption, bool [n, 2]."""
         extractor = self.extractors["features"]
         assert isinstance(extractor, EmojiFeatures)
         nouns, colors = extractor.answers(features)
@@ -259,7 +260,7 @@ class Evaluation:
         return np.stack([right_nouns, right_colors], 1)
 
     def compared(self, extractor: str, count: int | None = None) -> np.ndarray:
-        """Features of the reference; with `count`, of so many of its images, evenly spaced."""
+        """Return the features of the reference images; with `count`, those of at most `count` evenly spaced images."""
         assert self.reference is not None
         features = self.reference.features(self.extractors[extractor])
         return features if count is None else features[np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)]
@@ -270,7 +271,10 @@ class Evaluation:
 
     @cached_property
     def kid_unit(self) -> float:
-        """The cubic kernel is made for features of size about 1, as Inception's are; those of the emoji classifier are divided by this."""
+        """Divisor of the features for the KID: the root mean square of the reference for the emoji classifier, 1 for Inception.
+
+        The cubic kernel is designed for features of magnitude about 1, as Inception's are.
+        """
         return float(np.sqrt(np.mean(self.compared("features") ** 2))) if self.protocol.is_emoji else 1.0
 
     @cached_property
@@ -283,7 +287,7 @@ class Evaluation:
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
-        """What Frechet distances are taken to: the reference through each network, and the first teacher's own images."""
+        """Statistics for Frechet distances: of the reference under each extractor, and of the images of the first teacher."""
         given = self.protocol.reference
         found = {"features": given} if isinstance(given, Statistics) else {}
         if self.reference is not None:
@@ -294,7 +298,7 @@ class Evaluation:
 
     @cached_property
     def other_prompts(self) -> list[str]:
-        """A sentence for each set of files whose images say that they were drawn from other prompts than the captions."""
+        """One sentence for each set of image files whose recorded prompts differ from the captions."""
         found = []
         for candidate in self.candidates:
             if isinstance(candidate.images, FileSet) and self.protocol.captions:
@@ -311,7 +315,7 @@ class Evaluation:
         return found
 
     def warnings(self, rows: Sequence[Row]) -> list[str]:
-        """What makes these numbers worth less than they look."""
+        """Return one sentence for each reason why the numbers may be biased or not comparable."""
         said = list(self.other_prompts)
         fewest, most = min(self.counts), max(self.counts)
         if fewest < most and not {"fid_teacher", *COMPARED}.isdisjoint(self.metrics):
@@ -340,7 +344,7 @@ class Evaluation:
         return said
 
     def record(self, seed: int) -> dict[str, Any]:
-        """What the numbers depend on, for whoever compares them."""
+        """Return the settings that the numbers depend on, so that evaluations can be compared."""
         protocol = self.protocol
         return {
             "name": protocol.name,

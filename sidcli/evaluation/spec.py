@@ -1,4 +1,4 @@
-"""What `sid eval` is asked for, in words: read before anything heavy is imported."""
+"""The request of `sid eval`, as parsed from the command line before heavy libraries are imported."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model or a set of images to measure, as the command line names it, and how it is to draw.
+    """A model or a set of images to measure, as named on the command line, and its sampling settings.
 
-    `own` says that its steps and guidance were given with its name; otherwise they are those of all teachers.
+    `own` is True if steps or guidance were given with the name; otherwise they are the settings of all teachers.
     """
 
     name: str
@@ -29,9 +29,9 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, text: str, steps: int | None, guidance: float | None) -> ModelSpec:
-        """`NAME[,steps=N][,guidance=G]`. Raises UsageError for anything else behind a comma."""
+        """Parse `NAME[,steps=N][,guidance=G]`. Raises UsageError if there is another setting."""
         name, *settings = text.split(",")
-        if Path(text).exists():  # a path may have commas of its own
+        if Path(text).exists():  # a path may contain commas
             name, settings = text, []
         spec = cls(name, steps, guidance)
         kinds: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float}
@@ -48,7 +48,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Bound:
-    """A gate: the metric may not be above, or not below, the value."""
+    """A bound of a gate: the metric must not be above the value (if `is_above`) or not below it."""
 
     metric: str
     is_above: bool
@@ -57,7 +57,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Rules:
-    """The protocol, by name, and what the command line says about it: reference images, captions (and their column), images per model."""
+    """The name of the protocol and its options: reference images, captions (and their column), number of images per model, seed."""
 
     name: str
     reference: Path | None
@@ -66,12 +66,12 @@ class Rules:
     num: int | None
     seed: int
     untrained: int
-    """Steps of a student as which each teacher is measured too; 0: it is not."""
+    """Number of steps with which each teacher is also measured as an untrained student; 0 to leave this out."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where the networks of the metrics come from; None: as usual."""
+    """The locations of the metric networks; None for the default location."""
 
     inception: Path | None
     clip: str | None
@@ -81,7 +81,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Request:
-    """An evaluation as the command line asks for it."""
+    """All options of an evaluation, as given on the command line."""
 
     models: Sequence[ModelSpec]
     metrics: Sequence[str]
@@ -94,7 +94,7 @@ class Request:
 
 
 def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
-    """`METRIC=VALUE` options of a gate. Raises UsageError for others, and for a value that the metric cannot have."""
+    """Parse the `METRIC=VALUE` options of a gate. Raises UsageError if an option is malformed or its value is impossible."""
     found = []
     for texts, is_above in ((above, True), (below, False)):
         option = "--fail-above" if is_above else "--fail-below"
@@ -119,6 +119,6 @@ def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:
 
 
 def check_protocol(name: str) -> None:
-    """Raises UsageError for a name that no protocol has."""
+    """Raises UsageError if no protocol has this name."""
     if name not in PROTOCOLS:
         raise UsageError(f"--protocol must be one of {', '.join(PROTOCOLS)}, not {name!r}")

@@ -1,7 +1,7 @@
 """The model card of an exported folder, sid.json with its provenance, and the license files of the teacher.
 
-Every statement of a card is computed from the student that it describes. A student is a derivative of its teacher (the OpenRAIL
-licenses name distillation): license files, the license's name and its use restrictions are passed on.
+Every statement of a model card is computed from the student. A student is a derivative of its teacher (the OpenRAIL licenses name
+distillation), so an export includes the license files, the license name and the use restrictions of the teacher.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PAPER = "2406.01561"
 TERMS = ("license", "license_name", "license_link")
 RESTRICTED = ("openrail", "rail++", "bigscience")
 LIBRARIES = {"diffusers": "diffusers", "lora": "diffusers", "onnx": "onnx", "openvino": "openvino"}
-"""Format -> the hub's name for the library that reads it."""
+"""Export format -> the Hugging Face Hub's name for the library that reads it."""
 PROMPT = "a cat"
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the card beside a model, as far as it has one."""
+    """Return `license`, `license_name` and `license_link` of the model card (README.md) in `folder`, without missing entries."""
     try:
         content = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError):
@@ -37,47 +37,53 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def provenance(model: Model | Description) -> dict[str, Any]:
-    """The part of sid.json that says which teacher a student comes from and under which license."""
+    """Return the `teacher` entry of a student's sid.json: name, origin, revision and license of the teacher `model`."""
     source = model.source
     return {"name": source.name, "origin": source.origin, "revision": source.revision} | terms_of(model)
 
 
 def terms_of(model: Model | Description) -> dict[str, str]:
-    """The license that goes with a model: as its own sid.json has it from its teacher, else as the card beside it says."""
+    """Return the license of a model from its sid.json (for a student, its teacher's license), else from its README.md."""
     known = model.card.get("teacher", {}) if model.is_student else model.card
     return {key: str(known[key]) for key in TERMS if known.get(key)} or license_of(model.source.folder)
 
 
 def grid_of(card: Mapping[str, Any]) -> tuple[int, ...]:
-    """The timesteps of a student by its card."""
+    """Return the timesteps of a student; `card` is the content of its sid.json."""
     return exit_grid(int(card["t_init"]), int(card.get("student_steps", 1)))
 
 
 def is_deterministic(card: Mapping[str, Any]) -> bool:
-    """Whether a student adds no noise of its own between steps; stock schedulers and samplers know no other kind."""
+    """Return whether a student adds no new noise between steps. Stock schedulers and samplers cannot run other students."""
     return card.get("renoise", "ddim") == "ddim" or len(grid_of(card)) == 1
 
 
 def visits(grid: Sequence[int]) -> dict[str, Any]:
-    """The arguments that make a stock pipeline visit the student's timesteps."""
+    """Return the arguments that make a stock pipeline use the student's timesteps."""
     return {"num_inference_steps": 1} if len(grid) == 1 else {"timesteps": list(grid)}
 
 
 def sides(model: Model) -> dict[str, int]:
-    """The arguments that make a stock pipeline draw at a model's size; that of SDXL has no default which is not square."""
+    """Return the arguments that make a stock pipeline draw at the model's size: none if it is square, else height and width.
+
+    The default size of the SDXL pipeline is always square.
+    """
     height, width = model.size
     return {} if height == width else {"height": height, "width": width}
 
 
 def call(grid: Sequence[int], size: Mapping[str, int]) -> str:
-    """A call of a stock pipeline `pipe` as Python code."""
+    """Return Python code that calls a stock pipeline `pipe`."""
     arguments = {**visits(grid), **size, "guidance_scale": 0}
     return f'pipe("{PROMPT}", {", ".join(f"{name}={value}" for name, value in arguments.items())})'
 
 
 def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) -> None:
-    """README.md, sid.json and the LICENSE files of an exported folder. `card` becomes sid.json; for a student it holds the `format`
-    and `dtype` of the export. `usage` is Markdown that says how to run it."""
+    """Write README.md (for a student), sid.json and the LICENSE files of `model` to an exported folder.
+
+    `card` is the content of sid.json; for a student it contains the `format` and `dtype` of the export. `usage` is Markdown that
+    explains how to run the student.
+    """
     write_json(folder / "sid.json", dict(card))
     for file in model.source.folder.glob("LICEN[CS]E*"):
         shutil.copyfile(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""A ComfyUI workflow to put beside a single file: the ordinary KSampler would begin at another noise level than the student expects."""
+"""A ComfyUI workflow for a single file. A KSampler node would start at a noise level that the student was not trained at."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 COLUMN, ROW = 380, 200
-"""Pixels from one node to the next."""
+"""Distance between neighboring nodes in pixels."""
 TYPES = {"output": "LATENT", "denoised_output": "LATENT"}
-"""Of outputs that are not called after their type."""
+"""Name -> type of the outputs that are not named after their type."""
 
 
 def workflow(
@@ -21,16 +21,17 @@ def workflow(
     prediction: str = "epsilon",
     zero_snr: bool = False,
 ) -> dict[str, Any]:
-    """A workflow of core nodes that ComfyUI's editor opens: Euler without guidance, from sigmas[0] over the others to 0.
+    """Return a workflow of core nodes for ComfyUI's editor: Euler without guidance, from sigmas[0] through the other sigmas to 0.
 
-    ComfyUI guesses from the weights what a Stable Diffusion 2 model predicts, and takes every SD 1 for epsilon; ModelSamplingDiscrete
-    tells it. ManualSigmas reads plain decimals only.
+    ComfyUI guesses the prediction type of a Stable Diffusion 2 model from its weights and assumes epsilon for every
+    Stable Diffusion 1 model; the node ModelSamplingDiscrete sets the prediction type. ManualSigmas reads plain decimal
+    numbers only.
     """
     steps = ", ".join([*(f"{sigma:.6f}" for sigma in sigmas), "0"])
     sampling = "eps" if prediction == "epsilon" else prediction
     sources = [("model", 2, 0), ("positive", 3, 0), ("negative", 4, 0), ("sampler", 6, 0), ("sigmas", 7, 0), ("latent_image", 5, 0)]
     return graph(
-        # column, type, widgets, (input, number of the node it comes from, output there), outputs
+        # column, type, widget values, inputs as (name, number of the source node, output of the source node), outputs
         (0, "CheckpointLoaderSimple", [checkpoint], [], ["MODEL", "CLIP", "VAE"]),
         (1, "ModelSamplingDiscrete", [sampling, zero_snr], [("model", 1, 0)], ["MODEL"]),
         (1, "CLIPTextEncode", [prompt], [("clip", 1, 1)], ["CONDITIONING"]),
@@ -38,7 +39,7 @@ def workflow(
         (0, "EmptyLatentImage", [width, height, 1], [], ["LATENT"]),
         (0, "KSamplerSelect", ["euler"], [], ["SAMPLER"]),
         (0, "ManualSigmas", [steps], [], ["SIGMAS"]),
-        # add_noise, noise_seed, what to do with the seed after a run, cfg
+        # add_noise, noise_seed, control_after_generate ("fixed" keeps the seed), cfg
         (2, "SamplerCustom", [True, seed, "fixed", 1.0], sources, ["output", "denoised_output"]),
         (3, "VAEDecode", [], [("samples", 8, 0), ("vae", 1, 2)], ["IMAGE"]),
         (4, "SaveImage", ["sid"], [("images", 9, 0)], []),
@@ -46,7 +47,10 @@ def workflow(
 
 
 def graph(*specifications: tuple[int, str, list[Any], list[tuple[str, int, int]], list[str]]) -> dict[str, Any]:
-    """The editor's own format (version 0.4). A link is [number, from node, its output, to node, its input, type]."""
+    """Return a graph in the format of ComfyUI's editor (version 0.4).
+
+    A link is [number, source node, source output, target node, target input, type].
+    """
     nodes: list[dict[str, Any]] = []
     links: list[list[Any]] = []
     heights = [0] * (1 + max(column for column, *_ in specifications))

@@ -1,7 +1,8 @@
-"""A one-step student as a plain diffusers pipeline folder: stock code runs it with num_inference_steps=1, guidance_scale=0.
+"""Export of a student as a diffusers pipeline folder. Stock diffusers runs a one-step student with num_inference_steps=1,
+guidance_scale=0.
 
-The trick is the scheduler: EulerDiscrete over the first t_init + 1 betas with trailing spacing starts at t_init with
-sigma_t_init z and steps straight to the clean latent, which is what the one-step generator computes.
+The scheduler makes this possible: EulerDiscreteScheduler over the first t_init + 1 betas with trailing spacing starts at t_init
+with sigma_t_init z and takes one step to the clean latent. This equals the computation of the one-step student.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ This model adds its own noise between its steps (`{renoise}`), which no schedule
 
 
 def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscreteScheduler:
-    """The truncated schedule that makes one Euler step equal the one-step generator at t_init.
+    """Return a scheduler with a truncated schedule, for which one Euler step equals the one-step student at t_init.
 
-    The first betas of a scaled-linear (or linear) schedule are such a schedule again, which keeps the config at 600 bytes; any other
-    is written out as `trained_betas`.
+    The first betas of a scaled-linear (or linear) schedule form a scaled-linear (or linear) schedule again, so the config takes
+    600 bytes. The betas of any other schedule are stored as `trained_betas`.
     """
     first = {key: teacher_config[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in teacher_config}
     steps = int(teacher_config.get("num_train_timesteps", 1000))
@@ -52,7 +53,7 @@ def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscr
     options: dict[str, Any] = {
         "num_train_timesteps": t_init + 1,
         "timestep_spacing": "trailing",
-        "steps_offset": 1,  # without effect under trailing spacing; pipelines warn about any other value
+        "steps_offset": 1,  # no effect with trailing spacing; pipelines warn about any other value
         "prediction_type": teacher_config.get("prediction_type", "epsilon"),
     }
     plain = teacher_config.get("trained_betas") is None and not teacher_config.get("rescale_betas_zero_snr", False)
@@ -68,7 +69,7 @@ def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscr
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Besides tokenizer.json also vocab.json and merges.txt, which other programs read."""
+    """Save a tokenizer as tokenizer.json, and also as vocab.json and merges.txt, which other programs read."""
     tokenizer.save_pretrained(folder)
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     write_json(folder / "vocab.json", model["vocab"])
@@ -77,37 +78,37 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def write_student(path: Path, model: Model, card: dict[str, Any], dtype: str = "fp32") -> None:
-    """Write `model` with its truncated scheduler as a pipeline folder; `path` appears whole or not at all."""
+    """Write `model` with its truncated scheduler as a pipeline folder. `path` is written completely or not at all."""
     with atomic_folder(path) as folder:
         write(folder, dataclasses.replace(model, card=card), Order(dtype))
 
 
 def write(folder: Path, model: Model, order: Order) -> None:
-    """A student's pipeline with the scheduler that stands for it, into an empty folder."""
+    """Write a student's pipeline with its truncated scheduler to an empty folder."""
     scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
     write_pipeline(folder, model, scheduler, model.card, order)
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
-    """One image, uint8 [H, W, 3], by stock diffusers."""
+    """Draw one image, uint8 [H, W, 3], with stock diffusers."""
     pipe = stock(model).from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
     return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))
 
 
 def stock(model: Model) -> Any:
-    """The pipeline class of diffusers that such a model belongs in."""
+    """Return the diffusers pipeline class for a model."""
     return StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
 
 
 def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) -> np.ndarray:
-    """One image, uint8 [H, W, 3], of a stock pipeline that holds a student."""
+    """Draw one image, uint8 [H, W, 3], with a stock pipeline that contains a student."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     return np.asarray(pipe(prompt, **visits(plan.grid), guidance_scale=0, generator=generator, **options).images[0])
 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
-    """A pipeline folder with any scheduler; without `weights` only what describes it."""
+    """Write a pipeline folder with the given scheduler. If `weights` is False, the weights of the networks are left out."""
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     tokenizers = {"tokenizer": model.tokenizers[0]}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
@@ -118,12 +119,12 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
         index["safety_checker"] = [None, None]
     for name, network in networks.items():
         if weights:
-            # A copy changes precision; the caller's network stays as it is.
+            # The dtype of a copy is changed, so that the caller's network keeps its dtype.
             copy.deepcopy(network).to("cpu", order.torch_dtype).save_pretrained(folder / name, variant=order.variant)
         else:
             network.save_config(folder / name) if name in ("unet", "vae") else network.config.save_pretrained(folder / name)
         described = read_json(folder / name / "config.json")
-        described.pop("_name_or_path", None)  # the folder on this machine that the network was read from
+        described.pop("_name_or_path", None)  # the local path that the network was loaded from
         write_json(folder / name / "config.json", described)
         index[name] = [type(network).__module__.split(".")[0], type(network).__name__]
     for name, tokenizer in tokenizers.items():
@@ -144,7 +145,7 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
 
 
 def usage(model: Model, card: dict[str, Any], order: Order) -> str:
-    """How to run a student's folder, as Markdown."""
+    """Return Markdown that explains how to run a student's folder."""
     if not is_deterministic(card):
         return OWN_NOISE.format(prompt=PROMPT, renoise=card["renoise"])
     options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"

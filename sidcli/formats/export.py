@@ -1,5 +1,5 @@
-"""`sid export`: a student for other programs. Each export draws one image in the program it is meant for, which is compared with ours
-before the folder appears."""
+"""`sid export`: write a student in the format of another program. An export is verified before its folder is created: the other
+program draws one image, which is compared with the image that sid draws."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Known = TypeVar("Known", Model, Description)
 PROMPT = "a cat on a blue background"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 TOLERANCE = {"fp32": 2, "fp16": 16, "bf16": 64}
-"""Largest difference allowed between the exported model's image and ours, in 1/255; 1 where diffusers draws in fp32."""
+"""Largest allowed difference between the images of the export and of sid, in 1/255. In fp32, diffusers differs by at most 1."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,17 @@ class Exported:
     folder: Path
     files: dict[str, dict[str, object]]
     difference: int | None
-    """Largest pixel difference between the exported model's image and `sid sample`'s, in 1/255; None if it was not verified."""
+    """Largest pixel difference between the images of the export and of `sid sample`, in 1/255; None if it was not verified."""
     loss: int | None
-    """The same between a LoRA's image and the student's own: what the rank gives away; None for other formats."""
+    """Largest pixel difference between the images of a LoRA and of the student, in 1/255: the error of the low-rank approximation.
+    None for other formats."""
 
 
 def check(known: Description, teacher: Description | None, format_name: str, order: Order, output: Path) -> None:
-    """Refuse, before a weight is read, a student whose description shows that it cannot be exported like this.
+    """Check, before any weights are read, whether a student can be exported in this format.
 
-    `teacher` is the model that a LoRA is taken from. Raises InputError, also for what is no student, and EnvironmentProblem where the
-    disk is too small.
+    `teacher` is the teacher of a LoRA. Raises InputError if the model is not a student or cannot be exported in this format, and
+    EnvironmentProblem if the disk is too small.
     """
     name, nets = known.source.name, networks(known)
     if not known.is_student:
@@ -76,17 +77,20 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
 
 
 def check_is_teacher(known: Description) -> None:
-    """Raises InputError for a student in the place of its teacher."""
+    """Raises InputError if the model given as the teacher is a student."""
     if known.is_student:
         raise InputError(f"--teacher {known.source.name} is a student", "--teacher NAME, the model that it was distilled from")
 
 
 def networks(known: Description) -> dict[str, Any]:
-    """A described model's networks on the meta device, where they take no memory."""
+    """Return a described model's networks on the meta device, where they take no memory.
+
+    Raises InputError if a config does not describe a network.
+    """
     try:
         with torch.device("meta"):
             return {name: build(name, config) for name, config in known.networks.items()}
-    except Exception as error:  # libraries answer a stranger's description with any kind of error
+    except Exception as error:  # an invalid config can make the libraries raise any exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"the description of {known.source.name} does not describe a network: {reason}", "take another copy of the model"
@@ -94,7 +98,7 @@ def networks(known: Description) -> dict[str, Any]:
 
 
 def space(nets: Mapping[str, Any], format_name: str, order: Order) -> int:
-    """Bytes that the weights of an export take on the disk while it is written."""
+    """Return the disk space in bytes that the weights of an export take while it is written."""
     width = BYTES[order.dtype]
     if format_name == "lora":
         return width * lora.size(nets["unet"], order.rank)
@@ -103,27 +107,28 @@ def space(nets: Mapping[str, Any], format_name: str, order: Order) -> int:
     texts = sum(sizes.values()) - drawing
     if FORMATS[format_name].in_diffusers:
         return width * (drawing + texts)
-    # Text encoders of graphs stay in float32; OpenVINO's files are written beside the ONNX graph that they are made from.
+    # The text encoders of graphs stay in float32. OpenVINO files are written while their source, the ONNX graph, still exists.
     return 4 * texts + width * drawing * (2 if format_name == "openvino" else 1)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The model to export and the format to write; `known` is about the model, or about the teacher of a .pkl."""
+    """The model to export and the format to write. `known` applies to the model, to the teacher of a .pkl file, or to a single file
+    that is the teacher of a LoRA."""
 
     model: str
     format_name: str
     order: Order
     rank: int | None
     teacher: str | None
-    """The model that a LoRA or a .pkl belongs to; a .pkl has one."""
+    """The teacher of a LoRA or of a .pkl file; it is required for a .pkl file."""
     known: Overrides
     license: str | None
     repository: str | None
     """The hub repository that the export is uploaded to."""
 
     def open(self, output: Path, listener: Listener) -> tuple[Model, Order]:
-        """The student, and the order with the teacher of a LoRA. What can be refused is refused before a weight is read."""
+        """Return the student, and the order with the teacher of a LoRA. All checks run before any weights are read."""
         if Path(self.model).suffix.lower() == ".pkl":
             student, order = self.open_released(output, listener)
         elif self.format_name == "lora":
@@ -140,7 +145,7 @@ class Request:
             check_upload(self.repository)
 
     def open_released(self, output: Path, listener: Listener) -> tuple[Model, Order]:
-        """A student from one of the authors' files, which holds a UNet alone."""
+        """Return the student of a .pkl file that the authors of SiD-LSG released, and the order. The file contains only a UNet."""
         file, teacher, is_lora = Path(self.model), str(self.teacher), self.format_name == "lora"
         base = describe_model(teacher, self.known)
         described = released(file, base)
@@ -151,7 +156,10 @@ class Request:
         return imported(described, file, weights, loaded), dataclasses.replace(self.order, teacher=loaded if is_lora else None)
 
     def open_with_teacher(self, output: Path, listener: Listener) -> tuple[Model, Order]:
-        """A student and its teacher, for a LoRA of the rank that is asked for, or that the student was trained with."""
+        """Return a student, and the order with its teacher for a LoRA.
+
+        The rank is `self.rank`, else the rank that the student was trained with, else DEFAULT_RANK.
+        """
         of_teacher = self.known if self.teacher and self.teacher.endswith(".safetensors") else Overrides()
         of_student = self.known if of_teacher == Overrides() else Overrides()
         described = describe_model(self.model, of_student)
@@ -166,15 +174,17 @@ class Request:
 
 
 def run(model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress) -> Exported:
-    """Write a student that `check` has let pass. Raises GateError where the other program draws something else; nothing is left behind
-    then."""
-    room = importlib.import_module(f"sidcli.formats.{FORMATS[format_name].module}")
+    """Write a student that passed `check`.
+
+    Raises GateError if the other program draws a different image; then no files are left behind.
+    """
+    exporter = importlib.import_module(f"sidcli.formats.{FORMATS[format_name].module}")
     difference = loss = None
     with atomic_folder(output) as folder:
-        room.write(folder, model, order)
+        exporter.write(folder, model, order)
         advance(1)
         if verify:
-            difference, loss = compare(model, folder, order, room)
+            difference, loss = compare(model, folder, order, exporter)
             if difference > TOLERANCE[order.dtype]:
                 raise GateError(
                     f"the export draws another image: {difference}/255 apart, {TOLERANCE[order.dtype]}/255 allowed",
@@ -191,7 +201,7 @@ def run(model: Model, format_name: str, output: Path, order: Order, verify: bool
 
 
 def teacher_of(student: Known) -> str:
-    """The name under which a student's teacher can be loaded again. Raises UsageError where its card does not say."""
+    """Return the name under which a student's teacher can be loaded. Raises UsageError if sid.json does not name it."""
     teacher = student.card.get("teacher", {})
     origin = str(teacher.get("origin", ""))
     kind, _, name = origin.partition(":")
@@ -203,14 +213,17 @@ def teacher_of(student: Known) -> str:
 
 
 def trained_rank(card: Mapping[str, Any]) -> int:
-    """The rank of a student that was trained as a LoRA: one of that rank holds the whole difference to its teacher. 0 for others."""
+    """Return the rank of a student that was trained as a LoRA, 0 for other students.
+
+    A LoRA of this rank contains the whole difference between student and teacher.
+    """
     config = card.get("config")
     rank = config.get("student_lora") if isinstance(config, dict) else None
     return rank if type(rank) is int and 1 <= rank <= 1024 else 0
 
 
 def licensed(student: Known, name: str | None, needed: bool) -> Known:
-    """The student with the license that the user names. Raises UsageError where one is needed and nobody says which."""
+    """Return the student with the license `name` if it is given. Raises UsageError if a license is needed and none is known."""
     if name is not None:
         teacher = student.card.get("teacher", {}) | {"license": name}
         student = dataclasses.replace(student, card=student.card | {"teacher": teacher})
@@ -223,9 +236,9 @@ def licensed(student: Known, name: str | None, needed: bool) -> Known:
 
 
 def released(file: Path, base: Description) -> Description:
-    """One of the authors' released generators (.pkl) as a student around `base`, the model it was distilled from, by its name alone.
+    """Return the description of a student that the authors of SiD-LSG released as a .pkl file; `base` is its teacher.
 
-    Raises InputError where there is no such file, or `base` is a student itself.
+    Only the name of the file is used. Raises InputError if the file does not exist or `base` is a student.
     """
     check_is_teacher(base)
     if not file.is_file():
@@ -245,7 +258,7 @@ def released(file: Path, base: Description) -> Description:
 
 
 def check_upload(repo: str) -> None:
-    """Raises InputError where an upload could not even begin: no token, or the hub is switched off."""
+    """Raises InputError if an upload cannot start because there is no token or because HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
@@ -255,28 +268,32 @@ def check_upload(repo: str) -> None:
 
 
 def weights_of(file: Path, known: Description) -> dict[str, Tensor]:
-    """The weights in a released generator. Raises InputError for another file, or one that does not fit the described UNet."""
+    """Return the weights of a released .pkl file.
+
+    Raises InputError if the file is not a released student or its weights do not fit the described UNet.
+    """
     weights = official_pkl.tensors(file)
     official_pkl.matching(weights, networks(known)["unet"])
     return weights
 
 
 def imported(known: Description, file: Path, weights: dict[str, Tensor], base: Model) -> Model:
-    """A released generator, known and read from `file`, around the other networks of its teacher."""
+    """Return the student of a released .pkl file: a UNet with `weights` and the other networks of its teacher `base`."""
     unet = copy.deepcopy(base.unet)
     unet.load_state_dict(weights, assign=True)
     card = known.card | {"imported": {"file": file.name, "sha256": sha256(file)}}
     return dataclasses.replace(base, unet=unet.requires_grad_(False), card=card)
 
 
-def compare(model: Model, folder: Path, order: Order, room: ModuleType) -> tuple[int, int | None]:
-    """Draw one prompt with the export and with our sampler, from the same noise; the largest difference in 1/255.
+def compare(model: Model, folder: Path, order: Order, exporter: ModuleType) -> tuple[int, int | None]:
+    """Draw one prompt with the export and with sid's sampler from the same noise; return the largest pixel difference in 1/255.
 
-    A LoRA stands for its merged weights; how far their image is from the student's is the second number.
+    A LoRA is compared with sid's image of the teacher with the LoRA merged; the second number is the difference between that image
+    and the student's image, and None for other formats.
     """
-    theirs = room.draw(folder, model, order, PROMPT, 0)
+    theirs = exporter.draw(folder, model, order, PROMPT, 0)
     ours = picture(model)
-    if order.teacher is None or room is not lora:
+    if order.teacher is None or exporter is not lora:
         return apart(ours, theirs), None
     approximated = picture(lora.merged(model, order.teacher, order.rank))
     return apart(approximated, theirs), apart(approximated, ours)

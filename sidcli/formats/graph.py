@@ -1,6 +1,7 @@
-"""A student as graphs with nothing left to choose: prompts' tokens -> states, and (noise, states) -> image, its constants inside.
+"""Export of a student as graphs without options: token ids -> states, and (noise, states) -> images. All constants are inside.
 
-onnx, openvino and torch-export write these modules; whoever runs them needs a tokenizer and normal noise, and no diffusion library.
+The formats onnx, openvino and torch-export write these graphs. A program that runs them needs a tokenizer and standard normal
+noise, but no diffusion library.
 """
 
 from __future__ import annotations
@@ -66,18 +67,21 @@ images, = run("generator", noise=noise, states=states, text_embeds=text_embeds, 
 
 
 class Drawing(nn.Module):
-    """noise [B, C, h, w], states [B, tokens, width] (SDXL: and text_embeds [B, P], time_ids [B, 6]) -> images [B, 3, H, W] in 0..1."""
+    """A module that computes images [B, 3, H, W] in 0..1 from noise [B, C, h, w] and states [B, tokens, width].
+
+    For SDXL it also takes text_embeds [B, P] and time_ids [B, 6].
+    """
 
     def __init__(self, model: Model, plan: Plan, dtype: torch.dtype):
         super().__init__()
         self.unet, self.vae = copy.deepcopy(model.unet).to(dtype), copy.deepcopy(model.vae)
         self.vae.to(torch.float32 if stays_float32(model, dtype) else dtype)
         self.path, self.plan = model.path, plan
-        assert self.path.values  # computed before the graph is traced
+        assert self.path.values  # computes the cached property before the graph is traced
 
     def forward(self, noise: Tensor, states: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> Tensor:
-        # The UNet joins text_embeds with an embedding of time_ids that is always float32, and converts the result: ONNX does not
-        # join two types.
+        # text_embeds stay float32: the UNet concatenates them with an embedding of time_ids that is always float32 and converts the
+        # result, and ONNX cannot concatenate tensors of different types.
         added = {} if text_embeds is None or time_ids is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         cond = Cond(states.to(self.unet.dtype), added)
         latents = few_steps(
@@ -91,13 +95,15 @@ class Drawing(nn.Module):
 
 
 def stays_float32(model: Model, dtype: torch.dtype) -> bool:
-    """Whether the VAE is one that overflows in float16, as SDXL's does; diffusers decodes with it in float32, too."""
+    """Return whether the VAE stays in float32 because it overflows in float16, like SDXL's. diffusers decodes in float32, too."""
     return dtype == torch.float16 and bool(model.vae.config.force_upcast)
 
 
 class Text(nn.Module):
-    """Token ids int64 [B, tokens] -> states [B, tokens, width] as one of a model's text encoders gives them, and for SDXL's second one
-    the pooled text_embeds [B, P]."""
+    """A module that computes states [B, tokens, width] from token ids int64 [B, tokens] with one text encoder of a model.
+
+    For the second text encoder of SDXL it also returns the pooled text_embeds [B, P].
+    """
 
     def __init__(self, encoder: nn.Module, beside_another: bool):
         super().__init__()
@@ -116,10 +122,10 @@ Writer = Callable[[nn.Module, dict[str, Tensor], list[str], Path, dict[str, dict
 
 
 def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, kind: str, imports: str, run: str) -> None:
-    """One graph for each text encoder and one for the rest, tokenizers beside them.
+    """Write one graph for each text encoder, one graph for the UNet and the VAE decoder, and the tokenizers.
 
-    `kind` is the value of --format. `imports` and `run`, the body of a function that runs the graph `name` with numpy `inputs` and
-    returns a list of outputs, complete the card's example.
+    `kind` is the value of --format. `imports` and `run` are Python code for the example in the model card: `run` is the body of a
+    function that runs the graph `name` with numpy `inputs` and returns a list of outputs.
     """
     plan = plan_for(model)
     names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
@@ -166,10 +172,10 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
 
 
 def size_step(model: Model) -> int:
-    """Pixels that width and height of a graph's images have to be multiples of; 0 where the size is fixed.
+    """Return the pixel step of a graph: width and height of its images must be multiples of it; 0 if the size is fixed.
 
-    A UNet halves its latent at every level. Tracing takes a side of 1 for a constant, and sides that are not even for a case of their
-    own.
+    A UNet halves its latent at every level. The size is fixed if a side becomes 1 or odd, because tracing treats a side of 1 as a
+    constant and an odd side as a special case.
     """
     step = 2 ** (len(model.unet.config.block_out_channels) - 1)
     sides = model.latent_shape[1:]
@@ -196,11 +202,11 @@ def _precision(model: Model, order: Order) -> str:
 
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-"""A loaded graph: inputs by name -> outputs in order."""
+"""A loaded graph: a function from inputs by name to the outputs in order."""
 
 
 class GraphSampler:
-    """Draws with exported graphs, whatever runs them. It knows tokenizers and noise; the rest is in the graphs.
+    """A sampler that draws images with exported graphs in any runtime. It computes tokens and noise; the graphs compute the rest.
 
     `opened` maps a graph's name to a function that runs it.
     """
@@ -211,7 +217,7 @@ class GraphSampler:
         self.truncated = 0
 
     def resize(self, height: int, width: int) -> None:
-        """Draw at this size in pixels; 0: as before. Raises UsageError for a size that the graphs cannot draw."""
+        """Set the image size in pixels; 0 keeps the current value. Raises UsageError if the graphs cannot draw at this size."""
         factor, multiple = self.size[0] // self.shape[1], self.card["graph"]["multiple"]
         wanted = (height or self.size[0], width or self.size[1])
         if wanted == self.size:
@@ -222,7 +228,7 @@ class GraphSampler:
         self.size, self.shape = wanted, (self.shape[0], wanted[0] // factor, wanted[1] // factor)
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
-        """uint8 [B, H, W, 3] of prompts and image seeds; the same noise as every other sampler takes for a seed."""
+        """Return images uint8 [B, H, W, 3] for prompts and image seeds. A seed gives the same noise as in `Sampler`."""
         states, pooled = [], None
         for index, tokenizer in enumerate(self.tokenizers):
             length = self.card["graph"]["tokens"][index]

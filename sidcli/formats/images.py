@@ -1,4 +1,4 @@
-"""`sid sample`: prompts -> images. Image i depends on its prompt, its seed and the model alone."""
+"""`sid sample`: draw images for prompts. An image depends only on its prompt, its seed and the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sidcli.models.sources import Source, find, graph_format, read_card
 from sidcli.progress import Listener, Progress
 
 SHEET_IMAGES = 100
-"""Images on a contact sheet, the first ones."""
+"""Maximum number of images on a contact sheet, which shows the first images."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image: in a file, or in memory where no output was given."""
+    """One drawn image: in `file`, or in memory as `image` if no output was given."""
 
     prompt: str
     seed: int
@@ -35,19 +35,19 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Samples:
-    """The images of one call, prompt by prompt, and how they were drawn."""
+    """The images of one call, ordered by prompt, and the model and plan that drew them."""
 
     drawn: Sequence[Drawn]
     sheet: Path | None
-    """The contact sheet, where several images were written."""
+    """The contact sheet, if images were written to a folder."""
     source: Source
     plan: Plan
     truncated: int
-    """Prompts that were longer than the text encoder reads."""
+    """Number of prompts that were longer than the maximum length of the text encoder."""
 
     @property
     def images(self) -> list[Image.Image]:
-        """RGB images in the order of the prompts and seeds, read from their files where they were written."""
+        """RGB images in the order of the prompts and seeds. Images that were written to files are read from these files."""
         return [one.image or Image.open(str(one.file)).convert("RGB") for one in self.drawn]
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Opened:
 def run(
     opened: Opened, prompts: Sequence[str], num: int, seed: int, places: Places | None, batch_size: int, advance: Progress
 ) -> Samples:
-    """Draw `num` images of every prompt with seeds seed, seed + 1, ... into their places, or into memory."""
+    """Draw `num` images of each prompt with seeds seed, seed + 1, ..., in files at `places`, or in memory if it is None."""
     source, plan = opened.source, opened.plan
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num)]
     drawn: list[Drawn] = []
@@ -94,7 +94,10 @@ def run(
 def open_drawer(
     model: str | Model, backend: str, device: str, steps: int | None, guidance: float | None, listener: Listener, known: Overrides
 ) -> Opened:
-    """Open a model by name, or one that is loaded. Raises UsageError for a backend, steps or a guidance that it does not have."""
+    """Open a model, given by name or already loaded.
+
+    Raises UsageError if the model does not support the backend, the number of steps or the guidance scale.
+    """
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     graphs = graph_format(Path(model)) if isinstance(model, str) and Path(model).is_dir() else None
@@ -121,7 +124,7 @@ def open_graphs(
     listener: Listener,
     known: Overrides,
 ) -> Opened:
-    """Open the folder of an export of the format `graphs`."""
+    """Open a folder of exported graphs in the format `graphs`. Raises UsageError for options that the graphs do not support."""
     if backend == "torch" or graphs not in BACKENDS:
         raise UsageError(f"{name} holds {graphs} graphs, which sid does not run", "draw with the model it was made from")
     listener.note(f"loading {name}")

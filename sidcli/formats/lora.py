@@ -1,4 +1,4 @@
-"""The difference student - teacher as a LoRA that stock diffusers loads into the teacher, and how much of the student it keeps."""
+"""Export of the difference student - teacher as a LoRA that stock diffusers loads into the teacher, with the share that is kept."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ LIKE = {
     ("sdxl", "epsilon"): "stabilityai/stable-diffusion-xl-base-1.0",
     ("sdxl", "v_prediction"): "stabilityai/stable-diffusion-xl-base-1.0",
 }
-"""Family and prediction -> the published pipeline whose descriptions fit a single file."""
+"""Model family and prediction type -> the published pipeline whose configs fit a single file of this kind."""
 
 
 def fits(name: str, value: Tensor) -> bool:
-    """Whether a LoRA can change a parameter: the weight of a Linear or of a convolution."""
+    """Return whether a LoRA can change a parameter: whether it is the weight of a Linear or of a convolution."""
     return value.ndim in (2, 4) and name.endswith(".weight")
 
 
 def size(unet: Any, rank: int) -> int:
-    """Numbers in a LoRA of this UNet, also of one on the meta device."""
+    """Return the number of parameters in a LoRA of this UNet, which may be on the meta device."""
     shapes = [(len(value), value.numel() // len(value)) for name, value in unet.named_parameters() if fits(name, value)]
     return sum(min(rank, *shape) * sum(shape) for shape in shapes)
 
 
 def check_teacher(student: Any, teacher: Any) -> None:
-    """Raises InputError where the two UNets differ in a parameter's name or shape; both may be on the meta device."""
+    """Raises InputError if the two UNets differ in a parameter's name or shape. Both UNets may be on the meta device."""
     before = dict(teacher.named_parameters())
     for name, after in student.named_parameters():
         if name not in before or before[name].shape != after.shape:
@@ -66,8 +66,11 @@ def check_teacher(student: Any, teacher: Any) -> None:
 
 
 def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of this rank (Eckart-Young) of a Linear's [out, in] or a convolution's [out, in, h, w] weight difference,
-    as the LoRA pair down [r, in(, h, w)] and up [out, r(, 1, 1)]."""
+    """Return the best approximation of rank `rank` (Eckart-Young) of a weight difference as a LoRA pair.
+
+    The difference is [out, in] for a Linear and [out, in, h, w] for a convolution; the pair is down [r, in(, h, w)] and
+    up [out, r(, 1, 1)].
+    """
     flat = difference.flatten(1).double()
     left, values, right = torch.linalg.svd(flat, full_matrices=False)
     rank = min(rank, len(values))
@@ -79,9 +82,9 @@ def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def layers(student: Any, teacher: Any, rank: int) -> tuple[dict[str, Tensor], float]:
-    """LoRA weights by diffusers' names, and the share of the squared difference, over all parameters, that they keep.
+    """Return LoRA weights by diffusers' names, and the share of the squared difference over all parameters that they keep.
 
-    Raises InputError where the two do not fit.
+    Raises InputError if the two UNets differ in a parameter's name or shape.
     """
     check_teacher(student, teacher)
     before = dict(teacher.named_parameters())
@@ -101,9 +104,9 @@ def layers(student: Any, teacher: Any, rank: int) -> tuple[dict[str, Tensor], fl
 
 
 def merged(model: Model, teacher: Model, rank: int) -> Model:
-    """The student with the teacher's UNet and the LoRA added to it, which is what its user will draw with."""
+    """Return the student with the LoRA merged into the teacher's UNet; this is the model that a user of the LoRA runs."""
     weights, _ = layers(model.unet, teacher.unet, rank)
-    unet = copy.deepcopy(model.unet)  # whose size is the student's
+    unet = copy.deepcopy(model.unet)  # the config of this copy has the student's image size
     unet.load_state_dict(teacher.unet.state_dict())
     values = dict(unet.named_parameters())
     for name in weights:
@@ -135,7 +138,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 
 def _loader(teacher: Model, order: Order) -> tuple[str, str]:
-    """The call that loads the teacher in diffusers, and what its placeholders stand for."""
+    """Return the Python call that loads the teacher in diffusers, and a sentence that explains its placeholders."""
     source, dtype = teacher.source, f"dtype=torch.{DTYPES[order.dtype]}"
     name = printable(source.name)
     if source.is_file:
@@ -153,13 +156,13 @@ def _loader(teacher: Model, order: Order) -> tuple[str, str]:
 
 
 def _sides(model: Model, teacher: Model) -> dict[str, int]:
-    """Arguments of a pipeline around the teacher's UNet that make it draw at the student's size."""
+    """Return the arguments that make a pipeline with the teacher's UNet draw at the student's size."""
     height, width = model.size
     return sides(model) if model.size == teacher.size else {"height": height, "width": width}
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
-    """One image, uint8 [H, W, 3], by stock diffusers: the teacher's pipeline with the LoRA loaded into it."""
+    """Draw one image, uint8 [H, W, 3], with stock diffusers: the teacher's pipeline with the LoRA loaded into it."""
     teacher = _teacher(order)
     networks: dict[str, Any] = {"unet": copy.deepcopy(teacher.unet), "vae": teacher.vae, "text_encoder": teacher.text_encoders[0]}
     networks["tokenizer"] = teacher.tokenizers[0]

@@ -1,4 +1,4 @@
-"""ONNX graphs of a student, run by onnxruntime or by OpenVINO."""
+"""Export of a student as ONNX graphs, which onnxruntime and OpenVINO can run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN = """    return onnxruntime.InferenceSession(f"FOLDER/{name}.onnx").run(None
 def write_one(
     module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], file: Path, axes: dict[str, dict[int, str]]
 ) -> None:
-    """One module as FILE.onnx, weights beside it where they pass the 2 GB that a protobuf holds."""
+    """Write one module as FILE.onnx. Weights of more than 1.5 GB go to a separate file, because a protobuf holds at most 2 GB."""
     symbols: dict[str, torch.export.Dim] = {}
     for name in {name for axis in axes.values() for name in axis.values()}:
         symbols[name] = torch.export.Dim.DYNAMIC
@@ -55,5 +55,5 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
-    """One image, uint8 [H, W, 3], by onnxruntime."""
+    """Draw one image, uint8 [H, W, 3], with onnxruntime."""
     return open_graphs(folder, "onnx").images([prompt], [seed], plan_for(model))[0].numpy()

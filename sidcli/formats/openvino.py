@@ -1,4 +1,4 @@
-"""OpenVINO's own files (.xml and .bin) of a student, made from its ONNX graphs."""
+"""Export of a student as OpenVINO files (.xml and .bin), which are converted from ONNX graphs."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
-    """One image, uint8 [H, W, 3], by OpenVINO."""
+    """Draw one image, uint8 [H, W, 3], with OpenVINO."""
     return open_graphs(folder, "openvino").images([prompt], [seed], plan_for(model))[0].numpy()

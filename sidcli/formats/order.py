@@ -1,4 +1,4 @@
-"""What an export is asked for: the formats, and everything that can be refused before a heavy library is imported."""
+"""The formats and options of an export, and all checks that run before a heavy library is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sidcli.models.loading import Model
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""--dtype -> its name in torch."""
+"""Value of --dtype -> name of the dtype in torch."""
 
 
 DEFAULT_RANK = 64
@@ -24,8 +24,11 @@ DEFAULT_RANK = 64
 
 @dataclass(frozen=True)
 class Format:
-    """One value of --format. `module` in sidcli.formats has write() and draw(); `packages` are imported by it and are not among our
-    dependencies; `in_diffusers` says that a stock pipeline draws with it."""
+    """An export format: one value of --format.
+
+    `module` is the name of a module in sidcli.formats with write() and draw(). `packages` are the packages that the format needs
+    and that sid does not depend on. `in_diffusers` is True if a stock pipeline draws with the export.
+    """
 
     module: str
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -45,7 +48,10 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Order:
-    """`dtype` of the written weights; `variant` in the names of diffusers' files; `rank` and `teacher` of a LoRA."""
+    """Options of an export: `dtype` of the weights, `variant` in the names of diffusers' files, `rank` and `teacher` of a LoRA.
+
+    Raises UsageError if the dtype or the variant is unknown.
+    """
 
     dtype: str = "fp32"
     variant: str | None = None
@@ -69,8 +75,8 @@ class Order:
 
 
 def check(name: str, order: Order) -> None:
-    """Raises UsageError for a format that does not exist or cannot hold what was ordered, EnvironmentProblem where a package that it
-    needs is not installed."""
+    """Raises UsageError if the format does not exist or does not support the order, and EnvironmentProblem if a package that the
+    format needs is not installed."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}", f"one of {', '.join(FORMATS)}")
     form = FORMATS[name]
@@ -82,8 +88,8 @@ def check(name: str, order: Order) -> None:
 
 
 def require(packages: Sequence[str], what: str) -> None:
-    """Raises EnvironmentProblem where one of these packages is not installed. Imports none of them."""
-    # None in sys.modules stands for a package that is hidden, which find_spec does not expect.
+    """Raises EnvironmentProblem if one of these packages is not installed. Does not import the packages."""
+    # A package whose entry in sys.modules is None is hidden and counts as missing; find_spec is not called for it.
     missing = [package for package in packages if sys.modules.get(package, package) is None or find_spec(package) is None]
     if missing:
         raise EnvironmentProblem(

@@ -1,7 +1,7 @@
-"""Where a command's results go, found and refused before anything heavy is imported.
+"""The output paths of commands, which are chosen and checked before a heavy library is imported.
 
-One rule for all commands: what is there already is replaced only where --overwrite says so, and then by renaming, never through a
-link. A run folder is continued; nothing else is taken for one.
+All commands follow one rule: an existing file or folder is replaced only with --overwrite, and then by renaming, never through a
+link. An existing run folder is continued; no other folder is treated as a run folder.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from sidcli.errors import UsageError
 from sidcli.files import check_new, check_writable
 
 BACKENDS = ("auto", "torch", "onnx", "openvino")
-"""What `sid sample` draws with."""
+"""Values of --backend of `sid sample`."""
 RUN = (".lock", "run.json", "checkpoints")
-"""What tells a run folder from others, beginning with its very first moment."""
+"""Names that identify a run folder. At least one of them exists from the start of a run."""
 
 
 def slug(text: str, otherwise: str) -> str:
-    """A short file name of ASCII letters and digits made from any text."""
+    """Return a short file name of ASCII letters and digits made from `text`, or `otherwise` if nothing is left of it."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or otherwise
 
 
 def unnamed(prompts: Sequence[str], num: int, seed: int) -> Path:
-    """A new file or folder in this folder, named after the prompt and the seed: a-cat-0.png, or samples-0 for several prompts."""
+    """Return an unused path in the current folder, named after the prompt and the seed.
+
+    For example a-cat-0.png for one image, a-cat-0 for several images of one prompt, samples-0 for several prompts.
+    """
     stem = f"{slug(prompts[0], 'image') if len(prompts) == 1 else 'samples'}-{seed}"
     suffix = ".png" if len(prompts) * num == 1 else ""
     names = (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}" for number in itertools.count(1))
@@ -37,14 +40,17 @@ def unnamed(prompts: Sequence[str], num: int, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Places:
-    """The files of `sid sample`: one for each image, and for several a contact sheet."""
+    """The files that `sid sample` writes: one for each image, and a contact sheet if the output is a folder."""
 
     files: list[Path]
     sheet: Path | None
 
     @classmethod
     def of(cls, output: Path, count: int) -> Places:
-        """A single image goes to `output` if that is a .png, others into it. Raises UsageError for several in one file."""
+        """Return `output` itself for a single image if it ends in .png, otherwise files in the folder `output`.
+
+        Raises UsageError if `output` is one file for several images or ends in a suffix other than .png.
+        """
         if count == 1 and output.suffix.lower() == ".png":
             return cls([output], None)
         if count == 1 and output.suffix and not output.is_dir():
@@ -54,12 +60,15 @@ class Places:
         return cls([output / f"{index:06d}.png" for index in range(count)], output / "sheet.png")
 
     def check(self, overwrite: bool) -> None:
-        """Raises EnvironmentProblem where they cannot be, UsageError where they are there and not to be replaced."""
+        """Raises EnvironmentProblem if the files cannot be written, and UsageError if a file exists and `overwrite` is False."""
         check_new([*self.files, *([self.sheet] if self.sheet else [])], "--output", overwrite)
 
 
 def check_export(folder: Path, overwrite: bool) -> None:
-    """Raises EnvironmentProblem where an export cannot be, UsageError where something else is; only an export is ever replaced."""
+    """Raises EnvironmentProblem if an export cannot be written to `folder`, and UsageError if `folder` exists and is not replaced.
+
+    Only an export can be replaced, and only if `overwrite` is True.
+    """
     check_writable(folder.parent)
     check_writable(folder)
     if not os.path.lexists(folder):
@@ -72,7 +81,7 @@ def check_export(folder: Path, overwrite: bool) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Raises EnvironmentProblem where a run folder cannot be, UsageError where another folder with something in it is there."""
+    """Raises EnvironmentProblem if a run folder cannot be written, and UsageError if `folder` is not empty and not a run folder."""
     check_writable(folder)
     if any(os.path.lexists(folder / name) for name in RUN):
         return

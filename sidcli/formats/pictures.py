@@ -1,4 +1,4 @@
-"""Images to look at: grids, labelled contact sheets, and their files."""
+"""Image grids, labelled contact sheets, and PNG files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sidcli.files import atomic_file
 from sidcli.printable import printable
 
 FONT = Path(__file__).with_name("fonts") / "DejaVuSans.ttf"
-"""Latin, Greek and Cyrillic of DejaVu Sans, cut out with fonttools; other letters become boxes."""
+"""The Latin, Greek and Cyrillic letters of DejaVu Sans, extracted with fonttools. Other letters are drawn as boxes."""
 GAP = 6
 LABEL_LINES = 24
-"""Lines of a label, more than any prompt takes that a text encoder reads to its end."""
+"""Maximum number of lines of a label. A prompt that a text encoder does not truncate needs fewer lines."""
 
 
 def save_png(picture: Image.Image, file: Path, info: PngImagePlugin.PngInfo | None = None) -> None:
@@ -27,10 +27,10 @@ def save_png(picture: Image.Image, file: Path, info: PngImagePlugin.PngInfo | No
 
 
 def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int = 0) -> Image.Image:
-    """Pictures in rows, each over its label in as many lines as that takes.
+    """Return a sheet of pictures in rows. The label of a picture is below it, in as many lines as needed.
 
-    Without `columns`, about a quarter more than rows, chosen so that the last row has few gaps. Pictures keep their shape: large ones
-    are shrunk, small ones are enlarged by a whole factor.
+    If `columns` is 0, `columns_for` chooses the number of columns so that the last row has few gaps. Pictures keep their aspect
+    ratio: large pictures are shrunk, small pictures are enlarged by an integer factor.
     """
     columns = columns or columns_for(len(pictures))
     cell = 128 if max(max(picture.size) for picture in pictures) <= 128 else 256
@@ -56,14 +56,15 @@ def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], column
 
 
 def columns_for(count: int) -> int:
-    """Columns of a sheet of `count` pictures: of those near 5/4 sqrt(count), the number that leaves the fewest gaps."""
+    """Return the number of columns for `count` pictures: the number near 5/4 sqrt(count) that leaves the fewest gaps."""
     ideal = 1.25 * count**0.5
     candidates = range(math.ceil(count**0.5), max(2, int(1.44 * ideal)) + 1)
     return min(candidates, key=lambda columns: (-count % columns, abs(columns - ideal)))
 
 
 def fitted(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture at the largest size that fits into a square of `cell` pixels and suits its own pixels."""
+    """Resize a picture to fit into a square of `cell` pixels: shrink a large picture, enlarge a small
+    picture by an integer factor."""
     longest = max(picture.size)
     if longest > cell:
         return picture.resize(
@@ -74,7 +75,10 @@ def fitted(picture: Image.Image, cell: int) -> Image.Image:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The lines of a text no wider than `width` pixels, broken between words where possible; an ellipsis after LABEL_LINES."""
+    """Return the lines of a text, each at most `width` pixels wide, broken between words if possible.
+
+    A text of more than LABEL_LINES lines is cut and ends in an ellipsis.
+    """
     lines = [""]
     for word in unicodedata.normalize("NFC", printable(text)).split():
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -95,5 +99,5 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def grid(rows: Sequence[Tensor]) -> Image.Image:
-    """Images uint8 [n, H, W, 3] per row -> one picture, `rows` under each other."""
+    """Return one picture of all images: the images uint8 [n, H, W, 3] of a row side by side, the rows below each other."""
     return Image.fromarray(torch.cat([torch.cat(list(row), 1) for row in rows], 0).numpy())

@@ -1,4 +1,5 @@
-"""The chunks of a PNG file (PNG specification, third edition, section 5): what a stranger's file holds beside its pixels is skipped."""
+"""The chunks of PNG files from unknown sources (PNG specification, third edition, section 5). Chunks that do not define pixels are
+skipped."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from typing import BinaryIO, NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 1 << 17
-"""Encoders write at least 8 kB of pixels per chunk, so this is enough for 1 GB."""
+"""Maximum number of chunks that are read. Encoders write at least 8 kB of pixels per chunk, so this is enough for 1 GB."""
 
 
 class _Chunk(NamedTuple):
-    """Its type, and where it starts and ends in the file, with length and checksum."""
+    """A chunk: its type, and its start and end in the file, including length and checksum."""
 
     kind: bytes
     start: int
@@ -23,7 +24,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(file: BinaryIO) -> Iterator[_Chunk]:
-    """Chunks in order, up to the first that is cut short or has no valid type; none of a file of another format."""
+    """Yield the chunks in order, up to the first chunk that is truncated or has no valid type. Yield nothing for other formats."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if file.read(len(SIGNATURE)) != SIGNATURE:
@@ -40,10 +41,10 @@ def _chunks(file: BinaryIO) -> Iterator[_Chunk]:
 
 
 def pixels_only(file: BinaryIO) -> BinaryIO:
-    """A PNG as it would be with its critical chunks alone, which decide about the pixels; a file of another format as it is.
+    """Return a PNG file reduced to its critical chunks, which define the pixels. A file of another format is returned unchanged.
 
-    Pillow refuses a PNG with large texts or color profiles. Nothing is copied: the result reads from `file`. What follows the last
-    valid chunk stays where it is, for Pillow to complain about.
+    Pillow refuses a PNG with large texts or color profiles. Nothing is copied: the result reads from `file`. Bytes after the last
+    valid chunk are kept, so that Pillow reports them as an error.
     """
     parts, end = [(0, len(SIGNATURE))], len(SIGNATURE)
     for chunk in islice(_chunks(file), MAX_CHUNKS):
@@ -60,7 +61,7 @@ def pixels_only(file: BinaryIO) -> BinaryIO:
 
 
 class _Parts(io.RawIOBase):
-    """Ranges of bytes of a file, read as one file."""
+    """A file object that reads several byte ranges of a file as one file."""
 
     def __init__(self, file: BinaryIO, ranges: list[tuple[int, int]]) -> None:
         self.file, self.ranges, self.position = file, ranges, 0
@@ -91,8 +92,11 @@ class _Parts(io.RawIOBase):
 
 
 def text_before_pixels(file: BinaryIO, keyword: str, most: int) -> str | None:
-    """The uncompressed iTXt chunk of a keyword, if one of at most so many bytes stands before the pixels; None for other files."""
-    # Keyword, a null byte, no compression (two bytes), no language, no translated keyword (a null byte each).
+    """Return the text of the first uncompressed iTXt chunk with this keyword and at most `most` bytes.
+
+    Returns None if there is no chunk before the pixels that matches, or the file has another format.
+    """
+    # The keyword, a null byte, two zero bytes (no compression), no language and no translated keyword (a null byte each).
     start = keyword.encode("latin-1") + bytes(5)
     for chunk in islice(_chunks(file), MAX_CHUNKS):
         if chunk.kind == b"IDAT":

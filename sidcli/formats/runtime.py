@@ -1,4 +1,4 @@
-"""Running exported graphs without torch doing the arithmetic: onnxruntime and OpenVINO, imported when asked for."""
+"""Run exported graphs with onnxruntime or OpenVINO instead of torch. The libraries are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sidcli.formats.graph import GENERATOR, GraphSampler, Run
 from sidcli.formats.order import require
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
-"""Files that a runtime reads, the best first."""
+"""Runtime -> suffixes of the files that it reads, in order of preference."""
 
 
 def library(name: str) -> Any:
-    """Import a library that is not among our dependencies. Raises EnvironmentProblem where it is missing or broken."""
+    """Import a library that sid does not depend on. Raises EnvironmentProblem if it is not installed or cannot be imported."""
     require((name,), "this command")
     try:
         return importlib.import_module(name)
@@ -32,7 +32,7 @@ def library(name: str) -> Any:
 
 
 def open_graphs(folder: Path, backend: str) -> GraphSampler:
-    """A folder of graphs, ready to draw on the CPU. Raises InputError for a folder that this backend cannot read."""
+    """Open a folder of graphs to draw on the CPU. Raises InputError if the backend cannot read the folder."""
     card = read_json(folder / "sid.json")
     opener = OPENERS[backend]
     opened: dict[str, Run] = {}
@@ -45,7 +45,7 @@ def open_graphs(folder: Path, backend: str) -> GraphSampler:
             opened[name] = opener(found[0])
         except EnvironmentProblem:
             raise
-        except Exception as error:  # each runtime has errors of its own
+        except Exception as error:  # each runtime raises its own types of errors
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{found[0]} cannot be opened: {reason}", "export the model again") from error
     tokenizers = [
@@ -64,16 +64,16 @@ def _onnxruntime(file: Path) -> Run:
 
 @cache
 def openvino_core() -> Any:
-    """OpenVINO's entry point, one for the process.
+    """Return the OpenVINO Core object of this process.
 
-    Its CPU plugin sets the stack on which signals are handled, and unmaps it at its end. With several at once that stack can remain set
-    after it was unmapped; the next signal then ends the process (SIGSEGV).
+    OpenVINO's CPU plugin sets the stack for signal handlers and unmaps it when the plugin is destroyed. With several plugins at
+    once, the stack can stay set after it was unmapped; the next signal then kills the process (SIGSEGV).
     """
     return library("openvino").Core()
 
 
 def _openvino(file: Path) -> Run:
-    # Its own choice on a CPU with bf16 would be to compute in it.
+    # By default, OpenVINO computes in bf16 on a CPU that supports it.
     compiled = openvino_core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     order = [output.get_any_name() for output in compiled.outputs]
 

@@ -1,4 +1,5 @@
-"""A student as one file in the original (ldm) layout, with a ComfyUI workflow that runs it exactly and the settings for other programs."""
+"""Export of a student as one file in the original (ldm) layout, with a ComfyUI workflow that runs it exactly and with settings for
+other programs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ SCHEDULE = {
     "beta_end": 0.012,
     "num_train_timesteps": 1000,
 }
-"""The schedule of Stable Diffusion 1, 2 and XL, which the programs that read single files take for granted."""
+"""The noise schedule of Stable Diffusion 1, 2 and XL. Programs that read single files assume this schedule."""
 
 COMFYUI = """- **ComfyUI** 0.7.0 or newer, which has the node ManualSigmas: put `{file}` into `models/checkpoints` and open
   `comfyui_workflow.json`. A KSampler node would start at another noise level; this model was trained for the workflow's sigmas,
@@ -54,7 +55,7 @@ SID = """- **sid**:
 
 
 def sigmas(model: Model) -> list[float]:
-    """Noise levels sigma / a of the student's timesteps, as these programs count them."""
+    """Return the noise levels of the student's timesteps as sigma / a, as programs that read single files define them."""
     values = []
     for t in plan_for(model).grid:
         a, sigma = model.path.scale(t)
@@ -63,8 +64,11 @@ def sigmas(model: Model) -> list[float]:
 
 
 def has_zero_snr(known: Model | Description) -> bool:
-    """Whether a schedule is that of Stable Diffusion rescaled to a zero terminal SNR (arXiv 2305.08891), and not the plain one; a
-    student's ends at its first timestep. Raises InputError for any other schedule, which programs that read single files do not know."""
+    """Return whether a noise schedule is Stable Diffusion's, rescaled to zero terminal SNR (arXiv 2305.08891).
+
+    Returns False for the schedule without rescaling. A student's schedule ends at its first timestep. Raises InputError for any
+    other schedule, because programs that read single files do not support it.
+    """
     own = known.path.abar
     for rescaled in (False, True):
         config = SCHEDULE | {"rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
@@ -78,7 +82,11 @@ def has_zero_snr(known: Model | Description) -> bool:
 
 
 def write(folder: Path, model: Model, order: Order) -> None:
-    """Raises InputError for a model with a vocabulary or a schedule of its own, which programs that read such files do not know."""
+    """Write a student as a single file, with a ComfyUI workflow and a model card.
+
+    Raises InputError if the model does not use CLIP's vocabulary or Stable Diffusion's schedule, because programs that read single
+    files support nothing else.
+    """
     if model.tokenizers[0].get_vocab() != clip_tokenizer().get_vocab():
         raise InputError(
             f"{model.source.name} has a tokenizer of its own; programs that read single files use CLIP's", "use --format diffusers"
@@ -96,13 +104,13 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 
 def usage(model: Model) -> str:
-    """How other programs run the file, as Markdown. What they have no exact setting for is left out."""
+    """Return Markdown that explains how other programs run the file. Settings that would not be exact are left out."""
     levels, (height, width) = sigmas(model), model.size
     programs = [COMFYUI.format(file=FILE, sigmas=", ".join(f"{level:.6f}" for level in [*levels, 0]))]
     if has_zero_snr(model):
         programs.append(OTHERS)
     else:
-        if model.path.prediction == "epsilon":  # for others it depends on their version and on files beside the model
+        if model.path.prediction == "epsilon":  # for other types it depends on the program's version and on files beside the model
             more = f" This runs the first of the model's {len(levels)} steps alone: there is no setting for the others."
             programs.append(A1111.format(width=width, height=height, first=levels[0], first_step=more if len(levels) > 1 else ""))
         programs.append(SD_CPP.format(command=shlex.join(sd_cpp(model))).rstrip())
@@ -113,7 +121,7 @@ def usage(model: Model) -> str:
 
 
 def sd_cpp(model: Model) -> list[str]:
-    """The command of stable-diffusion.cpp that draws what `sid sample` draws for seed 0."""
+    """Return the command of stable-diffusion.cpp that draws the same image as `sid sample` with seed 0."""
     levels, (height, width) = sigmas(model), model.size
     options = {
         "-m": FILE,
@@ -132,7 +140,7 @@ def sd_cpp(model: Model) -> list[str]:
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
-    """One image, uint8 [H, W, 3], by stock diffusers, told by descriptions without weights what the file holds."""
+    """Draw one image, uint8 [H, W, 3], with stock diffusers. A temporary pipeline folder without weights provides the configs."""
     scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
     with tempfile.TemporaryDirectory() as described:
         write_pipeline(Path(described), model, scheduler, model.card, order, weights=False)

@@ -1,4 +1,4 @@
-"""The same graphs as torch.export programs (.pt2), which torch loads without this package."""
+"""Export of a student as graphs in torch.export programs (.pt2), which torch loads without this package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
-    """One image, uint8 [H, W, 3], by torch alone."""
+    """Draw one image, uint8 [H, W, 3], with torch only."""
 
     def opened(name: str) -> Run:
         module = torch.export.load(folder / f"{name}.pt2").module()

@@ -1,4 +1,4 @@
-"""Every metric by the name it has in options, JSON and tables: what it is called, which way is better, and how it is written."""
+"""The catalog of metrics by their names in options and JSON: label, direction, range and number format of each metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from math import inf
 
 @dataclass(frozen=True)
 class Metric:
-    """`label`, `decimals` and `percent` are for people; JSON keeps fractions as fractions. No value lies outside `low` and `high`."""
+    """A metric. Its values lie between `low` and `high`.
+
+    `label`, `decimals` and `percent` define how tables show it; JSON keeps fractions as fractions.
+    """
 
     label: str
     lower_is_better: bool
@@ -20,14 +23,14 @@ class Metric:
 
     @property
     def share(self) -> bool:
-        """A share of images, whose interval ends at 0 and at 1 and is therefore written by its ends."""
+        """Whether the metric is a share of images. Its interval is limited to 0..1 and is therefore written as [low, high]."""
         return (self.low, self.high) == (0, 1)
 
     def write(self, value: float) -> str:
         return f"{100 * value:.{self.decimals}f} %" if self.percent else f"{value:.{self.decimals}f}"
 
     def write_measured(self, one: Measured) -> str:
-        """A value and its interval, for people."""
+        """Return a value and its interval as text for tables."""
         if not self.share:
             return f"{self.write(one.value)} ± {self.write(one.half_width)}"
         low, high = (self.write(end).removesuffix(" %") for end in (one.low, one.high))
@@ -66,11 +69,11 @@ METRICS = {
     "composition": Metric("composition", False, 1, "images of held-out noun and color pairs, both right", 0, 1, percent=True),
 }
 ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "color": "color"}
-"""Other names that a gate may use: those of options and of tables."""
+"""Alternative names that a gate accepts: the names in options and tables."""
 
 
 def metric_named(text: str) -> str | None:
-    """The metric of a name as options, JSON or tables write it: `fd_dinov2`, `dino`, `FD-DINOv2`; None where there is none."""
+    """Return the key of a metric for its name in options, JSON or tables (`dino`, `fd_dinov2`, `FD-DINOv2`), or None."""
     name = text.strip().lower().replace("-", "_").replace(" ", "_")
     name = ALIASES.get(name, name)
     return name if name in METRICS else None

@@ -1,4 +1,4 @@
-"""What open_clip's models see: embeddings of images, and how near an image is to its caption."""
+"""Feature extractors with open_clip models: embeddings of images, and the similarity of an image and its caption."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from sidcli.metrics.transforms import quantized
 from sidcli.models.sources import check_links
 
 PREFIX = "A photo depicts "
-"""Stands before every caption in the paper's CLIP scores, as in arXiv 2104.08718."""
+"""Prefix of every caption in the paper's CLIP scores, as in arXiv 2104.08718."""
 
 
 class Clip:
-    """An open_clip model, read when it is first used.
+    """An open_clip model, loaded at its first use.
 
-    `model` is a folder with open_clip_config.json and open_clip_model.safetensors, or ARCHITECTURE:WEIGHTS, where WEIGHTS is a tag of
-    open_clip's or a file; `hint` is the user's way out. Raises InputError where there is no such model.
+    `model` is a folder with open_clip_config.json and open_clip_model.safetensors, or ARCHITECTURE:WEIGHTS, where WEIGHTS is a tag
+    of open_clip or a .safetensors file. `hint` is the suggestion in error messages. Raises InputError if the model does not exist.
     """
 
     def __init__(self, model: str, device: torch.device, hint: str):
@@ -61,7 +61,7 @@ class Clip:
 
     @cached_property
     def opened(self) -> tuple[Any, Any, Any]:
-        """Network, preprocessing and tokenizer."""
+        """The network, its preprocessing and its tokenizer."""
         try:
             if self.folder:
                 net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{self.folder}")
@@ -82,21 +82,21 @@ class Clip:
 
     @torch.no_grad()
     def see(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Embeddings of length 1, float32 [B, D], of images uint8 [H, W, 3] of any size."""
+        """Return the embeddings, float32 [B, D] of norm 1, of images uint8 [H, W, 3] of any size."""
         net, preprocess, _ = self.opened
         pixels = torch.stack([preprocess(Image.fromarray(image)) for image in images]).to(self.device)
         return F.normalize(net.encode_image(pixels).float(), dim=1)
 
     @torch.no_grad()
     def read(self, captions: Sequence[str]) -> Tensor:
-        """The same of texts."""
+        """Return the embeddings, float32 [B, D] of norm 1, of captions."""
         net, _, tokenizer = self.opened
         return F.normalize(net.encode_text(tokenizer(list(captions)).to(self.device)).float(), dim=1)
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Image embeddings [B, D], for the CMMD."""
+    """The extractor of image embeddings [B, D], for the CMMD."""
 
     clip: Clip
     reads_captions = False
@@ -111,9 +111,9 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine [B, 1] of each image with `prefix` and its caption, for the CLIP score.
+    """The extractor of the cosine similarity [B, 1] of each image and `prefix` + caption, for the CLIP score.
 
-    With `as_gigagan`, images first go through `transforms.quantized`, as in the evaluation code of published scores.
+    If `as_gigagan`, images are first passed through `transforms.quantized`, as in the evaluation code of published scores.
     """
 
     clip: Clip

@@ -1,4 +1,4 @@
-"""Networks that turn images into features. Inception sees them through clean-fid's resizer, so that an FID is the one others report."""
+"""Feature extractors. Images for Inception are resized by clean-fid, so that the FID is comparable with published FIDs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ IMAGENET = (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 
 
 class Extractor(Protocol):
-    """Images uint8 [H, W, 3], of any sizes, and their captions -> float32 [B, D].
+    """Maps images uint8 [H, W, 3], of any sizes, and their captions to features float32 [B, D].
 
-    Equal `name`s give equal features; what does not read captions may be given none.
+    Extractors with equal `name`s return equal features. If `reads_captions` is False, the captions may be empty.
     """
 
     reads_captions: bool
@@ -48,30 +48,30 @@ class Extractor(Protocol):
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> float32 [size, size, 3] in 0..255 by clean-fid's resizer (PIL bicubic per channel, not quantised)."""
+    """Resize uint8 [H, W, 3] to float32 [size, size, 3] in 0..255 by clean-fid's resizer (PIL bicubic per channel, unquantized)."""
     if image.shape[:2] == (size, size):
         return image.astype(np.float32)
     return make_resizer("PIL", False, "bicubic", (size, size))(image)
 
 
 def batch(images: Sequence[np.ndarray], size: int) -> Tensor:
-    """float32 [B, 3, size, size] in 0..255: what clean-fid gives its networks."""
+    """Return images as float32 [B, 3, size, size] in 0..255, the input format of clean-fid's networks."""
     return torch.from_numpy(np.stack(in_threads(lambda image: resize(image, size), images))).permute(0, 3, 1, 2)
 
 
 def in_threads(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
-    """The same work on each item, in order; decoding and resizing release the interpreter, so the cores share them."""
+    """Apply `work` to each item in threads and return the results in order. Decoding and resizing release the GIL."""
     with ThreadPoolExecutor() as threads:
         return list(threads.map(work, items))
 
 
 REACHES_OUT = {"aten::save", "aten::from_file"}
-"""Operations of TorchScript on files that a script may name. Those of other libraries than torch are refused altogether."""
+"""TorchScript operations that access a file of the script's choice. Operations of libraries other than torch are all refused."""
 SCRIPT_HINT = f"--inception takes {INCEPTION.name}"
 
 
 def check_source(file: Path) -> None:
-    """Raises InputError where loading a TorchScript file would already run something: a module that restores itself."""
+    """Raises InputError if the TorchScript file is invalid or would run code when it is loaded (a module with `__setstate__`)."""
     try:
         with zipfile.ZipFile(file) as archive:
             sources = [member for member in archive.infolist() if member.filename.endswith(".py")]
@@ -82,7 +82,7 @@ def check_source(file: Path) -> None:
 
 
 def check_graph(file: Path, graph: Any) -> None:
-    """Raises InputError where a TorchScript function does more than arithmetic: it might read and write any file."""
+    """Raises InputError if a TorchScript function does more than arithmetic, because it could read and write any file."""
     torch._C._jit_pass_inline(graph)
     blocks = [graph]
     for block in blocks:
@@ -94,7 +94,7 @@ def check_graph(file: Path, graph: Any) -> None:
 
 
 class EmojiFeatures:
-    """Features [B, 128] of the emoji world's classifier; `answers` are read off them."""
+    """The extractor of features [B, 128] of the emoji world's classifier. `answers` returns the predictions for features."""
 
     reads_captions = False
 
@@ -110,15 +110,16 @@ class EmojiFeatures:
 
     @torch.no_grad()
     def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Noun and color, as indices [n] into NOUN_LIST and COLOR_LIST, that the classifier names for features [n, 128]."""
+        """Return the predicted noun and color for features [n, 128], as indices [n] into NOUN_LIST and COLOR_LIST."""
         seen = torch.from_numpy(features)
         return self.net.noun(seen).argmax(1).numpy(), self.net.color(seen).argmax(1).numpy()
 
 
 class InceptionFeatures:
-    """Features [B, 2048] of the Inception network in a TorchScript file, called as clean-fid calls it.
+    """The extractor of features [B, 2048] of the Inception network in a TorchScript file, called as in clean-fid.
 
-    `published` says whether these are the weights that published FIDs are computed with. Raises InputError for another kind of file.
+    `published` says whether the file holds the weights that published FIDs are computed with. Raises InputError if the file does
+    not exist or holds another network.
     """
 
     reads_captions = False
@@ -137,7 +138,7 @@ class InceptionFeatures:
 
         if not self.published:
             check_source(self.file)
-        with tempfile.TemporaryDirectory() as folder:  # clean-fid takes a folder in which the file has this name
+        with tempfile.TemporaryDirectory() as folder:  # clean-fid expects a folder with a file of this name
             (Path(folder) / "inception-2015-12-05.pt").symlink_to(self.file.absolute())
             try:
                 net = InceptionV3W(folder, download=False, resize_inside=False).eval()
@@ -155,9 +156,9 @@ class InceptionFeatures:
 
 @dataclass(frozen=True)
 class DinoFeatures:
-    """The normalized class token [B, D] of DINOv2, of images resized to 224 x 224 (PIL bicubic), as in arXiv 2306.04675.
+    """The extractor of DINOv2's normalized class token [B, D] of images resized to 224 x 224 (PIL bicubic), as in arXiv 2306.04675.
 
-    `model` is a folder or a hub id that transformers reads. Raises InputError where there is none.
+    `model` is a folder or a hub id that transformers can load. Raises InputError if it cannot be loaded.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features. Ours, because clean-fid's breaks on scipy >= 1.18 (it calls a removed option)."""
+"""The Frechet distance between two sets of features. clean-fid's version fails with scipy >= 1.18 (it uses a removed option)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sidcli.metrics.intervals import Z, around, jackknife
 from sidcli.randomness import numpy_generator
 
 GROUPS = 20
-"""Parts of the drawn images that are left out in turn for an interval; fewer images have no FID."""
+"""Number of groups of generated images in the jackknife of an interval; the FID needs at least as many images."""
 POINTS = 15
-"""Sample sizes that an extrapolation goes through, as in arXiv 1911.07023."""
+"""Number of sample sizes in the extrapolation, as in arXiv 1911.07023."""
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Mean [D] and covariance [D, D] of n feature vectors, float64.
 
-    `factor` [n, D], whose product with itself is the covariance, is kept where n is at most D.
+    `factor` F [n, D], with F^T F equal to the covariance, is kept if n is at most D.
     """
 
     mean: np.ndarray
@@ -38,7 +38,7 @@ class Statistics:
 
 
 def statistics(features: np.ndarray) -> Statistics:
-    """Of features [n, D], n at least 2. The covariance divides by n - 1, as clean-fid's does."""
+    """Return the statistics of features [n, D], n at least 2. The covariance is normalized by n - 1, as in clean-fid."""
     values = features.astype(np.float64)
     n, dimensions = values.shape
     mean = values.mean(0)
@@ -47,12 +47,12 @@ def statistics(features: np.ndarray) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics, quick: bool = False) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv 1706.08500), clamped at zero; nan where features are not finite.
+    """Return |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv 1706.08500), clamped at 0; NaN if features are not finite.
 
     The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, so no matrix root is needed and
-    singular covariances do no harm. With C_a = F^T F of fewer vectors than dimensions, those are the eigenvalues of F C_b F^T and
-    zeros. `quick` takes them from the symmetric C_b^(1/2) C_a C_b^(1/2): ten times as fast once b's root is known, and less exact by
-    some 1e-6 where a covariance is singular.
+    covariances may be singular. If C_a = F^T F has fewer vectors than dimensions, the eigenvalues are those of F C_b F^T and zeros.
+    `quick` computes them from the symmetric C_b^(1/2) C_a C_b^(1/2), which is ten times as fast once b's root is known, with an
+    error of about 1e-6 if a covariance is singular.
     """
     if a.factor is None and b.factor is not None:
         a, b = b, a
@@ -75,9 +75,9 @@ def _distance(a: Statistics, b: Statistics, root: float) -> float:
 
 
 def fid(features: np.ndarray, reference: Statistics) -> Measured:
-    """Frechet distance of drawn features [n, D] to the reference, with the interval of a jackknife over groups of drawn images.
+    """Return the Frechet distance of generated features [n, D] to the reference, with a jackknife interval over groups of images.
 
-    n is GROUPS at least.
+    n must be at least GROUPS.
     """
     if not (np.isfinite(features).all() and np.isfinite(reference.covariance).all()):
         return Measured(math.nan, math.nan, math.nan)
@@ -87,9 +87,10 @@ def fid(features: np.ndarray, reference: Statistics) -> Measured:
 
 
 def fid_infinity(features: np.ndarray, reference: Statistics, measured: Measured) -> Measured:
-    """The FID's limit for infinitely many drawn images: a line through FIDs of random parts over 1 / size (arXiv 1911.07023).
+    """Return the limit of the FID for infinitely many generated images (arXiv 1911.07023).
 
-    `measured` is the FID of all of them; the interval adds its spread to that of the line.
+    The FIDs of random subsets are fitted by a line in 1 / size. `measured` is the FID of all images; its standard error is combined
+    with that of the fit.
     """
     count = len(features)
     sizes = np.linspace(count // 5, count, POINTS).astype(int)

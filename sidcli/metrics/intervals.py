@@ -1,4 +1,4 @@
-"""95 % intervals of what is averaged over images. They speak of the images that were counted, not of another training run."""
+"""95 % intervals of averages over images. They cover the sampling of images, not the variation between training runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Z = 1.959964
 
 
 def mean(values: np.ndarray) -> Measured:
-    """Mean of one number per image, [n], with the interval of the normal approximation."""
+    """Return the mean of one number per image, [n], with the interval of the normal approximation."""
     center = float(values.mean())
     return around(center, float(values.std(ddof=1) / len(values) ** 0.5))
 
 
 def share(hits: np.ndarray) -> Measured:
-    """Share of images that have a property, bool [n], with Wilson's interval, which keeps a width at 0 and at 1."""
+    """Return the share of images that have a property, bool [n], with Wilson's interval, whose width is not 0 at 0 and 1."""
     count, value = len(hits), float(hits.mean())
     center = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * (value * (1 - value) / count + Z**2 / (4 * count**2)) ** 0.5
@@ -25,14 +25,14 @@ def share(hits: np.ndarray) -> Measured:
 
 
 def jackknife(value: float, left_out: np.ndarray) -> Measured:
-    """Of any statistic, from its values [g] with one of g equal groups of images left out each time.
+    """Return any statistic with its jackknife interval. `left_out` [g]: its values with one of g equal groups left out.
 
-    It does not underestimate the spread (Efron and Stein 1981), and unlike a bootstrap it shows no metric the same image twice.
+    The jackknife does not underestimate the spread (Efron and Stein 1981). Unlike a bootstrap, it uses no image twice in a sample.
     """
     groups = len(left_out)
     return around(value, float(((groups - 1) / groups * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5))
 
 
 def around(value: float, error: float) -> Measured:
-    """A value and its standard error."""
+    """Return a value with the interval of its standard error."""
     return Measured(value, value - Z * error, value + Z * error)

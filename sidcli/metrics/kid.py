@@ -1,4 +1,4 @@
-"""Kernel distances: KID (arXiv 1801.01401) of any features, and CMMD (arXiv 2401.09603) of CLIP's."""
+"""Kernel distances: KID (arXiv 1801.01401) of any features, and CMMD (arXiv 2401.09603) of CLIP embeddings."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from sidcli.metrics.catalog import Measured
 from sidcli.metrics.intervals import jackknife
 
 SIGMA = 10.0
-"""Width of CMMD's Gaussian kernel on embeddings of length 1, and below the factor its values are written with."""
+"""Width of CMMD's Gaussian kernel on embeddings of norm 1."""
 SCALE = 1000.0
+"""Factor by which CMMD values are multiplied."""
 CHUNK = 1000
-"""Rows of a kernel matrix held at once."""
+"""Number of rows of a kernel matrix in memory at a time."""
 
 Kernel = Callable[[Tensor], Tensor]
-"""From the products x.y of two sets of features."""
+"""Maps the inner products x.y of two sets of features to kernel values."""
 
 
 class KernelDistance:
-    """Squared maximum mean discrepancy to reference features [m, D]; `unbiased` leaves out what an image has with itself."""
+    """The squared maximum mean discrepancy to reference features [m, D]. `unbiased` leaves out pairs of an image with itself."""
 
     def __init__(self, real: np.ndarray, kernel: Kernel, unbiased: bool, scale: float = 1.0):
         self.real, self.kernel, self.own, self.scale = torch.from_numpy(real).double(), kernel, int(unbiased), scale
 
     def _without_own(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Kernel sums [n] of each row with all rows, its own left out if unbiased, and its value with itself."""
+        """Return the kernel sum [n] of each row with all rows (without itself if unbiased), and its kernel [n] with itself."""
         selves = self.kernel((x * x).sum(1))
         return _row_sums(x, x, self.kernel) - self.own * selves, selves
 
@@ -39,8 +40,10 @@ class KernelDistance:
         return float(self._without_own(self.real)[0].sum() / (count * (count - self.own)))
 
     def __call__(self, drawn: np.ndarray) -> Measured:
-        """Of features [n, D], n at least 3, with the interval of a jackknife that leaves each image out once, for which one pass over
-        the kernel is enough."""
+        """Return the distance of generated features [n, D], n at least 3, with its jackknife interval.
+
+        The jackknife leaves each image out once and needs only one pass over the kernel.
+        """
         x, own = torch.from_numpy(drawn).double(), self.own
         count = len(x)
         rows, selves = self._without_own(x)
@@ -52,22 +55,23 @@ class KernelDistance:
 
 
 def kid(real: np.ndarray) -> KernelDistance:
-    """KID to features [m, D]: unbiased squared MMD under (x.y / D + 1)^3; may be negative.
+    """Return the KID to features [m, D]: the unbiased squared MMD with kernel (x.y / D + 1)^3. It may be negative.
 
-    Over all pairs, which has the expectation that the usual mean over 100 random subsets of 1000 has, and less noise.
+    It is computed over all pairs. Its expectation equals that of the usual mean over 100 random subsets of 1000 images; its
+    variance is lower.
     """
     width = real.shape[1]
     return KernelDistance(real, lambda products: (products / width + 1.0) ** 3, unbiased=True)
 
 
 def cmmd(real: np.ndarray) -> KernelDistance:
-    """CMMD to CLIP image embeddings of length 1 [m, D]: squared MMD under exp(-|x - y|^2 / 2 sigma^2), times 1000.
+    """Return the CMMD to CLIP image embeddings of norm 1 [m, D]: squared MMD with kernel exp(-|x - y|^2 / 2 sigma^2), times 1000.
 
-    As in the paper's code an image is also compared with itself, so few images make it larger.
+    As in the paper's code, pairs of an image with itself are included, so the CMMD of few images is larger.
     """
     return KernelDistance(real, lambda products: torch.exp((products - 1.0) / SIGMA**2), unbiased=False, scale=SCALE)
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
-    """Sum [n] of the kernel between each row of x [n, D] and all rows of y [m, D]."""
+    """Return the sum [n] of the kernel between each row of x [n, D] and all rows of y [m, D]."""
     return torch.cat([kernel(rows @ y.T).sum(1) for rows in x.split(CHUNK)])

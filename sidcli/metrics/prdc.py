@@ -1,4 +1,4 @@
-"""Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of drawn images, by nearest neighbors of features."""
+"""Precision, recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of generated images, from nearest neighbors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from sidcli.metrics.intervals import mean, share
 
 NEIGHBORS = 5
 CHUNK = 1000
-"""Rows of a distance matrix held at once: memory grows with the number of images, not with its square."""
+"""Number of rows of a distance matrix in memory at a time, so that memory grows linearly with the number of images."""
 
 
 @dataclass(frozen=True)
 class Prdc:
-    """`precision`: drawn images that could be real; `recall`: real ones that could be drawn; `density`: how many real neighborhoods a
-    drawn image is in, over k (may pass 1); `coverage`: real images with a drawn one nearby. The intervals count images of the one
-    set while the other's neighborhoods stay as they are."""
+    """Precision, recall, density and coverage of generated images. See `prdc` for the neighborhood of an image.
+
+    `precision`: share of generated images in the neighborhood of a reference image; `recall`: share of reference images in the
+    neighborhood of a generated image; `density`: mean number of reference neighborhoods that contain a generated image, over k (may
+    exceed 1); `coverage`: share of reference images with a generated image in their neighborhood. Each interval covers the sampling
+    of the averaged images; the neighborhoods are fixed.
+    """
 
     precision: Measured
     recall: Measured
@@ -28,15 +32,18 @@ class Prdc:
 
 
 def radii(features: Tensor, k: int) -> Tensor:
-    """Distance [n] of each of n features [n, D] to its k-th nearest other one. Raises ValueError where n is not above k."""
+    """Return the distance [n] of each of n features [n, D] to its k-th nearest neighbor. Raises ValueError if n is not above k."""
     if len(features) <= k:
         raise ValueError(f"{len(features)} images have no {k} neighbors each")
     return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(CHUNK)])
 
 
 def prdc(real: Tensor, drawn: Tensor, k: int = NEIGHBORS) -> Prdc:
-    """Of features float [n, D] and [m, D], n and m above k. A neighborhood is the ball around an image to its k-th neighbor."""
-    real, drawn = real.double(), drawn.double()  # two equal images must be at no distance, whatever the chunks
+    """Return the metrics for reference features [n, D] and generated features [m, D], float, n and m above k.
+
+    The neighborhood of an image is the ball around its features whose radius is the distance to its k-th nearest neighbor.
+    """
+    real, drawn = real.double(), drawn.double()  # equal images must have distance 0 in every chunk
     real_radii, drawn_radii = radii(real, k), radii(drawn, k)
     inside = torch.zeros(len(drawn), dtype=torch.long)
     reached, covered = [], []

@@ -1,4 +1,4 @@
-"""What a protocol does to an image before a network sees it, each step as the published evaluation code does it."""
+"""Image preprocessing of the protocols, equal to that of the published evaluation code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from PIL import Image
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3]: the square of the short side at the center, resized by PIL's Lanczos filter.
+    """Crop uint8 [H, W, 3] to its center square and resize it to uint8 [size, size, 3] with PIL's Lanczos filter.
 
-    GigaGAN's `CenterCropLongEdge` and resize (its evaluation code for COCO): torchvision's center_crop, which rounds half pixels
-    to even.
+    This is `CenterCropLongEdge` and the resize of GigaGAN's evaluation code for COCO. It uses torchvision's center_crop, which
+    rounds half pixels to even.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -20,9 +20,10 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def quantized(image: np.ndarray) -> np.ndarray:
-    """uint8 -> uint8, of which 63 of the 256 values come out one lower: what CLIP sees in GigaGAN's evaluation code.
+    """Return uint8 pixels as CLIP receives them in GigaGAN's evaluation code, which lowers 63 of the 256 values by one.
 
-    It maps pixels to [-1, 1] in float32 (torchvision's ToTensor and Normalize) and back to bytes by truncation (its `tensor2pil`).
+    The code maps pixels to [-1, 1] in float32 (torchvision's ToTensor and Normalize) and back to bytes by truncation (its
+    `tensor2pil`).
     """
     return _LEVELS[image]
 

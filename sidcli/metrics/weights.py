@@ -1,4 +1,4 @@
-"""The one file of metric weights that no library fetches for us: found in the cache, or downloaded once, whole and checked."""
+"""Metric weights that no library downloads (Inception): read from the cache, or downloaded once and verified."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sidcli.files import atomic_file, sha256
 from sidcli.progress import Listener
 
 SECONDS = 30
-"""Without an answer for so long, a download is given up."""
+"""Seconds without a response after which a download fails."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A published file: where it lies, how many bytes it has, and their SHA-256."""
+    """A published file: its name, URL, size in bytes and SHA-256, and the option that takes a local file instead."""
 
     name: str
     url: str
@@ -37,9 +37,9 @@ INCEPTION = Weights(
 
 
 def fetch(weights: Weights, listener: Listener) -> Path:
-    """The file in the cache, downloaded if it is not there yet. A cut or wrong download is never kept.
+    """Return the path of the file in the cache; download it if it is missing. An incomplete or wrong download is not kept.
 
-    Raises InputError, which says what to put where, where it cannot be had.
+    Raises InputError if the file cannot be downloaded; the message says which file to put where.
     """
     file = cache_folder() / "weights" / weights.name
     if file.is_file():

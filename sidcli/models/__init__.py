@@ -1,1 +1,1 @@
-"""Kinds of networks that sid can train and sample from: what each needs, and nobody else knows."""
+"""Model families: all code that depends on the kind of network, for training and for sampling."""

@@ -1,4 +1,4 @@
-"""The codec of a latent diffusion model: images to latents and back through its VAE."""
+"""The codec of a latent diffusion model: its VAE encodes images to latents and decodes latents to images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 def codec_factor(config: Mapping[str, Any]) -> int:
-    """Pixels along one side of a latent's pixel, by the VAE's configuration."""
+    """Return the VAE's downsampling factor (image side / latent side), computed from its configuration."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A VAE with the scale and shift of its latents: z = (encoded - shift) * scale."""
+    """A VAE with the scale and shift of its latents: latents = (encoded - shift) * scale."""
 
     vae: Any
 
@@ -27,7 +27,7 @@ class Codec:
 
     @property
     def factor(self) -> int:
-        """Pixels along one side of a latent's pixel."""
+        """The VAE's downsampling factor: image side / latent side."""
         return codec_factor(self.vae.config)
 
     @property
@@ -39,18 +39,18 @@ class Codec:
         return float(self.vae.config.get("shift_factor") or 0.0)
 
     def to(self, device: torch.device | str) -> Codec:
-        """Move the VAE."""
+        """Move the VAE to `device` and return the codec."""
         network: nn.Module = self.vae
         network.to(device)
         return self
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in -1..1 -> the mean latents float32 [B, C, h, w]."""
+        """Encode images [B, 3, H, W] in -1..1 to the mean of their latents, float32 [B, C, h, w]."""
         mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.float()
         return (mean - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> images float32 [B, 3, H, W] in 0..1."""
+        """Decode latents [B, C, h, w] to images float32 [B, 3, H, W] in 0..1."""
         value = latents / self.scale
         if self.shift:
             value = value + self.shift
@@ -59,5 +59,5 @@ class Codec:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images float32 [B, 3, H, W] in 0..1 -> uint8 [B, H, W, 3] on the CPU."""
+    """Convert images float32 [B, 3, H, W] in 0..1 to uint8 [B, H, W, 3] on the CPU."""
     return (images * 255).round().byte().permute(0, 2, 3, 1).cpu()

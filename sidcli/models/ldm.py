@@ -1,18 +1,18 @@
-"""The names of the original (ldm) code for the tensors of Stable Diffusion.
+"""Tensor names of Stable Diffusion in the original (ldm) code.
 
-One table serves both directions: name in the diffusers or transformers network -> Place in the file. It is derived from the
-description of the network, so it holds for any number of levels and layers.
+One table is used for reading and writing: name in the diffusers or transformers network -> Place in the file. It is computed from
+the configuration of the network, so it holds for any number of levels and layers.
 
-    unet            model.diffusion_model.                            blocks numbered through, over all levels
-    vae             first_stage_model.                                levels of the decoder counted from the other end
+    unet            model.diffusion_model.                            blocks numbered across all levels
+    vae             first_stage_model.                                levels of the decoder numbered in reverse order
     text_encoder    cond_stage_model.transformer.text_model.          SD 1, named as in transformers
                     cond_stage_model.model.                           SD 2, named as in OpenCLIP: one matrix for q, k and v
                     conditioner.embedders.0.transformer.text_model.   SDXL
     text_encoder_2  conditioner.embedders.1.model.                    SDXL, OpenCLIP with text_projection
 
-Published files of SD 2 hold 24 layers of text encoder, of which every program uses 23, as many as the description has. Reading
-ignores the last one. Writing leaves it out: diffusers skips it, ComfyUI notes its absence and goes on, stable-diffusion.cpp lists
-it as optional.
+Published files of SD 2 contain 24 text encoder layers. Every program uses the first 23, the number in the configuration. Reading
+ignores the last layer, and writing omits it: diffusers skips it, ComfyUI reports that it is missing and continues,
+stable-diffusion.cpp lists it as optional.
 """
 
 from __future__ import annotations
@@ -42,23 +42,25 @@ PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder_2": ("conditioner.embedders.1.model.",),
     },
 }
-"""Family -> component -> its prefix. Where there are two, the first is written; the other is met in files of other programs."""
+"""Family -> component -> its prefixes. sid writes the first one; files of other programs can have the second one."""
 OPENCLIP = {("sd2", "text_encoder"), ("sdxl", "text_encoder_2")}
-"""Text encoders under the names of OpenCLIP; the others keep those of transformers."""
+"""Text encoders with the tensor names of OpenCLIP. The others have those of transformers."""
 
 
 @dataclass(frozen=True)
 class Place:
+    """The location of one tensor in the file: its key, and how the file stores it."""
+
     key: str
     part: int | None = None
-    """0, 1 or 2: the rows of q, k or v in a matrix of all three."""
+    """0, 1 or 2: the tensor is the q, k or v rows of one matrix in the file."""
     turned: bool = False
-    """Transposed in the file."""
+    """Whether the tensor is transposed in the file."""
     conv: bool = False
-    """A matrix in the network, a 1x1 convolution in the file."""
+    """Whether the tensor is a matrix in the network and a 1x1 convolution in the file."""
 
     def shape(self, shape: Sequence[int]) -> list[int]:
-        """The shape in the file of a tensor that has `shape` in the network."""
+        """Return the shape in the file of a tensor that has `shape` in the network."""
         if self.part is not None:
             return [3 * shape[0], *shape[1:]]
         if self.conv and len(shape) == 2:
@@ -67,7 +69,7 @@ class Place:
 
 
 Places = dict[str, Place]
-"""Start of a name in the network -> the start of its key. The longest start that fits decides."""
+"""Prefix of a name in the network -> Place with the prefix of its key. The longest matching prefix is used."""
 
 RESNET = {
     "unet": {
@@ -84,7 +86,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_places(config: Mapping[str, Any]) -> Places:
-    """ldm counts one block per layer, and one more per change of size on the way down; a block is [resnet, attention, upsampler]."""
+    """Return a UNet's table. ldm numbers one block per layer and per downsampler; a block is [resnet, attention, upsampler]."""
     names = {
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
@@ -143,7 +145,7 @@ def vae_places(config: Mapping[str, Any]) -> Places:
 
 
 def with_resnets(names: dict[str, str], component: str) -> Places:
-    """The same as places, with resnets spelled out to their layers."""
+    """Convert a table of names to Places. Each resnet becomes one entry per layer."""
     places: Places = {}
     for ours, theirs in names.items():
         inside = RESNET[component] if re.search(r"\.resnets\.\d+\.$", ours) else {}
@@ -173,7 +175,7 @@ def clip_places() -> Places:
 
 
 def places_of(family: str, component: str, config: Mapping[str, Any], prefix: str) -> Places:
-    """The table of one component, under `prefix`."""
+    """Return the table of one component, with `prefix` before each key."""
     if component == "unet":
         places = unet_places(config)
     elif component == "vae":
@@ -184,9 +186,9 @@ def places_of(family: str, component: str, config: Mapping[str, Any], prefix: st
 
 
 def locate(places: Places, name: str) -> Place | None:
-    """The place of one tensor, None where the layout has none for it.
+    """Return the place of a tensor, or None if the layout has no name for it.
 
-    `text_model.` is dropped first: transformers has named its text encoders with it and without.
+    The prefix `text_model.` is removed first, because some versions of transformers use it in text encoders and others do not.
     """
     name = name.removeprefix("text_model.")
     for end in range(len(name), 0, -1):

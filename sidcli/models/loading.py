@@ -1,7 +1,7 @@
-"""From a model that was found to its networks: Stable Diffusion 1 and 2 and SDXL, from a diffusers folder or a single file.
+"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file.
 
-Only JSON and safetensors are read, and the classes of the networks are chosen here, never by the file: nothing in a stranger's model
-can run.
+Only JSON and safetensors files are read, and this module selects the network classes, not the model's files. An untrusted model
+therefore cannot run code.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from sidcli.models.tokenizers import check_tokenizer, read_tokenizer
 from sidcli.progress import Listener, Silence
 
 LARGEST = 8192
-"""Pixels on a side; more is a slip of the finger."""
+"""Maximum pixels on a side. A larger value is probably a typing error."""
 
 
 STOCK = (None, "diffusers", "transformers", "stable_diffusion")
-"""Where the classes of a pipeline may be from; diffusers has its safety checker under the last name."""
+"""Libraries that a pipeline's classes may come from. diffusers lists its safety checker under the last name."""
 DESCRIBED = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 OWN_WORDS = {"vocab", "merges", "tokenizer_object", "fast_tokenizer_files"}
-"""Entries with which a tokenizer's description goes before the files beside it; they may be paths of any file."""
+"""Entries of tokenizer_config.json that override the vocabulary files in the same folder. They can be paths of any file."""
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError, RecursionError)
 
 
 class Known:
-    """What a model's card, the content of its sid.json, says of it; the card of a model that is not ours is empty."""
+    """Properties of a model that its card, the content of sid.json, defines. A model that sid did not write has an empty card."""
 
     card: dict[str, Any]
 
@@ -71,7 +71,7 @@ class Known:
 
     @property
     def is_emoji(self) -> bool:
-        """Whether the model draws the emoji world, whose ground truth we can then measure against."""
+        """Whether the model generates the emoji world, for which sid can measure against the ground truth."""
         return self.card.get("world") == "emoji"
 
     @property
@@ -81,7 +81,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Description(Known):
-    """What is known of a model before a weight is read: the configuration of each network and of its scheduler."""
+    """A model without its weights: the configurations of the networks and the scheduler, and the tokenizers."""
 
     source: Source
     networks: dict[str, dict[str, Any]]
@@ -92,7 +92,7 @@ class Description(Known):
     size: tuple[int, int]
     """Height and width in pixels."""
     tokenizers: tuple[CLIPTokenizer, ...]
-    """One for each text encoder."""
+    """One tokenizer per text encoder."""
     file: single_file.SingleFile | None = None
 
     @property
@@ -102,7 +102,7 @@ class Description(Known):
 
 @dataclass(eq=False)
 class Model(Known):
-    """The networks of one text-to-image model, float32 and in eval mode, and what is known about it."""
+    """A text-to-image model: its networks in float32 and eval mode, its tokenizers and its configuration."""
 
     source: Source
     unet: Any
@@ -113,19 +113,19 @@ class Model(Known):
     scheduler_config: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
     empty_is_zero: bool = False
-    """Whether the empty prompt is given as zeros, as SDXL has it."""
+    """Whether the empty prompt is encoded as zeros, as in SDXL."""
 
     @property
     def is_xl(self) -> bool:
         return len(self.text_encoders) == 2
 
     def with_unet(self, unet: Any) -> Model:
-        """The same model around another drawing network."""
+        """Return the same model with another UNet."""
         return dataclasses.replace(self, unet=unet)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of a latent at the model's own size."""
+        """Channels, height and width of a latent at the model's image size."""
         return latent_shape(self.unet.config)
 
     @property
@@ -147,7 +147,7 @@ def latent_shape(unet_config: Any) -> tuple[int, int, int]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no advice from the libraries: what they print belongs to neither stdout nor our stderr."""
+    """Turn off the libraries' progress bars, log messages and warnings, so that stdout and stderr contain only sid's output."""
     import warnings
 
     import transformers
@@ -159,14 +159,14 @@ def quiet_libraries() -> None:
 
 
 def describe(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Description:
-    """Read what describes a model, and check that all its parts are there and fit together; no weight is read.
+    """Read a model's configuration, and check that all its components exist and fit together. The weights are not read.
 
-    The listener is told what is assumed because nothing says it. Raises InputError for what is not Stable Diffusion 1, 2 or XL, brings
-    code of its own, or asks for what sid does not compute.
+    The listener is notified if a missing prediction type is assumed. Raises InputError if the model is not Stable Diffusion 1, 2 or
+    XL, contains custom code, or needs something that sid does not compute.
     """
     try:
         return _described(source, overrides or Overrides(), listener or Silence())
-    except DAMAGE as error:  # an entry that is missing, of another type, or no size that a network can have
+    except DAMAGE as error:  # an entry is missing, has the wrong type, or is an invalid network size
         raise InputError(
             f"the description of {source.name} is damaged: {type(error).__name__} {error}", "take another copy of the model"
         ) from error
@@ -204,7 +204,7 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
 
 
 def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, Any], bool]:
-    """The configurations of a diffusers folder's networks and of its scheduler, and whether the empty prompt is zeros."""
+    """Return a diffusers folder's network configurations, its scheduler configuration, and whether the empty prompt is zeros."""
     index = read_json(source.path / "model_index.json")
     kind = index.get("_class_name")
     if not isinstance(kind, str):
@@ -245,7 +245,7 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
 
 
 def _class_of(source: Source, index: dict[str, Any], part: str) -> str:
-    """The class that model_index.json names for a part. Raises InputError where it names none."""
+    """Return the class that model_index.json names for a component. Raises InputError if it names none."""
     match index.get(part):
         case [str(), str(found)]:
             return found
@@ -253,8 +253,8 @@ def _class_of(source: Source, index: dict[str, Any], part: str) -> str:
 
 
 def _check_files(source: Source, names: Sequence[str]) -> None:
-    """Raises InputError where a network's weights are missing or cannot be read. A folder without any weights describes a model, of
-    which a plan can be made."""
+    """Raises InputError if a network's weights are missing or cannot be read. A folder without any weights is accepted: its
+    configuration is enough for a plan."""
     files = {name: [file.name for file in source.part(name).iterdir()] for name in names}
     if not any(name.endswith((".safetensors", *PICKLES)) for found in files.values() for name in found):
         return
@@ -264,7 +264,7 @@ def _check_files(source: Source, names: Sequence[str]) -> None:
 
 
 def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> None:
-    """Raises InputError where the networks of a model do not take what the others give."""
+    """Raises InputError if the inputs and outputs of a model's networks do not match each other."""
     unet, vae, text = networks["unet"], networks["vae"], networks["text_encoder"]
     channels = whole(unet, "in_channels", places["unet"])
     latent = whole({"latent_channels": 4} | vae, "latent_channels", places["vae"])
@@ -312,9 +312,9 @@ def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str,
 
 
 def refuse_code(source: Source, index: dict[str, Any]) -> None:
-    """Raises InputError where a folder's descriptions ask for classes that are not those of diffusers and transformers.
+    """Raises InputError if a folder's JSON files name classes that are not from diffusers or transformers.
 
-    None of them would be run. But a model that counts on its own code is not what its weights alone would draw.
+    sid would not run these classes. But a model that depends on custom code generates other images without it.
     """
     for name, entry in index.items():
         if isinstance(entry, list) and entry and entry[0] not in STOCK:
@@ -338,7 +338,7 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
 
 
 def _size(overrides: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
-    """Height and width in pixels, of the overrides or the model; then the UNet's configuration says so too."""
+    """Return height and width in pixels, from the overrides or the model, and set the UNet's sample_size to match."""
     wholes(networks["vae"], "block_out_channels", places["vae"])
     factor = codec_factor(networks["vae"])
     wanted = (overrides.height, overrides.width)
@@ -354,19 +354,19 @@ def _size(overrides: Overrides, networks: dict[str, dict[str, Any]], places: dic
 
 
 def _sample_size(config: dict[str, Any], place: str) -> tuple[int, int]:
-    """Height and width of a latent. Raises InputError where the description does not say them."""
+    """Return height and width of a latent. Raises InputError if the configuration does not define them."""
     sides, value = _sides(config), config.get("sample_size")
     if sides is None:
         raise InputError(
             f"{place}: sample_size is {shown(value)}, which is not an image size", "pass --width and --height, in pixels"
         )
     if re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))) and type(value) is int and value < 64:
-        return 64, 64  # the first versions wrote another number, and stock pipelines correct it
+        return 64, 64  # diffusers before 0.9 wrote a wrong number, and stock pipelines correct it
     return sides
 
 
 def _sides(config: dict[str, Any]) -> tuple[int, int] | None:
-    """The two sides that sample_size gives, None where it gives none."""
+    """Return the two sides that sample_size defines, or None if it is invalid."""
     value = config.get("sample_size")
     sides: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
@@ -375,20 +375,20 @@ def _sides(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def open_model(name: str, listener: Listener, known: Overrides) -> Model:
-    """Find a model by its name and read it."""
+    """Find a model by its name and load it."""
     listener.note(f"loading {name}")
     quiet_libraries()
     return load(find(name, listener), known, listener)
 
 
 def describe_model(name: str, known: Overrides) -> Description:
-    """What is known of a model, by its name, before its weights are read or downloaded."""
+    """Find a model by its name and return its Description. Its weights are neither read nor downloaded."""
     quiet_libraries()
     return describe(find(name, descriptions_only=True), known)
 
 
 def load(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Model:
-    """Read a model found before. Raises InputError for what is not a Stable Diffusion 1, 2 or XL model in safetensors."""
+    """Load the model of a source. Raises InputError if it is not a Stable Diffusion 1, 2 or XL model in safetensors."""
     known = describe(source, overrides, listener)
     try:
         nets = {name: _network(known, name) for name in known.networks}
@@ -414,7 +414,7 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
 
 
 def _card_in(file: single_file.SingleFile) -> dict[str, Any]:
-    """The sid.json that our own single files carry in their header; {} for others."""
+    """Return the sid.json in the header of a single file that sid wrote, or {} for other files."""
     try:
         card = json.loads(file.metadata.get("sid.card", "{}"))
     except (ValueError, RecursionError):
@@ -424,16 +424,16 @@ def _card_in(file: single_file.SingleFile) -> dict[str, Any]:
 
 def _network(known: Description, name: str) -> Any:
     if known.file:
-        with init_empty_weights():  # parameters alone stay empty; buffers that no file holds, such as position ids, are made
+        with init_empty_weights():  # only parameters stay empty; buffers that no file contains (position ids) are created
             net = build(name, known.networks[name])
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
     folder = known.source.part(name)
     check_weights(str(folder), name, [file.name for file in folder.iterdir()])
     options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder, name)}
-    if name in known.texts:  # whose description may also choose an implementation, even one to be downloaded
+    if name in known.texts:  # the folder's config.json can select another implementation, even a downloaded one
         options |= {"config": text_config(known.networks[name]), "attn_implementation": "sdpa"}
-    # The libraries would fill gaps with noise and leave over what does not fit, each with a warning.
+    # The libraries only warn when they initialize missing weights randomly and ignore weights that do not fit.
     net, report = network_class(name).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     misshaped = [f"{key} of shape {list(found)}, where {list(wanted)} belongs" for key, found, wanted in report["mismatched_keys"]]
     spare = [key for key in report["unexpected_keys"] if not single_file.SPARE.search(key)]
@@ -445,7 +445,7 @@ def _network(known: Description, name: str) -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError where a file of weights is no whole safetensors file, is quantized, or a list of shards leads elsewhere."""
+    """Raises InputError if a weight file is incomplete or quantized, or if a shard index names files that are not in the folder."""
     for file in sorted(folder.glob("*.safetensors.index.json")):
         named = read_json(file).get("weight_map")
         for shard in named.values() if isinstance(named, dict) else [named]:
@@ -453,7 +453,7 @@ def check_files(folder: Path) -> None:
                 raise InputError(f"{file} names {shard}, which is not beside it", "take another copy of the model")
     for file in sorted(file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name)):
         with single_file.opened(file) as content:
-            for key in content.keys():  # noqa: SIM118 - no mapping
+            for key in content.keys():  # noqa: SIM118 - not a mapping
                 kind = content.get_slice(key).get_dtype()
                 if kind not in single_file.FLOATS and not single_file.SPARE.search(key):
                     raise InputError(
@@ -463,9 +463,9 @@ def check_files(folder: Path) -> None:
 
 
 def check_finite(known: Description, name: str, net: nn.Module) -> None:
-    """Raises InputError where a weight is not a finite number; those of SD 1.5 take a fifth of a second to look at."""
+    """Raises InputError if a weight is not finite. The check takes 0.2 seconds for the weights of SD 1.5."""
     for key, value in net.state_dict().items():
-        # A sum is finite only if all its terms are; where it is not, two large ones may have overflowed it.
+        # A finite sum means that all terms are finite. A sum that is not finite can also be an overflow of large terms.
         if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
             raise InputError(
                 f"{known.source.name}: {key} of its {name} holds values that are not finite", "take another copy of the model"
@@ -473,7 +473,7 @@ def check_finite(known: Description, name: str, net: nn.Module) -> None:
 
 
 def _tokenizer(source: Source, file: single_file.SingleFile | None, name: str, config: dict[str, Any], place: str) -> CLIPTokenizer:
-    """The tokenizer of one text encoder. A single file carries none: those of the published models are CLIP's."""
+    """Return the tokenizer of a text encoder. A single file has no tokenizer; the published models use CLIP's."""
     folder = name.replace("text_encoder", "tokenizer")
     if file is None:
         return read_tokenizer(source.part(folder), config, place)
@@ -483,14 +483,14 @@ def _tokenizer(source: Source, file: single_file.SingleFile | None, name: str, c
 
 
 def _stored(folder: Path, name: str) -> dict[str, Any]:
-    """How the libraries are to read a network's folder: safetensors alone, of the variant that is preferred of those there."""
+    """Return the `from_pretrained` options for a network's folder: only safetensors, of the preferred variant that exists."""
     variants = weights_by_variant(name, [file.name for file in folder.iterdir()])
     variant = next(variant for variant in PRECISIONS if variant in variants)
     return {"use_safetensors": True, "local_files_only": True, "variant": variant or None}
 
 
 def read_path(scheduler_config: dict[str, Any]) -> DiscretePath:
-    """The path of any diffusers scheduler config. Raises InputError for a prediction type we cannot convert."""
+    """Return a scheduler configuration's diffusion path. Raises InputError for an unsupported prediction type or invalid betas."""
     prediction = scheduler_config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
@@ -498,7 +498,7 @@ def read_path(scheduler_config: dict[str, Any]) -> DiscretePath:
         scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in SCHEDULE})
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"the scheduler does not describe a noise schedule: {first_line(error)}", OTHER_COPY) from error
-    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # true of no NaN
+    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # also rejects NaN
         raise InputError("the scheduler does not describe a noise schedule: betas must lie between 0 and 1", OTHER_COPY)
     path = DiscretePath.from_betas(scheduler.betas, prediction)
     if prediction == "epsilon" and path.abar[-1] == 0:

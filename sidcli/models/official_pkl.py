@@ -1,7 +1,7 @@
-"""The authors' generators - pickle.dump({'ema': UNet2DConditionModel}) - as tensors; nothing that is in the file ever runs.
+"""Read the SiD-LSG authors' generators - pickle.dump({'ema': UNet2DConditionModel}) - without running any code in the file.
 
-Two halves that never share a process. The child reads the file and writes one safetensors file, with the standard library alone:
-neither torch nor diffusers is there to be reached, it starts at once, and little memory is enough for it. The parent reads that.
+The two halves of this module run in two processes. The child process reads the pickle and writes a safetensors file with only the
+standard library: it cannot reach torch or diffusers, starts at once and needs little memory. The parent process reads that file.
 
     mapped file -> Reader -> Inert -> walk -> View per name -> packed -> safetensors | -> tensors() -> matching()
 """
@@ -29,21 +29,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.models.inert_pickle import HINT, MAGIC, Inert, Reader, View, shown, typename
 
-if TYPE_CHECKING:  # the child starts without torch
+if TYPE_CHECKING:  # the child process does not import torch
     from torch import Tensor, nn
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 DEPTH, MODULES = 32, 20_000
 GROWTH = 4
-"""Tensors may unpack to this many times the file: tied weights repeat a little, bombs a lot."""
+"""Maximum ratio of tensor bytes to file bytes. Tied weights exceed 1 slightly, decompression bombs by far."""
 ROOM = "make room, or set TMPDIR"
 
 
-# ---- The child: from the tree of modules to a safetensors file
+# ---- Child process: converts the tree of modules to a safetensors file
 
 
 def main(source: str, target: str) -> int:
-    """Exit code 3 where the file is refused, 4 where this machine has no room; then stderr is message and hint, a line each."""
+    """Convert `source` to the safetensors file `target`. Returns exit code 0, 3 if the file is refused, or 4 if this machine has
+    too little space; for 3 and 4, stderr contains the message and the hint, one line each."""
     try:
         size = os.stat(source).st_size
         confine(size)
@@ -60,9 +61,9 @@ def main(source: str, target: str) -> int:
 
 
 def confine(size: int) -> None:
-    """Limits of this process for a file of `size` bytes: memory, a file's bytes, seconds, no core dump, no children.
+    """Limit this process for a file of `size` bytes: memory, bytes of a written file, CPU seconds, no core dump, no children.
 
-    The map counts as memory, and protocol 2 holds each storage as text and as bytes: below 4 times the file.
+    The mapped file counts as memory, and protocol 2 needs each storage as text and as bytes: in total less than 4 times the file.
     """
     limits = {
         resource.RLIMIT_AS: 4 * size + 2**28,
@@ -73,7 +74,7 @@ def confine(size: int) -> None:
     }
     for kind, limit in limits.items():
         hard = resource.getrlimit(kind)[1]
-        with suppress(ValueError, OSError):  # systems that know a limit but do not let it be set
+        with suppress(ValueError, OSError):  # some systems define a limit but cannot set it
             resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard),) * 2)
 
 
@@ -86,7 +87,7 @@ def mapped(source: str) -> memoryview:
 
 
 def network(data: bytes | memoryview) -> dict[str, View]:
-    """The tensors of the generator in a file's content, under the names that state_dict() has for them."""
+    """Return the tensors of the generator in a file's content, under the names of its state_dict()."""
     if bytes(data[:4]) == b"PK\x03\x04":
         raise InputError("a zip archive, as torch.save writes training states, not a released generator", HINT)
     content = Reader(data).load()
@@ -104,7 +105,7 @@ def network(data: bytes | memoryview) -> dict[str, View]:
 
 
 def walk(root: Inert) -> Iterator[tuple[str, View]]:
-    """(dotted name, tensor) of parameters and persistent buffers. Raises InputError for a tree that no module could have."""
+    """Yield (dotted name, tensor) of parameters and persistent buffers. Raises InputError for a tree that no module can have."""
     waiting = [("", root)]
     for _ in range(MODULES):
         if not waiting:
@@ -137,7 +138,7 @@ def members(module: Inert, group: str) -> list[tuple[str, Any]]:
 
 
 def packed(view: View) -> memoryview:
-    """The elements of a view in order, as bytes; copied only where the storage has them in another order."""
+    """Return the elements of a view in order, as bytes. They are copied only if the storage has another order."""
     axes = [
         (size, stride, math.prod(view.size[axis + 1 :]))
         for axis, (size, stride) in enumerate(zip(view.size, view.stride, strict=True))
@@ -147,7 +148,7 @@ def packed(view: View) -> memoryview:
     words: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
     source = view.storage.data.cast(words[view.width])
     target = memoryview(bytearray(view.nbytes)).cast(words[view.width])
-    *others, (size, stride, step) = sorted(axes)  # the longest axis is one slice, which memoryview copies in C
+    *others, (size, stride, step) = sorted(axes)  # the longest axis is copied as one slice, in C
     for index in itertools.product(*(range(length) for length, _, _ in others)):
         start = view.offset + sum(i * axis[1] for i, axis in zip(index, others, strict=True))
         to = sum(i * axis[2] for i, axis in zip(index, others, strict=True))
@@ -156,7 +157,7 @@ def packed(view: View) -> memoryview:
 
 
 def write(path: str, views: dict[str, View], most: int) -> None:
-    """A safetensors file of at most `most` bytes of tensors, those of the widest elements first as alignment wants it."""
+    """Write a safetensors file, widest dtypes first for alignment. Raises InputError if the tensors exceed `most` bytes."""
     entries, total = {}, 0
     order = sorted(views.items(), key=lambda item: -item[1].width)
     for name, view in order:
@@ -172,14 +173,14 @@ def write(path: str, views: dict[str, View], most: int) -> None:
             file.write(packed(view))
 
 
-# ---- The parent
+# ---- Parent process: reads the safetensors file
 
 
 def tensors(path: Path, scratch: Path | None = None) -> dict[str, Tensor]:
-    """The weights of a released generator, float32, under the names of state_dict(). A child does the reading.
+    """Return the weights of a released generator, float32, under the names of its state_dict(). A child process reads the file.
 
-    In `scratch`, the system's temporary folder if None, a copy as large as the file takes its room until the tensors are dropped.
-    Raises InputError for a file that is no such generator, EnvironmentProblem where there is no room.
+    A copy as large as the file occupies `scratch` (the system's temporary folder if None) until the tensors are deleted. Raises
+    InputError if the file is not a released generator, EnvironmentProblem if there is too little disk space.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -197,7 +198,7 @@ def tensors(path: Path, scratch: Path | None = None) -> dict[str, Tensor]:
                 )
             target = Path(folder).absolute() / "ema.safetensors"
             run_child(path, target)
-            # load_file maps, so the content outlives the file: a float32 network is never copied.
+            # load_file maps the file: the data outlive its deletion, and float32 weights are not copied.
             return {name: value.float() for name, value in load_file(target).items()}
     except SafetensorError as error:
         raise InputError(f"{path}: its tensors cannot be read: {error}", HINT) from error
@@ -206,8 +207,8 @@ def tensors(path: Path, scratch: Path | None = None) -> dict[str, Tensor]:
 
 
 def run_child(source: Path, target: Path) -> None:
-    """Raises what the child said, or InputError where it died."""
-    # -P and -S: no code of the folder it starts in, of site-packages or of sitecustomize.
+    """Run the child process. Raises the error that it reports, or InputError if it crashes."""
+    # -P and -S: import no code from the current folder, site-packages or sitecustomize.
     command = [sys.executable, "-P", "-S", "-B", "-m", __name__, str(source.absolute()), str(target)]
     nothing = subprocess.DEVNULL
     done = subprocess.run(
@@ -225,7 +226,8 @@ def run_child(source: Path, target: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """The child's: where this package is and what a Python in an unusual place needs to start, and none of the user's tokens."""
+    """Return the child's environment: the path of this package and the variables of a Python in a nonstandard location, but none of
+    the user's tokens."""
     kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "PYTHONHOME") if key in os.environ}
     return {"PYTHONPATH": str(Path(__file__).resolve().parents[2])} | kept
 

@@ -1,4 +1,4 @@
-"""What the user knows better than the files of a model; read before anything heavy is imported."""
+"""User settings that override a model's files. This module imports no large library."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PREDICTIONS = ("auto", "epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the network predicts, a folder whose JSON files describe a single file, and the size in pixels to draw at (0: the model's own).
+    """User settings: prediction type, folder with the JSON files for a single file, image size in pixels (0: the model's own).
 
-    Raises UsageError for a prediction that is none of PREDICTIONS.
+    Raises UsageError if the prediction type is not in PREDICTIONS.
     """
 
     prediction_type: str = "auto"

@@ -1,4 +1,4 @@
-"""All networks of a description on the meta device: no weight is read and no number computed, and what does not fit shows."""
+"""Run all networks of a model on the meta device, to find shape errors without reading weights or computing values."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sidcli.models.unet import Cond, denoise, sizes
 def rehearse(
     networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str], latent: tuple[int, int, int], length: int
 ) -> None:
-    """Draw one image, of shapes alone, with the networks of these descriptions, from a `latent` [C, h, w] and `length` tokens.
+    """Generate one image with the given network configurations on the meta device, from a `latent` [C, h, w] and `length` tokens.
 
-    Raises InputError, naming the description, for networks that cannot be built or do not fit together, and for images that are not RGB.
+    Raises InputError, naming the configuration, if a network cannot be built or does not fit the others, or the image is not RGB.
     """
     found = misfit(json.dumps(networks), latent, length)
     if found:
         raise InputError(f"{places[found[0]]} does not describe a network that generates images: {found[1]}", OTHER_COPY)
 
 
-@lru_cache(maxsize=8)  # a model is described, and then loaded
+@lru_cache(maxsize=8)  # a command describes a model first and loads it later
 def misfit(networks: str, latent: tuple[int, int, int], length: int) -> tuple[str, str] | None:
-    """The component at which the drawing ends, and what is wrong; None where an image comes out."""
+    """Return the component that fails and the error, or None if the networks generate an image. `networks` is JSON text."""
     configs: dict[str, dict[str, Any]] = json.loads(networks)
     device, name = torch.device("meta"), "unet"
     built: dict[str, Any] = {}
@@ -54,6 +54,6 @@ def misfit(networks: str, latent: tuple[int, int, int], length: int) -> tuple[st
             factor = codec_factor(configs["vae"])
             if image.shape != (1, 3, latent[1] * factor, latent[2] * factor):
                 return "vae", f"it turns latents {list(x.shape)} into {list(image.shape)}"
-    except Exception as error:  # libraries answer a stranger's description with any kind of error
+    except Exception as error:  # libraries raise any kind of error for an invalid configuration
         return name, f"{type(error).__name__}: {first_line(error)}"
     return None

@@ -1,4 +1,4 @@
-"""Prompts and noise -> images, for every command: the one-step generator and the many-step teacher share this path."""
+"""Generate images from prompts and noise. One-step generators and many-step teachers use the same code in every command."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from sidcli.printable import json_text
 from sidcli.progress import Progress, silent
 
 T_INIT = 625
-"""The timestep of the one-step generator in the paper; sigma / a = 2.5 there."""
+"""Timestep of the one-step generator in the paper, with sigma / a = 2.5."""
 TEACHER_STEPS = 50
-"""Steps of DDIM that a teacher takes unless it is told how many."""
+"""Default number of DDIM steps of a teacher."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model draws. With a `grid` of timesteps it is a generator of one or a few steps; otherwise DDIM with guidance."""
+    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise DDIM with guidance."""
 
     steps: int
     guidance: float = 0.0
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def noises(self) -> int:
-        """Noises of one image: one, except where each step adds fresh noise."""
+        """Number of noise tensors per image: one, or one per step if each step adds fresh noise."""
         return self.steps if self.grid and self.renoise == "fresh" else 1
 
     def describe(self) -> str:
@@ -49,16 +49,16 @@ class Plan:
 
 
 def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
-    """Standard normal latents [B, *shape] for image seeds, `draws` of them, as `torch.Generator("cpu").manual_seed(seed)` has them.
+    """Return `draws` tensors of standard normal latents [B, *shape], one `torch.Generator("cpu").manual_seed(seed)` per image.
 
-    That is what stock diffusers draws for `generator=`, so a seed means the same image there and here.
+    Stock diffusers draws the same noise for `generator=`, so a seed gives the same image in both.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return [torch.cat([torch.randn((1, *shape), generator=one) for one in generators]) for _ in range(draws)]
 
 
 class Sampler:
-    """One model on one device: prompts -> text states, text states and noise -> latents -> images. The VAE moves when it is used."""
+    """A model on a device: it encodes prompts, denoises latents and decodes images. The VAE moves to the device on first use."""
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
@@ -66,16 +66,16 @@ class Sampler:
         self.unet = model.unet.to(device)
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
-        """Standard normal latents [B, C, h, w] for image seeds, `draws` of them, on the device."""
+        """Return `draws` tensors of standard normal latents [B, C, h, w] on the device, one seed per image."""
         return [value.to(self.device) for value in seeded_noise(self.model.latent_shape, seeds, draws)]
 
     @torch.no_grad()
     def latents(
         self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan, stepped: Callable[[], None] = lambda: None
     ) -> Tensor:
-        """Clean latents of a plan; `stepped` is called after each denoising step.
+        """Return the clean latents of a plan; `stepped` is called after each denoising step.
 
-        A generator has its guidance built in and sees the prompt alone.
+        A generator has its guidance built in and uses only the prompt.
         """
         cond = self.encode(prompts)
         scale = 1.0 if plan.grid else plan.guidance
@@ -92,11 +92,11 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images uint8 [B, H, W, 3] on the CPU."""
+        """Decode latents to images uint8 [B, H, W, 3] on the CPU."""
         return to_bytes(self.model.codec.to(self.device).decode(latents))
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
-        """uint8 [B, H, W, 3] of prompts and image seeds; see `Drawer`."""
+        """Return images uint8 [B, H, W, 3] for prompts and image seeds; see `Drawer`."""
         part, steps = len(prompts) / (plan.steps + 1), itertools.count(1)  # the decoder counts as a step
 
         def stepped() -> None:
@@ -113,12 +113,12 @@ class Sampler:
 
 
 def untrained_plan(steps: int) -> Plan:
-    """A teacher used as if it were a student of `steps` steps: the point from which a distillation starts."""
+    """Return the plan of a teacher that is sampled as a student of `steps` steps, as at the start of a distillation."""
     return Plan(steps, grid=exit_grid(T_INIT, steps))
 
 
 def plan_for(model: Model | Description, steps: int | None = None, guidance: float | None = None) -> Plan:
-    """The model's own way of drawing, with the user's steps and guidance. Raises UsageError for values that it cannot draw with."""
+    """Return the model's default plan with the user's steps and guidance. Raises UsageError for values that it does not support."""
     if model.is_student:
         return student_plan(model.card, steps, guidance, model.source.name)
     check_sampling(steps, guidance)
@@ -128,7 +128,7 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
 
 
 def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:
-    """The same for a student by its card alone."""
+    """Return the plan of a student from its card; see `plan_for`."""
     check_sampling(steps, guidance)
     own = int(card.get("student_steps", 1))
     if steps is not None and steps > own:
@@ -148,7 +148,7 @@ def check_sampling(steps: int | None, guidance: float | None) -> None:
 
 
 def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
-    """What made the image, as one JSON text chunk named `sid`."""
+    """Return the prompt, seed, model and sampling of an image as PNG metadata: one JSON text chunk named `sid`."""
     info = PngImagePlugin.PngInfo()
     made = {
         "prompt": prompt,
@@ -162,9 +162,9 @@ def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlug
 
 
 class Drawer(Protocol):
-    """What draws: networks in torch, or exported graphs. `truncated` counts prompts longer than its text encoder reads.
+    """An image generator: networks in torch, or exported graphs. `truncated` counts prompts that are too long for its text encoder.
 
-    `images` calls `advance` with parts of images, which add up to the batch.
+    `images` calls `advance` with fractions of images that sum to the batch size.
     """
 
     @property
@@ -175,7 +175,7 @@ class Drawer(Protocol):
 def draw(
     sampler: Drawer, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, advance: Progress
 ) -> Iterator[Tensor]:
-    """Images uint8 [B, H, W, 3] batch by batch; memory does not grow with the number of prompts."""
+    """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts."""
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
         yield sampler.images(chunk, seeds[start : start + batch_size], plan, advance)

@@ -1,7 +1,7 @@
-"""One .safetensors file with all networks of a model, under the names of the original (ldm) code: what other programs share.
+"""Read and write one .safetensors file with all networks of a model, under the names of the original (ldm) code.
 
-A file of another program says little about its networks and nothing certain about the prediction; `read` finds out, or refuses. Ours
-carry both in their header.
+Other programs share models in this format. Their files contain little information about the networks and no reliable prediction
+type; `read` infers both or raises InputError. Files that sid writes contain both in their header.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from sidcli.models.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
 from sidcli.models.sources import check_links
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-"""What headers call the prediction -> what schedulers call it."""
+"""Prediction type in a header -> prediction type of a scheduler."""
 SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
-"""The same by the classes that a .yaml of SDXL's original code names."""
+"""Class in a .yaml of SDXL's original code -> prediction type of a scheduler."""
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
     ("sd1", "v_prediction"): "stable-diffusion-v1",
@@ -39,7 +39,7 @@ ARCHITECTURES = {
     ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base",
     ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base",
 }
-"""Names of the model specification that programs put into headers (modelspec.*)."""
+"""(Family, prediction type) -> architecture in the model specification that programs write to headers (modelspec.*)."""
 
 OTHERS = (
     (r"lora_|lycoris_|\.hada_|\.lokr_|\.oft_", "a LoRA, which changes a model and is none"),
@@ -53,36 +53,37 @@ OTHERS = (
     (r"^input_blocks\.", "a UNet alone"),
     (r"^decoder\.up\.", "a VAE alone"),
 )
-"""Names of tensors that give other kinds of files away, searched in this order."""
+"""(Pattern of tensor names, kind of file) of unsupported files, searched in this order."""
 CHANNELS = {5: "a depth-to-image", 7: "an upscaling", 8: "an image-editing", 9: "an inpainting"}
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-"""Channels of the text that a UNet reads -> the published family."""
+"""Width of the text states that a UNet reads -> published family."""
 MAX_HEADER = 1 << 23
-"""Bytes; the library, which allows 100 MB, builds ten times as much of it. SDXL's has 0.4 MB, training notes may take a few more."""
+"""Maximum bytes of a header. safetensors allows 100 MB and allocates ten times the header. SDXL's has 0.4 MB; training metadata can
+add a few MB."""
 MAX_YAML = 1 << 16
-"""Bytes of a .yaml beside a file; the published ones have 4 kB."""
+"""Maximum bytes of a .yaml next to a file. The published ones have 4 kB."""
 SPARE = re.compile(
     r"(^|\.)(position_ids|text_projection|logit_scale|attn_mask)(\.|$)"
     r"|^(vision_model|visual_projection|transformer\.resblocks|loss|model_ema)\."
 )
-"""Tensors that files hold under a component's name and no program draws with: the rest of CLIP, the training of the VAE."""
+"""Tensors under a component's prefix that no program uses to generate images: the rest of CLIP, training tensors of the VAE."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
-"""A tensor that shows that a component is there; of text encoders it is the token embedding."""
+"""Component -> a tensor that is present if the component is. For text encoders it is the token embedding."""
 
 WANTED = "pass a whole checkpoint of Stable Diffusion 1, 2 or XL, or a diffusers folder"
 DECIDE = "pass --prediction-type epsilon or --prediction-type v_prediction"
 VARIANT = "if it is a variant of this architecture, pass a diffusers folder with its descriptions"
 
 Description = tuple[dict[str, dict[str, Any]], dict[str, Any]]
-"""Each component's config.json, and the scheduler's."""
+"""(Component -> its configuration, scheduler configuration)."""
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file that was found complete. `configs` holds what the config.json of each component would; `prefixes` where it lies here."""
+    """A file with complete components. `configs` maps a component to its configuration, `prefixes` to its prefix in the file."""
 
     path: Path
     family: str
@@ -91,12 +92,12 @@ class SingleFile:
     metadata: dict[str, str]
     prefixes: dict[str, str]
     assumed: bool = False
-    """Whether epsilon is assumed, because nothing says what the model predicts."""
+    """Whether epsilon is assumed, because nothing defines the prediction type."""
 
     def tensors(self, component: str) -> dict[str, Tensor]:
-        """For `families.build(component, configs[component]).load_state_dict`: all its names and shapes, in the file's precision.
+        """Return the state dict of `families.build(component, configs[component])`, in the file's precision.
 
-        No two share memory, but they may be backed by the file.
+        The tensors do not share memory with each other, but they may be backed by the file.
         """
         found = {}
         with opened(self.path) as file:
@@ -109,11 +110,11 @@ class SingleFile:
         return found
 
     def index(self, component: str) -> dict[str, tuple[Place, list[int]]]:
-        """Name in the network -> place in this file and shape in the network."""
+        """Return name in the network -> (place in this file, shape in the network)."""
         try:
             with torch.device("meta"):
                 network = build(component, self.configs[component])
-        except Exception as error:  # libraries answer a stranger's description with any kind of error
+        except Exception as error:  # libraries raise any kind of error for an invalid configuration
             raise InputError(
                 f"the description of the {TITLES[component]} of {self.path} does not describe a network: {error}"
             ) from error
@@ -123,7 +124,7 @@ class SingleFile:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The file by its header; nothing in it can run. Raises InputError where it is no safetensors file, or not all of one."""
+    """Open a file without running code. Raises InputError if it is not a whole safetensors file or its header is too large."""
     hint = "download it again, or convert the model to safetensors"
     try:
         with path.open("rb") as file:
@@ -143,7 +144,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def faulty(path: Path) -> str:
-    """`NAME: ` of the first tensor that a header describes as none can be; the library does not always say which it is."""
+    """Return `NAME: ` of the first tensor with an invalid header entry, or "". Errors of safetensors do not always name it."""
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError), path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, entry in header.items():
@@ -159,17 +160,18 @@ def faulty(path: Path) -> str:
 
 
 def read(path: Path, config: Path | None = None, prediction: str | None = None) -> SingleFile:
-    """Recognise a checkpoint and check all its tensors, by the header alone.
+    """Identify a checkpoint and check all its tensors. Only the header is read.
 
-    Descriptions come from `config` (a diffusers folder, of which the JSON files suffice), else from the header where `write` left
-    them, else from the published family whose text is as wide. `prediction` overrides what all of them say. Raises InputError for any
-    other kind of file, with what it seems to be, and where nothing says what a Stable Diffusion 2 model predicts.
+    Configurations come from `config` (a diffusers folder; its JSON files are enough), else from the header if `write` stored them,
+    else from the published family with the same text width. `prediction` overrides the prediction type of all of them. Raises
+    InputError for any other kind of file, naming the probable kind, and for a Stable Diffusion 2 model whose prediction type is
+    unknown.
     """
     if prediction is not None and prediction not in PREDICTIONS.values():
         raise InputError(f"prediction type {prediction!r} is not supported", "models predict epsilon or v_prediction")
     with opened(path) as file:
         metadata = dict(file.metadata() or {})
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
     refuse_others(path, shapes)
     described = from_folder(config) if config else from_header(path, metadata)
     family = family_of(described[0]["unet"]) if described else by_width(path, shapes)
@@ -203,7 +205,7 @@ def refuse_others(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def by_width(path: Path, shapes: Mapping[str, Sequence[int]]) -> str:
-    """The published family whose text is as wide as what the UNet's cross-attention reads."""
+    """Return the published family with the text width of the UNet's cross-attention. Raises InputError if there is none."""
     widths = {shape[-1] for name, shape in shapes.items() if name.startswith(UNET) and name.endswith(".attn2.to_k.weight")}
     if widths == {1280}:
         raise InputError(f"{path} seems to be the refiner of Stable Diffusion XL, which finishes images of another model", WANTED)
@@ -216,7 +218,7 @@ def by_width(path: Path, shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def prefixes_in(path: Path, family: str, names: Iterable[str]) -> dict[str, str]:
-    """Component -> the prefix it has in this file. Raises InputError for components that are missing."""
+    """Return component -> its prefix in this file. Raises InputError if a component is missing."""
     names = set(names)
     prefixes: dict[str, str] = {}
     for component, candidates in PREFIXES[family].items():
@@ -232,9 +234,10 @@ def prefixes_in(path: Path, family: str, names: Iterable[str]) -> dict[str, str]
 
 
 def announced(path: Path, family: str, names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """The prediction by marker tensor, else by the .yaml beside the file or by header; None where nothing says.
+    """Return the prediction type from the marker tensor, else from the .yaml next to the file or the header, or None if unknown.
 
-    Programs act on the marker, while headers survive merges that outdate them. Raises InputError where .yaml and header disagree.
+    The marker has priority because programs use it, while a header can be outdated after a merge. Raises InputError if .yaml and
+    header disagree.
     """
     if "v_pred" in names:
         return "v_prediction"
@@ -256,9 +259,9 @@ def in_header(metadata: Mapping[str, str]) -> str | None:
 
 
 def in_yaml(path: Path, family: str) -> str | None:
-    """The prediction by the description of the original code that programs look for beside a checkpoint, NAME.yaml.
+    """Return the prediction type from NAME.yaml, the original code's configuration, which programs look for next to a checkpoint.
 
-    None where there is no such description. Raises InputError for one that cannot be read, or that describes another diffusion.
+    Returns None if there is no such configuration. Raises InputError if it cannot be read or configures another diffusion process.
     """
     file = path.with_suffix(".yaml")
     if not file.exists():
@@ -271,7 +274,7 @@ def in_yaml(path: Path, family: str) -> str | None:
         schedule = {key: float(params[key]) for key in ("linear_start", "linear_end", "timesteps", "scale_factor") if key in params}
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}", DECIDE) from error
-    except (KeyError, TypeError, AttributeError):  # a description of something else
+    except (KeyError, TypeError, AttributeError):  # a configuration of something else
         return None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{file} is damaged: {first_line(error)}", DECIDE) from error
@@ -292,7 +295,7 @@ def in_yaml(path: Path, family: str) -> str | None:
 
 
 def settled(path: Path, described: str, asked: str | None, said: str | None) -> str:
-    """The prediction of a described file. Raises InputError where the file contradicts the description and nobody decides."""
+    """Return `asked` or else `described`. Raises InputError if the file itself says another prediction type and `asked` is None."""
     if asked is None and said is not None and said != described:
         raise InputError(f"{path} says that it predicts {said}, its description says {described}", DECIDE)
     return asked or described
@@ -309,7 +312,7 @@ def default_prediction(path: Path, family: str) -> str:
 
 
 def check(file: SingleFile, component: str) -> None:
-    """Raises InputError where a tensor of the component is missing, left over, has another shape or is quantized."""
+    """Raises InputError if a tensor of the component is missing, unexpected, quantized or has another shape."""
     index, what = file.index(component), f"the {TITLES[component]} in {file.path}"
     with opened(file.path) as content:
         missing = sorted({place.key for place, _ in index.values()} - set(content.keys()))
@@ -333,15 +336,15 @@ def check(file: SingleFile, component: str) -> None:
 
 
 def trimmed(shape: Sequence[int]) -> list[int]:
-    """Without the ones at the end, by which a 1x1 convolution differs from a matrix: programs disagree on some of them."""
+    """Return a shape without trailing ones. A 1x1 convolution has them, a matrix does not; programs disagree on some tensors."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return list(shape)
 
 
 def from_folder(folder: Path) -> Description:
-    """The descriptions in the JSON files of a diffusers folder. Raises InputError where one is missing or describes what cannot be
-    computed, or where there is a link out of the folder."""
+    """Return the configurations in the JSON files of a diffusers folder. Raises InputError if a file is missing, if sid does not
+    support a configuration, or if a link leads out of the folder."""
     check_links(folder)
 
     def place(name: str) -> Path:
@@ -355,7 +358,7 @@ def from_folder(folder: Path) -> Description:
 
 
 def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
-    """What `write` left in the header, None for files of other programs."""
+    """Return the configurations that `write` stored in the header, or None for files of other programs."""
     if "sid.config" not in metadata:
         return None
     try:
@@ -368,7 +371,7 @@ def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
 
 
 def checked(components: Mapping[str, dict[str, Any]], scheduler: dict[str, Any], place: Callable[[str], str]) -> Description:
-    """Raises InputError, naming the entry, for descriptions that cannot be computed."""
+    """Return the configurations. Raises InputError, naming the entry, if sid does not support one of them."""
     for name, config in components.items():
         check_entries(name, place(name), config)
     check_scheduler_class(place("scheduler"), scheduler.get("_class_name", "DDIMScheduler"))
@@ -378,7 +381,7 @@ def checked(components: Mapping[str, dict[str, Any]], scheduler: dict[str, Any],
 
 
 def settings(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A description without notes about where it came from, and without settings that choose an implementation."""
+    """Return a configuration without metadata about its origin and without entries that select an implementation."""
     if component.startswith("text_encoder"):
         return {key: value for key, value in config.items() if key in TEXT_KEYS}
     return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -391,11 +394,12 @@ def write(
     metadata: Mapping[str, str],
     dtype: torch.dtype,
 ) -> None:
-    """Write the networks unet, vae, text_encoder (and text_encoder_2) as one file; `path` appears whole or not at all.
+    """Write the networks unet, vae, text_encoder (and text_encoder_2) as one file. `path` is written completely or not at all.
 
-    The header describes the networks and the scheduler (`sid.config`), so that `read` needs nothing else; `metadata` adds to it or
-    replaces entries. Models that predict v get the marker tensors v_pred and ztsnr, by which ComfyUI and others know them. Raises
-    InputError for a network that the layout has no names for, EnvironmentProblem where the disk refuses.
+    The header contains the configurations of the networks and the scheduler (`sid.config`), so that `read` needs nothing else;
+    `metadata` adds or replaces entries of the header. v_prediction models get the marker tensor v_pred, and ztsnr if they have zero
+    terminal SNR, which ComfyUI and other programs recognize. Raises InputError for a network that the layout has no names for,
+    EnvironmentProblem if the file cannot be written.
     """
     configs = {name: settings(name, configuration(network)) for name, network in components.items()}
     family = family_of(configs["unet"])
@@ -427,7 +431,7 @@ def write(
 
 
 def stored(family: str, component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one network by their keys in a file, on the CPU."""
+    """Return the tensors of a network under their keys in the file, on the CPU."""
     places = placed(family, component, network, PREFIXES[family][component][0])
     found: dict[str, Tensor] = {}
     shared: dict[str, list[Tensor]] = {}
@@ -441,7 +445,7 @@ def stored(family: str, component: str, network: nn.Module, dtype: torch.dtype) 
 
 
 def placed(family: str, component: str, network: nn.Module, prefix: str) -> dict[str, Place]:
-    """The place of each tensor of a network. Raises InputError where the layout has none."""
+    """Return the place of each tensor of a network. Raises InputError if the layout has no name for one."""
     places, found = places_of(family, component, configuration(network), prefix), {}
     for name in network.state_dict():
         place = locate(places, name)
@@ -452,6 +456,6 @@ def placed(family: str, component: str, network: nn.Module, prefix: str) -> dict
 
 
 def configuration(network: nn.Module) -> dict[str, Any]:
-    """The description that a network of diffusers or transformers carries."""
+    """Return the configuration of a network from diffusers or transformers."""
     config: Any = network.config
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)

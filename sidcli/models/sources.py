@@ -1,4 +1,4 @@
-"""Where a model is: embedded name | run folder | diffusers folder | single file | hub id -> Source."""
+"""Resolve a model name: embedded name | run folder | diffusers folder | single file | hub id -> Source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMBEDDED: dict[str, tuple[Path, Path | None]] = {
     "emoji-teacher": (WEIGHTS / "teacher", None),
     "emoji": (WEIGHTS / "student", WEIGHTS / "teacher"),
 }
-"""Folder of each embedded model, and the folder of the model that it shares its other parts with."""
+"""Embedded model -> (its folder, folder of the model that provides the components it lacks, or None)."""
 FILES = (
     *PICKLES,
     ".safetensors",
@@ -38,13 +38,13 @@ FILES = (
     ".png",
     ".jpg",
 )
-"""Endings of files: a name that ends so and is not there is a misspelled path, not an id of the hub."""
+"""File suffixes. If a name with one of these suffixes does not exist, it is a misspelled path, not a hub id."""
 HUB_ID = r"\w[\w.-]*/[\w.-]+(@(?P<revision>[\w./-]+))?"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model was found: `path`, a folder or a single file on this disk; `name` as asked for, `origin` and `revision` as
+    """The location of a model: `path` is a local folder or single file, `name` the requested name, `origin` and `revision` the ones
     actually used."""
 
     name: str
@@ -52,12 +52,12 @@ class Source:
     origin: str
     revision: str = ""
     missing: tuple[tuple[str, int], ...] = ()
-    """Files of a hub model, with their bytes, that are not on this disk; empty unless only descriptions were asked for."""
+    """(Name, bytes) of a hub model's files that are not on this disk; empty unless `descriptions_only` was requested."""
     base: Path | None = None
-    """Folder of another pipeline, whose parts stand for those that `path` does not have."""
+    """Folder of another pipeline, which provides the components that `path` does not have."""
 
     def part(self, name: str) -> Path:
-        """Folder of one part of a pipeline, such as `unet`."""
+        """Return the folder of a pipeline's component, for example `unet`."""
         own = self.path / name
         return self.base / name if self.base and not own.is_dir() else own
 
@@ -67,14 +67,14 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """Where license and card of the model are to be found. What lies beside a single file is its own only where we wrote it."""
+        """Location of the model's license and card. The folder of a single file is used only if sid wrote the file."""
         return self.path.parent if self.is_file and (self.path.parent / "sid.json").is_file() else self.path
 
 
 def find(name: str, listener: Listener | None = None, descriptions_only: bool = False) -> Source:
-    """Resolve a model name; of a hub model that is not in the cache, `descriptions_only` fetches no weights.
+    """Resolve a model name. With `descriptions_only`, the weights of a hub model that is not in the cache are not downloaded.
 
-    Raises InputError where nothing is found, or what is found could run code or leads elsewhere, with the ways out.
+    Raises InputError, with a hint, if no model is found, if the model could run code, or if a link leads out of its folder.
     """
     if name in EMBEDDED:
         folder, base = EMBEDDED[name]
@@ -114,9 +114,9 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path on this disk is OWNER/NAME[@REVISION] of the hub, rather than a misspelled path.
+    """Return whether a name that is not a local path is a hub id OWNER/NAME[@REVISION] and not a misspelled path.
 
-    Without a revision it is a path if it ends as files do, or if OWNER is a folder here.
+    A name without a revision is a path if it has a suffix in FILES, starts with runs/, or if OWNER is a local folder.
     """
     found = re.fullmatch(HUB_ID, name, re.ASCII)
     is_path = name.lower().endswith(FILES) or name.startswith("runs/") or os.path.isdir(name.partition("/")[0])
@@ -124,7 +124,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def not_found(name: str, path: Path) -> InputError:
-    """The error for a path that is not there, with the nearest name beside it."""
+    """Return the error for a path that does not exist, with the most similar name in its folder."""
     if os.path.islink(path):
         return InputError(f"{name} is a link to {os.readlink(path)}, which is not there", "check the link")
     try:
@@ -142,10 +142,10 @@ def not_found(name: str, path: Path) -> InputError:
 
 
 def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
-    """Raises InputError where a link in a model's folder leads out of it, or what should be a file is a pipe or a device.
+    """Raises InputError if a link in a model's folder leads out of it, or if an entry is a pipe or a device.
 
-    The hub's cache keeps a snapshot as links to the blobs beside it; its folder reaches as far as the repository's. Of the folders
-    in it those in `parts` are looked into; from others nothing is read.
+    A snapshot in the hub's cache consists of links to blobs in the folder of its repository, so these links are allowed. Of the
+    subfolders only `parts` are checked; the others are never read.
     """
     top = folder.resolve()
     if top.parent.name == "snapshots" and (top.parent.parent / "blobs").is_dir():
@@ -162,20 +162,20 @@ def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
                 )
             if entry.exists() and not (entry.is_file() or entry.is_dir()):
                 raise InputError(f"{entry} is neither a file nor a folder", "take another copy of the model")
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link loop
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{folder} cannot be read as a folder: {reason}", "take another copy of the model") from error
 
 
 def fingerprint(source: Source) -> str:
-    """Hex digest of what a model draws with: the content of the files that it is read from, wherever they lie."""
+    """Return a hex digest of the content of all files that a model is read from, independent of their location."""
     if source.is_file:
-        yaml = source.path.with_suffix(".yaml")  # may say what the model predicts
+        yaml = source.path.with_suffix(".yaml")  # can define the prediction type
         return (
             hashlib.sha256(f"{sha256(source.path)} {sha256(yaml)}".encode()).hexdigest() if yaml.is_file() else sha256(source.path)
         )
     files: dict[str, Path] = {}
-    for folder in (source.base, source.path):  # what `path` has itself goes before what it shares
+    for folder in (source.base, source.path):  # files in `path` take precedence over those in `base`
         files |= {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()} if folder else {}
     names = sorted(files)
     chosen = names if graph_format(source.path) else needed(names)
@@ -184,13 +184,13 @@ def fingerprint(source: Source) -> str:
 
 
 def read_card(source: Source) -> dict[str, Any]:
-    """The content of sid.json beside a model of ours, {} for others. Raises InputError where it cannot be read."""
+    """Return the content of sid.json in a model's folder, or {} if there is none. Raises InputError if it cannot be read."""
     file = source.path / "sid.json"
     return read_json(file) if file.is_file() else {}
 
 
 def graph_format(folder: Path) -> str | None:
-    """`onnx`, `openvino` or `torch-export` for a folder of exported graphs, None for any other."""
+    """Return `onnx`, `openvino` or `torch-export` for a folder of exported graphs, or None for other folders."""
     check_links(folder, parts=())
     file = folder / "sid.json"
     return read_json(file).get("graph", {}).get("format") if file.is_file() else None

@@ -1,6 +1,6 @@
-"""The tokenizer of a diffusers folder, checked against the text encoder that reads its tokens.
+"""Read the tokenizer of a diffusers folder and check that it matches the text encoder.
 
-The library puts an empty vocabulary in the place of one that is not there, and takes any other: then every prompt draws the same.
+transformers replaces a missing vocabulary by an empty one and accepts any other vocabulary. Every prompt then gives the same image.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from sidcli.models.hub import has_vocabulary
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNSPECIFIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes of a tokenizer_config.json that leave it to model_index.json which tokenizer it is."""
+"""Values of tokenizer_class that do not determine the class; model_index.json then determines it."""
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""What a tokenizer is read from."""
+"""Files that a tokenizer is read from."""
 MOST_PARSED = 8
 _PARSED: dict[bytes, CLIPTokenizer] = {}
-"""Tokenizers by the content of their files."""
+"""Hash of a tokenizer's files -> tokenizer."""
 PADDING = 128
-"""A text encoder may have fewer rows than this without a token: sizes are rounded up to multiples of up to 128."""
+"""A text encoder has fewer than this many rows without a token: sizes are rounded up to multiples of at most 128."""
 LETTERS = 512
-"""Tokens of one byte in CLIP's encoding: each byte inside a word and at its end."""
+"""Number of single-byte tokens in CLIP's vocabulary: each byte inside a word and at its end."""
 PUBLISHED_MARKS = {"bos_token_id": 0, "eos_token_id": 2}
-"""Ids of the begin and end marks in the published descriptions of CLIP's text encoders, which are wrong; transformers knows them."""
+"""Wrong ids of the begin and end tokens in the published configurations of CLIP's text encoders. transformers handles them."""
 
 
 def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str) -> CLIPTokenizer:
-    """The tokenizer in a folder, cut to the length that the text encoder reads.
+    """Return the tokenizer in a folder. Its maximum length is limited to that of the text encoder.
 
-    `text_place` names the text encoder's description in errors. Raises InputError where files are missing or damaged, or where it is
-    no tokenizer of CLIP or not the one of this text encoder.
+    `text_place` names the text encoder's configuration in errors. Raises InputError if files are missing or damaged, if the
+    tokenizer is not CLIP's, or if it does not match the text encoder.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is missing: the model has no tokenizer", OTHER_COPY)
@@ -59,13 +59,13 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str
         check_tokenizer(tokenizer, str(folder), text_config, text_place)
     except InputError:
         raise
-    except Exception as error:  # libraries answer a stranger's file with any kind of error
+    except Exception as error:  # libraries raise any kind of error for an invalid file
         raise InputError(f"{folder} holds no tokenizer of CLIP: {first_line(error)}", OTHER_COPY) from error
     return tokenizer
 
 
 def _opened(folder: Path) -> CLIPTokenizer:
-    """A tokenizer from its files. Files of the same content are parsed once: a command reads them for its plan and again to draw."""
+    """Return a tokenizer from its files. Files with equal content are parsed once: a command reads them to plan and to sample."""
     present = [folder / name for name in FILES if (folder / name).exists()]
     content = hashlib.sha256(b"".join(file.name.encode() + hashlib.sha256(read_bytes(file)).digest() for file in present)).digest()
     if content not in _PARSED:
@@ -78,9 +78,9 @@ def _opened(folder: Path) -> CLIPTokenizer:
 
 
 def check_merges(tokenizer: Any, place: str) -> None:
-    """Raises InputError where merges are missing, so that words fall apart into letters.
+    """Raises InputError if merges are missing, because words would be split into letters.
 
-    The tokens of a byte-pair vocabulary are letters, pairs of tokens, one for each merge, and tokens added whole.
+    The tokens of a byte-pair vocabulary are letters, one pair of tokens per merge, and added tokens.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
@@ -92,8 +92,8 @@ def check_merges(tokenizer: Any, place: str) -> None:
 
 
 def check_tokenizer(tokenizer: Any, place: str, text_config: Mapping[str, Any], text_place: str) -> None:
-    """Raises InputError where tokens, marks or length are not those that the text encoder was made for; sets the length to what both
-    can do."""
+    """Raises InputError if the vocabulary or the begin and end tokens do not match the text encoder. Sets model_max_length to the
+    smaller maximum length of both."""
     words, rows = tokenizer.get_vocab(), whole(text_config, "vocab_size", text_place)
     last = max(words, key=words.__getitem__)
     if words[last] >= rows:

@@ -1,6 +1,6 @@
-"""The UNet families, Stable Diffusion 1, 2 and XL: conditioning, guided prediction, and the parts of the network that others use.
+"""UNets of Stable Diffusion 1, 2 and XL: conditioning, guided predictions, blocks, features and LoRA adapters.
 
-One text encoder for Stable Diffusion 1 and 2, two of them for SDXL.
+Stable Diffusion 1 and 2 have one text encoder, SDXL has two.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"),
 )
-"""Modules that get an adapter: attention, feed-forward and convolutions."""
+"""Modules that get a LoRA adapter: attention, feed-forward and convolutions."""
 
 
 @dataclass(frozen=True)
 class Cond:
-    """What prompts become for the UNet: `states` float32 [B, tokens, width]; for SDXL also `added`, the pooled `text_embeds` [B, P] and
-    the sizes `time_ids` [B, 6]."""
+    """Conditioning of a UNet on B prompts: `states` float32 [B, tokens, width]; for SDXL also `added`, with the pooled
+    `text_embeds` [B, P] and the sizes `time_ids` [B, 6]."""
 
     states: Tensor
     added: Mapping[str, Tensor] = field(default_factory=dict)
@@ -35,11 +35,11 @@ class Cond:
         return len(self.states)
 
     def expand(self, count: int) -> Cond:
-        """The cond of one prompt, `count` times."""
+        """Return the cond of one prompt, repeated `count` times."""
         return Cond(self.states.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()})
 
     def cat(self, other: Cond) -> Cond:
-        """Both as one batch, this one first."""
+        """Return both conds as one batch, this one first."""
         return Cond(
             torch.cat([self.states, other.states]),
             {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
@@ -47,20 +47,20 @@ class Cond:
 
 
 def denoise(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The raw prediction [B, C, h, w] of a UNet for x_t [B, C, h, w], timesteps int64 [B] and B conds."""
+    """Return the prediction [B, C, h, w] of a UNet for x_t [B, C, h, w], timesteps int64 [B] and the cond of B prompts."""
     more: dict[str, Any] = {"added_cond_kwargs": dict(cond.added)} if cond.added else {}
     return net(x, t, cond.states, **more).sample
 
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
-"""(x_t [B, C, h, w], t [B], B conds) -> prediction [B, C, h, w]."""
+"""(x_t [B, C, h, w], t [B], cond of B prompts) -> prediction [B, C, h, w]."""
 
 
 def guided_predictions(denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond, scales: Sequence[float]) -> list[Tensor]:
-    """Predictions [B, C, h, w] under classifier-free guidance, one per scale, from one call of the network.
+    """Return predictions [B, C, h, w] with classifier-free guidance, one per guidance scale, from one call of the network.
 
-    `empty` is the cond of the empty prompt [1]. The unconditional half only runs where a scale is not 1, and the conditional one where a
-    scale is not 0.
+    `empty` is the cond of the empty prompt [1]. The unconditional half of the batch is computed only if a scale is not 1, the
+    conditional half only if a scale is not 0.
     """
     if all(scale == 1.0 for scale in scales):
         return [denoise(x_t, t, cond)] * len(scales)
@@ -73,12 +73,12 @@ def guided_predictions(denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, emp
 
 
 def blocks(net: Any) -> list[nn.Module]:
-    """The parts of a UNet in the order of its forward pass, for sharding and for a discriminator that reads features."""
+    """Return the blocks of a UNet in the order of its forward pass, for sharding and for a discriminator that reads features."""
     return [*net.down_blocks, net.mid_block, *net.up_blocks]
 
 
 def features(net: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The output [B, channels, h, w] of the UNet's middle block, which a discriminator classifies (arXiv 2405.14867)."""
+    """Return the output [B, channels, h, w] of the UNet's middle block, which a discriminator classifies (arXiv 2405.14867)."""
     found: list[Tensor] = []
     hook = net.mid_block.register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
@@ -89,14 +89,14 @@ def features(net: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def add_adapters(net: Any, rank: int) -> None:
-    """LoRA of this rank beside every module of LORA_TARGETS; they add nothing at first."""
+    """Add LoRA adapters of this rank to every module in LORA_TARGETS. Their output is zero at first."""
     from peft import LoraConfig
 
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
 
 
 def merged(net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The weights of a UNet in float32 on the CPU after adapters, trained beside it by `add_adapters`, were added to them."""
+    """Return the weights of a UNet, float32 on the CPU, with trained adapters merged into them; see `add_adapters`."""
     copies: dict[int, Any] = {
         id(value): nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)) for value in net.parameters()
     }
@@ -109,15 +109,16 @@ def merged(net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Ten
 
 
 def sizes(height: int, width: int) -> list[float]:
-    """What SDXL is told about an image of its own that is neither scaled nor cropped: original size, crop, size, in pixels."""
+    """Return SDXL's size conditioning in pixels for an image that is not scaled or cropped: original size, crop, target size."""
     return [float(height), float(width), 0.0, 0.0, float(height), float(width)]
 
 
 class TextEncoder:
-    """One model's text encoders on one device. `truncated` counts prompts that were longer than they read.
+    """The text encoders of a model on a device. `truncated` counts prompts that exceed the encoders' maximum length.
 
-    With two encoders (SDXL, arXiv 2307.01952) the states before each one's last layer stand side by side, and the second one's
-    projection of the whole prompt is added. `empty_is_zero`: the empty prompt is all zeros, as SDXL was published.
+    With two encoders (SDXL, arXiv 2307.01952) the hidden states before the last layer of both are concatenated, and the second
+    encoder's pooled projection of the prompt is added to the cond. `empty_is_zero`: the empty prompt is encoded as zeros, as in the
+    published SDXL.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class TextEncoder:
         self.truncated = 0
 
     def tokens(self, prompts: Sequence[str], index: int) -> Tensor:
-        """Token ids int64 [B, length] for one encoder."""
+        """Return the token ids int64 [B, length] for the encoder `index`."""
         tokenizer: Any = self.tokenizers[index]
         config: Any = self.encoders[index].config
         length = min(tokenizer.model_max_length, config.max_position_embeddings)

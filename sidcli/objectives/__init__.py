@@ -1,4 +1,4 @@
-"""Distillation methods, one file each, and how to find them by name."""
+"""Distillation methods (objectives), one module each, and their lookup by name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "dmd2": Dmd2, "vsd": Vsd}
 
 
 def find(name: object) -> type[Objective]:
-    """Raises UsageError for an unknown name."""
+    """Return the objective class with this name. Raises UsageError for an unknown name."""
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, not {name!r}")
     return OBJECTIVES[name]
 
 
 def names(objective: type[Objective]) -> list[str]:
-    """Settings that the objective has."""
+    """Return the names of the objective's settings."""
     return [field.name for field in dataclasses.fields(objective.Settings) if field.name != "name"]
 
 
@@ -35,7 +35,7 @@ def types(objective: type[Objective]) -> dict[str, type]:
 
 
 def help_of(owner: type) -> dict[str, str]:
-    """The docstrings of the fields of a dataclass, by name, each on one line."""
+    """Return the docstrings of a dataclass's fields by field name, each on one line."""
     (body,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(owner))).body
     found, name = {}, ""
     for statement in body.body:  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def help_of(owner: type) -> dict[str, str]:
 
 
 def listed(objective: type[Objective]) -> list[str]:
-    """The settings of an objective with defaults and help, a line each."""
+    """Return the settings of an objective with defaults and help texts, one line each."""
     texts, defaults = help_of(objective.Settings), objective.Settings()
     rows = [(f"{name}={getattr(defaults, name)}", texts[name]) for name in names(objective)]
     width = max(len(setting) for setting, _ in rows)
@@ -55,7 +55,7 @@ def listed(objective: type[Objective]) -> list[str]:
 
 
 def parse(objective: type[Objective], texts: Sequence[str]) -> dict[str, Any]:
-    """Settings given as NAME=VALUE. Raises UsageError for a text without `=`, a value that is not of the setting's type."""
+    """Return the settings in NAME=VALUE texts. Raises UsageError for a text without `=` or a value of another type."""
     kinds = types(objective)
     found: dict[str, Any] = {}
     for text in texts:
@@ -72,9 +72,9 @@ def parse(objective: type[Objective], texts: Sequence[str]) -> dict[str, Any]:
 
 
 def settings(table: Mapping[str, Any]) -> Settings:
-    """Settings of the objective `name` (default: sid) with the other values of a table.
+    """Return settings of the objective `name` (default: sid) with the other values of a table.
 
-    Raises UsageError for an unknown objective, a setting that it does not have and a value of another type.
+    Raises UsageError for an unknown objective, a setting that the objective does not have, or a value of another type.
     """
     name = table.get("name", "sid")
     objective = find(name)
@@ -91,7 +91,7 @@ def settings(table: Mapping[str, Any]) -> Settings:
 
 
 def _elsewhere(setting: str, name: str) -> str:
-    """Which objective has the setting, and the nearest one that this objective has."""
+    """Return the end of an error message: which objectives have the setting, and the closest name among the settings of `name`."""
     owners = [other for other, objective in OBJECTIVES.items() if setting in names(objective)]
     close = difflib.get_close_matches(setting, names(OBJECTIVES[name]), 1, 0.5)
     owner = f", it is one of {' and '.join(owners)}" if owners else ""

@@ -1,8 +1,8 @@
-"""What an objective tells the engine: the networks that it trains, and the phases of a training step.
+"""Interface between objectives and the engine: the networks that an objective trains, and the phases of a training step.
 
-A phase trains one network. The network makes an output, the objective returns the gradient of its loss with respect to that output, and
-the engine does the rest. An objective is a file beside this one; nothing here or there imports torch when it is imported, because options
-and their help are made from the settings of the objectives.
+A phase trains one network. The network computes an output, the objective returns the gradient of its loss with respect to that
+output, and the engine does the rest. Each objective is a module in this folder. No module in this folder imports torch when it is
+imported, because command-line options and their help are made from the settings of the objectives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEACHER, FAKE, GENERATOR = "teacher", "fake_score", "generator"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that one objective has. The docstring of a field is its help."""
+    """Settings of one objective. The docstring of a field is its help text."""
 
     name: str = ""
     shares: ClassVar[tuple[str, ...]] = ()
@@ -43,60 +43,63 @@ class Settings:
 
 @dataclass(frozen=True)
 class Role:
-    """A network that is trained. It starts as the teacher: as a copy, or with `lora` as adapters of that rank on the teacher's weights."""
+    """A trained network. It starts as a copy of the teacher, or with `lora` as adapters of that rank on the teacher's weights."""
 
     lr: float
     lora: int = 0
     stream: str = "lora"
-    """Random stream of the adapters' start."""
+    """Random stream that initializes the adapters."""
     average: bool = False
     """Whether its weights are averaged over time. The average is the student."""
     betas: tuple[float, float] = (0.0, 0.999)
-    """Of Adam. Without beta1 the optimizer keeps one moment less."""
+    """Betas of Adam. With beta1 = 0 the optimizer keeps no first moment."""
     weight_decay: float = 0.0
     clip: float = 0.0
-    """Largest norm of the gradient of all its weights; 0 does not limit it."""
+    """Maximum norm of the gradient of all weights of the network; 0: no limit."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The random inputs that a phase draws: `turn` numbers the draws of a stream, `position` the batches of prompts."""
+    """Random inputs of a phase: `turn` numbers the draws of a stream, `position` the batches of prompts."""
 
     stream: str
     turn: int
     position: int
     t_range: tuple[int, int]
-    """Timesteps are uniform from the first to the second, which is excluded."""
+    """Timesteps are uniform in [t_range[0], t_range[1])."""
     dropout: float = 0.0
-    """Share of captions that are replaced by the empty prompt."""
+    """Fraction of captions that are replaced by the empty prompt."""
     reuse: bool = False
-    """Take the samples of the phase before, which must be one of the generator and have the same `position`, instead of new noise."""
+    """Use the samples of the previous phase instead of new noise. That phase must train the generator with the same `position`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Random inputs of one micro-batch of B samples: prompts, noise [B, C, h, w] of each step of the generator, noise [B, C, h, w] and
-    timesteps int64 [B] at which scores are compared."""
+    """Random inputs of one micro-batch of B samples: `prompts`; `latents`, noise [B, C, h, w] for each step of the generator;
+    `noise` [B, C, h, w] and timesteps `t` int64 [B], at which scores are compared."""
 
     prompts: list[str]
     latents: list[Tensor]
     noise: Tensor
     t: Tensor
     size: int
-    """Samples of the global batch. Losses are sums over the elements of a sample and means over the global batch."""
+    """Number of samples in the global batch. Losses are sums over the elements of a sample and means over the global batch."""
     cond: Any = None
     samples: Tensor | None = None
-    """In a phase that reuses them: the generator's samples [B, C, h, w] of the phase before."""
+    """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them."""
 
     @property
     def share(self) -> float:
-        """Part of the global batch."""
+        """Fraction of the global batch in this micro-batch."""
         return len(self.prompts) / self.size
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward passes in a phase: `branches` rows of a network per image. `gradient`: of its weights, of its input alone, or none."""
+    """Forward passes of a network in a phase, with `branches` rows per image.
+
+    `gradient` is taken with respect to the network's weights, with respect to its input only, or not at all.
+    """
 
     role: str
     branches: int
@@ -104,44 +107,44 @@ class Pass:
 
     @property
     def forwards(self) -> int:
-        """Work per image in forward passes. A backward pass costs two, or one where it ends at the input."""
+        """Work per image in forward passes. A backward pass costs two forward passes, or one if it ends at the input."""
         return self.branches * {"weights": 3, "input": 2, "none": 1}[self.gradient]
 
 
 def branches(*scales: float) -> int:
-    """Rows per image that guidance at these scales takes: one at 0 or 1, two otherwise."""
+    """Return the rows per image that guidance with these scales needs: 1 if all scales are 0 or all are 1, else 2."""
     return 1 if set(scales) in ({1.0}, {0.0}) else 2
 
 
 class Networks(Protocol):
-    """What the engine gives an objective. Predictions of the network in training carry gradients; all others do not."""
+    """Networks that the engine provides to an objective. Only predictions of the network in training carry gradients."""
 
     @property
     def path(self) -> Any:
-        """The teacher's diffusion.path.Path."""
+        """Diffusion path of the teacher, a diffusion.path.Path."""
 
     def generate(self, batch: Batch) -> Tensor:
-        """Samples x [B, C, h, w] of the generator."""
+        """Return samples x [B, C, h, w] of the generator."""
 
     def noise(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
-        """The noise [B, C, h, w] that a network predicts in x_t, once for each guidance scale."""
+        """Return the noise [B, C, h, w] that a network predicts in x_t, one tensor for each guidance scale."""
 
     def clean(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
-        """The clean latent [B, C, h, w] that a network predicts from x_t, once for each guidance scale."""
+        """Return the clean latent [B, C, h, w] that a network predicts from x_t, one tensor for each guidance scale."""
 
     def gradient_through(
         self, x: Tensor, networks: Sequence[Callable[[Tensor], list[Tensor]]], loss: Callable[..., tuple[Tensor, Values]]
     ) -> tuple[Tensor, Values]:
-        """d loss / d x, with the gradient that flows through the outputs of `networks` at x. `loss` takes x and all the outputs."""
+        """Return d loss / d x through the outputs of `networks` at x too, and measurements. `loss` takes x and all outputs."""
 
 
 Values = dict[str, "Tensor"]
-"""Measurements of a micro-batch as scalars that add up to those of the global batch; the first one is the loss."""
+"""Scalar measurements of a micro-batch. Their sums are the measurements of the global batch. The first one is the loss."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One update of one network. `forward` makes its output [B, ...]; `gradient` returns d loss / d output and measurements."""
+    """One update of one network. `forward` computes its output [B, ...]; `gradient` returns d loss / d output and measurements."""
 
     role: str
     inputs: Inputs
@@ -149,13 +152,14 @@ class Phase:
     gradient: Callable[[Networks, Tensor, Batch], tuple[Tensor, Values]]
     passes: tuple[Pass, ...]
     update: int = 0
-    """Updates of this network before this one."""
+    """Number of earlier updates of this network."""
     split: bool = False
-    """Whether `gradient` runs networks, so that it is worth it to keep no graph of `forward` meanwhile (`split_backward`)."""
+    """Whether `gradient` runs networks. With `split_backward`, `forward` is then run again for its backward pass, to save
+    memory."""
 
 
 class RunConfig(Protocol):
-    """The settings of a run that objectives share."""
+    """Settings of a run that are common to all objectives."""
 
     @property
     def t_min(self) -> int: ...
@@ -178,15 +182,15 @@ class RunConfig(Protocol):
 
 
 class Objective(ABC):
-    """A distillation method under the settings of one run."""
+    """A distillation method with the settings of one run."""
 
     Settings: ClassVar[type[Settings]]
     title: ClassVar[str]
     """Name and source for model cards."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Settings of the run that differ from the usual ones under this objective."""
+    """Settings of the run for which this objective has other defaults."""
     reads: ClassVar[str]
-    """A sentence on how to read its losses, for reports."""
+    """Sentence for reports that explains how to read the losses."""
 
     def __init__(self, config: RunConfig, timesteps: int):
         self.config, self.settings, self.timesteps = config, config.objective, timesteps
@@ -194,8 +198,8 @@ class Objective(ABC):
     @property
     @abstractmethod
     def roles(self) -> dict[str, Role]:
-        """The networks that are trained, by name."""
+        """Trained networks by name."""
 
     @abstractmethod
     def phases(self, step: int) -> list[Phase]:
-        """The phases of a training step, in order."""
+        """Return the phases of a training step, in order."""

@@ -1,4 +1,4 @@
-"""Improved Distribution Matching Distillation (DMD2, arXiv 2405.14867) without its GAN, which needs images."""
+"""Improved Distribution Matching Distillation (DMD2, arXiv 2405.14867) without its GAN, which needs real images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class Dmd2(OnSharedSamples):
         return self.generator_update(step, self.matching_gradient, (Pass(GENERATOR, 1, "weights"), *scores))
 
     def matching_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """(f_psi - f_phi) / mean |x - f_phi| of clean predictions f (equations 7 and 8 of arXiv 2311.18828)."""
+        """Return the gradient (f_psi - f_phi) / mean |x - f_phi| (equations 7 and 8 of arXiv 2311.18828) and measurements.
+
+        f_psi and f_phi are the clean predictions of fake score and teacher.
+        """
         x_t = nets.path.noised(x, batch.noise, batch.t)
         (fake,), (real,) = nets.clean(FAKE, x_t, batch, 1.0), nets.clean(TEACHER, x_t, batch, self.settings.guidance)
         direction = ((fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)).nan_to_num()

@@ -1,4 +1,4 @@
-"""What objectives with a fake score share: a generator, and a second network that follows the score of the generator's samples."""
+"""Base classes of objectives with a generator and a fake score, a network that learns the score of the generator's samples."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class ScoreDistillation(Objective):
-    """Each step has `fake_updates` updates of the fake score and, after its warm-up, one of the generator."""
+    """Objective with `fake_updates` updates of the fake score per step and, after its warm-up, one update of the generator."""
 
     generator, fake = Role(0.0), Role(0.0)
-    """What the two roles have beside a learning rate and a LoRA rank."""
+    """Fields of the two roles other than the learning rate and the LoRA rank."""
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -29,17 +29,17 @@ class ScoreDistillation(Objective):
         }
 
     def phases(self, step: int) -> list[Phase]:
-        """The fake score's updates, then the generator's, each with inputs of its own."""
+        """Return the fake score's updates, then the generator's update, each with its own random inputs."""
         phases = [self.fake_phase(step, update) for update in range(self.config.fake_updates)]
         return phases + ([self.generator_phase(step)] if self.trains_generator(step) else [])
 
     @abstractmethod
     def fake_phase(self, step: int, update: int) -> Phase:
-        """An update of the fake score, `update` of this step."""
+        """Return update number `update` of the fake score in this step."""
 
     @abstractmethod
     def generator_phase(self, step: int) -> Phase:
-        """The generator's update of this step."""
+        """Return the generator's update in this step."""
 
     def fake_inputs(self, step: int, update: int, t_range: tuple[int, int], dropout: float = 0.0) -> Inputs:
         updates = self.config.fake_updates
@@ -64,7 +64,7 @@ class ScoreDistillation(Objective):
 
 
 class OnSharedSamples(ScoreDistillation):
-    """The generator is updated first, and the first update of the fake score learns from the samples of that update."""
+    """Objective that updates the generator first. The first update of the fake score reuses the samples of that update."""
 
     def phases(self, step: int) -> list[Phase]:
         fakes = [self.fake_phase(step, update) for update in range(self.config.fake_updates)]
@@ -77,31 +77,32 @@ class OnSharedSamples(ScoreDistillation):
 
 
 def generate(nets: Networks, batch: Batch) -> Tensor:
-    """The generator's samples x [B, C, h, w]."""
+    """Return the generator's samples x [B, C, h, w]."""
     return nets.generate(batch)
 
 
 def predict_noise(nets: Networks, batch: Batch, scale: float = 1.0) -> Tensor:
-    """The noise [B, C, h, w] that the fake score predicts in noised samples of the generator."""
+    """Return the noise [B, C, h, w] that the fake score predicts in noised samples of the generator."""
     x = nets.generate(batch) if batch.samples is None else batch.samples
     return nets.noise(FAKE, nets.path.noised(x, batch.noise, batch.t), batch, scale)[0]
 
 
 def denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-    """Gradient of || eps_psi(x_t) - eps ||^2, summed over elements, over the global batch, with respect to eps_psi.
+    """Return the gradient of || eps_psi(x_t) - eps ||^2, summed over elements, averaged over the global batch, w.r.t. eps_psi, and
+    the loss.
 
-    A network that predicts v is compared by the noise that its prediction stands for: the same loss, the v error weighted by a^2.
+    The prediction of a network that predicts v is converted to noise first: the same loss, equal to the v error weighted by a^2.
     """
     difference = noise - batch.noise
     return difference * (2.0 / batch.size), {"fake_loss": difference.square().sum() / batch.size}
 
 
 def health(x: Tensor, y_real: Tensor, y_fake: Tensor) -> Tensor:
-    """|y_real - y_fake| / |y_real - x|, averaged over the samples: how far the two scores still are apart. A scalar."""
+    """Return |y_real - y_fake| / |y_real - x|, averaged over the samples: the relative distance of the two scores, a scalar."""
     apart = (y_real - y_fake).abs().mean((1, 2, 3)) / (y_real - x).abs().mean((1, 2, 3)).clamp_min(1e-5)
     return apart.mean()
 
 
 def spread(x: Tensor, batch: Batch) -> Tensor:
-    """This batch's part of the mean standard deviation of samples."""
+    """Return this micro-batch's part of the mean standard deviation of the samples."""
     return batch.share * x.std((1, 2, 3)).mean()

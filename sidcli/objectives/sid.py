@@ -1,7 +1,7 @@
 """Score identity Distillation with Long and Short Guidance (SiD-LSG, arXiv 2406.01561).
 
-Names: x the generator's sample, y_real the clean prediction of the teacher, y_fake that of the fake score, all [B, C, h, w] float32 and
-all at the same noised x_t.
+Notation: x is the generator's sample, y_real the clean prediction of the teacher, y_fake the clean prediction of the fake score.
+All are float32 [B, C, h, w]; both predictions are made from the same noised x_t.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sid(ScoreDistillation):
         return self.generator_update(step, self.score_gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=True)
 
     def score_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """d loss / d x of the generator's loss (equation 23 of arXiv 2404.04057 under guidance), through both scores."""
+        """Return d loss / d x through both scores (equation 23 of arXiv 2404.04057 with guidance), and measurements."""
         s = self.settings
 
         def clean(x: Tensor, role: str, scales: tuple[float, ...]) -> list[Tensor]:
@@ -69,10 +69,10 @@ class Sid(ScoreDistillation):
 
 
 def generator_loss(x: Tensor, y_real: Tensor, y_fake: Tensor, y_fake_target: Tensor, alpha: float, batch: int) -> Tensor:
-    """(y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w, summed over elements, over `batch` samples.
+    """Return the loss (y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w, summed, divided by `batch`.
 
-    y_fake is the fake score at kappa2, y_fake_target at kappa3. w is the mean absolute |x - y_real| of the sample, a constant for the
-    gradient. The gradient flows through both score networks. The value stays near zero and measures nothing.
+    y_fake is the fake score's prediction at kappa2, y_fake_target at kappa3. w is the mean absolute |x - y_real| of each sample, a
+    constant for the gradient. The gradient flows through both score networks. The value stays near zero and does not show progress.
     """
     weight = (x - y_real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5).detach()
     difference = y_real - y_fake

@@ -1,4 +1,4 @@
-"""Variational Score Distillation as SwiftBrush trains one-step students with it (arXiv 2312.05239, 2305.16213)."""
+"""Variational Score Distillation of one-step students as in SwiftBrush (arXiv 2312.05239, 2305.16213)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class Vsd(OnSharedSamples):
         return self.generator_update(step, self.score_difference, passes)
 
     def score_difference(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """sigma_t^2 (eps_phi - eps_psi) for the noise that teacher and fake score predict (arXiv 2305.16213)."""
+        """Return the gradient sigma_t^2 (eps_phi - eps_psi) (arXiv 2305.16213) and measurements.
+
+        eps_phi and eps_psi are the noise that teacher and fake score predict.
+        """
         x_t, scale = nets.path.noised(x, batch.noise, batch.t), self.settings.guidance
         (real,), (fake,) = nets.noise(TEACHER, x_t, batch, scale), nets.noise(FAKE, x_t, batch, scale)
         direction = nets.path.scale(batch.t)[1] ** 2 * (real - fake)
@@ -49,7 +52,7 @@ class Vsd(OnSharedSamples):
 
 
 def weighted_denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-    """Gradient of a_t^2 || eps_psi(x_t) - eps ||^2, see `denoising_gradient`."""
+    """Return the gradient of a_t^2 || eps_psi(x_t) - eps ||^2 and the loss; see `denoising_gradient`."""
     weight = nets.path.scale(batch.t)[0] ** 2
     gradient, _ = denoising_gradient(nets, noise, batch)
     return weight * gradient, {"fake_loss": (weight * (noise - batch.noise).square()).sum() / batch.size}

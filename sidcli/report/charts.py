@@ -1,4 +1,4 @@
-"""Where the marks of a chart go, in percent of its box: a chart of any width then keeps its lines and letters as they are."""
+"""Positions of the marks of a chart in percent of the chart area, so that lines and letters keep their size at any chart width."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TypeVar
 from sidcli.metrics.catalog import Measured
 
 POINTS = 200
-"""Points of a curve that are kept; a chart is not drawn wider than twice as many pixels."""
+"""Maximum number of points of a curve. A chart is at most twice as many pixels wide."""
 NAME_LETTERS = 28
-"""Letters of a name that fit over a whisker on a phone."""
+"""Maximum number of letters of a name, which must fit above a whisker on a phone."""
 
 Item = TypeVar("Item")
 
@@ -25,25 +25,28 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `low` to `high`, a little more than there is to show."""
+    """An axis from `low` to `high`, slightly wider than the range of the values."""
 
     low: float
     high: float
 
     @classmethod
     def around(cls, values: Sequence[float], from_zero: bool = False) -> Axis:
-        """Around the finite ones of some values; `from_zero` for those that are no less than 0 and whose size counts."""
+        """Return an axis around the finite values.
+
+        With `from_zero` the axis starts at 0. This suits values that are never negative and are compared by size.
+        """
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = 0.0 if from_zero else min(finite), max(finite)
         margin = 0.06 * ((high - low) or abs(high) or 1.0)
         return cls(0.0 if from_zero else low - margin, high + margin)
 
     def at(self, value: float) -> float:
-        """Percent of the way from `low` to `high`."""
+        """Return the position of a value in percent of the axis, 0 at `low` and 100 at `high`."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
     def ticks(self, wanted: int) -> list[Tick]:
-        """About `wanted` round values."""
+        """Return about `wanted` ticks at round values."""
         raw = (self.high - self.low) / wanted
         power = 10.0 ** math.floor(math.log10(raw))
         step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / raw)))
@@ -53,7 +56,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plot:
-    """A curve in its box: the `line` as SVG points, where it ends, and the ticks; y counts downwards."""
+    """A curve in its chart area: the `line` as SVG points, its `end`, and the ticks of both axes. y increases downwards."""
 
     line: str
     end: tuple[float, float]
@@ -63,14 +66,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Whisker:
-    """A measured value on the axis it shares with others; `marks` are low, value and high, or None where one is not finite."""
+    """A measured value on a shared axis. `marks` are the positions of low, value and high, or None if one of them is not finite."""
 
     name: str
     marks: tuple[float, float, float] | None
 
 
 def plot(points: Sequence[tuple[float, float]], from_zero: bool = False) -> Plot:
-    """A curve through (step, value) points, one at least, all finite."""
+    """Return the plot of a curve through (step, value) points. At least one point is needed, and all points must be finite."""
     xs, ys = Axis(0, max(1, points[-1][0])), Axis.around([value for _, value in points], from_zero)
     places = [(xs.at(step), round(100 - ys.at(value), 2)) for step, value in evenly(points, POINTS)]
     line = " ".join(f"{x:g},{y:g}" for x, y in places)
@@ -79,7 +82,7 @@ def plot(points: Sequence[tuple[float, float]], from_zero: bool = False) -> Plot
 
 
 def whiskers(rows: Sequence[tuple[str, Measured]], scale: float) -> tuple[list[Whisker], list[Tick]]:
-    """The rows on one axis, and its ticks, whose labels are multiplied by `scale`."""
+    """Return the rows as whiskers on one axis, and the ticks of the axis. Values are multiplied by `scale`."""
     ends = [(scale * measured.low, scale * measured.value, scale * measured.high) for _, measured in rows]
     axis = Axis.around([end for row in ends for end in row])
     found = []
@@ -90,19 +93,19 @@ def whiskers(rows: Sequence[tuple[str, Measured]], scale: float) -> tuple[list[W
 
 
 def number(value: float) -> str:
-    """For an axis or a table: four digits, or a whole number with its thousands marked."""
+    """Format a number for an axis or a table: four significant digits, or an integer with thousands separators from 1,000."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def shortened(name: str) -> str:
-    """Head and tail of a name that is too long; the tails of paths differ."""
+    """Shorten a name that is too long to its head and tail. The tail is kept because paths often differ only there."""
     if len(name) <= NAME_LETTERS:
         return name
     return f"{name[: NAME_LETTERS // 3]}…{name[-(NAME_LETTERS - NAME_LETTERS // 3 - 1) :]}"
 
 
 def evenly(items: Sequence[Item], limit: int) -> list[Item]:
-    """At most `limit` items, evenly chosen, with the first and the last."""
+    """Return at most `limit` evenly spaced items, including the first and the last item."""
     if len(items) <= limit:
         return list(items)
     return [items[round(index * (len(items) - 1) / (limit - 1))] for index in range(limit)]

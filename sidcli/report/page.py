@@ -1,4 +1,5 @@
-"""One HTML page in one file: what can stand on it, and how it is written. The page loads nothing and runs no script but its own."""
+"""An HTML page in one file: its possible sections, and the code that writes it. The page loads no other files and runs only its own
+script."""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ from sidcli.report import charts
 
 LONGEST_SIDE = 256
 SMALL_SIDE = 128
-"""Pictures below this many pixels are shown with their pixels as they are."""
+"""Pictures whose longer side is below this many pixels are enlarged without smoothing."""
 QUALITY = 90
 COLORS = 8
-"""Colors of contestants in the template; a ninth contestant begins again with the first."""
+"""Number of colors of candidates in the template. A ninth candidate has the first color again."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of a row names the row."""
+    """A table. The first cell of a row is the name of the row."""
 
     title: str
     header: Sequence[str]
@@ -45,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Contestants side by side: `rows` hold a name and a picture per caption, all of the same seeds."""
+    """Pictures of several candidates. A row is the name of a candidate and one picture per caption; all rows use the same seeds."""
 
     title: str
     captions: Sequence[str]
@@ -55,7 +56,10 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Curve:
-    """`points` are (training step, value), in the order of the steps, one at least, all finite; `from_zero`: so the axis begins."""
+    """A curve over training. `points` are (training step, value) in the order of the steps, at least one point, all of them finite.
+
+    With `from_zero` the axis starts at 0.
+    """
 
     title: str
     lower_is_better: bool | None
@@ -72,7 +76,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The same prompts and seeds over training: `strips` hold, for each of `steps`, a picture per prompt. `seeds` where known."""
+    """Pictures of the same prompts and seeds over training. `strips` contains one picture per prompt for each of `steps`.
+
+    `seeds` is None if the seeds are unknown.
+    """
 
     title: str
     prompts: Sequence[str]
@@ -85,7 +92,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class IntervalRows:
-    """One metric of several contestants on one axis."""
+    """One metric of several candidates on one axis."""
 
     metric: Metric
     rows: Sequence[tuple[str, Measured]]
@@ -100,7 +107,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Facts:
-    """Settings, provenance, protocol; a long list is folded unless `is_open`."""
+    """A list of settings, provenance or protocol as (name, value). A long list is collapsed unless `is_open` is True."""
 
     title: str
     pairs: Sequence[tuple[str, str]]
@@ -110,7 +117,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Commands:
-    """`commands` are (explanation, command)."""
+    """Commands for the user to run. `commands` are (explanation, command)."""
 
     title: str
     commands: Sequence[tuple[str, str]]
@@ -129,7 +136,7 @@ class Page:
 
     @property
     def contestants(self) -> list[str]:
-        """Every name that has a color, in the order in which they come up."""
+        """The names of all candidates of galleries and scores, in order of appearance. Every name has a color."""
         galleries = [name for section in self.sections if isinstance(section, Gallery) for name, _ in section.rows]
         scores = [section for section in self.sections if isinstance(section, Scores)]
         return list(
@@ -139,7 +146,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image inside the page; `width` and `height` in pixels."""
+    """An image embedded in the page as a data URI. `width` and `height` are in pixels."""
 
     uri: str
     width: int
@@ -148,7 +155,7 @@ class Picture:
 
 
 def embedded(image: Image.Image) -> Picture:
-    """As WebP, shrunk where its longer side is over 256 pixels."""
+    """Encode an image as WebP. An image with a longer side above 256 pixels is shrunk."""
     picture = image.convert("RGB")
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -158,30 +165,30 @@ def embedded(image: Image.Image) -> Picture:
 
 
 def shown(value: object) -> str:
-    """What the template is about to write."""
+    """Return a value of the template as printable text; Markup is returned unchanged."""
     return value if isinstance(value, Markup) else printable(str(value), keep="\n")
 
 
 def digest(text: str) -> str:
-    """The hash by which a content security policy knows an inline script or style."""
+    """Return the hash that a content security policy uses to allow an inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def numbers(curves: Sequence[Curve]) -> list[tuple[float, list[float | None]]]:
-    """(step, value of each curve or None), over all steps that are drawn."""
+    """Return (step, value of each curve or None) for all steps that are drawn."""
     columns = [dict(charts.evenly(curve.points, charts.POINTS)) for curve in curves]
     return [(step, [column.get(step) for column in columns]) for step in sorted(set().union(*columns))]
 
 
 def measurements(metrics: Sequence[IntervalRows]) -> list[tuple[str, list[tuple[Metric, Measured | None]]]]:
-    """(contestant, each metric and what it measured of them, if anything)."""
+    """Return (candidate, [(metric, measured value of the candidate or None) for each metric]) for all candidates."""
     columns = [(intervals.metric, dict(intervals.rows)) for intervals in metrics]
     names = dict.fromkeys(name for intervals in metrics for name, _ in intervals.rows)
     return [(name, [(metric, column.get(name)) for metric, column in columns]) for name in names]
 
 
 def render(page: Page) -> str:
-    """The whole page. The same content gives the same text."""
+    """Return the HTML of the page. The same content gives the same text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -204,6 +211,6 @@ def render(page: Page) -> str:
 
 
 def write(page: Page, file: Path) -> None:
-    """Raises EnvironmentProblem where the disk or the folder refuses."""
+    """Write the page to `file`. Raises EnvironmentProblem if the file cannot be written."""
     with atomic_file(file) as temporary:
         temporary.write_text(render(page), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""A run folder as a page, from its files alone. A file that is missing, damaged or half-written costs its own part of the page."""
+"""The report page of a run folder, made only from its files. If a file is missing, damaged or incomplete, only its part of the page
+is left out."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ RATIO = "The ratio is |y_teacher - y_fake| / |y_teacher - x|: how far the two de
 
 @dataclass(frozen=True)
 class Run:
-    """What can be read of a run folder. `records`: the finite numbers of metrics.jsonl, by step, in order."""
+    """The readable content of a run folder. `records` maps each step, in order, to the finite numbers of metrics.jsonl."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -63,22 +64,25 @@ class Run:
 
     @property
     def done(self) -> float:
-        """Training steps so far."""
+        """Number of training steps so far."""
         return max(self.records, default=_whole(self.student, "steps_trained") or 0)
 
     @property
     def images(self) -> float | None:
-        """Training images per network so far, steps times batch size; cards of the first versions count both networks."""
+        """Number of training images per network so far: steps times batch size.
+
+        The number in sid.json is not used, because the first versions of sid counted the images of both networks.
+        """
         size = _whole(self.config, "batch_size")
         return self.done * size if size else None
 
     def last(self, key: str) -> float | None:
-        """The newest value of a curve."""
+        """Return the newest value of a curve, None if it has no values."""
         return next((record[key] for record in reversed(list(self.records.values())) if key in record), None)
 
 
 def run_page(folder: Path) -> Page:
-    """The page of a run, finished or not. Raises InputError for a folder in which no run left a readable file."""
+    """Return the page of a run, finished or not. Raises InputError if the folder contains no readable file of a run."""
     run = Run.read(folder)
     sections = _sections(run)
     if not sections:
@@ -89,7 +93,7 @@ def run_page(folder: Path) -> Page:
 
 
 def run_sections(folder: Path) -> tuple[Section, ...]:
-    """What a run folder has to show: results, pictures, proxies, losses, how to run the student, settings and provenance."""
+    """Return the sections of a run folder: results, pictures, proxies, losses, how to run the student, settings and provenance."""
     return _sections(Run.read(folder))
 
 
@@ -112,13 +116,13 @@ def _sections(run: Run) -> tuple[Section, ...]:
 
 
 def _reading(run: Run) -> str:
-    """How to read the losses of the run's objective, and what to look at instead."""
+    """Return a note that explains how to read the losses of the run's objective, and what to look at instead."""
     objective = OBJECTIVES.get(str(flat(run.config).get("objective", "sid")))
     return f"{objective.reads} {LOOK}" if objective else LOOK
 
 
 def _goal(run: Run) -> tuple[str, ...]:
-    """What the proxies may be expected to reach."""
+    """Return a note with the teacher's CLIP score, which the proxies can be expected to reach; empty if it is unknown."""
     goal = _json(run.folder / "proxy.json")
     score, images = goal.get("teacher_clip"), _whole(goal, "images")
     if not isinstance(score, float) or images is None:
@@ -137,7 +141,7 @@ def _summary(run: Run) -> str:
 
 
 def _overview(run: Run) -> Facts | None:
-    """What people look for first: results as far as there are any, when it ran, how long and on what."""
+    """Return the most important facts: the available results, start and end, training time, speed and hardware."""
     pairs: dict[str, str] = {}
     goal = _json(run.folder / "proxy.json").get("teacher_clip")
     for key, (label, _) in PROXIES.items():
@@ -183,11 +187,14 @@ def _timeline(folder: Path) -> Timeline | None:
 
 
 def _strip(file: Path, count: int) -> list[Image.Image]:
-    """The `count` pictures of equal width that stand in a row in a file, else as many as are square; none where it is damaged."""
+    """Return the pictures that a file contains side by side: `count` pictures of equal width.
+
+    If `count` is 0 or does not divide the width, the pictures are taken to be square. Returns [] if the file is damaged.
+    """
     try:
         with Image.open(file) as opened:
             row = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's words for damaged
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # the errors that Pillow raises for a damaged file
         return []
     if not count or row.width % count:
         count = max(1, round(row.width / row.height))
@@ -212,7 +219,7 @@ def _commands(run: Run) -> Commands | None:
         return None
     visits = "num_inference_steps=1"
     if steps > 1:
-        from sidcli.diffusion.sampling import exit_grid  # brings torch along
+        from sidcli.diffusion.sampling import exit_grid  # imports torch
 
         visits = f"timesteps={list(exit_grid(t_init, steps))}"
     code = (
@@ -232,8 +239,11 @@ def _commands(run: Run) -> Commands | None:
 
 
 def _measuring(run: Run, model: str) -> list[tuple[str, str]]:
-    """How to measure the student of a run; photographs need captions or a reference that only the reader has."""
-    # `sid eval` reads a teacher as its files describe it.
+    """Return (explanation, command) pairs that measure the student of a run.
+
+    To measure a student that draws photographs, the user must provide captions or reference images.
+    """
+    # `sid eval` uses the configs in the teacher's own files, so a teacher that was loaded with overrides is left out.
     described = run.config.get("prediction_type", "auto") == "auto" and not run.config.get("model_config")
     names = " ".join([model, shlex.quote(run.teacher)] if run.teacher and described else [model])
     if run.student.get("world") == "emoji":
@@ -253,7 +263,7 @@ def _facts(title: str, content: Mapping[str, Any]) -> Facts | None:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables with their names joined; what is empty says nothing and is left out."""
+    """Flatten nested tables to (name, value) pairs with joined names. Empty values are left out."""
     pairs: list[tuple[str, str]] = []
     for key, value in content.items():
         if isinstance(value, dict):
@@ -264,7 +274,10 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 def _records(file: Path) -> dict[float, dict[str, float]]:
-    """Lines that are not a JSON object with a step, and values that are not finite numbers, are skipped."""
+    """Return the records of metrics.jsonl by step.
+
+    Lines that are not a JSON object with a step, and values that are not finite numbers, are skipped.
+    """
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: `step-00000200/` with safetensors files and a manifest of their sizes and sha256.
 
-Promise: when `write` returns, the new checkpoint loads; whenever it does not return, the previous one still does. A folder without a
-complete manifest is no checkpoint. Only folders named step-NNNNNNNN are ever read, and only those that rotation drops are removed.
+Guarantee: if `write` returns, the new checkpoint can be loaded; if `write` does not return, the previous checkpoint can still be
+loaded. A folder without a complete manifest is not a checkpoint. Only folders named step-NNNNNNNN are read, and only those beyond
+the number of checkpoints to keep are removed.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from sidcli.training.intervals import KEEP
 
 FORMAT = 4
 READABLE = (3, FORMAT)
-"""Format 3 had the settings of SiD beside the others and another name for one file."""
+"""Formats that can be read. Format 3 has SiD's settings on the top level of the config and another name for one file (RENAMED)."""
 RENAMED = {"optimizer_fake": "optimizer_fake_score"}
 Files = dict[str, dict[str, Tensor]]
-"""Tensors by name, by file without its suffix."""
+"""{file name without suffix: {tensor name: tensor}}."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Checkpoint:
     step: int
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Digests of what the run was given, by name: its prompts, its teacher."""
+    """Digests of the run's inputs, by name: prompts and teacher."""
     files: tuple[str, ...]
-    """Names of those that its manifest has digests of."""
+    """Names of the files whose sizes and digests are in the manifest."""
 
 
 class UnknownFormat(InputError):
-    """Written by another version of sid: nothing is wrong with it."""
+    """Raised for a checkpoint or run folder in the format of another version of sid. It is not damaged."""
 
 
 def folder_name(step: int) -> str:
@@ -63,14 +64,14 @@ def folder_name(step: int) -> str:
 
 
 def bytes_of(files: Files) -> int:
-    """Bytes of the tensors."""
+    """Return the size of the tensors in bytes."""
     return sum(value.nbytes for tensors in files.values() for value in tensors.values())
 
 
 def check_room(root: Path, size: int, keep: int = KEEP, more: int = 0) -> None:
-    """Raises EnvironmentProblem where the disk lacks room for the checkpoints that are still to come, and for `more` bytes.
+    """Raises EnvironmentProblem if the disk lacks space for the checkpoints that are still to be written, and for `more` bytes.
 
-    `keep` of them stay while another one of `size` bytes is written.
+    `size` is the size of a checkpoint in bytes. `keep` checkpoints stay on disk while another is written.
     """
     missing = max(1, keep + 1 - len(numbered(root)))
     needed, free = missing * size + more, shutil.disk_usage(nearest(root)).free
@@ -85,7 +86,10 @@ def check_room(root: Path, size: int, keep: int = KEEP, more: int = 0) -> None:
 
 
 def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP) -> Path:
-    """Write checkpoint `step` under `root`, then drop all but the newest `keep`. Raises EnvironmentProblem where the disk refuses."""
+    """Write checkpoint `step` under `root`, then remove all but the newest `keep`. Returns its folder.
+
+    Raises EnvironmentProblem if writing fails, for example because the disk is full.
+    """
     target = root / folder_name(step)
     check_space(root, bytes_of(files), "a checkpoint needs")
     with atomic_folder(target) as folder:
@@ -109,7 +113,7 @@ def numbered(root: Path) -> list[int]:
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Check every size and hash. Raises InputError that names the file at fault."""
+    """Check every size and hash, and return the checkpoint. Raises InputError that names the damaged file."""
     try:
         content = read_bytes(folder / "manifest.json")
         manifest = json.loads(content)
@@ -125,7 +129,7 @@ def verify(folder: Path) -> Checkpoint:
             f"{folder} has checkpoint format {version}; this version of sid reads formats {' and '.join(map(str, READABLE))}",
             "continue with the version that run.json names, or choose another --output for a new run",
         )
-    if not as_written:  # a flipped bit can leave the sense as it was: 1e-05 and 1E-05
+    if not as_written:  # a flipped bit can leave the parsed value unchanged: 1e-05 and 1E-05
         raise damaged
     for name, entry in manifest["files"].items():
         file = folder / Path(name).name
@@ -135,12 +139,15 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's content, by which a flipped bit in the manifest itself is seen."""
+    """Return the SHA-256 of a manifest's content, which detects a flipped bit in the manifest itself."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with newer ones. Raises UnknownFormat for one of another version."""
+    """Return the newest checkpoint that passes `verify`, and the errors of newer ones.
+
+    Raises UnknownFormat for a checkpoint of another version of sid.
+    """
     problems: list[str] = []
     for step in sorted(numbered(root), reverse=True):
         try:
@@ -156,14 +163,16 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Of the files that its manifest names, which `verify` has seen; others that lie there are not opened."""
+    """Return the tensors of the files in the manifest, which `verify` has checked. Other files in the folder are not opened."""
     files = {name: checkpoint.folder / Path(name).name for name in sorted(checkpoint.files)}
     return {RENAMED.get(Path(name).stem, Path(name).stem): load_file(file) for name, file in files.items()}
 
 
 def set_aside(root: Path, step: int) -> list[Path]:
-    """Rename checkpoints newer than `step`, so that a run that continues from `step`
-    neither counts them as its newest nor writes over them. Returns their new names; they are never removed by us."""
+    """Rename checkpoints newer than `step`, so that a run that continues from `step` neither counts nor overwrites them.
+
+    Returns their new paths. sid never removes them.
+    """
     renamed = []
     for newer in sorted(number for number in numbered(root) if number > step):
         folder = root / folder_name(newer)
@@ -173,10 +182,10 @@ def set_aside(root: Path, step: int) -> list[Path]:
 
 
 class Writer:
-    """Writes checkpoints in a thread, one at a time, while the training goes on in the block of a `with`.
+    """Context manager that writes checkpoints in a thread, one at a time, while the training continues.
 
-    The state of a step is safe when `finish` or the next `write` returns, and at the end of the block, which waits even where an error
-    ends it. Only what ends the process, SystemExit and KeyboardInterrupt, does not wait.
+    A checkpoint is complete when `finish` or the next `write` returns, or when the context ends. The context waits for it even if
+    an Exception ends the context, but not after SystemExit or KeyboardInterrupt, which end the process.
     """
 
     def __init__(self, root: Path, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP):
@@ -184,7 +193,7 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.seconds = 0.0
-        """Time for which the training has waited."""
+        """Seconds for which the training has waited."""
 
     def __enter__(self) -> Writer:
         return self
@@ -193,11 +202,12 @@ class Writer:
         if kind is None:
             self.finish()
         elif issubclass(kind, Exception):
-            with suppress(EnvironmentProblem):  # what ended the block is what is to be told
+            with suppress(EnvironmentProblem):  # the exception that ended the context is raised instead
                 self.finish()
 
     def write(self, step: int, files: Files) -> None:
-        """Begin to write tensors that nobody will change. Raises what the write before has met, EnvironmentProblem above all."""
+        """Start to write tensors, which must not change afterwards. Raises the previous write's error, usually
+        EnvironmentProblem."""
         self.finish()
 
         def work() -> None:
@@ -206,12 +216,12 @@ class Writer:
             except BaseException as error:
                 self.error = error
 
-        # A daemon: who asks a second time to stop does not wait for a disk.
+        # A daemon thread, because a second signal must end the process without waiting for the disk.
         self.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
-        """Wait for the write that is under way. Raises what it has met."""
+        """Wait for the current write. Raises its error."""
         with self.waiting():
             if self.thread is not None:
                 self.thread.join()
@@ -222,7 +232,7 @@ class Writer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time of a block as waited."""
+        """Context whose duration is added to `seconds`."""
         begun = time.monotonic()
         try:
             yield

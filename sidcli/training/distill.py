@@ -1,4 +1,4 @@
-"""`sid distill`: the loop around the engine - step, report, sample, save, stop - and the run folder it leaves behind.
+"""`sid distill`: the training loop around the engine (train, log, sample, save, stop) and the run folder that it writes.
 
 runs/NAME/  config.toml  run.json  metrics.jsonl  samples/  checkpoints/  student/
 """
@@ -55,11 +55,11 @@ from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 RUN_FORMAT = 1
 GRID_IMAGES = 8
 SKIPPED_LIMIT = 6
-"""Updates in a row that may be left out for a value that is not finite; three steps' worth."""
+"""Consecutive updates skipped for a value that is not finite, at which the run returns to a checkpoint; three steps of SiD."""
 
 
 class Tracker(Protocol):
-    """One of accelerate's trackers."""
+    """Interface of accelerate's trackers."""
 
     def log(self, values: dict[str, Any], step: int | None) -> None: ...
     def finish(self) -> None: ...
@@ -71,18 +71,21 @@ class Result:
     student: Path
     step: int
     taken: int
-    """Steps of this command; 0 where the run was finished already."""
+    """Steps of this command; 0 if the run was already finished."""
     images: int
-    """Training images per network of the whole run, as everywhere."""
+    """Training images per network of the whole run."""
     seconds: float
     """Training time of this command."""
     saving: float
-    """Of `seconds`, those in which the training waited for checkpoints."""
+    """Part of `seconds` in which the training waited for checkpoints."""
     last: dict[str, Any]
 
 
 class StopFlag:
-    """Remembers a signal of STOPPING until the loop asks; an `at_once` block ends immediately. A second signal ends the process."""
+    """Handler that stores a signal of STOPPING until the training loop reads it. A second signal ends the process.
+
+    In an `at_once` context a signal raises Interrupted immediately.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -100,7 +103,7 @@ class StopFlag:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that a signal ends with Interrupted, also one that came before it."""
+        """Context in which a signal raises Interrupted immediately, also a signal that arrived before the context."""
         self.impatient = True
         try:
             self.obey()
@@ -129,10 +132,10 @@ def run(
     tracker: str | None = None,
     command: str = "",
 ) -> Result:
-    """Distill `teacher` into output/student, or continue the run that is there; `command` is recorded.
+    """Distill `teacher` into output/student, or continue the run in `output`. `command` is recorded in run.json.
 
-    Raises InputError for a continued run whose settings changed or that another version of sid has written, Interrupted after saving
-    on a signal, EnvironmentProblem for a folder in use or a disk too small, SidError where the loss stops being finite or another
+    Raises InputError if the settings of a continued run changed or another version of sid wrote it, Interrupted on a signal after
+    saving, EnvironmentProblem if the folder is in use or the disk is too small, SidError if the loss stops being finite or another
     process of the run has died.
     """
     check_run(output)
@@ -171,7 +174,7 @@ def run(
 
 
 class Loop:
-    """Step, report, sample, save, stop: until config.steps or a signal."""
+    """The training loop: train, log, sample and save until config.steps or a signal."""
 
     def __init__(
         self,
@@ -192,11 +195,11 @@ class Loop:
         self.saved, self.begun = engine.step, time.monotonic()
         self.saved_at = self.begun
         self.trained = trained_seconds(output / "metrics.jsonl") if engine.distributed.leads else 0.0
-        """Seconds of training time of the whole run, as of the last record; without the time that an interruption has lost."""
+        """Training time of the whole run in seconds, as of the last record, without time lost to an interruption."""
         self.trained_before = self.trained
 
     def run(self) -> tuple[float, dict[str, Any]]:
-        """Returns the seconds it took and the last record. Raises Interrupted after saving, SidError where it diverges."""
+        """Run the loop. Returns its seconds and the last record. Raises Interrupted after saving, SidError if it diverges."""
         with self.writer:
             self.train()
             self.look(bool(self.intervals.eval), True)
@@ -224,7 +227,7 @@ class Loop:
                 self.leave(stopped)
 
     def look(self, evaluate: bool, paint: bool) -> None:
-        """Measure the student, draw its samples, or both. The time that takes does not count as training; a signal cuts it short."""
+        """Evaluate the student, draw its samples, or both. This does not count as training time. A signal stops it early."""
         if not (evaluate or paint):
             return
         paused = time.monotonic()
@@ -236,14 +239,14 @@ class Loop:
                 if paint:
                     self.painter.paint(student)
                     write(run_page(self.output), self.output / "report.html")
-            student.vae.to("cpu")  # training never decodes
+            student.vae.to("cpu")  # training does not use the VAE
         stopped, _ = self.asked()
         if stopped:
             self.leave(stopped)
         self.begun += time.monotonic() - paused
 
     def leave(self, number: int) -> None:
-        """Save what is not saved yet. Raises Interrupted."""
+        """Save the current step unless it is saved, then raise Interrupted."""
         engine = self.engine
         self.save()
         self.settle()
@@ -259,7 +262,7 @@ class Loop:
         return proxy
 
     def evaluate(self, student: Model) -> None:
-        """Proxies of the student as it is now, as a line of metrics.jsonl of their own."""
+        """Measure the proxy metrics of the current student and append them to metrics.jsonl as a separate line."""
         self.proxy = self.proxy or self.open_proxy()
         with self.listener.progress("evaluate", PROXY_IMAGES, "images") as advance:
             found = self.proxy.measure(student, student_plan_of(self.engine.config), advance)
@@ -269,7 +272,7 @@ class Loop:
         )
 
     def report(self, result: Measurements, rate: float) -> None:
-        """One line of metrics.jsonl; a value that is not finite becomes null."""
+        """Append one line to metrics.jsonl. A value that is not finite becomes null."""
         numbers = {name: round(value, 6) if math.isfinite(value) else None for name, value in result.numbers().items()}
         self.trained = self.trained_before + time.monotonic() - self.begun
         self.record = {
@@ -289,7 +292,7 @@ class Loop:
             self.tracker.log({name: value for name, value in record.items() if value is not None}, self.engine.step)
 
     def asked(self) -> tuple[int, bool]:
-        """The signal that asks to stop, 0 for none, and whether the last checkpoint is too long ago; all processes agree on it."""
+        """Return the signal that requests a stop, 0 for none, and whether a checkpoint is overdue. All processes agree on both."""
         distributed, number = self.engine.distributed, self.stop.number
         late = distributed.leads and time.monotonic() - self.saved_at > self.intervals.save_seconds
         if distributed.accelerator is None:
@@ -300,7 +303,7 @@ class Loop:
         return round(total / heard) if heard else 0, late_ones > 0
 
     def go_back(self) -> None:
-        """Return to the last checkpoint, once. Raises SidError the second time, or where there is none."""
+        """Return to the last checkpoint. Raises SidError the second time, or if there is no checkpoint."""
         step = self.engine.step
         self.settle()
         found, _ = checkpoint.latest(self.output / "checkpoints")
@@ -317,7 +320,7 @@ class Loop:
         self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
 
     def save(self) -> None:
-        """Begin a checkpoint of this step, unless there is one. Training goes on meanwhile, where memory has room for a copy."""
+        """Start to write a checkpoint of this step, unless there is one. Training continues if memory suffices for a copy."""
         engine = self.engine
         if engine.step == self.saved:
             return
@@ -340,8 +343,8 @@ class Loop:
 
 @contextmanager
 def advice(config: DistillConfig) -> Iterator[None]:
-    """Raises EnvironmentProblem where memory runs out, of the GPU or the machine, with the switches that are still to try, and SidError
-    where another process of the run does not answer any more."""
+    """Context that raises EnvironmentProblem if the GPU or the machine runs out of memory, with the options that are left to
+    try, and SidError if another process of the run no longer responds."""
     try:
         yield
     except SidError:
@@ -365,7 +368,7 @@ def advice(config: DistillConfig) -> Iterator[None]:
 
 
 def peak_memory(engine: Engine) -> float:
-    """The most memory used so far, in GB (10^9 bytes): of the GPU, or resident in this process."""
+    """Return the peak memory in GB (10^9 bytes): of the GPU, or the resident memory of this process."""
     if engine.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(engine.device) / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
@@ -373,7 +376,7 @@ def peak_memory(engine: Engine) -> float:
 
 @contextmanager
 def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
-    """tensorboard or wandb, through accelerate."""
+    """Context with a tracker of accelerate, `tensorboard` or `wandb`, or with None."""
     if name is None:
         yield None
         return
@@ -389,7 +392,11 @@ def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
 
 
 def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str, str], listener: RunListener) -> None:
-    """Load the given checkpoint, or the run's newest valid one, if its settings and inputs agree; writes nothing."""
+    """Load the checkpoint `resume`, or the run's newest valid checkpoint, if its settings and inputs agree. Writes nothing.
+
+    Raises InputError if they do not agree or the state does not fit the networks, UsageError if the checkpoint is beyond
+    config.steps.
+    """
     if (output / "run.json").exists():
         record = read_json(output / "run.json", "remove it: it is written again")
         if record.get("format") != RUN_FORMAT:
@@ -419,7 +426,7 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
         )
     try:
         engine.load(found.step, checkpoint.read(found))
-    except (KeyError, RuntimeError, SafetensorError) as error:  # whoever wrote such a checkpoint also wrote its hashes
+    except (KeyError, RuntimeError, SafetensorError) as error:  # the hashes are valid, but the state is not of this run
         raise InputError(
             f"{found.folder} holds no state of this run: {type(error).__name__} {error}", "continue from another checkpoint"
         ) from error
@@ -427,9 +434,9 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
 
 
 def begin_at(engine: Engine, output: Path, intervals: Intervals, listener: RunListener) -> None:
-    """Make the run folder one that has come to the engine's step and no further, with room for the checkpoints that follow.
+    """Prepare the run folder to continue at the engine's step: remove later records and rename later checkpoints.
 
-    Raises EnvironmentProblem where the disk has none.
+    Raises EnvironmentProblem if the disk lacks space for the checkpoints that follow.
     """
     checkpoints = output / "checkpoints"
     clear_leftovers(output)
@@ -441,8 +448,10 @@ def begin_at(engine: Engine, output: Path, intervals: Intervals, listener: RunLi
 
 
 def forget_after(metrics: Path, step: int, evaluates: bool) -> None:
-    """Drop the lines of steps that will be taken again, with `evaluates` the proxies of this one, which are measured again before the
-    next, and lines that a crash has cut."""
+    """Remove the lines of metrics.jsonl for steps that will be repeated, and lines that a crash truncated.
+
+    With `evaluates`, also remove the proxy metrics of `step`, which are measured again before the next step.
+    """
     if metrics.exists():
         kept = []
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -457,7 +466,7 @@ def forget_after(metrics: Path, step: int, evaluates: bool) -> None:
 
 
 def introduction(engine: Engine, output: Path) -> list[str]:
-    """What a run is about to do, for people: output, steps, batch, device and precision."""
+    """Return lines that describe a run before it starts: output, steps, batch, device and precision."""
     config, processes = engine.config, engine.distributed.count
     if engine.step == config.steps and (output / "student").is_dir():
         return [f"{output} is finished: all {config.steps} steps are done; train longer with a higher --steps"]
@@ -471,19 +480,19 @@ def introduction(engine: Engine, output: Path) -> list[str]:
 
 
 def now() -> str:
-    """The date and time in UTC as ISO 8601 has it, to the second."""
+    """Return the current date and time in UTC as in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def trained_seconds(metrics: Path) -> float:
-    """Training time at the last record of metrics.jsonl; 0 where none tells."""
+    """Return the training time in seconds at the last record of metrics.jsonl; 0 if no record has it."""
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     found = [json.loads(line).get("seconds") for line in lines]
     return max((seconds for seconds in found if isinstance(seconds, float)), default=0.0)
 
 
 def complete_record(output: Path, engine: Engine, seconds: float) -> None:
-    """Add to run.json when the run finished, after how many steps, training images per network and seconds of training."""
+    """Add the time of completion, steps, training images per network and seconds of training to run.json."""
     file = output / "run.json"
     record = read_json(file)
     done = {"steps": engine.step, "images": engine.images, "seconds": round(seconds, 1)}
@@ -491,9 +500,9 @@ def complete_record(output: Path, engine: Engine, seconds: float) -> None:
 
 
 def write_record(output: Path, teacher: Model, config: DistillConfig, engine: Engine, prompts: Prompts, command: str) -> None:
-    """config.toml, from which `--config` repeats the run, and run.json: when, where and on what it runs, by which command.
+    """Write config.toml, which repeats the run with `--config`, and run.json: start time, hardware, versions and command.
 
-    The run.json of a run with no step left stays as it is.
+    The run.json of a finished run without remaining steps is not changed.
     """
     file = output / "run.json"
     before = read_json(file) if engine.step and file.exists() else {}
@@ -525,7 +534,7 @@ def write_record(output: Path, teacher: Model, config: DistillConfig, engine: En
 
 
 def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
-    """sid.json of the student: how it draws and how it came to be."""
+    """Return the content of the student's sid.json: how it samples and how it was made."""
     config = engine.config
     card = {
         "kind": "student",
@@ -545,15 +554,17 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
 
 
 class Painter:
-    """Samples of the same prompts and noise at every visit, so that steps can be compared; the teacher's once, after step 0.
+    """Draws samples of the same prompts and noise in each call, so that steps can be compared, and the teacher's samples once,
+    after step 0.
 
-    Drawing the teacher's takes as many forwards as hundreds of training steps of a small batch: the first step does not wait for it.
+    The teacher's samples take as many forward passes as hundreds of training steps of a small batch, so the first step does not
+    wait for them.
     """
 
     def __init__(self, engine: Engine, folder: Path, listener: RunListener):
         self.engine, self.folder, self.listener = engine, folder, listener
         self.texts = sample_prompts(engine, folder / "prompts.json")
-        # A run that begins anew in its folder may have another teacher.
+        # A new run in an existing folder may have another teacher.
         self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
         if engine.distributed.leads:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
@@ -573,9 +584,9 @@ class Painter:
 
 
 def sample_prompts(engine: Engine, file: Path) -> list[str]:
-    """The prompts of the samples: those that a continued run has used so far, else as `prompts_for` has them.
+    """Return the prompts of the samples: those that a continued run has used so far, else those of `prompts_for`.
 
-    Captions of the emoji world are put into correct English ("fries", not "a fries"): nothing is trained on these.
+    Captions of the emoji world are changed to correct English ("fries", not "a fries"), because they are not used for training.
     """
     known = read_json(file).get("prompts") if engine.step and file.exists() else None
     if isinstance(known, list) and len(known) == GRID_IMAGES and all(isinstance(text, str) for text in known):
@@ -591,11 +602,11 @@ def sample_prompts(engine: Engine, file: Path) -> list[str]:
 
 
 def prompts_for(engine: Engine, first: int, count: int) -> list[str]:
-    """Prompts for samples and proxies, from positions before those that are trained on."""
+    """Return prompts for samples and proxy metrics, from positions before those that are used for training."""
     return [engine.prompts.at(engine.config.seed, -1 - index) for index in range(first, first + count)]
 
 
 def student_plan_of(config: DistillConfig) -> Plan:
-    """The sampling plan of the student in training."""
+    """Return the sampling plan of the student in training."""
     grid_of_steps = exit_grid(config.t_init, config.student_steps)
     return Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]

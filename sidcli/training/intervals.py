@@ -1,23 +1,23 @@
-"""How often the training loop does what is not a step."""
+"""Intervals between checkpoints, samples, log records and evaluations of the training loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 KEEP = 2
-"""Checkpoints that stay, unless told."""
+"""Default number of checkpoints to keep."""
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often the loop saves, samples, logs and evaluates, in steps; changes nothing that is computed."""
+    """Steps between checkpoints, samples, log records and evaluations. They do not affect what is computed."""
 
     save: int = 100
     sample: int = 50
     save_seconds: float = 480.0
-    """A checkpoint is begun no later than this after the one before: eight minutes, and what is left of ten is to write it."""
+    """Maximum seconds between the starts of two checkpoints: eight minutes, so that a checkpoint is on disk within ten minutes."""
     log: int = 10
     eval: int = 0
-    """0: never."""
+    """0: no evaluation."""
     keep: int = KEEP
-    """Checkpoints that stay."""
+    """Checkpoints to keep."""

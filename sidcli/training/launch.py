@@ -1,6 +1,6 @@
-"""`sid distill --processes N`: run the same command in N processes on this machine that train together.
+"""`sid distill --processes N`: run the command in N processes on this machine, which train together.
 
-For more machines, `accelerate launch -m sidcli distill ...` or torchrun set the same variables.
+For several machines use `accelerate launch -m sidcli distill ...` or torchrun, which set the same variables.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sidcli.environment import variable
 from sidcli.errors import SidError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that ask a training to save and exit: Ctrl-C, a system shutdown, a batch scheduler's preemption, a closed terminal."""
+"""Signals on which training saves and exits: Ctrl-C, a system shutdown, a batch scheduler's preemption, a closed terminal."""
 
 PATIENCE = 60.0
-"""Seconds that the other processes get to exit after one has failed."""
+"""Seconds that the other processes have to exit after one process has failed."""
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 def catch(handler: Handler) -> dict[signal.Signals, Handler]:
-    """Handle the signals of STOPPING, and return what handled them before; under `nohup`, a closed terminal stays without effect.
+    """Install a handler for the signals of STOPPING, and return the previous handlers. Under `nohup`, SIGHUP stays ignored.
 
-    Python lets the main thread alone handle signals; in another one nothing is done.
+    Python handles signals only in the main thread. In another thread nothing is installed.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -54,20 +54,20 @@ def _die_with_parent() -> None:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `sid ARGUMENTS` in `count` processes; signals are passed on. Returns the first exit code that is not 0, else 0.
+    """Run `sid ARGUMENTS` in `count` processes and forward signals to them. Returns the first exit code that is not 0, else 0.
 
-    Raises SidError where one of them was killed.
+    Raises SidError if a process was killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Each process would otherwise use every core.
+    # By default each process would use every core.
     shared |= {"OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))}
     distributed = []
     for rank in range(count):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # In a process group of its own, so that a Ctrl-C reaches it once, through `forward`, and not from the terminal as well.
+        # A separate process group, so that Ctrl-C reaches the process once, through `forward`, and not from the terminal as well.
         command = [sys.executable, "-m", "sidcli", *arguments]
         distributed.append(subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_die_with_parent))
 

@@ -1,7 +1,7 @@
-"""`sid distill --dry-run`: what a run needs, computed without its weights.
+"""`sid distill --dry-run`: the resources that a run needs, computed without its weights.
 
-The networks are built from the teacher's JSON files on the meta device, where tensors have shapes and no memory. One forward pass there
-shows what each network keeps for its backward pass, for any architecture and options.
+The networks are built from the teacher's JSON files on the meta device, where tensors have shapes but use no memory. A forward pass
+there shows what each network saves for its backward pass, for any architecture and options.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint
 
 RESERVE = 0.06
-"""Share of a card's memory left for what the plan does not see, such as fragmentation."""
+"""Fraction of a GPU's memory reserved for memory use that the plan does not include, such as fragmentation."""
 WORKSPACES = 700_000_000
-"""Bytes that cuBLAS and cuDNN take: what an H200 used beyond the plan's other parts (tests/benchmarks/results/gpu-visit-h200.jsonl)."""
+"""Bytes of cuBLAS and cuDNN: memory use on an H200 beyond the other parts of the plan
+(tests/benchmarks/results/gpu-visit-h200.jsonl)."""
 TRANSIENT = 3
-"""Gradients of the largest activation that are alive at once in a backward pass."""
+"""Number of gradients of the largest activation's size that exist at the same time in a backward pass."""
 
 
 class Attention(torch.autograd.Function):
-    """Stands for fused attention, which keeps its inputs and output for the backward pass and never the matrix of weights."""
+    """Stand-in for fused attention, which saves its inputs and output for the backward pass, but not the attention matrix."""
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,9 +64,9 @@ class Attention(torch.autograd.Function):
 
 
 class Autocast(TorchFunctionMode):
-    """What torch.autocast to bf16 does to dtypes, on the meta device, which it does not support.
+    """Emulates the dtypes of torch.autocast to bf16 on the meta device, which autocast does not support.
 
-    On CUDA it also runs normalization and softmax in float32, and their float32 inputs are kept for the backward pass.
+    On CUDA, autocast also runs normalization and softmax in float32, and their float32 inputs are saved for the backward pass.
     """
 
     LOWER = (functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
@@ -73,7 +74,7 @@ class Autocast(TorchFunctionMode):
 
     def __init__(self, device_type: str):
         super().__init__()
-        attention = functional.scaled_dot_product_attention  # as it is now, which may be a patch
+        attention = functional.scaled_dot_product_attention  # looked up here, because `Activations.counted` patches it
         self.kinds = dict.fromkeys((*self.LOWER, attention), torch.bfloat16)
         if device_type == "cuda":
             self.kinds |= dict.fromkeys(self.FULL, torch.float32)
@@ -88,10 +89,10 @@ class Autocast(TorchFunctionMode):
 
 
 class Activations:
-    """Bytes that a forward pass keeps for its backward pass; add them up in `with`. Views of one tensor count once.
+    """Counts the bytes that a forward pass in the `counted` context saves for its backward pass. Views of one tensor count once.
 
-    With `recompute`, what happens inside a block that diffusers recomputes is kept only while that block's backward runs: the largest
-    such block counts, and of the others their inputs.
+    With `recompute`, tensors inside a block that diffusers recomputes are kept only during the backward pass of that block. `total`
+    then counts the inputs of all these blocks and the tensors inside the largest block.
     """
 
     def __init__(self, net: Any, recompute: bool):
@@ -100,7 +101,7 @@ class Activations:
         self.kept: dict[int, int] = {}
         self.inputs = self.largest = self.widest = 0
         self.block: dict[int, int] | None = None
-        self.alive: list[Tensor] = []  # meta tensors weigh nothing, and a living one's id is its own
+        self.alive: list[Tensor] = []  # keeps the ids of storages unique; meta tensors use no memory
 
     @property
     def total(self) -> int:
@@ -143,10 +144,10 @@ def storage(value: Tensor) -> int:
 def activations(
     unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
 ) -> tuple[int, int]:
-    """Bytes that one forward of `rows` latents keeps, and those of gradients alive at once in its backward pass.
+    """Return the bytes that a forward pass of `rows` latents saves, and the bytes of gradients alive at once in its backward pass.
 
-    `cond` is what one prompt becomes, `lora` the rank of adapters, which alone are `trained` then. Under autocast the bf16 copies of
-    weights are counted with the graph that uses them.
+    `cond` is the cond of one prompt. `lora` is the rank of adapters; with adapters, `trained` applies to the adapters only. Under
+    autocast the bf16 copies of weights count as part of the graph that uses them.
     """
     net = copy.deepcopy(unet).requires_grad_(trained and not lora)
     if (lora or not trained) and config.teacher_bf16 and config.precision == "bf16":
@@ -163,9 +164,9 @@ def activations(
 
 
 def forward(net: Any, rows: int, cond: Cond) -> None:
-    """Run the network on the meta device."""
+    """Run the network on `rows` latents on the meta device."""
     x = torch.empty(rows, *latent_shape(net.config), device="meta", requires_grad=True)
-    many = cond.expand(rows)  # as tensors of their own: a view would be copied by each layer that reads it
+    many = cond.expand(rows)  # contiguous, because each layer that reads a view would copy it
     many = Cond(many.states.contiguous(), dict(many.added))
     denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
@@ -176,7 +177,7 @@ def size_of(values: Any) -> int:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet: memory in GB (10^9 bytes), dense bf16 matrix rate in TFLOP/s."""
+    """A GPU with data sheet values: memory in GB (10^9 bytes), dense bf16 matrix throughput in TFLOP/s."""
 
     title: str
     memory: float
@@ -194,17 +195,17 @@ CARDS = {
     "h200": Card("H200", 141, 989),
 }
 LARGEST_PIECE = 32
-"""Micro-batch above which larger kernels gain nothing."""
+"""Largest micro-batch that `choose` selects. Larger kernels are not faster."""
 PEAK_SHARE = 0.19
-"""Share of a card's bf16 rate by its data sheet that the engine reached on an H200, recomputation not counted as work."""
+"""Fraction of the data sheet bf16 throughput that the engine reached on an H200, without counting recomputation as work."""
 LAUNCH_SECONDS = 1.06e-3
-"""Seconds per weight tensor of the UNet below which a micro-batch did not go there, however small: launching its kernels."""
+"""Minimum seconds of a micro-batch per weight tensor of the UNet, measured on an H200: the time to launch its kernels."""
 RECOMPUTED, WITH_LORA = 1.5, 1.35
-"""What recomputation in the backward pass, and LoRA layers, add to that time and to the work."""
+"""Factors by which recomputation in the backward pass, and LoRA layers, increase both the minimum time and the work."""
 
 
 def parse_card(text: str) -> Card:
-    """A name of CARDS, or an amount of memory such as `24gb`. Raises UsageError for anything else."""
+    """Return the GPU of a name in CARDS or of an amount of memory such as `24gb`. Raises UsageError for other text."""
     if text.lower() in CARDS:
         return CARDS[text.lower()]
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", text.lower())
@@ -214,7 +215,7 @@ def parse_card(text: str) -> Card:
 
 
 def estimated_seconds(card: Card, config: DistillConfig, processes: int, flops_per_image: int, tensors: int) -> float:
-    """Time of a run by what was measured on an H200: limited by the card's arithmetic, or by launching kernels where pieces are small."""
+    """Return the seconds of a run, estimated from H200 measurements: the larger of arithmetic time and kernel launch time."""
     heavier = (RECOMPUTED if config.gradient_checkpointing else 1.0) * (
         WITH_LORA if config.fake_lora or config.student_lora else 1.0
     )
@@ -225,9 +226,10 @@ def estimated_seconds(card: Card, config: DistillConfig, processes: int, flops_p
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes; `device_memory` by component, `main_memory` what is kept off the device, `peak` the most at one time.
+    """Resources of a run. Sizes are bytes: `device_memory` by component, `main_memory` on the CPU, `peak` the maximum on the
+    device.
 
-    `seconds` is what this run folder's own rate gives, `estimates` maps titles of GPUs that the plan fits on to estimated seconds.
+    `seconds` follows from the rate in this run folder. `estimates` maps titles of GPUs that the plan fits on to estimated seconds.
     """
 
     config: DistillConfig
@@ -249,7 +251,7 @@ class Plan:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """A config.toml with the settings, and the rest as its comments."""
+        """Return a config.toml with the settings, followed by the other fields as comments."""
         c = self.config
         accumulation = -(-c.batch_size // (c.micro_batch * self.processes))
         rows = [("output", self.output), ("device", self.device)]
@@ -280,7 +282,7 @@ def about(seconds: float | None) -> str:
 
 
 def rate(output: Path) -> float | None:
-    """Images a second that this run folder has measured."""
+    """Return the images per second of the last record in the run folder, or None."""
     try:
         last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
         return float(json.loads(last)["images_per_second"]) or None
@@ -289,12 +291,12 @@ def rate(output: Path) -> float | None:
 
 
 def phases(config: DistillConfig, timesteps: int) -> list[Phase]:
-    """The phases of a training step after the warm-up."""
+    """Return the phases of a training step after the warm-up."""
     return objectives.find(config.objective.name)(config, timesteps).phases(config.fake_warmup)
 
 
 def flops_per_image(config: DistillConfig, unet: Any, cond: Cond, timesteps: int = 1000) -> int:
-    """Model FLOP of one image in one step, recomputation not counted: for SiD 18 forwards of the UNet under guidance, 11 without."""
+    """Return the model FLOP per image and step, without recomputation: for SiD 18 forward passes with guidance, 11 without."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(unet, 1, cond)
     forwards = sum(one.forwards for phase in phases(config, timesteps) for one in phase.passes)
@@ -302,7 +304,7 @@ def flops_per_image(config: DistillConfig, unet: Any, cond: Cond, timesteps: int
 
 
 def condition(known: Description) -> Cond:
-    """What one prompt becomes, on the meta device."""
+    """Return the cond of one prompt on the meta device."""
     texts = [known.networks[name] for name in known.texts]
     states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
     if len(texts) == 1:
@@ -313,13 +315,13 @@ def condition(known: Description) -> Cond:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of weights by their place in a run, and the UNet they belong to, on the meta device."""
+    """Numbers of weights of the networks of a run, and the UNet on the meta device."""
 
     unet: Any
     weights: int
-    """Of the UNet."""
+    """Number of weights of the UNet."""
     roles: dict[str, tuple[Role, int]]
-    """The networks that are trained, and how many weights of each."""
+    """Trained networks by name, each with its number of trained weights."""
     text: int
     vae: int
 
@@ -339,17 +341,17 @@ class Sizes:
         return cls(nets["unet"], weights, roles, text, size_of(nets["vae"].parameters()))
 
     def state(self, config: DistillConfig) -> int:
-        """Bytes of a checkpoint."""
+        """Return the size of a checkpoint in bytes."""
         return state_bytes(config, list(self.roles.values()))
 
     @property
     def student(self) -> int:
-        """Bytes of the student's folder."""
+        """Size of the student's folder in bytes."""
         return 4 * (self.weights + self.text + self.vae)
 
 
 def described(config: DistillConfig, listener: Listener) -> Description:
-    """The teacher's description, checked against the settings. Reads no weights."""
+    """Return the teacher's description after a check against the settings. Reads no weights."""
     source = find(config.teacher, listener, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
     check_teacher(source.name, known.card.get("kind") == "student", known.path.steps, config)
@@ -357,10 +359,10 @@ def described(config: DistillConfig, listener: Listener) -> Description:
 
 
 def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:
-    """Refuse a run that cannot work before a weight is read.
+    """Check a run before any weight is read.
 
-    Raises InputError or UsageError for a teacher or settings that do not fit, EnvironmentProblem for a library that is not installed,
-    a disk without room for the checkpoints, and a memory smaller than the state of the run.
+    Raises InputError or UsageError if the teacher or the settings do not fit, EnvironmentProblem if a library is not installed or
+    the disk lacks space for the checkpoints.
     """
     check_libraries(config)
     check_split(config.batch_size, count())
@@ -369,7 +371,7 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
 
 
 def check_libraries(config: DistillConfig) -> None:
-    """Raises EnvironmentProblem for a library that the settings need and that is not installed."""
+    """Raises EnvironmentProblem if a library that the settings need is not installed."""
     for option, rank in (("--fake-lora", config.fake_lora), ("--student-lora", config.student_lora)):
         if rank:
             require(("peft",), option)
@@ -378,7 +380,7 @@ def check_libraries(config: DistillConfig) -> None:
 
 
 def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: Cond, device_type: str) -> int:
-    """Bytes that the graphs of a phase take at the peak of its backward passes. Passes without a gradient keep none."""
+    """Return the bytes of the graphs of a phase at the peak of its backward passes. Passes without a gradient have no graph."""
     graphs = []
     for one in phase.passes:
         if one.gradient != "none":
@@ -393,9 +395,9 @@ def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: C
 def make(
     config: DistillConfig, output: Path, device: str, processes: int, listener: Listener, keep: int = 2, card: Card | None = None
 ) -> Plan:
-    """The plan of a run, from the JSON files of the teacher. A GPU is planned for without being there.
+    """Return the plan of a run from the JSON files of the teacher. A GPU does not have to be present.
 
-    Raises InputError where the files cannot be read, EnvironmentProblem where a library is missing.
+    Raises InputError if the files cannot be read, EnvironmentProblem if a library is missing.
     """
     kind = "cuda" if card or device.startswith("cuda") else pick_device(device).type
     if kind == "cuda" and config.precision == "auto":
@@ -446,9 +448,9 @@ def make(
 
 
 def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener, card: Card | None = None) -> DistillConfig:
-    """The first candidate whose plan fits the free memory of the GPU, or `card`, with the largest micro-batch that fits too.
+    """Return the first candidate whose plan fits the free memory of the GPU, or of `card`, with the largest micro-batch that fits.
 
-    The last candidate if none fits, with a warning.
+    If none fits, return the last candidate and send the listener a warning.
     """
     if card:
         free = (1 - RESERVE) * card.memory * 1e9

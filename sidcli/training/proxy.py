@@ -1,7 +1,8 @@
-"""Numbers that show progress while a student is trained, which the losses of SiD do not: no dataset, only the teacher's own images.
+"""Proxy metrics that show the progress of a distillation, which the losses of SiD do not. They use the teacher's images, no
+dataset.
 
-The teacher draws PROXY_IMAGES once, kept in the cache; the student draws the same prompts and seeds whenever it is measured. An open_clip
-model looks at both: the CMMD between them should fall, the CLIP score should rise to the teacher's.
+The teacher draws PROXY_IMAGES images once, which are stored in the cache. The student draws the same prompts and seeds in each
+evaluation. An open_clip model embeds both sets: the CMMD between them should fall, and the CLIP score should rise to the teacher's.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from sidcli.progress import Progress, silent
 PROXY_IMAGES = 128
 BATCH = 16
 PHOTO_CLIP = "ViT-B-32-quickgelu:openai"
-"""The smallest CLIP that is in wide use: a proxy has to be cheap, and is compared with itself alone."""
+"""The smallest widely used CLIP model: a proxy metric must be cheap, and its values are compared only with each other."""
 
 
 @dataclass(frozen=True)
 class TeacherDrawer:
-    """The teacher inside an engine, as what draws."""
+    """Drawer that uses the teacher of an engine."""
 
     engine: Engine
     truncated = 0
@@ -40,7 +41,7 @@ class TeacherDrawer:
 
 
 class Proxy:
-    """Opened once a run. Raises InputError where the CLIP model is not to be had."""
+    """Measures the proxy metrics; created once per run. Raises InputError if the CLIP model is not available."""
 
     def __init__(self, engine: Engine, texts: list[str], advance: Progress):
         model = engine.sampler.model
@@ -56,7 +57,7 @@ class Proxy:
         self.goal = float(samples.features(self.similarity).mean())
 
     def measure(self, student: Model, plan: Plan, advance: Progress) -> dict[str, float]:
-        """`proxy_cmmd` to the teacher's images and `proxy_clip`, of the student's images."""
+        """Return `proxy_cmmd` between the student's and the teacher's images, and `proxy_clip` of the student's images."""
         batches = draw(Sampler(student, self.device), plan, self.texts, range(len(self.texts)), BATCH, advance)
         images = [image for drawn in batches for image in drawn.numpy()]
         found = self.distance(self.embeddings(images, ()))

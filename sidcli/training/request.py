@@ -1,4 +1,4 @@
-"""What `sid distill` is asked for: settings from presets, a config file, a memory recipe and options, checked before torch is imported."""
+"""Settings of `sid distill` from presets, a config file, a memory recipe and options, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class Request:
-    """Settings to start from, those that are given, and a memory recipe between the two."""
+    """A request for a run. The memory recipe overrides the initial settings `start`; the given settings `own` override both."""
 
     teacher: str
     start: dict[str, Any]
@@ -53,9 +53,9 @@ class Request:
         config: Path | None,
         settings: Mapping[str, Any],
     ) -> Request:
-        """The request of a call; `settings` are fields of DistillConfig or settings of the objective.
+        """Return the request for these arguments. `settings` are fields of DistillConfig or settings of the objective.
 
-        Raises UsageError for names or values that are not possible, InputError for a config file that cannot be read.
+        Raises UsageError for unknown names or invalid values, InputError if the config file cannot be read.
         """
         check_values(settings, lr, images, memory)
         from_file = read_toml(config) if config else {}
@@ -75,8 +75,8 @@ class Request:
         return MEMORY["fast" if self.memory == "auto" else self.memory]
 
     def config(self, recipe: dict[str, Any]) -> DistillConfig:
-        """Raises UsageError for a value that is not possible."""
-        if self.own.get("shard", self.start.get("shard")):  # which spreads the state over the processes instead
+        """Return the settings with a memory recipe. Raises UsageError for an invalid value."""
+        if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
         merged = self.start | recipe | self.own | {"teacher": self.teacher}
         batch = merged.get("batch_size", DistillConfig.batch_size)
@@ -86,7 +86,7 @@ class Request:
         return DistillConfig(**merged)
 
     def check(self, dry_run: bool, evaluates: bool, tracker: str | None = None, resume: Path | None = None) -> None:
-        """Raises UsageError, InputError or EnvironmentProblem for settings, folders or a tracker that cannot be."""
+        """Raises UsageError, InputError or EnvironmentProblem for invalid settings, folders or trackers."""
         if tracker not in (None, *TRACKERS):
             raise UsageError(f"--tracker must be one of {', '.join(TRACKERS)}, not {tracker!r}")
         if tracker and find_spec(tracker) is None:
@@ -112,15 +112,15 @@ class Request:
     def resolve(
         self, listener: Listener, device: str, dry_run: bool = False, plan_for: str | None = None
     ) -> tuple[DistillConfig, Card | None]:
-        """The settings on this device, or on a GPU that is planned for, which is returned too.
+        """Return the settings for this device or for the GPU `plan_for`, and that GPU or None.
 
-        Raises UsageError or EnvironmentProblem for a device that cannot be.
+        Raises UsageError or EnvironmentProblem for a device that is invalid or not available.
         """
         recipe = self.recipe
         begun = self.memory == "auto" and (self.folder / "config.toml").is_file()
-        if begun:  # however full the device is today, the run goes on as it began
+        if begun:  # a continued run keeps its recipe, whatever memory is free now
             recipe = {name: value for name, value in read_toml(self.folder / "config.toml").items() if name in MEMORY["12gb"]}
-        planned_only = dry_run and (plan_for is not None or device.startswith("cuda"))  # for a GPU that need not be here
+        planned_only = dry_run and (plan_for is not None or device.startswith("cuda"))  # the GPU does not have to be present
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
@@ -131,7 +131,7 @@ class Request:
 
 
 def check_values(settings: Mapping[str, Any], lr: float | None, images: int | None, memory: str) -> None:
-    """Raises UsageError for options that exclude each other and for values that are not possible."""
+    """Raises UsageError for options that exclude each other and for invalid values."""
     if "steps" in settings and images is not None:
         raise UsageError("--steps and --images exclude each other", "give one of them")
     if images is not None and images < 1:
@@ -143,7 +143,7 @@ def check_values(settings: Mapping[str, Any], lr: float | None, images: int | No
 
 
 def method_of(objective: str | None, config: Path | None) -> type[objectives.Objective]:
-    """The objective that is asked for: by name, else that of a config file, else sid."""
+    """Return the objective class with the name `objective`, else that of a config file, else of sid."""
     table = read_toml(config).get("objective", {}) if config else {}
     return objectives.find(objective or table.get("name", "sid"))
 
@@ -151,7 +151,7 @@ def method_of(objective: str | None, config: Path | None) -> type[objectives.Obj
 def objective_table(
     table: dict[str, Any], name: str | None, guidance: float | None, guidance_strategy: str | None
 ) -> tuple[type[objectives.Objective], dict[str, Any]]:
-    """The objective, and its settings after those of a config file (`table`) and the options for guidance."""
+    """Return the objective class and its settings: those of a config file (`table`), overridden by the guidance options."""
     if name not in (None, table.get("name", "sid")):
         table = {"name": name}  # a table of another objective does not apply
     method = objectives.find(table.get("name", "sid"))
@@ -165,10 +165,10 @@ def objective_table(
 
 
 def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: float | None, images: int | None) -> dict[str, Any]:
-    """The given settings, with those that `lr` and `images` stand for; `start` are the settings without them."""
+    """Return `settings` with the fields that `lr` and `images` set. `start` has the batch size if `settings` does not."""
     own = dict(settings)
     if "prompts" in own and "column" not in own:
-        own["column"] = ""  # that of a --config belongs to its own prompts
+        own["column"] = ""  # the column of a config file belongs to the prompts of that file
     if lr is not None:
         own = {"lr_fake": lr, "lr_generator": lr} | own
     if images is not None:
@@ -178,7 +178,7 @@ def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: fl
 
 
 def default_folder(teacher: str, start: Mapping[str, Any], objective: str | None, guidance_strategy: str | None) -> Path:
-    """The run folder where none is given."""
+    """Return the default run folder."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
     kinds = [kind for kind, usual in ((objective, "sid"), (guidance_strategy, "lsg")) if kind not in (None, usual)]
     table = start["objective"]
