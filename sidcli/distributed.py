@@ -113,7 +113,7 @@ class Distributed:
 
 
 def whole(value: Tensor, copy: bool = False) -> Tensor:
-    """Return a full tensor on the CPU. If it is sharded, every process must call this. With `copy` it shares no memory with
+    """Return a full tensor on the CPU; every process must call this if it is sharded. With `copy` it shares no memory with
     `value`."""
     value = value.detach()
     if isinstance(value, DTensor):

@@ -192,8 +192,7 @@ class Networks:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Context in which the weights of all networks not in training require no gradient, so that graphs save nothing for
-        them."""
+        """Context in which only the network in training requires gradients, so that graphs save nothing for other weights."""
         roles = self._engine.roles
         others = [value for name, trained in roles.items() if name != self.training for _, value in trained.weights]
         for value in others:

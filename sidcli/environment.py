@@ -18,8 +18,7 @@ NUMBERS = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "COLUMNS", "LINES", "TERMINAL_WIDTH"),
     *("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"),
 )
-"""PLACES: variables whose blank value libraries would use as a path or an address. NUMBERS: variables that libraries parse as
-numbers."""
+"""PLACES: variables that libraries would use even if blank. NUMBERS: variables that libraries parse as numbers."""
 GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that `accelerate launch`, torchrun and `sid distill --processes` set in each process."""
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}

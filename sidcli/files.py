@@ -217,8 +217,7 @@ def gigabytes(size: float) -> str:
 
 
 def check_space(place: Path, needed: int, what: str) -> None:
-    """Raises EnvironmentProblem if the disk has less than `needed` bytes free. `what` is part of the message: `a checkpoint
-    needs`."""
+    """Raises EnvironmentProblem if fewer than `needed` bytes are free. `what` is for the message, such as `a checkpoint needs`."""
     free = shutil.disk_usage(nearest(place)).free
     if free < needed:
         raise EnvironmentProblem(

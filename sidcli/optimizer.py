@@ -1,5 +1,4 @@
-"""Adam without a first moment if beta1 is 0, as in SiD (arXiv 2406.01561): a third less memory for weights and state than
-torch's."""
+"""Adam without a first moment if beta1 is 0, as in SiD (arXiv 2406.01561): weights and state take a third less memory."""
 
 from __future__ import annotations
 

@@ -258,8 +258,7 @@ def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]
 
 
 def nested(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the objective's settings in a table, the current format. Older files have SiD's settings on the top
-    level."""
+    """Return settings with a table of the objective's settings. Older files have SiD's settings on the top level."""
     old = {name: content[name] for name in objectives.names(objectives.Sid) if name in content}
     rest = {name: value for name, value in content.items() if name not in old}
     if old and isinstance(table := rest.get("objective", {}), dict):

@@ -67,8 +67,7 @@ def _is_text(prompt: str) -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Exit on a signal through SystemExit, so that no partial file stays. A training run installs its own handler, which saves
-    first."""
+    """Exit on a signal through SystemExit, so that no partial file stays. A training run has its own handler, which saves first."""
     sys.exit(128 + number)
 
 

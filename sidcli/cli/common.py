@@ -51,7 +51,7 @@ def open_console(
 
 
 def launch_processes(processes: int, device: str) -> None:
-    """Run this command in `processes` processes and exit with their code. Returns if `processes` is 1 or in a group.
+    """Run this command in `processes` processes and exit with their code. Returns if `processes` is 1, or inside a group.
 
     Raises EnvironmentProblem if there are fewer GPUs, before any process is started.
     """

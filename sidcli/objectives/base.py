@@ -135,7 +135,10 @@ class Networks(Protocol):
     def gradient_through(
         self, x: Tensor, networks: Sequence[Callable[[Tensor], list[Tensor]]], loss: Callable[..., tuple[Tensor, Values]]
     ) -> tuple[Tensor, Values]:
-        """Return d loss / d x through the outputs of `networks` at x too, and measurements. `loss` takes x and all outputs."""
+        """Return d loss / d x, with the gradient through the outputs of `networks` at x, and measurements.
+
+        `loss` takes x and all outputs.
+        """
 
 
 Values = dict[str, "Tensor"]
@@ -154,8 +157,7 @@ class Phase:
     update: int = 0
     """Number of earlier updates of this network."""
     split: bool = False
-    """Whether `gradient` runs networks. With `split_backward`, `forward` is then run again for its backward pass, to save
-    memory."""
+    """Whether `gradient` runs networks. With `split_backward`, `forward` then runs again for its backward pass, to save memory."""
 
 
 class RunConfig(Protocol):

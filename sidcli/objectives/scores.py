@@ -88,10 +88,10 @@ def predict_noise(nets: Networks, batch: Batch, scale: float = 1.0) -> Tensor:
 
 
 def denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-    """Return the gradient of || eps_psi(x_t) - eps ||^2, summed over elements, averaged over the global batch, w.r.t. eps_psi, and
-    the loss.
+    """Return the gradient of || eps_psi(x_t) - eps ||^2 with respect to eps_psi, and the loss as a measurement.
 
-    The prediction of a network that predicts v is converted to noise first: the same loss, equal to the v error weighted by a^2.
+    The loss is summed over elements and averaged over the global batch. The prediction of a network that predicts v is converted to
+    noise first: the same loss, equal to the v error weighted by a^2.
     """
     difference = noise - batch.noise
     return difference * (2.0 / batch.size), {"fake_loss": difference.square().sum() / batch.size}

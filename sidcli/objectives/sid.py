@@ -69,7 +69,9 @@ class Sid(ScoreDistillation):
 
 
 def generator_loss(x: Tensor, y_real: Tensor, y_fake: Tensor, y_fake_target: Tensor, alpha: float, batch: int) -> Tensor:
-    """Return the loss (y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w, summed, divided by `batch`.
+    """Return the generator's loss, summed over elements and divided by `batch`:
+
+    (y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w
 
     y_fake is the fake score's prediction at kappa2, y_fake_target at kappa3. w is the mean absolute |x - y_real| of each sample, a
     constant for the gradient. The gradient flows through both score networks. The value stays near zero and does not show progress.

@@ -206,8 +206,7 @@ class Writer:
                 self.finish()
 
     def write(self, step: int, files: Files) -> None:
-        """Start to write tensors, which must not change afterwards. Raises the previous write's error, usually
-        EnvironmentProblem."""
+        """Start to write tensors, which must not change afterwards. Raises the error of the previous write, if any."""
         self.finish()
 
         def work() -> None:
