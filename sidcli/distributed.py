@@ -70,7 +70,7 @@ class Distributed:
         return Share(self.rank, self.count)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process has rank 0, which writes files and prints."""
         return self.rank == 0
 

@@ -74,7 +74,7 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
-def _open_to_others(path: Path) -> None:
+def _set_default_permissions(path: Path) -> None:
     """Give a file the default permissions of a new file; safetensors creates files that only the owner can read."""
     if path.is_file():
         path.chmod(0o666 & ~_UMASK)
@@ -91,7 +91,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _open_to_others(temporary)
+            _set_default_permissions(temporary)
             fsync_path(temporary)
             os.replace(temporary, path)
             fsync_path(path.parent)
@@ -120,7 +120,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             with _held(temporary):
                 yield temporary
                 for file in sorted(temporary.rglob("*")):
-                    _open_to_others(file)
+                    _set_default_permissions(file)
                     fsync_path(file)
                 fsync_path(temporary)
                 if not os.path.lexists(path):

@@ -91,7 +91,7 @@ def test_bars_in_each_other_leave_nothing_behind_and_short_work_has_none(monkeyp
     for seconds in (0.0, 1000.0):
         monkeypatch.setattr(console, "BAR_SECONDS", seconds)
         voice.live, written = True, io.StringIO()
-        voice.err = console.Bystander(file=written, force_terminal=True, width=80, color_system=None)
+        voice.err = console.PipeSafeTerminal(file=written, force_terminal=True, width=80, color_system=None)
         with voice.progress("distill", 3, "steps") as outer:
             outer(1)
             with pytest.raises(KeyError), voice.progress("samples", 2, "images") as inner:

@@ -24,8 +24,8 @@ from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
 from sidcli.evaluation.candidates import REAL, Candidate, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, choose, custom, emoji, listed
-from sidcli.evaluation.run import beyond, latex, page, pictures, table, unjudged
-from sidcli.evaluation.scores import ASKED, Evaluation, Row, chosen
+from sidcli.evaluation.run import beyond, latex, not_applicable, page, pictures, table
+from sidcli.evaluation.scores import METRICS_OF_OPTION, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.models.sampler import Plan, png_info
@@ -388,7 +388,7 @@ def test_a_gate_asks_for_its_own_metric_and_is_refused_where_there_is_none() -> 
 
 def test_a_model_that_a_gate_says_nothing_about_is_named() -> None:
     rows = [row("t", fid=3.0), row("photos", clip=0.5)]
-    assert unjudged(rows, limits(["fid=9", "fid=8", "fid_teacher=3"], ["clip=0.1"])) == [
+    assert not_applicable(rows, limits(["fid=9", "fid=8", "fid_teacher=3"], ["clip=0.1"])) == [
         "the gate on FID does not apply to photos (1 step), of which it is not measured",
         "the gate on CLIP score does not apply to t (1 step), of which it is not measured",
     ]
@@ -442,7 +442,7 @@ def test_a_gate_takes_a_metric_by_its_option_its_key_and_its_label(name: str) ->
 
 
 def test_every_option_asks_for_metrics_of_the_catalog_and_all_of_them_have_one() -> None:
-    assert {metric for metrics in ASKED.values() for metric in metrics} == set(METRICS)
+    assert {metric for metrics in METRICS_OF_OPTION.values() for metric in metrics} == set(METRICS)
 
 
 def test_what_a_protocol_cannot_give_is_left_out_of_all_and_refused_by_name(tmp_path: Path) -> None:

@@ -153,13 +153,13 @@ def test_a_closed_terminal_stops_a_command_unless_it_runs_under_nohup() -> None:
 
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        caught = launch.catch(handler)
+        caught = launch.install_handlers(handler)
         assert signal.getsignal(signal.SIGHUP) is handler
-        launch.give_back(caught)
+        launch.restore_handlers(caught)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        caught = launch.catch(handler)
+        caught = launch.install_handlers(handler)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is handler
-        launch.give_back(caught)
+        launch.restore_handlers(caught)
     finally:
         signal.signal(signal.SIGHUP, before)
 

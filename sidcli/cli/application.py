@@ -21,7 +21,7 @@ from sidcli.cli.sample import sample
 from sidcli.environment import flag, group_or_alone, prepare
 from sidcli.errors import EnvironmentProblem, SidError, UsageError
 from sidcli.printable import prepare_streams, printable
-from sidcli.training.launch import catch
+from sidcli.training.launch import install_handlers
 
 EPILOG = (
     "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
@@ -76,7 +76,7 @@ def main() -> None:
 
     A SidError or an option error prints one line and sets its exit code; other errors print a traceback and exit with 1.
     """
-    catch(_stop)
+    install_handlers(_stop)
     prepare_streams()
     prepare()
     try:

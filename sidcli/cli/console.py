@@ -32,7 +32,7 @@ BAR_SECONDS = 1.0
 """Seconds after which a task gets a progress bar."""
 
 
-class Bystander(Terminal):
+class PipeSafeTerminal(Terminal):
     """A rich console that continues after a broken pipe; rich would end the program."""
 
     def on_broken_pipe(self) -> None:
@@ -47,8 +47,8 @@ class Console:
         # In a group of processes only rank 0 prints; the other processes print only their errors.
         self.rank = group_or_alone().rank
         self.quiet |= self.rank > 0
-        self.err = Bystander(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
-        self.out = Bystander(markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.err = PipeSafeTerminal(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.out = PipeSafeTerminal(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.live = self.err.is_terminal and not as_json and not self.quiet
         self.bars: Bars | None = None
 
@@ -77,7 +77,7 @@ class Console:
         """Print `data` as one JSON object with --json, else `lines`."""
         if self.rank:
             return
-        with self.handing_over():
+        with self.writing_stdout():
             if self.as_json:
                 text = json_text(data)
                 sys.stdout.write((text if can_show(sys.stdout, text) else json_text(data, only_ascii=True)) + "\n")
@@ -86,7 +86,7 @@ class Console:
                     self.out.print(printable(line))
 
     @contextmanager
-    def handing_over(self) -> Iterator[None]:
+    def writing_stdout(self) -> Iterator[None]:
         """Context for writes to stdout. Ignores a closed pipe. Raises EnvironmentProblem for other errors, such as a full disk."""
         try:
             yield
@@ -108,7 +108,7 @@ class Console:
                 table.add_column(Text(printable(name)), justify="left" if index < 2 else "right")
             for row in rows:
                 table.add_row(*(Text(printable(cell)) for cell in row))
-            with self.handing_over():
+            with self.writing_stdout():
                 self.out.print(table)
             return
         # Markdown if stdout is not a terminal: it is readable in a log and can be pasted into a README.
@@ -120,7 +120,7 @@ class Console:
                 if not isinstance(line, str)
                 else ()
             )
-            with self.handing_over():
+            with self.writing_stdout():
                 self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
 
     def preview(self, picture: Image.Image) -> None:

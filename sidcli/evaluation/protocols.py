@@ -99,7 +99,7 @@ class _WithDino:
 
 
 @dataclass(frozen=True)
-class EmojiJudges(_WithDino):
+class EmojiExtractors(_WithDino):
     """The extractors of the emoji protocol: the classifier and the open_clip model that ship with the emoji world."""
 
     @cached_property
@@ -120,7 +120,7 @@ class EmojiJudges(_WithDino):
 
 
 @dataclass(frozen=True)
-class PhotoJudges(_WithDino):
+class PhotoExtractors(_WithDino):
     """The extractors that published numbers are computed with. `as_gigagan`: use CLIP as in GigaGAN's evaluation code."""
 
     as_gigagan: bool
@@ -187,7 +187,7 @@ def emoji(networks: Networks) -> Protocol:
         "emoji",
         captions(False),
         Collection(SceneSet(world.REFERENCE_SEED), REFERENCE_SCENES),
-        EmojiJudges(networks),
+        EmojiExtractors(networks),
         QUICK_NUM,
         held_out=captions(True),
         facts={"reference": f"{REFERENCE_SCENES} scenes of the emoji world", "world": world.digest()},
@@ -226,7 +226,7 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: 
         "coco2014-30k",
         listed(prompts or folder / COCO_CAPTIONS, networks.listener, column),
         Collection(FileSet(files), len(files), prepare=prepare, prepared=prepared),
-        PhotoJudges(networks, as_gigagan=True),
+        PhotoExtractors(networks, as_gigagan=True),
         30_000,
         prepare,
         prepared,
@@ -259,7 +259,7 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None, col
         prompts = Path(GENERAL)
     captions = listed(prompts, networks.listener, column) if prompts else None
     num = QUICK_NUM if captions and captions.limit is None else None
-    return Protocol("custom", captions, compared, PhotoJudges(networks, as_gigagan=False), num, facts=facts)
+    return Protocol("custom", captions, compared, PhotoExtractors(networks, as_gigagan=False), num, facts=facts)
 
 
 def read_statistics(file: Path) -> Statistics:

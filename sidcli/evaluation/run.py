@@ -82,10 +82,10 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     metrics = chosen(request.metrics, protocol, request.everything, candidates, [bound.metric for bound in request.bounds])
     evaluation = Evaluation(protocol, candidates, metrics, rules.num, distributed)
     evaluation.fill(listener)
-    if not distributed.leads:
+    if not distributed.is_main:
         return None
     rows = evaluation.rows(listener)
-    warnings = [*evaluation.warnings(rows), *unjudged(rows, request.bounds)]
+    warnings = [*evaluation.warnings(rows), *not_applicable(rows, request.bounds)]
     return Outcome(evaluation, rows, warnings, beyond(rows, request.bounds), rules.seed)
 
 
@@ -169,7 +169,7 @@ def beyond(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
     return said
 
 
-def unjudged(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
+def not_applicable(rows: Sequence[Row], bounds: Sequence[Bound]) -> list[str]:
     """Return one sentence for each gated metric that a row lacks, except `fid_teacher`, which the teacher itself always lacks."""
     return [
         f"the gate on {METRICS[metric].label} does not apply to {row.model} ({row.sampling}), of which it is not measured"

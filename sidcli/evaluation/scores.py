@@ -28,7 +28,7 @@ from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
 from sidcli.progress import Listener
 
 PRDC = ("precision", "recall", "density", "coverage")
-ASKED = {
+METRICS_OF_OPTION = {
     "fid": ("fid", "fid_teacher"),
     "fid_infinity": ("fid_infinity",),
     "kid": ("kid",),
@@ -46,12 +46,12 @@ EXTRACTOR = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "
     "fd_dinov2": "dino",
 }
 """The extractor of the protocol that each metric uses."""
-COMPARED = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
+NEEDS_REFERENCE = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
 EMOJI_ONLY = ("noun", "color", "composition")
-FEWEST = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
-FEWEST |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4}
+MIN_IMAGES = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
+MIN_IMAGES |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4}
 """Minimum number of generated images for a metric and its interval; 1 for a metric without an entry."""
-FEWEST_REAL = {"fid": 2, "fd_dinov2": 2, "fid_infinity": 2, "kid": 2} | dict.fromkeys(PRDC, NEIGHBORS + 1)
+MIN_REFERENCE_IMAGES = {"fid": 2, "fd_dinov2": 2, "fid_infinity": 2, "kid": 2} | dict.fromkeys(PRDC, NEIGHBORS + 1)
 """Minimum number of reference images for a metric."""
 PER_DIMENSION = 10
 """Minimum number of images per feature dimension; with fewer images, a Frechet distance is mostly small-sample bias."""
@@ -90,10 +90,10 @@ def chosen(
     gated = set(gated)
     impossible: dict[str, str] = {}
     if protocol.reference is None:
-        impossible |= dict.fromkeys(COMPARED, "--reference FOLDER to compare with")
+        impossible |= dict.fromkeys(NEEDS_REFERENCE, "--reference FOLDER to compare with")
     elif isinstance(protocol.reference, Statistics):
         only = "a reference of images; an .npz holds the statistics of FID alone"
-        impossible |= {name: only for name in COMPARED if not name.startswith("fid")}
+        impossible |= {name: only for name in NEEDS_REFERENCE if not name.startswith("fid")}
     if protocol.captions is None:
         impossible["clip"] = "--prompts FILE with the captions of the images"
     if not any(candidate.is_teacher for candidate in candidates) or sum(not candidate.is_real for candidate in candidates) < 2:
@@ -102,14 +102,16 @@ def chosen(
         impossible |= dict.fromkeys(EMOJI_ONLY, "the emoji world, whose images have a ground truth")
     elif all(candidate.held_out is None for candidate in candidates if not candidate.is_real):
         impossible["composition"] = "a model in the table; a folder of images has no images of held-out pairs"
-    for names in [*(ASKED[option] for option in asked), *((name,) for name in gated)]:
+    for names in [*(METRICS_OF_OPTION[option] for option in asked), *((name,) for name in gated)]:
         if set(names) <= set(impossible):
-            works = [f"--{option.replace('_', '-')}" for option, those in ASKED.items() if not set(those) <= set(impossible)]
+            works = [
+                f"--{option.replace('_', '-')}" for option, those in METRICS_OF_OPTION.items() if not set(those) <= set(impossible)
+            ]
             raise UsageError(f"{METRICS[names[0]].label} needs {impossible[names[0]]}", ", ".join(works))
     if everything:
         wanted = set(METRICS) - {"fid_infinity"} - ({"fd_dinov2"} if protocol.is_emoji else set())
     else:
-        wanted = {name for option in asked or ("fid", "clip", "accuracy") for name in ASKED[option]}
+        wanted = {name for option in asked or ("fid", "clip", "accuracy") for name in METRICS_OF_OPTION[option]}
     return [name for name in METRICS if name in (wanted - set(impossible)) | gated]
 
 
@@ -121,11 +123,13 @@ class Evaluation:
     ):
         self.protocol, self.candidates, self.metrics, self.distributed = protocol, candidates, metrics, distributed
         self.num = num or protocol.default_num
-        counted = [(candidate.name, self.count(candidate), FEWEST) for candidate in sorted(candidates, key=lambda one: one.is_real)]
-        counted += [("the reference", self.reference.count, FEWEST_REAL)] if self.reference is not None else []
-        for name, count, fewest in counted:
+        counted = [
+            (candidate.name, self.count(candidate), MIN_IMAGES) for candidate in sorted(candidates, key=lambda one: one.is_real)
+        ]
+        counted += [("the reference", self.reference.count, MIN_REFERENCE_IMAGES)] if self.reference is not None else []
+        for name, count, minimum in counted:
             for metric in metrics:
-                if count < (least := fewest.get(metric, 1)):
+                if count < (least := minimum.get(metric, 1)):
                     raise UsageError(
                         f"{METRICS[metric].label} needs at least {least} images; {name} has {count}",
                         f"{least} images or more, or another metric",
@@ -160,7 +164,7 @@ class Evaluation:
 
     @property
     def reference(self) -> Collection | None:
-        compared = any(metric in COMPARED for metric in self.metrics)
+        compared = any(metric in NEEDS_REFERENCE for metric in self.metrics)
         return self.protocol.reference if compared and isinstance(self.protocol.reference, Collection) else None
 
     def check_width(self, features: np.ndarray) -> None:
@@ -317,16 +321,16 @@ class Evaluation:
     def warnings(self, rows: Sequence[Row]) -> list[str]:
         """Return one sentence for each reason why the numbers may be biased or not comparable."""
         said = list(self.other_prompts)
-        fewest, most = min(self.counts), max(self.counts)
-        if fewest < most and not {"fid_teacher", *COMPARED}.isdisjoint(self.metrics):
-            said.append(f"rows of {fewest} and of {most} images: distances of different n do not compare")
+        minimum, most = min(self.counts), max(self.counts)
+        if minimum < most and not {"fid_teacher", *NEEDS_REFERENCE}.isdisjoint(self.metrics):
+            said.append(f"rows of {minimum} and of {most} images: distances of different n do not compare")
         for metric in self.metrics:
             if metric in ("fid", "fd_dinov2"):
                 label, dimensions = METRICS[metric].label, len(self.statistics[EXTRACTOR[metric]].mean)
-                if fewest < PER_DIMENSION * dimensions:
+                if minimum < PER_DIMENSION * dimensions:
                     instead = ", or --fid-infinity" if metric == "fid" and "fid_infinity" not in self.metrics else ""
                     said.append(
-                        f"{label} is biased upwards at n = {fewest} (features of {dimensions} dimensions): "
+                        f"{label} is biased upwards at n = {minimum} (features of {dimensions} dimensions): "
                         f"use --num {PER_DIMENSION * dimensions}{instead}, and compare only rows of the same n"
                     )
                 real = next((row for row in rows if row.is_real), None)

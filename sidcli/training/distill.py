@@ -49,7 +49,7 @@ from sidcli.report.run import run_page
 from sidcli.settings import DistillConfig, differences
 from sidcli.training import checkpoint
 from sidcli.training.intervals import Intervals
-from sidcli.training.launch import catch, give_back
+from sidcli.training.launch import install_handlers, restore_handlers
 from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 
 RUN_FORMAT = 1
@@ -113,11 +113,11 @@ class StopFlag:
 
     @contextmanager
     def installed(self) -> Iterator[StopFlag]:
-        before = catch(self)
+        before = install_handlers(self)
         try:
             yield self
         finally:
-            give_back(before)
+            restore_handlers(before)
 
 
 def run(
@@ -143,13 +143,13 @@ def run(
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             engine = Engine(teacher, config, prompts, pick_device(device_name))
-        with locked(output) if engine.distributed.leads else nullcontext():
+        with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
                 restore(engine, output, resume, inputs, listener)
                 engine.distributed.wait()
-                if engine.distributed.leads:
-                    begin_at(engine, output, intervals, listener)
+                if engine.distributed.is_main:
+                    prepare_folder(engine, output, intervals, listener)
                     write_record(output, teacher, config, engine, prompts, command)
                 engine.distributed.wait()
             began_at = engine.step
@@ -157,7 +157,7 @@ def run(
                 listener.note(line)
             listener.started(began_at, config.steps)
             writer = checkpoint.Writer(output / "checkpoints", dataclasses.asdict(config), inputs, intervals.keep)
-            with open_tracker(tracker if engine.distributed.leads else None, output) as board:
+            with open_tracker(tracker if engine.distributed.is_main else None, output) as board:
                 loop = Loop(engine, output, intervals, writer, stop, listener, board)
                 seconds, record = loop.run()
             cut = engine.sampler.truncated
@@ -165,7 +165,7 @@ def run(
                 listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
             student = output / "student"
             finished = engine.student()
-            if engine.distributed.leads:
+            if engine.distributed.is_main:
                 write_student(student, finished, student_card(engine, prompts))
                 complete_record(output, engine, loop.trained)
                 write(run_page(output), output / "report.html")
@@ -194,7 +194,7 @@ class Loop:
         self.returned = False
         self.saved, self.begun = engine.step, time.monotonic()
         self.saved_at = self.begun
-        self.trained = trained_seconds(output / "metrics.jsonl") if engine.distributed.leads else 0.0
+        self.trained = trained_seconds(output / "metrics.jsonl") if engine.distributed.is_main else 0.0
         """Training time of the whole run in seconds, as of the last record, without time lost to an interruption."""
         self.trained_before = self.trained
 
@@ -202,14 +202,16 @@ class Loop:
         """Run the loop. Returns its seconds and the last record. Raises Interrupted after saving, SidError if it diverges."""
         with self.writer:
             self.train()
-            self.look(bool(self.intervals.eval), True)
+            self.evaluate_and_sample(bool(self.intervals.eval), True)
         return time.monotonic() - self.begun, self.record
 
     def train(self) -> None:
         engine, intervals = self.engine, self.intervals
         done = 0
         while engine.step < engine.config.steps:
-            self.look(bool(intervals.eval) and engine.step % intervals.eval == 0, engine.step % intervals.sample == 0)
+            self.evaluate_and_sample(
+                bool(intervals.eval) and engine.step % intervals.eval == 0, engine.step % intervals.sample == 0
+            )
             result = engine.train_step()
             done += 1
             finished = engine.step == engine.config.steps
@@ -217,22 +219,22 @@ class Loop:
                 self.report(result, done * engine.config.batch_size / (time.monotonic() - self.begun))
             self.listener.stepped({**self.record, "step": engine.step})
             if engine.step % intervals.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
-                self.go_back()
+                self.roll_back()
                 continue
-            stopped, late = self.asked()
+            stopped, late = self.poll_stop()
             due = (late or engine.step % intervals.save == 0) and not result.skipped_in_row
             if due or finished:
                 self.save()
             if stopped:
-                self.leave(stopped)
+                self.save_and_interrupt(stopped)
 
-    def look(self, evaluate: bool, paint: bool) -> None:
+    def evaluate_and_sample(self, evaluate: bool, paint: bool) -> None:
         """Evaluate the student, draw its samples, or both. This does not count as training time. A signal stops it early."""
         if not (evaluate or paint):
             return
         paused = time.monotonic()
         student = self.engine.student()
-        if self.engine.distributed.leads:
+        if self.engine.distributed.is_main:
             with suppress(Interrupted), self.stop.at_once():
                 if evaluate:
                     self.evaluate(student)
@@ -240,16 +242,16 @@ class Loop:
                     self.painter.paint(student)
                     write(run_page(self.output), self.output / "report.html")
             student.vae.to("cpu")  # training does not use the VAE
-        stopped, _ = self.asked()
+        stopped, _ = self.poll_stop()
         if stopped:
-            self.leave(stopped)
+            self.save_and_interrupt(stopped)
         self.begun += time.monotonic() - paused
 
-    def leave(self, number: int) -> None:
+    def save_and_interrupt(self, number: int) -> None:
         """Save the current step unless it is saved, then raise Interrupted."""
         engine = self.engine
         self.save()
-        self.settle()
+        self.wait_for_checkpoint()
         where = f"saved step {engine.step} of {engine.config.steps}" if engine.step else "nothing to save at step 0"
         raise Interrupted(number, f"interrupted; {where}", "run the same command to continue")
 
@@ -283,7 +285,7 @@ class Loop:
             "images_per_second": round(rate, 3),
             "memory_gb": peak_memory(self.engine),
         }
-        if self.engine.distributed.leads:
+        if self.engine.distributed.is_main:
             self.write(self.record)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -291,10 +293,10 @@ class Loop:
         if self.tracker:
             self.tracker.log({name: value for name, value in record.items() if value is not None}, self.engine.step)
 
-    def asked(self) -> tuple[int, bool]:
+    def poll_stop(self) -> tuple[int, bool]:
         """Return the signal that requests a stop, 0 for none, and whether a checkpoint is overdue. All processes agree on both."""
         distributed, number = self.engine.distributed, self.stop.number
-        late = distributed.leads and time.monotonic() - self.saved_at > self.intervals.save_seconds
+        late = distributed.is_main and time.monotonic() - self.saved_at > self.intervals.save_seconds
         if distributed.accelerator is None:
             return number, late
         heard, total, late_ones = distributed.sum(
@@ -302,10 +304,10 @@ class Loop:
         ).tolist()
         return round(total / heard) if heard else 0, late_ones > 0
 
-    def go_back(self) -> None:
+    def roll_back(self) -> None:
         """Return to the last checkpoint. Raises SidError the second time, or if there is no checkpoint."""
         step = self.engine.step
-        self.settle()
+        self.wait_for_checkpoint()
         found, _ = checkpoint.latest(self.output / "checkpoints")
         if self.returned or found is None:
             raise SidError(
@@ -315,8 +317,8 @@ class Loop:
             )
         self.engine.load(found.step, checkpoint.read(found))
         self.returned, self.saved = True, found.step
-        if self.engine.distributed.leads:
-            forget_after(self.output / "metrics.jsonl", found.step, bool(self.intervals.eval))
+        if self.engine.distributed.is_main:
+            drop_records_after(self.output / "metrics.jsonl", found.step, bool(self.intervals.eval))
         self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
 
     def save(self) -> None:
@@ -325,17 +327,17 @@ class Loop:
         if engine.step == self.saved:
             return
         self.saved, self.saved_at = engine.step, time.monotonic()
-        if not (engine.distributed.leads or engine.distributed.sharded):
+        if not (engine.distributed.is_main or engine.distributed.sharded):
             return
-        room = psutil.virtual_memory().available > 2 * engine.state_bytes
+        has_room = psutil.virtual_memory().available > 2 * engine.state_bytes
         with self.writer.waiting():
-            tensors = engine.tensors(copy=room)
-        if engine.distributed.leads:
+            tensors = engine.tensors(copy=has_room)
+        if engine.distributed.is_main:
             self.writer.write(engine.step, tensors)
-            if not room:
+            if not has_room:
                 self.writer.finish()
 
-    def settle(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is on disk, in every process."""
         self.writer.finish()
         self.engine.distributed.wait()
@@ -433,21 +435,21 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
     listener.note(f"continuing from step {found.step}")
 
 
-def begin_at(engine: Engine, output: Path, intervals: Intervals, listener: RunListener) -> None:
+def prepare_folder(engine: Engine, output: Path, intervals: Intervals, listener: RunListener) -> None:
     """Prepare the run folder to continue at the engine's step: remove later records and rename later checkpoints.
 
     Raises EnvironmentProblem if the disk lacks space for the checkpoints that follow.
     """
     checkpoints = output / "checkpoints"
     clear_leftovers(output)
-    forget_after(output / "metrics.jsonl", engine.step, bool(intervals.eval))
+    drop_records_after(output / "metrics.jsonl", engine.step, bool(intervals.eval))
     for folder in checkpoint.set_aside(checkpoints, engine.step):
         listener.note(f"set aside: {folder}; delete it if you do not need it")
     if engine.step < engine.config.steps:
         checkpoint.check_room(checkpoints, engine.state_bytes, intervals.keep)
 
 
-def forget_after(metrics: Path, step: int, evaluates: bool) -> None:
+def drop_records_after(metrics: Path, step: int, evaluates: bool) -> None:
     """Remove the lines of metrics.jsonl for steps that will be repeated, and lines that a crash truncated.
 
     With `evaluates`, also remove the proxy metrics of `step`, which are measured again before the next step.
@@ -566,7 +568,7 @@ class Painter:
         self.texts = sample_prompts(engine, folder / "prompts.json")
         # A new run in an existing folder may have another teacher.
         self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
-        if engine.distributed.leads:
+        if engine.distributed.is_main:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
     def paint(self, student: Model) -> None:

@@ -23,14 +23,14 @@ from sidcli.errors import SidError
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals on which training saves and exits: Ctrl-C, a system shutdown, a batch scheduler's preemption, a closed terminal."""
 
-PATIENCE = 60.0
+GRACE_SECONDS = 60.0
 """Seconds that the other processes have to exit after one process has failed."""
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
-def catch(handler: Handler) -> dict[signal.Signals, Handler]:
+def install_handlers(handler: Handler) -> dict[signal.Signals, Handler]:
     """Install a handler for the signals of STOPPING, and return the previous handlers. Under `nohup`, SIGHUP stays ignored.
 
     Python handles signals only in the main thread. In another thread nothing is installed.
@@ -41,7 +41,7 @@ def catch(handler: Handler) -> dict[signal.Signals, Handler]:
     return {number: signal.signal(number, handler) for number in heard}
 
 
-def give_back(before: dict[signal.Signals, Handler]) -> None:
+def restore_handlers(before: dict[signal.Signals, Handler]) -> None:
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -76,11 +76,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = catch(forward)
+    before = install_handlers(forward)
     try:
         code = _wait(distributed)
     finally:
-        give_back(before)
+        restore_handlers(before)
     if code > 128 and code - 128 not in STOPPING:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
         likely = "; the system kills processes that use too much memory" if name == "SIGKILL" else ""
@@ -93,7 +93,7 @@ def _wait(distributed: list[subprocess.Popen[bytes]]) -> int:
     while any(process.poll() is None for process in distributed):
         failed = [process for process in distributed if process.poll()]
         if failed and deadline is None:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + GRACE_SECONDS
         if deadline and time.monotonic() > deadline:
             for process in distributed:
                 process.kill()
