@@ -18,7 +18,7 @@ demo: .venv/ready
 	@echo "run folder: runs/demo"
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Long tests: nineteen more runs killed twice each, every graph format of every family, 10,000 invalid files for every reader.
 soak: .venv/ready

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidcli.devices import check_name, choose_device
+from sidcli.devices import check_name, choose_device, pick_device
 from sidcli.errors import UsageError
 from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protocol
 from sidcli.evaluation.spec import Request as Evaluation
@@ -156,9 +156,12 @@ def sample(
     if not isinstance(model, str) and known != Overrides():
         raise UsageError("a loaded model has its size and prediction already", "give them to load()")
     listener = listener or Bars()
+    from sidcli.models.sources import graph_format, read_card
+
+    if not (isinstance(model, str) and Path(model).is_dir() and graph_format(Path(model))):
+        pick_device(device)  # before libraries that take seconds to import
     from sidcli.emoji import vocabulary
     from sidcli.formats import images
-    from sidcli.models.sources import read_card
 
     opened = images.open_drawer(model, backend, device, steps, guidance, listener, known)
     if read_card(opened.source).get("world") == "emoji" and (about := vocabulary.remark(texts, opened.source.name)):

@@ -55,7 +55,7 @@ def launch_processes(processes: int, device: str) -> None:
 
     Raises EnvironmentProblem if there are fewer GPUs, before any process is started.
     """
-    if processes == 1 or group().count > 1:
+    if group().count > 1 or processes == 1:
         return
     if device != "cpu":
         from sidcli.distributed import check_cards
