@@ -22,7 +22,7 @@ test: .venv/ready
 
 # Long tests: nineteen more runs killed twice each, every graph format of every family, 10,000 invalid files for every reader.
 soak: .venv/ready
-	$(BIN)/python -m pytest -m soak --durations 0 tests/test_reliability.py tests/test_parallel.py tests/test_export.py
+	$(BIN)/python -m pytest -m soak --durations 0
 	SID_FUZZ_CASES=10000 $(BIN)/python -m pytest --durations 0 tests/test_fuzz.py
 
 lint: .venv/ready

@@ -21,7 +21,7 @@ from sidcli.settings import DistillConfig
 from tests import checks, tiny
 
 quiet_libraries()
-LONGEST: list[str] = []
+LONGEST = [f"test_{name}" for name in ("parallel", "reliability", "export", "distill", "plan", "metrics", "hub", "engine")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

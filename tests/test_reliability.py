@@ -304,7 +304,7 @@ def test_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_folder: Pa
 
 
 @pytest.mark.check(18)
-@pytest.mark.parametrize("steps", [45, pytest.param(150, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("steps", [24, pytest.param(150, marks=pytest.mark.soak)])
 def test_a_long_run_keeps_its_memory_and_its_open_files(steps: int, sd: Model, config: DistillConfig) -> None:
     engine = Engine(sd, config, open_prompts("general"), torch.device("cpu"))
     process = psutil.Process()
