@@ -3,8 +3,8 @@ must reproduce.
 
     python -m tests.golden record      # writes tests/golden.json again, on another machine or after a change that is meant
 
-`make test` compares two steps, `make soak` all ten. On the machine of the record every number is equal bit for bit. Elsewhere another order of additions changes the last bits, and Adam
-amplifies them from step to step: there the first step is compared, within a tolerance.
+`make test` compares two steps, `make soak` all ten. On the machine of the record every number is equal bit for bit. Elsewhere another
+order of additions changes the last bits, and Adam amplifies them from step to step: there the first step is compared, within a tolerance.
 """
 
 from __future__ import annotations

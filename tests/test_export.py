@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sidcli import objectives
 from sidcli.data.prompts import open_prompts
 from sidcli.errors import GateError, InputError, UsageError
 from sidcli.formats import export, graph, lora, onnx, runtime, single_file_folder
+from sidcli.formats.card import _method_tags
 from sidcli.formats.order import FORMATS, Order
 from sidcli.formats.outputs import check_export
 from sidcli.models import single_file
@@ -609,3 +611,16 @@ def test_an_upload_needs_a_license_which_the_card_then_names(plain: Model, tmp_p
         export.licensed(plain, None, needed=True)
     card = exported(export.licensed(plain, "openrail++", needed=True), "diffusers", tmp_path / "out")
     assert card.data["license"] == "openrail++" and "use-based restrictions" in card.body
+
+
+@pytest.mark.parametrize(
+    ("card", "tags"),
+    [
+        ({}, ["score-identity-distillation", "arxiv:2406.01561"]),
+        ({"method": "SiD-LSG (arXiv 2406.01561)", "config": {"objective": {"name": "sid"}}}, None),
+        ({"method": objectives.Dmd2.title, "config": {"objective": {"name": "dmd2"}}}, ["dmd2", "arxiv:2405.14867"]),
+        ({"method": objectives.Vsd.title, "config": {"objective": {"name": "vsd"}}}, ["vsd", "arxiv:2312.05239"]),
+    ],
+)
+def test_the_tags_of_a_card_name_the_objective_and_its_paper(card: dict[str, object], tags: list[str] | None) -> None:
+    assert _method_tags(card) == (tags or ["score-identity-distillation", "arxiv:2406.01561"])

@@ -13,7 +13,7 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import Model
 from sidcli.objectives import scores, sid
 from sidcli.objectives.base import FAKE, GENERATOR, Batch, Phase
-from sidcli.settings import DistillConfig
+from sidcli.settings import FIELDS, DistillConfig
 from tests.gradients import perturbed
 
 
@@ -201,6 +201,8 @@ def test_every_setting_has_a_help_text_and_a_finite_default() -> None:
         assert all("=" in line and line.endswith(".") for line in objectives.listed(objective))
         assert len(objectives.listed(objective)) == len(objectives.names(objective))
         assert objective.title and objective.reads
+        assert not set(objectives.names(objective)) & set(FIELDS), "a setting would hide one of the run"
+        assert objective.Settings.scale in (*objectives.names(objective), "kappa4")
 
 
 def test_a_setting_of_another_objective_is_refused_by_name_with_what_this_one_has() -> None:

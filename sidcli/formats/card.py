@@ -7,6 +7,7 @@ distillation), so an export includes the license files, the license name and the
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
         base_model_relation=("adapter" if is_lora else "finetune") if base else None,
         library_name=library,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "distillation", steps, "score-identity-distillation", f"arxiv:{PAPER}", *(["lora"] * is_lora)],
+        tags=["text-to-image", "distillation", steps, *_method_tags(card), *(["lora"] * is_lora)],
         inference={"parameters": visits(grid) | {"guidance_scale": 0}} if in_diffusers else None,
         **terms,
     )
@@ -116,6 +117,13 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
         _license(terms),
     ]
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _method_tags(card: Mapping[str, Any]) -> list[str]:
+    """Return the name of the distillation method and the papers that it cites, as tags."""
+    name = card.get("config", {}).get("objective", {}).get("name", "sid")
+    papers = re.findall(r"arXiv (\d{4}\.\d{4,5})", str(card.get("method", ""))) or [PAPER]
+    return ["score-identity-distillation" if name == "sid" else name, *(f"arxiv:{paper}" for paper in papers)]
 
 
 def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -197,6 +197,11 @@ class Objective(ABC):
     def __init__(self, config: RunConfig, timesteps: int):
         self.config, self.settings, self.timesteps = config, config.objective, timesteps
 
+    def student_role(self, role: Role) -> Role:
+        """Return the role of the generator, whose average is the student, with the learning rate and LoRA rank of the run."""
+        config = self.config
+        return dataclasses.replace(role, lr=config.lr_generator, lora=config.student_lora, stream="generator lora", average=True)
+
     @property
     @abstractmethod
     def roles(self) -> dict[str, Role]:
@@ -205,3 +210,13 @@ class Objective(ABC):
     @abstractmethod
     def phases(self, step: int) -> list[Phase]:
         """Return the phases of a training step, in order."""
+
+
+def generate(nets: Networks, batch: Batch) -> Tensor:
+    """Return the generator's samples x [B, C, h, w]."""
+    return nets.generate(batch)
+
+
+def spread(x: Tensor, batch: Batch) -> Tensor:
+    """Return this micro-batch's part of the mean standard deviation of the samples."""
+    return batch.share * x.std((1, 2, 3)).mean()

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sidcli.objectives.base import FAKE, GENERATOR, Batch, Inputs, Networks, Objective, Pass, Phase, Role, Values
+from sidcli.objectives.base import FAKE, GENERATOR, Batch, Inputs, Networks, Objective, Pass, Phase, Role, Values, generate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +21,8 @@ class ScoreDistillation(Objective):
 
     @property
     def roles(self) -> dict[str, Role]:
-        config = self.config
-        own = {"lr": config.lr_generator, "lora": config.student_lora, "stream": "generator lora", "average": True}
-        return {
-            GENERATOR: dataclasses.replace(self.generator, **own),  # type: ignore[arg-type]
-            FAKE: dataclasses.replace(self.fake, lr=config.lr_fake, lora=config.fake_lora),
-        }
+        fake = dataclasses.replace(self.fake, lr=self.config.lr_fake, lora=self.config.fake_lora)
+        return {GENERATOR: self.student_role(self.generator), FAKE: fake}
 
     def phases(self, step: int) -> list[Phase]:
         """Return the fake score's updates, then the generator's update, each with its own random inputs."""
@@ -76,11 +72,6 @@ class OnSharedSamples(ScoreDistillation):
         return [generator, dataclasses.replace(first, inputs=inputs, passes=passes), *fakes[1:]]
 
 
-def generate(nets: Networks, batch: Batch) -> Tensor:
-    """Return the generator's samples x [B, C, h, w]."""
-    return nets.generate(batch)
-
-
 def predict_noise(nets: Networks, batch: Batch, scale: float = 1.0) -> Tensor:
     """Return the noise [B, C, h, w] that the fake score predicts in noised samples of the generator."""
     x = nets.generate(batch) if batch.samples is None else batch.samples
@@ -101,8 +92,3 @@ def health(x: Tensor, y_real: Tensor, y_fake: Tensor) -> Tensor:
     """Return |y_real - y_fake| / |y_real - x|, averaged over the samples: the relative distance of the two scores, a scalar."""
     apart = (y_real - y_fake).abs().mean((1, 2, 3)) / (y_real - x).abs().mean((1, 2, 3)).clamp_min(1e-5)
     return apart.mean()
-
-
-def spread(x: Tensor, batch: Batch) -> Tensor:
-    """Return this micro-batch's part of the mean standard deviation of the samples."""
-    return batch.share * x.std((1, 2, 3)).mean()

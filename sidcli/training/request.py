@@ -158,7 +158,7 @@ def objective_table(
     if method is not objectives.Sid and guidance_strategy is not None:
         raise UsageError(f"--guidance-strategy is an option of objective sid, not of {table['name']}", "--guidance SCALE")
     if method is not objectives.Sid and guidance is not None:
-        return method, table | {"guidance": guidance}
+        return method, table | {method.Settings.scale: guidance}
     if guidance is not None or guidance_strategy is not None:
         return method, table | strategy(guidance_strategy or "lsg", guidance)
     return method, dict(table)
