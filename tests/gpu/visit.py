@@ -173,13 +173,13 @@ def main() -> None:
     parser.add_argument("--checks", nargs="+", help="only these checks of the first two parts")
     parser.add_argument("--without", nargs="+", default=[], help="all but these checks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, help="limit of the whole visit; default: 9, and 60 with --smoke")
     parser.add_argument("--trainings", type=json.loads, default=TRAININGS, help="JSON object: name -> settings")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu-visit"))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "visit.jsonl").unlink(missing_ok=True)
-    visit = Visit(given.output, given.device, given.smoke, given.minutes)
+    visit = Visit(given.output, given.device, given.smoke, given.minutes or (60.0 if given.smoke else 9.0))
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
     append(visit.file, {"part": "machine", "name": hardware, "event": "done", "ok": None, "values": versions})
@@ -190,10 +190,10 @@ def main() -> None:
     everything = list(speed.make_checks(speed.Lab(visit.file, "cpu", given.smoke)))
     if "right" in given.only:
         groups = [wanted(group) for group in checks.GROUPS]
-        visit.run("checks", "right", [group for group in groups if group], 600.0 if given.smoke else RIGHT)
+        visit.run("checks", "right", [group for group in groups if group], 1800.0 if given.smoke else RIGHT)
     if "fast" in given.only:
         alone = wanted([name for name in everything if name not in ("planned", "sd15 compiled")])
-        visit.run("speed", "fast", [group for group in (alone, wanted(["planned"])) if group], 1200.0 if given.smoke else FAST)
+        visit.run("speed", "fast", [group for group in (alone, wanted(["planned"])) if group], 1800.0 if given.smoke else FAST)
     beside = wanted(["sd15 compiled"]) if "fast" in given.only else []
     compiling = visit.start("speed", visit.file, given.device, visit.size, *beside) if beside else None
     if "strong" in given.only and given.smoke:
