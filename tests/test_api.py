@@ -120,6 +120,22 @@ def test_every_setting_of_a_distillation_may_be_given_by_its_name() -> None:
     assert isinstance(config, DistillConfig) and {name: getattr(config, name) for name in given} == given
 
 
+@pytest.mark.parametrize(
+    ("teacher", "objective", "rates"),
+    [
+        ("emoji-teacher", "vsd", (1e-3, 1e-4)),
+        ("emoji-teacher", "dmd2", (1e-4, 1e-4)),
+        ("someone/sd", "vsd", (1e-3, 1e-6)),
+        ("someone/sd", "dmd2", (1e-5, 1e-5)),
+        ("someone/sd", "sid", (1e-6, 1e-6)),
+    ],
+)
+def test_an_objective_has_learning_rates_of_its_own(teacher: str, objective: str, rates: tuple[float, float]) -> None:
+    request = Request.of(teacher, None, objective, None, None, {}, None, None, "auto", None, {})
+    config = request.config(request.recipe)
+    assert (config.lr_fake, config.lr_generator) == rates
+
+
 def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_path: Path) -> None:
     outcome = evaluate("emoji", ["clip", "accuracy"], num=20, listener=SILENT)
     assert outcome is not None

@@ -191,6 +191,8 @@ class Objective(ABC):
     """Name and source for model cards."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of the run for which this objective has other defaults."""
+    emoji_defaults: ClassVar[Mapping[str, Any]] = {}
+    """The same for the emoji teacher, whose preset replaces the defaults above."""
     reads: ClassVar[str]
     """Sentence for reports that explains how to read the losses."""
 

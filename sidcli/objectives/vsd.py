@@ -26,6 +26,7 @@ class Vsd(OnSharedSamples):
     Settings = VsdSettings
     title = "Variational Score Distillation (SwiftBrush, arXiv 2312.05239)"
     defaults: ClassVar = {"fake_lora": 64, "lr_fake": 1e-3}
+    emoji_defaults: ClassVar = {"lr_fake": 1e-3}
     reads = "The generator's loss of VSD is the size of its gradient and does not show progress."
     generator = fake = Role(0.0, betas=(0.9, 0.999), clip=1.0)
 

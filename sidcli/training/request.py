@@ -66,7 +66,9 @@ class Request:
         others = {name: value for name, value in settings.items() if name not in known}
         own = checked({name: value for name, value in settings.items() if name in known}, "", "setting")
         chosen = objectives.settings({**table, **others, **objective_settings})
-        start = {**method.defaults, **PRESETS[preset_for(teacher)], **from_file, "objective": chosen}
+        preset = preset_for(teacher)
+        defaults = {**method.defaults, **PRESETS[preset], **(method.emoji_defaults if preset == "emoji" else {})}
+        start = {**defaults, **from_file, "objective": chosen}
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
         return cls(teacher, start, with_shortcuts(own, start, lr, images), memory, folder)
 
