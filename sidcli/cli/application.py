@@ -6,6 +6,7 @@ options are validated.
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from types import FrameType
@@ -99,6 +100,9 @@ def main() -> None:
             _say(error)
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of help texts, for example, that stdout does not take
+            _say(EnvironmentProblem("a file or stdout could not be written: no space left on the disk", "make room"))
+            sys.exit(EnvironmentProblem.exit_code)
         _show_traceback()
         if _json_asked():
             _say(SidError(f"unexpected {type(error).__name__}: {error}", "report it, with the traceback above"))
