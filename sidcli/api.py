@@ -20,7 +20,7 @@ from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protoco
 from sidcli.evaluation.spec import Request as Evaluation
 from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check
-from sidcli.formats.outputs import Places, check_export
+from sidcli.formats.outputs import BACKENDS, Places, check_export
 from sidcli.models.overrides import Overrides
 from sidcli.progress import Listener, Progress, RunListener, Silence, in_words
 from sidcli.training.intervals import Intervals
@@ -102,7 +102,7 @@ def load(
 
 def sample(
     prompts: str | Sequence[str],
-    model: str | Model = "emoji",
+    model: PathLike | Model = "emoji",
     *,
     num: int = 1,
     seed: int = 0,
@@ -146,8 +146,11 @@ def sample(
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
         raise UsageError("an empty prompt", "describe what to draw")
-    _check_least(num=num, batch_size=batch_size, steps=1 if steps is None else steps)
+    _check_least(num=num, batch_size=batch_size, steps=steps)
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     check_name(device)
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     count = len(texts) * num
     places = Places.of(Path(output), count) if output else None
     if places:
@@ -257,7 +260,7 @@ def distill(
 
 def evaluate(
     models: str | ModelSpec | Sequence[str | ModelSpec] = ("emoji", "emoji-teacher"),
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     *,
     everything: bool = False,
     protocol: str = "auto",
@@ -306,15 +309,17 @@ def evaluate(
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     check_protocol(protocol)
-    _check_least(batch_size=batch_size, num=1 if num is None else num)
+    _check_least(batch_size=batch_size, num=num)
     check_name(device)
     listed = [models] if isinstance(models, str | ModelSpec) else models
+    if not listed:
+        raise UsageError("nothing to measure: no model given", "a model's name, or a folder of images")
     folder = Path(image_folder) if image_folder else None
     if folder:
         check_writable(folder, "--image-folder")
     request = Evaluation(
         models=[ModelSpec.parse(one, steps, guidance) if isinstance(one, str) else one for one in listed],
-        metrics=metrics,
+        metrics=[metrics] if isinstance(metrics, str) else metrics,
         everything=everything,
         bounds=bounds,
         protocol=Rules(protocol, _path(reference), _path(prompts), column, num, seed, untrained),
@@ -329,10 +334,10 @@ def evaluate(
     return run(request, where, listener)
 
 
-def _check_least(**values: int) -> None:
+def _check_least(**values: int | None) -> None:
     """Raises UsageError if a value is below 1."""
     for name, value in values.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
@@ -387,7 +392,7 @@ def export(
         raise UsageError(f"--push-to-hub must be OWNER/NAME, not {push_to_hub!r}")
     place = Path(output)
     place = Path(os.path.abspath(place)) if place.name in ("", "..") else place
-    _check_least(rank=1 if rank is None else rank)
+    _check_least(rank=rank)
     order = Order(dtype, variant, rank or DEFAULT_RANK)
     check(format, order)
     check_export(place, overwrite)

@@ -97,7 +97,7 @@ def test_distill_runs_in_a_thread_too_where_no_signal_can_be_handled(sd_folder: 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"stepz": 3}, "'stepz' is not a setting of objective sid"),
+        ({"stepz": 3}, "unknown setting 'stepz'; did you mean 'steps'?"),
         ({"steps": "3"}, "steps must be int, not '3'"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"steps": 3, "images": 12}, "exclude each other"),
@@ -144,6 +144,17 @@ def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_p
     done = sid("eval", "emoji", "--clip", "--accuracy", "--num", "20", "--json", cwd=tmp_path)
     printed = json.loads(done.stdout)["models"]
     assert [one["metrics"] for one in printed] == [one["metrics"] for one in outcome.as_dict()["models"]]
+
+
+def test_evaluate_refuses_unknown_metrics_and_no_models_and_writes_to_paths_that_are_strings(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown metric 'foo'"):
+        evaluate("emoji", ["foo"], num=20, listener=SILENT)
+    with pytest.raises(UsageError, match="no model given"):
+        evaluate([], listener=SILENT)
+    outcome = evaluate("emoji", "clip", num=4, listener=SILENT)
+    assert outcome is not None
+    outcome.write(str(tmp_path / "picture.png"), str(tmp_path / "report.html"))
+    assert {file.name for file in tmp_path.iterdir()} >= {"picture.png", "report.html"}
 
 
 def test_export_returns_what_was_written_and_refuses_what_the_command_refuses(tmp_path: Path) -> None:

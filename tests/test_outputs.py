@@ -246,14 +246,19 @@ def test_a_result_that_stdout_does_not_take_is_one_line_and_a_reader_that_has_le
 
 
 @pytest.mark.check(17)
-@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["distill", "--list-settings"]])
 def test_help_that_a_full_disk_does_not_take_is_one_line(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "sidcli", *arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command, stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
         )
-    assert done.returncode == 4 and "no space left" in done.stderr.lower() and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 4
+        and "no space left" in done.stderr.lower()
+        and done.stderr.count("\n") == 1
+        and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 # Devices and memory

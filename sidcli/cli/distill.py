@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -139,15 +140,17 @@ def distill(
     check_name(device)
     method = method_of(objective, config)
     if list_settings:
-        typer.echo("\n".join(objectives.listed(method)))
+        from sidcli.cli.console import Console
+
+        Console(as_json, quiet).result(objectives.listed(method), dataclasses.asdict(method.Settings()))
         return
     asked: dict[str, Any] = {"objective": objective, "guidance": guidance, "guidance_strategy": guidance_strategy}
     asked |= {"objective_settings": objectives.parse(method, set_ or []), "lr": lr, "images": images}
     asked |= {"memory": memory, "config": config}
-    request = Request.of(teacher or model, output, **asked, settings=settings)
     stopped = ("checkpoints are kept", "the same command again, to go on")
     with open_console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", unused=()) as console:
         if dry_run:
+            request = Request.of(teacher or model, output, **asked, settings=settings)
             plan_run(request, console, device, plan_for, processes, keep_checkpoints, eval_every)
             return
         from sidcli.cli.console import DistillProgress

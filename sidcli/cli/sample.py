@@ -21,9 +21,7 @@ from sidcli.cli.options import (
     one_of,
     within,
 )
-from sidcli.devices import check_name
-from sidcli.errors import UsageError
-from sidcli.formats.outputs import BACKENDS, Places, unnamed
+from sidcli.formats.outputs import BACKENDS, unnamed
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
@@ -96,18 +94,13 @@ def sample(
 
         Console(as_json, quiet).result(vocabulary.lines(), vocabulary.summary())
         return
-    check(steps, backend, device)
     check_column(column, prompts)
     texts, about_prompts = read_prompts(prompt or [], prompts, column or "")
-    output = output or unnamed(texts, num, seed)
-    Places.of(output, len(texts) * num).check(overwrite)
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
     with open_console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
         if about_prompts:
             console.note(about_prompts)
-        if model == "emoji":
-            console.note("model: emoji (built in); another one: --model NAME")
         drawn = api.sample(
             texts,
             model,
@@ -115,7 +108,7 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
-            output=output,
+            output=output or (unnamed(texts, num, seed) if texts else None),
             overwrite=overwrite,
             width=width,
             height=height,
@@ -126,22 +119,15 @@ def sample(
             device=device,
             listener=console,
         )
+        if model == "emoji":
+            console.note("another model: --model NAME")
         tell(drawn, console, preview)
-
-
-def check(steps: int | None, backend: str, device: str) -> None:
-    """Raises UsageError for invalid values, before any file is read."""
-    if steps is not None and steps < 1:
-        raise UsageError(f"--steps must be at least 1, not {steps}")
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    check_name(device)
 
 
 def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list[str], str]:
     """Return the prompts of the command line and of a file, and a note about the file.
 
-    Raises UsageError if there is no prompt or an empty prompt, InputError if the file cannot be read.
+    Raises InputError if the file cannot be read.
     """
     texts, about = list(given), ""
     if file:
@@ -149,10 +135,6 @@ def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list
 
         listed = read_list(file, column)
         texts, about = [*texts, *listed.lines], listed.note
-    if not texts:
-        raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
-    if any(not text.strip() for text in texts):
-        raise UsageError("an empty prompt", "describe what to draw")
     return texts, about
 
 

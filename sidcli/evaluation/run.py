@@ -47,13 +47,13 @@ class Outcome:
     def latex(self) -> str:
         return latex(self.rows, self.evaluation.metrics)
 
-    def write(self, picture: Path | None, report: Path | None) -> None:
+    def write(self, picture: str | Path | None, report: str | Path | None) -> None:
         """Write the comparison picture and the report page; None skips a file."""
         drawn = pictures(self.evaluation) if picture or report else []
         if picture:
-            save_comparison(drawn, picture)
+            save_comparison(drawn, Path(picture))
         if report:
-            write(page(self.evaluation, self.rows, drawn, self.seed), report)
+            write(page(self.evaluation, self.rows, drawn, self.seed), Path(report))
 
     def as_dict(self) -> dict[str, Any]:
         return {

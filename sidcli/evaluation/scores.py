@@ -88,6 +88,8 @@ def chosen(
     measured.
     """
     gated = set(gated)
+    if unknown := [option for option in asked if option not in METRICS_OF_OPTION]:
+        raise UsageError(f"unknown metric {unknown[0]!r}", f"one of {', '.join(METRICS_OF_OPTION)}")
     impossible: dict[str, str] = {}
     if protocol.reference is None:
         impossible |= dict.fromkeys(NEEDS_REFERENCE, "--reference FOLDER to compare with")

@@ -98,8 +98,6 @@ def open_drawer(
 
     Raises UsageError if the model does not support the backend, the number of steps or the guidance scale.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     graphs = graph_format(Path(model)) if isinstance(model, str) and Path(model).is_dir() else None
     if isinstance(model, str) and graphs:
         return open_graphs(model, graphs, backend, device, steps, guidance, listener, known)

@@ -16,7 +16,7 @@ from sidcli.environment import cache_folder, group
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
-from sidcli.settings import FIELDS, MEMORY, PRESETS, DistillConfig, checked, preset_for, read_toml, strategy
+from sidcli.settings import MEMORY, PRESETS, DistillConfig, checked, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
     from sidcli.data.prompts import Prompts
@@ -62,9 +62,9 @@ class Request:
         teacher = teacher or from_file.pop("teacher", DistillConfig.teacher)
         from_file.pop("teacher", None)
         method, table = objective_table(from_file.pop("objective", {}), objective, guidance, guidance_strategy)
-        known = {*FIELDS} - {"objective", "teacher"}
-        others = {name: value for name, value in settings.items() if name not in known}
-        own = checked({name: value for name, value in settings.items() if name in known}, "", "setting")
+        of_objectives = {name for known in objectives.OBJECTIVES.values() for name in objectives.names(known)}
+        others = {name: value for name, value in settings.items() if name in of_objectives}
+        own = checked({name: value for name, value in settings.items() if name not in of_objectives}, "", "setting")
         chosen = objectives.settings({**table, **others, **objective_settings})
         preset = preset_for(teacher)
         defaults = {**method.defaults, **PRESETS[preset], **(method.emoji_defaults if preset == "emoji" else {})}
