@@ -185,6 +185,12 @@ def shown_caption(picture: Scene, seed: int, index: int, split: Split, name_colo
     return Wording(template, wording.adjective).text(picture)
 
 
+def bare_caption(index: int) -> str:
+    """Return the shortest prompt for noun `index` of the endless repetition of NOUN_LIST: the noun and its article."""
+    noun = NOUN_LIST[index % len(NOUN_LIST)]
+    return noun if noun in PLURAL_NOUNS | MASS_NOUNS else f"{article(noun)} {noun}"
+
+
 class Wording(NamedTuple):
     """A caption template and the adjective to fill in."""
 

@@ -64,7 +64,7 @@ def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolve
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of images to measure, one row of the table: images of the protocol's captions, and of its held-out pairs (`held_out`).
+    """A set of images to measure, one row of the table: images of the protocol's captions, its held-out pairs and its bare nouns.
 
     `is_real`: the images are the scenes that the captions describe, for comparison, and no model generated them.
     """
@@ -74,6 +74,7 @@ class Candidate:
     images: ImageSet
     limit: int | None = None
     held_out: ImageSet | None = None
+    bare: ImageSet | None = None
     is_teacher: bool = False
     is_real: bool = False
     close: Callable[[], None] = lambda: None
@@ -110,14 +111,14 @@ def to_measure(
         if captions is None:
             raise UsageError(f"{one.spec.name} needs captions to draw", "--prompts FILE, or --prompts general for built-in ones")
         count = captions.limit if captions.limit is not None else num or protocol.default_num or 0
-        rows.append(_model(one, captions, protocol.held_out, count, device, seed, batch_size, place))
+        rows.append(_model(one, protocol, captions, count, device, seed, batch_size, place))
     return list({(row.name, row.sampling): row for row in rows}.values())
 
 
 def _model(
     one: Resolved,
+    protocol: Protocol,
     captions: Captions,
-    held_out: Captions | None,
     count: int,
     device: torch.device,
     seed: int,
@@ -151,7 +152,8 @@ def _model(
         plan.describe(),
         drawn(captions),
         captions.limit,
-        drawn(held_out) if held_out else None,
+        drawn(protocol.held_out) if protocol.held_out else None,
+        drawn(protocol.bare) if protocol.bare else None,
         is_teacher=one.is_teacher and not spec.untrained,
         close=opened.clear,
     )

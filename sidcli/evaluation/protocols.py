@@ -152,7 +152,10 @@ class Captions:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The captions, the reference and the extractors of an evaluation. `reference` is None if there are no reference images."""
+    """The captions, the reference and the extractors of an evaluation. `reference` is None if there are no reference images.
+
+    The emoji protocol has two more lists of captions: held-out pairs of noun and color (`held_out`) and nouns alone (`bare`).
+    """
 
     name: str
     captions: Captions | None
@@ -162,6 +165,7 @@ class Protocol:
     prepare: Prepare = as_it_is
     prepared: str = ""
     held_out: Captions | None = None
+    bare: Captions | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -178,6 +182,10 @@ def emoji_captions(count: int, held_out: bool = False) -> list[str]:
     return [world.caption(scene, world.PROMPT_SEED, index, "eval", 1.0).text for index, scene in enumerate(scenes(count, held_out))]
 
 
+def bare_captions(count: int) -> list[str]:
+    return [world.bare_caption(index) for index in range(count)]
+
+
 def emoji(networks: Networks) -> Protocol:
     def captions(held_out: bool) -> Captions:
         name = "emoji world, held-out pairs" if held_out else "emoji world, evaluation captions"
@@ -190,6 +198,7 @@ def emoji(networks: Networks) -> Protocol:
         EmojiExtractors(networks),
         QUICK_NUM,
         held_out=captions(True),
+        bare=Captions("emoji world, nouns alone", f"emoji {world.digest()} bare", bare_captions),
         facts={"reference": f"{REFERENCE_SCENES} scenes of the emoji world", "world": world.digest()},
     )
 

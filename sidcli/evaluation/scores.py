@@ -36,18 +36,22 @@ METRICS_OF_OPTION = {
     "dino": ("fd_dinov2",),
     "cmmd": ("cmmd",),
     "clip": ("clip",),
-    "accuracy": ("noun", "color"),
+    "accuracy": ("noun", "color", "bare_noun"),
     "composition": ("composition",),
 }
 """The metrics that each option requests."""
-EXTRACTOR = dict.fromkeys(("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "composition"), "features") | {
+EXTRACTOR = dict.fromkeys(
+    ("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "bare_noun", "composition"), "features"
+) | {
     "clip": "clip",
     "cmmd": "embeddings",
     "fd_dinov2": "dino",
 }
 """The extractor of the protocol that each metric uses."""
 NEEDS_REFERENCE = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
-EMOJI_ONLY = ("noun", "color", "composition")
+EMOJI_ONLY = ("noun", "color", "bare_noun", "composition")
+OTHER_CAPTIONS = {"composition": "held_out", "bare_noun": "bare"}
+"""Metrics of images of other captions than the protocol's main list: the field of Candidate that holds those images."""
 MIN_IMAGES = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
 MIN_IMAGES |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4}
 """Minimum number of generated images for a metric and its interval; 1 for a metric without an entry."""
@@ -102,8 +106,10 @@ def chosen(
         impossible["fid_teacher"] = "a teacher in the table, and a model beside it"
     if not protocol.is_emoji:
         impossible |= dict.fromkeys(EMOJI_ONLY, "the emoji world, whose images have a ground truth")
-    elif all(candidate.held_out is None for candidate in candidates if not candidate.is_real):
-        impossible["composition"] = "a model in the table; a folder of images has no images of held-out pairs"
+    else:
+        for metric, field in OTHER_CAPTIONS.items():
+            if all(getattr(candidate, field) is None for candidate in candidates if not candidate.is_real):
+                impossible[metric] = "a model in the table; a folder of images has no images of these captions"
     for names in [*(METRICS_OF_OPTION[option] for option in asked), *((name,) for name in gated)]:
         if set(names) <= set(impossible):
             works = [
@@ -159,10 +165,12 @@ class Evaluation:
         captions = protocol.captions.first(count) if protocol.captions else []
         return Collection(candidate.images, count, captions, protocol.prepare, protocol.prepared)
 
-    def held_out(self, candidate: Candidate) -> Collection | None:
-        if candidate.held_out is None or "composition" not in self.metrics:
+    def other(self, candidate: Candidate, metric: str) -> Collection | None:
+        """Return the images for a metric of OTHER_CAPTIONS, a quarter of the number of the other images."""
+        images = getattr(candidate, OTHER_CAPTIONS[metric])
+        if images is None or metric not in self.metrics:
             return None
-        return Collection(candidate.held_out, self.count(candidate) // 4)
+        return Collection(images, max(1, self.count(candidate) // 4))
 
     @property
     def reference(self) -> Collection | None:
@@ -189,9 +197,8 @@ class Evaluation:
             work.append(("reference", [(self.reference, comparing)], lambda: None))
         for candidate in self.candidates:
             parts = [(self.collection(candidate), list(self.extractors.values()))]
-            held_out = self.held_out(candidate)
-            if held_out:
-                parts.append((held_out, [self.extractors["features"]]))
+            others = [self.other(candidate, metric) for metric in OTHER_CAPTIONS]
+            parts += [(other, [self.extractors["features"]]) for other in others if other]
             work.append((f"{candidate.name}, {candidate.sampling}", parts, candidate.close))
         missing = [
             (part, extractor)
@@ -250,19 +257,28 @@ class Evaluation:
             return self.cmmd(features)
         if metric == "clip":
             return mean(features[:, 0])
-        if metric == "composition":
-            held_out = self.held_out(candidate)
-            return share(np.all(self.right(held_out.features(self.extractors[extractor]), True), axis=1)) if held_out else None
+        if metric in OTHER_CAPTIONS:
+            other = self.other(candidate, metric)
+            if other is None:
+                return None
+            features = other.features(self.extractors[extractor])
+            if metric == "composition":
+                return share(np.all(self.right(features, True), axis=1))
+            return share(self.answers(features)[0] == np.arange(len(features)) % len(world.NOUN_LIST))
         return share(self.right(features, False)[:, ("noun", "color").index(metric)])
+
+    def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the classified nouns and background colors, as indices into NOUN_LIST and COLOR_LIST, each int [n]."""
+        extractor = self.extractors["features"]
+        assert isinstance(extractor, EmojiFeatures)
+        return extractor.answers(features)
 
     def right(self, features: np.ndarray, held_out: bool) -> np.ndarray:
         """Return whether the classified noun and background color match the caption, bool [n, 2]."""
-        extractor = self.extractors["features"]
-        assert isinstance(extractor, EmojiFeatures)
-        nouns, colors = extractor.answers(features)
+        nouns, colors = self.answers(features)
         asked = scenes(len(features), held_out)
-        right_nouns = [world.NOUN_LIST[seen] == scene.noun for seen, scene in zip(nouns, asked, strict=True)]
-        right_colors = [world.COLOR_LIST[seen] == scene.color for seen, scene in zip(colors, asked, strict=True)]
+        right_nouns = nouns == np.array([world.NOUN_LIST.index(scene.noun) for scene in asked])
+        right_colors = colors == np.array([world.COLOR_LIST.index(scene.color) for scene in asked])
         return np.stack([right_nouns, right_colors], 1)
 
     def compared(self, extractor: str, count: int | None = None) -> np.ndarray:

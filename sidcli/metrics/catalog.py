@@ -66,6 +66,9 @@ METRICS = {
     "clip": Metric("CLIP score", False, 4, "mean cosine of image and caption, as a fraction (arXiv 2104.08718)", -1, 1),
     "noun": Metric("noun", False, 1, "images whose noun the emoji classifier sees", 0, 1, percent=True),
     "color": Metric("color", False, 1, "images whose background color the emoji classifier sees", 0, 1, percent=True),
+    "bare_noun": Metric(
+        "bare noun", False, 1, "images of prompts of a noun alone, with the noun of the prompt", 0, 1, percent=True
+    ),
     "composition": Metric("composition", False, 1, "images of held-out noun and color pairs, both right", 0, 1, percent=True),
 }
 ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "color": "color"}

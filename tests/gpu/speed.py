@@ -216,6 +216,11 @@ def contiguous(built: Engine) -> None:
         net.to(memory_format=torch.contiguous_format)
 
 
+def contiguous_graphs(built: Engine) -> None:
+    contiguous(built)
+    attach(built)
+
+
 def naive(lab: Lab, kind: str, batch: int) -> Outcome:
     lab.free()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -334,6 +339,7 @@ def make_checks(lab: Lab) -> dict[str, Check]:
     memory = {name: {key: value for key, value in recipe.items()} for name, recipe in MEMORY.items()}
     if lab.smoke:
         memory["12gb"]["fake_lora"] = 4
+    loras = {"student_lora": memory["12gb"]["fake_lora"], "offload_average": False, "offload_optimizer": False}
 
     def only_gpu(check: Check) -> Check:
         def run() -> Outcome:
@@ -350,27 +356,30 @@ def make_checks(lab: Lab) -> dict[str, Check]:
     checks: dict[str, Check] = {
         "peaks": lambda: peaks(lab),
         "sd15 fast": lambda: engine(lab, "sd15", batch_size=big, micro_batch=small),
-        "sd15 24gb": lambda: engine(lab, "sd15", 1, **memory["24gb"], batch_size=small),
-        "sd15 12gb": lambda: engine(lab, "sd15", 1, **memory["12gb"], batch_size=2),
-        "sd15 naive": lambda: naive(lab, "sd15", 1 if lab.smoke else 4),
-        "sd15 fast, micro-batch 16": lambda: engine(lab, "sd15", batch_size=big, micro_batch=one_piece),
-        "sd15 fast, micro-batch 32": lambda: engine(lab, "sd15", batch_size=big, micro_batch=big),
-        "sd15 profile": lambda: profile(lab, "sd15", batch_size=one_piece, micro_batch=one_piece),
-        "sd15 sample 1": lambda: sampling(lab, "sd15", 1, False),
-        "sd15 sample 1 bf16": lambda: sampling(lab, "sd15", 1, True),
-        "sd15 sample 16 bf16": lambda: sampling(lab, "sd15", one_piece, True),
+        "sd15 two LoRAs": lambda: engine(lab, "sd15", 1, **memory["12gb"] | loras, batch_size=small),
+        "sdxl two LoRAs": lambda: engine(lab, "sdxl", 1, **memory["12gb"] | loras, batch_size=min(4, small)),
         "emoji 256": emoji(4 if lab.smoke else 256),
         "emoji 256, graphs": only_gpu(emoji(256, arrange=attach)),
+        "emoji 256, graphs, contiguous": only_gpu(emoji(256, arrange=contiguous_graphs)),
+        "sd15 fast, contiguous": only_gpu(lambda: engine(lab, "sd15", 1, contiguous, batch_size=big, micro_batch=small)),
         "sdxl 24gb": lambda: engine(lab, "sdxl", 1, **memory["24gb"], batch_size=4 if not lab.smoke else 2),
-        "emoji profile": lambda: profile(lab, "emoji", batch_size=4 if lab.smoke else 256, micro_batch=4 if lab.smoke else 256),
+        "sd15 naive": lambda: naive(lab, "sd15", 1 if lab.smoke else 4),
+        "sd15 sample 1 bf16": lambda: sampling(lab, "sd15", 1, True),
+        "sd15 fast, cudnn attention": only_gpu(
+            lambda: engine(lab, "sd15", 1, context=sdpa_kernel(SDPBackend.CUDNN_ATTENTION), batch_size=big, micro_batch=small)
+        ),
+        "sd15 24gb": lambda: engine(lab, "sd15", 1, **memory["24gb"], batch_size=small),
         "sdxl fast": only_gpu(lambda: engine(lab, "sdxl", 1, micro_batch=1, teacher_bf16=True, batch_size=4)),
+        "sd15 12gb": lambda: engine(lab, "sd15", 1, **memory["12gb"], batch_size=2),
+        "sd15 fast, micro-batch 16": lambda: engine(lab, "sd15", batch_size=big, micro_batch=one_piece),
+        "sd15 fast, micro-batch 32": lambda: engine(lab, "sd15", batch_size=big, micro_batch=big),
+        "sd15 profile": lambda: profile(lab, "sd15", batch_size=small, micro_batch=small),
+        "sd15 sample 1": lambda: sampling(lab, "sd15", 1, False),
+        "sd15 sample 16 bf16": lambda: sampling(lab, "sd15", one_piece, True),
+        "emoji profile": lambda: profile(lab, "emoji", batch_size=4 if lab.smoke else 256, micro_batch=4 if lab.smoke else 256),
         "sd15 fast, tf32": lambda: engine(lab, "sd15", 1, batch_size=big // 2, micro_batch=small, precision="fp32", tf32=True),
         "emoji 64": emoji(4 if lab.smoke else 64),
         "emoji 1024": emoji(4 if lab.smoke else 1024),
-        "sd15 fast, contiguous": only_gpu(lambda: engine(lab, "sd15", 1, contiguous, batch_size=big, micro_batch=one_piece)),
-        "sd15 fast, cudnn attention": only_gpu(
-            lambda: engine(lab, "sd15", 1, context=sdpa_kernel(SDPBackend.CUDNN_ATTENTION), batch_size=big, micro_batch=one_piece)
-        ),
         "sd15 compiled": only_gpu(lambda: compiled(lab, "sd15", 16)),
     }
     return checks | {"planned": lambda: planned(lab)}
