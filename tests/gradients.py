@@ -12,7 +12,7 @@ from sidcli.engine import Engine
 
 def gradient(built: Engine, phase: str = "generator") -> Tensor:
     """The flat gradient of one phase, caught before the optimizer uses it."""
-    (chosen,) = [one for one in built.objective.phases(0) if one.role == phase]
+    (chosen,) = [one for one in built.objective.phases(built.step) if one.role == phase]
     wrapped = built.roles[phase].optimizer
     optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it where several processes train together
     caught: list[Tensor] = []

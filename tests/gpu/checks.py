@@ -179,7 +179,7 @@ def two_processes(place: Place, shard: bool = False) -> Outcome:
     ]
     said = [process.communicate(timeout=150)[1] for process in team]
     if any(process.returncode for process in team):
-        last = [(text.strip().splitlines() or ["no message"])[-1] for text in said]
+        last = [text.strip()[-1500:] or "no message" for text in said]
         raise RuntimeError("; ".join(f"exit {process.returncode}: {text}" for process, text in zip(team, last, strict=True)))
     together = torch.load(file, weights_only=True)
     return judged({phase: distance(together[phase], alone[phase]) for phase in alone}, FLOAT32)
