@@ -98,7 +98,7 @@ def sample(
     texts, about_prompts = read_prompts(prompt or [], prompts, column or "")
     stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
-    with open_console(as_json, quiet, stopped, smaller, unused=("bitsandbytes", "peft", "scipy")) as console:
+    with open_console(as_json, quiet, stopped, smaller) as console:
         if about_prompts:
             console.note(about_prompts)
         drawn = api.sample(
