@@ -171,7 +171,7 @@ def sample(
         listener.note(about)
     listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
     with listener.progress("draw", count, "images") as advance:
-        drawn = images.run(opened, texts, num, seed, places, batch_size, advance)
+        drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite)
     if drawn.truncated:
         listener.note(f"{drawn.truncated} prompts were longer than the text encoder reads and were truncated")
     return drawn
@@ -402,7 +402,7 @@ def export(
 
     student, order = driver.Request(model, format, order, rank, teacher, known, license, push_to_hub).open(place, listener)
     with listener.progress(f"export {format}", 3, "stages") as advance:
-        done = driver.run(student, format, place, order, verify, advance)
+        done = driver.run(student, format, place, order, verify, advance, overwrite)
     if done.difference is not None:
         listener.note(f"verified: the export draws the same image as sid, at most {done.difference}/255 apart")
     if done.loss is not None:

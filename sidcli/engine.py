@@ -45,7 +45,8 @@ class Measurements:
     """Measurements of one training step over the global batch, as scalar tensors on the device.
 
     Reading them waits for the device, so only the code that logs reads them. `values` are named by the objective. `skipped` counts
-    all updates that were skipped because a loss or a gradient was not finite, `skipped_in_row` the latest consecutive ones.
+    all updates that were skipped because a loss or a gradient was not finite, `skipped_in_row` the latest consecutive ones of the
+    network that has most of them.
     """
 
     values: Values
@@ -237,7 +238,7 @@ class Engine:
         self.nets = Networks(self)
         self.empty = self.sampler.encode([""])
         self.skipped = torch.zeros((), device=self.device)
-        self.skipped_in_row = torch.zeros((), device=self.device)
+        self.skipped_in_row = {name: torch.zeros((), device=self.device) for name in roles}
         self.step = 0
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._drawn: dict[Key, Future[Batch]] = {}
@@ -256,11 +257,9 @@ class Engine:
         return twin
 
     def _arrange(self, net: Any) -> None:
-        """Apply memory layout, gradient checkpointing and compilation as configured. They do not change the result of a network."""
+        """Apply gradient checkpointing and compilation as configured. They do not change the result of a network."""
         if self.config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        if self.device.type == "cuda" and not self.distributed.sharded:  # FSDP2 supports only contiguous parameters
-            net.to(memory_format=torch.channels_last)
         if self.config.compile == "on":
             net.compile()
 
@@ -280,7 +279,7 @@ class Engine:
             measured, samples = self.run_phase(phase, samples, keep=following is not None and following.inputs.reuse)
             values |= measured
         self.step += 1
-        return Measurements(values, self.skipped.clone(), self.skipped_in_row.clone())
+        return Measurements(values, self.skipped.clone(), torch.stack(list(self.skipped_in_row.values())).max())
 
     def run_phase(self, phase: Phase, samples: Sequence[Tensor] = (), keep: bool = False) -> tuple[Values, list[Tensor]]:
         """Run one update of one network. `samples`: outputs of the previous phase, by micro-batch.
@@ -307,7 +306,7 @@ class Engine:
         totals = self.distributed.sum(sum(rows[1:], rows[0]))
         broken = role.step(totals[0])
         self.skipped += broken
-        self.skipped_in_row = (self.skipped_in_row + broken) * broken
+        self.skipped_in_row[phase.role] = (self.skipped_in_row[phase.role] + broken) * broken
         if role.role.average:
             role.update_average(phase.update)
         return dict(zip(values, totals, strict=True)), outputs
@@ -428,7 +427,8 @@ class Engine:
         """Load the state from `tensors()` with the same config. Raises KeyError or RuntimeError if names or shapes differ."""
         for name, trained in self.roles.items():
             trained.load(name, files)
-        self.skipped_in_row.zero_()
+        for skipped in self.skipped_in_row.values():
+            skipped.zero_()
         self.step = step
 
 

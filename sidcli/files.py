@@ -81,10 +81,11 @@ def _set_default_permissions(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields a temporary path to write. On success it is renamed to `path` and synced to disk; on an error it is removed.
 
-    Raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only.
+    Raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only, and UsageError if
+    `path` exists and `replace` is False.
     """
     temporary = temporary_beside(path)
     try:
@@ -93,7 +94,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield temporary
             _set_default_permissions(temporary)
             fsync_path(temporary)
-            os.replace(temporary, path)
+            if replace or not _link(temporary, path):
+                os.replace(temporary, path)
             fsync_path(path.parent)
     finally:
         with suppress(OSError):  # a path that cannot be written cannot be removed either
@@ -101,7 +103,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields a temporary folder to fill. On success it is renamed to `path`; an existing `path` is replaced only then.
 
     If the process is killed, `path` is the complete old folder or the complete new folder, because the two are exchanged
@@ -109,7 +111,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     not exist and both complete folders are beside it as `.tmp-*`. The next writer of `path` removes temporary folders that a killed
     writer left.
 
-    Raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only.
+    Raises EnvironmentProblem if writing fails, for example because the disk is full or the folder is read-only, and UsageError if
+    `path` exists and `replace` is False.
     """
     temporary = temporary_beside(path)
     try:
@@ -125,6 +128,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 fsync_path(temporary)
                 if not os.path.lexists(path):
                     os.rename(temporary, path)
+                elif not replace:
+                    raise _appeared(path)
                 elif not _swap(temporary, path):
                     old = temporary_beside(path)
                     os.rename(path, old)
@@ -170,6 +175,26 @@ def remove(path: Path) -> None:
             path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file its final name if nothing has that name. Returns False if the file system has no hard links.
+
+    Raises UsageError if `path` exists.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise _appeared(path) from error
+    except OSError:
+        if os.path.lexists(path):
+            raise _appeared(path) from None
+        return False
+    return True
+
+
+def _appeared(path: Path) -> UsageError:
+    return UsageError(f"another program has created {path} since this command started", "choose another --output")
 
 
 def _swap(one: Path, other: Path) -> bool:

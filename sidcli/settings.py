@@ -128,7 +128,7 @@ class DistillConfig:
             "ema-rampup": (0 < self.ema_rampup < math.inf, "positive"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             "student-steps": (1 <= self.student_steps <= self.t_init, "at least 1 and at most t-init"),
-            "fake-warmup": (self.fake_warmup >= 0, "at least 0"),
+            "fake-warmup": (0 <= self.fake_warmup < self.steps, f"at least 0 and below --steps {self.steps}"),
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
             "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
             "student-lora": (0 <= self.student_lora <= 1024, "at least 0 and at most 1024"),

@@ -64,7 +64,9 @@ class KillAt(Silent):
 
 
 def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | None = None, **more: Any) -> distill.Result:
-    intervals = distill.Intervals(save=more.pop("save", 2), sample=2, log=1, eval=more.pop("eval_every", 0))
+    intervals = distill.Intervals(
+        save=more.pop("save", 2), sample=2, log=more.pop("logged_every", 1), eval=more.pop("eval_every", 0)
+    )
     prompts = open_prompts(config.prompts)
     return distill.run(load(find(str(folder))), config, prompts, output, "cpu", intervals, more.get("resume"), listener or Silent())
 
@@ -600,7 +602,7 @@ def test_a_run_that_stops_being_finite_returns_to_its_checkpoint_and_ends_as_if_
     poisoned(monkeypatch, from_step=3, times=3)
     listener = Silent()
     run(sd_folder, config, tmp_path / "shaken", listener)
-    assert "6 updates in a row were not finite at step 6; back to step 2, once" in listener.notes
+    assert "3 updates of a network in a row were not finite at step 6; back to step 2, once" in listener.notes
     one, two = state(tmp_path / "calm", 6), state(tmp_path / "shaken", 6)
     assert all(torch.equal(one[name], two[name]) for name in one)
     records = [json.loads(line) for line in (tmp_path / "shaken" / "metrics.jsonl").read_text().splitlines()]
@@ -614,6 +616,37 @@ def test_a_run_that_stops_being_finite_again_ends_with_advice(
     with pytest.raises(SidError, match="at step 6, again") as stopped:
         run(sd_folder, dataclasses.replace(config, steps=20), tmp_path / "run")
     assert stopped.value.exit_code == 1 and "--lr-fake" in stopped.value.hint
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_whose_student_was_never_updated_fails(sd_folder: Path, config: DistillConfig, tmp_path: Path, steps: int) -> None:
+    config = dataclasses.replace(config, steps=steps, objective=dataclasses.replace(config.objective, kappa3=1e38))
+    with pytest.raises(SidError, match=f"the training diverged: {steps} updates of a network in a row"):
+        run(sd_folder, config, tmp_path / "run", logged_every=10)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_warm_up_that_leaves_no_step_to_the_student_is_refused(config: DistillConfig) -> None:
+    with pytest.raises(UsageError, match="--fake-warmup must be at least 0 and below --steps 6, not 6"):
+        dataclasses.replace(config, steps=6, fake_warmup=6)
+
+
+@pytest.mark.parametrize("damage", ["removed", "damaged"])
+def test_a_student_whose_checkpoints_are_gone_is_never_replaced_by_a_new_training(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, damage: str
+) -> None:
+    done = run(sd_folder, config, tmp_path / "run")
+    before = done.student.joinpath("unet/diffusion_pytorch_model.safetensors").read_bytes()
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        if damage == "removed":
+            shutil.rmtree(folder)
+        else:
+            (folder / "manifest.json").write_text("{")
+    for settings in (config, dataclasses.replace(config, seed=1)):
+        with pytest.raises(InputError, match="holds a student, but no checkpoint") as refused:
+            run(sd_folder, settings, tmp_path / "run")
+        assert "choose another --output" in refused.value.hint
+    assert done.student.joinpath("unet/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
 def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:

@@ -269,12 +269,23 @@ def test_a_value_that_is_not_finite_leaves_every_weight_as_it_was_and_is_counted
     good = built.empty
     built.empty = Cond(torch.full_like(good.states, float("nan")))
     result = built.train_step()
-    assert result.skipped.item() == result.skipped_in_row.item() == 2
+    assert result.skipped.item() == 2 and result.skipped_in_row.item() == 1
     for name in ("generator", "fake_score", "optimizer_fake_score", "optimizer_generator"):
         assert all(torch.equal(before[name][key], value) for key, value in built.tensors()[name].items())
     built.empty = good
     again = built.train_step()
     assert again.skipped.item() == 2 and again.skipped_in_row.item() == 0
+
+
+def test_updates_of_one_network_that_are_skipped_in_a_row_are_counted_beside_finite_updates_of_the_other(
+    sd: Model, config: DistillConfig
+) -> None:
+    too_large = dataclasses.replace(config.objective, kappa3=1e38)
+    built = perturbed(engine(sd, dataclasses.replace(config, objective=too_large)))
+    before = snapshot(built)
+    assert [built.train_step().skipped_in_row.item() for _ in range(3)] == [1, 2, 3]
+    assert all(torch.equal(before["generator"][name], value) for name, value in built.tensors()["generator"].items())
+    assert any(not torch.equal(before["fake_score"][name], value) for name, value in built.tensors()["fake_score"].items())
 
 
 @pytest.mark.parametrize("renoise", ["ddim", "fixed", "fresh"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -26,8 +27,8 @@ from rich.console import Console as Terminal
 
 from sidcli.cli import console
 from sidcli.cli.console import Console
-from sidcli.errors import EnvironmentProblem, out_of_memory
-from sidcli.files import append_line, atomic_folder, locked
+from sidcli.errors import EnvironmentProblem, UsageError, out_of_memory
+from sidcli.files import append_line, atomic_file, atomic_folder, locked
 from sidcli.formats import export
 from sidcli.formats.order import Order
 from sidcli.formats.pictures import contact_sheet
@@ -654,3 +655,23 @@ def test_a_table_and_a_bar_on_a_terminal_take_no_name_for_markup(
     said = capsys.readouterr()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.out + said.err).replace("\r", "")
     assert harmless(plain) and plain.count("[link=http://x]") >= 5, ascii(plain)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_commands_that_create_the_same_output_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for name in ("image.png", "folder"):
+        place = tmp_path / name
+        write = atomic_file if place.suffix else atomic_folder
+        with pytest.raises(UsageError, match=f"another program has created {place}"), write(place, replace=False) as late:
+            with write(place, replace=False) as first:
+                (first if place.suffix else first / "a").write_text("first")
+            (late if place.suffix else late / "a").write_text("second")
+        assert (place if place.suffix else place / "a").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "image.png"]

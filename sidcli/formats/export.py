@@ -173,14 +173,17 @@ class Request:
         return open_model(self.model, listener, of_student), dataclasses.replace(order, teacher=base)
 
 
-def run(model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress) -> Exported:
+def run(
+    model: Model, format_name: str, output: Path, order: Order, verify: bool, advance: Progress, replace: bool = True
+) -> Exported:
     """Write a student that passed `check`.
 
-    Raises GateError if the other program draws a different image; then no files are left behind.
+    Raises GateError if the other program draws a different image, and UsageError if `output` exists and `replace` is False; then
+    nothing is written.
     """
     exporter = importlib.import_module(f"sidcli.formats.{FORMATS[format_name].module}")
     difference = loss = None
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, replace) as folder:
         exporter.write(folder, model, order)
         advance(1)
         if verify:

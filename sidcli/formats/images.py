@@ -69,9 +69,19 @@ class Opened:
 
 
 def run(
-    opened: Opened, prompts: Sequence[str], num: int, seed: int, places: Places | None, batch_size: int, advance: Progress
+    opened: Opened,
+    prompts: Sequence[str],
+    num: int,
+    seed: int,
+    places: Places | None,
+    batch_size: int,
+    advance: Progress,
+    replace: bool = True,
 ) -> Samples:
-    """Draw `num` images of each prompt with seeds seed, seed + 1, ..., in files at `places`, or in memory if it is None."""
+    """Draw `num` images of each prompt with seeds seed, seed + 1, ..., in files at `places`, or in memory if it is None.
+
+    Raises UsageError if a file exists and `replace` is False.
+    """
     source, plan = opened.source, opened.plan
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num)]
     drawn: list[Drawn] = []
@@ -81,13 +91,15 @@ def run(
     for index, ((prompt, image_seed), picture) in enumerate(zip(jobs, images, strict=True)):
         file = places.files[index] if places else None
         if file:
-            save_png(picture, file, png_info(prompt, image_seed, source, plan))
+            save_png(picture, file, png_info(prompt, image_seed, source, plan), replace)
         drawn.append(Drawn(prompt, image_seed, file, None if file else picture))
         if places and places.sheet and index < SHEET_IMAGES:
             thumbnails.append(picture)
     sheet = places.sheet if places else None
     if sheet:
-        save_png(contact_sheet(thumbnails, [f"{one.prompt} (seed {one.seed})" for one in drawn[:SHEET_IMAGES]]), sheet)
+        save_png(
+            contact_sheet(thumbnails, [f"{one.prompt} (seed {one.seed})" for one in drawn[:SHEET_IMAGES]]), sheet, replace=replace
+        )
     return Samples(drawn, sheet, source, plan, opened.drawer.truncated)
 
 

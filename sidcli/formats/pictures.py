@@ -21,8 +21,8 @@ LABEL_LINES = 24
 """Maximum number of lines of a label. A prompt that a text encoder does not truncate needs fewer lines."""
 
 
-def save_png(picture: Image.Image, file: Path, info: PngImagePlugin.PngInfo | None = None) -> None:
-    with atomic_file(file) as temporary:
+def save_png(picture: Image.Image, file: Path, info: PngImagePlugin.PngInfo | None = None, replace: bool = True) -> None:
+    with atomic_file(file, replace) as temporary:
         picture.save(temporary, "PNG", pnginfo=info)
 
 

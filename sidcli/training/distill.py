@@ -54,8 +54,8 @@ from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
 
 RUN_FORMAT = 1
 GRID_IMAGES = 8
-SKIPPED_LIMIT = 6
-"""Consecutive updates skipped for a value that is not finite, at which the run returns to a checkpoint; three steps of SiD."""
+SKIPPED_LIMIT = 3
+"""Consecutive skipped updates of one network at which the run returns to a checkpoint."""
 
 
 class Tracker(Protocol):
@@ -218,8 +218,8 @@ class Loop:
             if engine.step % intervals.log == 0 or engine.step == 1 or finished:
                 self.report(result, done * engine.config.batch_size / (time.monotonic() - self.begun))
             self.listener.stepped({**self.record, "step": engine.step})
-            if engine.step % intervals.log == 0 and float(result.skipped_in_row) >= SKIPPED_LIMIT:
-                self.roll_back()
+            if (finished or engine.step % intervals.log == 0) and float(result.skipped_in_row) >= min(SKIPPED_LIMIT, engine.step):
+                self.roll_back(float(result.skipped_in_row))
                 continue
             stopped, late = self.poll_stop()
             due = (late or engine.step % intervals.save == 0) and not result.skipped_in_row
@@ -304,14 +304,14 @@ class Loop:
         ).tolist()
         return round(total / heard) if heard else 0, late_ones > 0
 
-    def roll_back(self) -> None:
+    def roll_back(self, skipped: float) -> None:
         """Return to the last checkpoint. Raises SidError the second time, or if there is no checkpoint."""
         step = self.engine.step
         self.wait_for_checkpoint()
         found, _ = checkpoint.latest(self.output / "checkpoints")
         if self.returned or found is None:
             raise SidError(
-                f"the training diverged: {SKIPPED_LIMIT} updates in a row were not finite at step {step}"
+                f"the training diverged: {skipped:g} updates of a network in a row were not finite at step {step}"
                 + (", again" if self.returned else ", and there is no checkpoint before it"),
                 "lower --lr-fake and --lr-generator, or raise --batch-size, in a new --output",
             )
@@ -319,7 +319,9 @@ class Loop:
         self.returned, self.saved = True, found.step
         if self.engine.distributed.is_main:
             drop_records_after(self.output / "metrics.jsonl", found.step, bool(self.intervals.eval))
-        self.listener.note(f"{SKIPPED_LIMIT} updates in a row were not finite at step {step}; back to step {found.step}, once")
+        self.listener.note(
+            f"{skipped:g} updates of a network in a row were not finite at step {step}; back to step {found.step}, once"
+        )
 
     def save(self) -> None:
         """Start to write a checkpoint of this step, unless there is one. Training continues if memory suffices for a copy."""
@@ -412,6 +414,11 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
         latest, problems = checkpoint.latest(output / "checkpoints")
         for problem in problems:
             listener.note(f"skipped: {problem}")
+        if latest is None and (output / "student").exists():
+            raise InputError(
+                f"{output} holds a student, but no checkpoint that its training can continue from",
+                f"choose another --output for a new run; the student is complete: sid sample --model {output}",
+            )
         if latest is None:
             return
         found = latest

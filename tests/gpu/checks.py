@@ -298,8 +298,7 @@ def chosen(place: Place) -> Outcome:
         name: str(next(net.parameters()).dtype)
         for name, net in (("teacher", engine.teacher), ("generator", engine.roles["generator"].net))
     }
-    last = next(value for value in engine.roles["generator"].net.parameters() if value.ndim == 4)
-    return Outcome(kinds | {"bf16": engine.bf16, "channels_last": last.is_contiguous(memory_format=torch.channels_last)})
+    return Outcome(kinds | {"bf16": engine.bf16})
 
 
 def make_checks(place: Place) -> dict[str, Check]:

@@ -13,11 +13,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -212,16 +211,9 @@ def compiled(lab: Lab, kind: str, batch: int) -> Outcome:
     return Outcome(row | {"ratio_to_plain": round(row["images_per_second"] / plain["images_per_second"], 3)})
 
 
-@contextmanager
-def contiguous() -> Iterator[None]:
-    """Engines built in this block keep their networks in the contiguous layout instead of channels-last."""
-
-    def arrange(built: Engine, net: Any) -> None:
-        if built.config.gradient_checkpointing:
-            net.enable_gradient_checkpointing()
-
-    with mock.patch.object(Engine, "_arrange", arrange):
-        yield
+def channels_last(built: Engine) -> None:
+    for net in (built.teacher, *(role.net for role in built.roles.values())):
+        net.to(memory_format=torch.channels_last)
 
 
 def naive(lab: Lab, kind: str, batch: int) -> Outcome:
@@ -363,8 +355,7 @@ def make_checks(lab: Lab) -> dict[str, Check]:
         "sdxl two LoRAs": lambda: engine(lab, "sdxl", 1, **memory["12gb"] | loras, batch_size=min(4, small)),
         "emoji 256": emoji(4 if lab.smoke else 256),
         "emoji 256, graphs": only_gpu(emoji(256, arrange=attach)),
-        "emoji 256, graphs, contiguous": only_gpu(emoji(256, arrange=attach, context=contiguous())),
-        "sd15 fast, contiguous": only_gpu(lambda: engine(lab, "sd15", context=contiguous(), batch_size=big, micro_batch=small)),
+        "sd15 fast, channels-last": only_gpu(lambda: engine(lab, "sd15", 2, channels_last, batch_size=big, micro_batch=small)),
         "sdxl 24gb": lambda: engine(lab, "sdxl", 1, **memory["24gb"], batch_size=4 if not lab.smoke else 2),
         "sd15 naive": lambda: naive(lab, "sd15", 1 if lab.smoke else 4),
         "sd15 sample 1 bf16": lambda: sampling(lab, "sd15", 1, True),
