@@ -38,6 +38,10 @@ from tests.gpu.graphs import attach
 from tests.gpu.record import Check, Outcome, Skipped, append, run_checks
 
 
+PRECISION = "bf16" if torch.cuda.is_available() else "fp32"
+"""bf16 convolutions take seconds on a CPU without AMX."""
+
+
 class Lab:
     """The device, the size of everything, and what was measured once for all checks."""
 
@@ -132,7 +136,7 @@ def rated(lab: Lab, model: Model, batch: int, seconds: float, warm: float, bf16:
 
 
 def settings(kind: str, **more: Any) -> DistillConfig:
-    base: dict[str, Any] = {"compile": "off", "precision": "bf16", "prompts": "general", "lr_fake": 1e-6, "lr_generator": 1e-6}
+    base: dict[str, Any] = {"compile": "off", "precision": PRECISION, "prompts": "general", "lr_fake": 1e-6, "lr_generator": 1e-6}
     if kind == "emoji":
         base |= PRESETS["emoji"] | {"prompts": "emoji"}
     return DistillConfig(teacher=kind, **(base | more))

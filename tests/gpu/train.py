@@ -29,6 +29,7 @@ from sidcli.settings import PRESETS, DistillConfig
 from sidcli.training.distill import student_card
 from tests.gpu.graphs import attach
 from tests.gpu.record import append
+from tests.gpu.speed import PRECISION
 
 PARTS = (50, 100)
 """Percent of the time at which a student is written."""
@@ -61,7 +62,7 @@ def train(file: Path, device: str, folder: Path, name: str, seconds: float, give
     given = dict(given)
     graphs, last, bare = given.pop("graphs", False), given.pop("steps", 0), given.pop("bare", 0.0)
     size = int(given.get("batch_size", 256))
-    base = PRESETS["emoji"] | {"batch_size": size, "micro_batch": size, "precision": "bf16", "compile": "off"}
+    base = PRESETS["emoji"] | {"batch_size": size, "micro_batch": size, "precision": PRECISION, "compile": "off"}
     objective = SidSettings(**given.pop("objective", {}))
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", objective=objective, **(base | given))
     prompts = WithBare(open_prompts("emoji"), bare)
