@@ -1,8 +1,10 @@
 """How good are models of the emoji world? Rows of `sid eval`, appended to the results of the visit.
 
-    python -m tests.gpu.measure FILE DEVICE NUM MORE SCALE [SCALE ...]
+    python -m tests.gpu.measure FILE DEVICE students NUM MODEL [MODEL ...]
+    python -m tests.gpu.measure FILE DEVICE teacher NUM MORE SCALE [SCALE ...]
 
-The teacher at each guidance scale with NUM images, then the best scale and the shipped student with MORE images and three seeds.
+The second command measures the teacher at each guidance scale with NUM images, then the best scale and the shipped student with MORE
+images and three seeds.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from tests.gpu.record import append
 SEEDS = (0, 1, 2)
 
 
-def evaluate(file: Path, device: str, models: Sequence[str], num: int, seed: int = 0, limit: float | None = None) -> dict[str, Any]:
+def evaluate(file: Path, device: str, models: Sequence[str], num: int, seed: int = 0) -> dict[str, Any]:
     """Append the rows of `sid eval` to `file` and return their metrics by model and sampling settings."""
     command = [sys.executable, "-m", "sidcli", "eval", *models, "--num", str(num), "--seed", str(seed), "--device", device]
     command += ["--fid", "--clip", "--accuracy", "--batch-size", "500", "--json"]
     record = {"part": "strong", "event": "done", "ok": None, "bound": ""}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     rows = json.loads(done.stdout)["models"]
     found = {}
     for row in rows:
@@ -36,7 +38,11 @@ def evaluate(file: Path, device: str, models: Sequence[str], num: int, seed: int
 
 
 def main() -> None:
-    file, device, num, more, *scales = sys.argv[1:]
+    file, device, what, num, *rest = sys.argv[1:]
+    if what == "students":
+        evaluate(Path(file), device, rest, int(num))
+        return
+    more, *scales = rest
     models = [f"emoji-teacher,guidance={scale}" for scale in scales]
     found = evaluate(Path(file), device, ["emoji", *models], int(num))
     best = min((name for name in found if name.startswith("emoji-teacher")), key=lambda name: found[name]["fid"])

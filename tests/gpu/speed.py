@@ -37,7 +37,6 @@ from tests.benchmarks.throughput import Naive, matrix_peak, wait
 from tests.gpu.graphs import attach
 from tests.gpu.record import Check, Outcome, Skipped, append, run_checks
 
-
 PRECISION = "bf16" if torch.cuda.is_available() else "fp32"
 """bf16 convolutions take seconds on a CPU without AMX."""
 
