@@ -8,7 +8,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
 from sidcli.evaluation.candidates import REAL, Candidate, resolve, to_measure
-from sidcli.evaluation.protocols import Networks, Protocol, choose, custom, emoji, listed
+from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, listed
 from sidcli.evaluation.run import beyond, latex, not_applicable, page, pictures, table
 from sidcli.evaluation.scores import METRICS_OF_OPTION, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
@@ -487,8 +487,8 @@ def test_the_teachers_images_are_compared_with_where_a_teacher_takes_part() -> N
 @pytest.mark.parametrize("few", ["drawn", "real"])
 def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so_many(few: str, stand_ins: dict[str, Path]) -> None:
     rules = emoji(Networks(CPU, Silence(), dino=str(stand_ins["dino"])))
-    teacher = Candidate("t", "", SceneSet(5), held_out=SceneSet(6), is_teacher=True)
-    two = [teacher, Candidate("s", "", SceneSet(7), held_out=SceneSet(8))]
+    teacher = Candidate("t", "", SceneSet(5), held_out=SceneSet(6), bare=SceneSet(9), is_teacher=True)
+    two = [teacher, Candidate("s", "", SceneSet(7), held_out=SceneSet(8), bare=SceneSet(10))]
     for metric in METRICS:
         needed = {}
         for n in (1, 2, 3, 4, 5, 6, 20, 100):
@@ -509,13 +509,44 @@ def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so
         assert all(n < least <= 100 for n, least in needed.items()) and len(set(needed.values())) <= 1, metric
 
 
+@dataclass(frozen=True)
+class OfNouns(SceneSet):
+    """Scenes of every noun in turn, which answer the bare captions; the last `wrong` scenes of 152 show the next noun."""
+
+    wrong: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"nouns {self.wrong}"
+
+    def read(self, indices: range, advance: object = None) -> list[np.ndarray]:
+        nouns = world.NOUN_LIST
+        shown = [nouns[(index + (index % len(nouns) >= len(nouns) - self.wrong)) % len(nouns)] for index in indices]
+        return [world.render(world.Scene(noun, "white", 36, 14, 14, False, 1.0)) for noun in shown]
+
+
+def test_bare_nouns_are_measured_on_images_of_prompts_of_a_noun_alone() -> None:
+    asked = bare_captions(152)
+    assert asked[:3] == [world.bare_caption(index) for index in range(3)] and len(set(asked)) == 152
+    assert {"an apple", "a cat", "fries", "corn"} <= set(asked)
+    models = [Candidate(str(wrong), "", SceneSet(1), bare=OfNouns(0, wrong=wrong)) for wrong in (0, 38)]
+    folder = Candidate("folder", "", SceneSet(2))
+    evaluation = Evaluation(emoji(NETWORKS), [*models, folder], ["bare_noun"], 4 * 152, Distributed(CPU))
+    evaluation.fill(Silence())
+    right, wrong, none = evaluation.rows(Silence())
+    assert right.metrics["bare_noun"].value > 0.97 and abs(wrong.metrics["bare_noun"].value - 0.75) < 0.03
+    assert "bare_noun" not in none.metrics
+    assert chosen(["accuracy"], emoji(NETWORKS), False, models) == ["noun", "color", "bare_noun"]
+    assert chosen(["accuracy"], emoji(NETWORKS), False, [folder]) == ["noun", "color"]
+
+
 @pytest.mark.parametrize("color", ["black", "white"])
 def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path) -> None:
     for index in range(30):
         Image.new("RGB", (64, 64), color).save(tmp_path / f"{index}.png")
     alike = FileSet(open_images(tmp_path))
     rules = emoji(NETWORKS)
-    metrics = [name for name in METRICS if name not in ("fid_teacher", "fid_infinity", "fd_dinov2", "composition")]
+    metrics = [name for name in METRICS if name not in ("fid_teacher", "fid_infinity", "fd_dinov2", "composition", "bare_noun")]
     for reference in (Collection(SceneSet(world.REFERENCE_SEED), 30), Collection(alike, 30)):
         one = Evaluation(replace(rules, reference=reference), [Candidate("alike", "", alike, 30)], metrics, None, Distributed(CPU))
         with warnings.catch_warnings():
