@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sidcli.data.tables import check_column
 from sidcli.devices import check_name, choose_device, pick_device
 from sidcli.errors import UsageError
 from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protocol
@@ -309,6 +310,7 @@ def evaluate(
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     check_protocol(protocol)
+    check_column(column, prompts)
     _check_least(batch_size=batch_size, num=num)
     check_name(device)
     listed = [models] if isinstance(models, str | ModelSpec) else models

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sidcli import evaluate
 from sidcli.data.prompts import Grammar, open_prompts, read_list
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
@@ -250,7 +251,9 @@ def test_a_text_of_tags_stays_a_text(tmp_path: Path) -> None:
         ("t.jsonl", '"a cat"\n', "t.jsonl:1 is not an object"),
         ("t.json", '["a cat"]', "t.json: item 1 is not an object"),
         ("t.json", '{"annotations": []}', "COCO's layout"),
-        ("t.txt", "a cat\na dog\n", "has the columns 'a cat'"),
+        ("t.txt", "a cat\na dog\n", "is a text with one prompt per line and has no such column"),
+        ("t.txt", "a cat, old\na dog, red\n", "is a text with one prompt per line and has no such column"),
+        ("t.txt", "alt\na cat\n", "is a text with one prompt per line and has no such column"),
     ],
 )
 def test_a_column_that_is_not_there_is_a_mistake_in_the_command(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -263,6 +266,10 @@ def test_built_in_prompts_have_no_columns() -> None:
     for source in ("emoji", "general"):
         with pytest.raises(UsageError, match="have no columns"):
             open_prompts(source, "caption")
+    with pytest.raises(UsageError, match="have no columns"):
+        protocols.listed(Path("general"), Silence(), "caption")
+    with pytest.raises(UsageError, match="--column alt names a column of --prompts, which is not given"):
+        evaluate("emoji", column="alt", listener=Silence())
 
 
 def test_a_continued_run_compares_prompts_by_content_and_not_by_column() -> None:

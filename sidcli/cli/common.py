@@ -6,20 +6,14 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidcli.devices import pick_device
 from sidcli.environment import flag, group
-from sidcli.errors import EnvironmentProblem, Interrupted, UsageError, out_of_memory
+from sidcli.errors import EnvironmentProblem, Interrupted, out_of_memory
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
-
-
-def check_column(column: str | None, prompts: Path | None) -> None:
-    if column and not prompts:
-        raise UsageError(f"--column {column} names a column of --prompts, which is not given", "--prompts FILE")
 
 
 @contextmanager

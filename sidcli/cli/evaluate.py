@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sidcli import api
-from sidcli.cli.common import check_column, launch_processes, open_console
+from sidcli.cli.common import launch_processes, open_console
 from sidcli.cli.options import (
     BatchOption,
     ColumnOption,
@@ -20,6 +20,7 @@ from sidcli.cli.options import (
     with_flags,
     within,
 )
+from sidcli.data.tables import check_column
 from sidcli.devices import check_name
 from sidcli.environment import cache_folder
 from sidcli.errors import GateError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sidcli import api
-from sidcli.cli.common import check_column, open_console
+from sidcli.cli.common import open_console
 from sidcli.cli.options import (
     BatchOption,
     ColumnOption,
@@ -21,6 +21,7 @@ from sidcli.cli.options import (
     one_of,
     within,
 )
+from sidcli.data.tables import check_column
 from sidcli.formats.outputs import BACKENDS, unnamed
 
 if TYPE_CHECKING:

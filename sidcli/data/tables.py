@@ -65,6 +65,12 @@ def numbered_lines(path: Path, most: int, hint: str) -> Iterator[tuple[int, str]
                 raise InputError(f"{path}:{number}: byte {error.start} is not UTF-8", "save the list as UTF-8 text") from error
 
 
+def check_column(column: str | None, prompts: object) -> None:
+    """Raises UsageError if a column is given without a prompt file."""
+    if column and not prompts:
+        raise UsageError(f"--column {column} names a column of --prompts, which is not given", "--prompts FILE")
+
+
 def check_kind(path: Path) -> None:
     """Raises InputError if the suffix of the file is that of a format that is not supported."""
     if path.suffix.lower() in (*BINARY, *MARKUP):
@@ -126,6 +132,11 @@ def _of_fields(path: Path, lines: Iterator[tuple[int, str]], wanted: str) -> Tab
     if not names:
         return Table("", (), iter(()))
     columns = tuple(name.strip() for name in names)
+    if path.suffix.lower() not in DELIMITED and (len(columns) == 1 or not _found(columns, wanted)):
+        raise UsageError(
+            f"--column {wanted}: {path} is a text with one prompt per line and has no such column",
+            "leave --column out; a table has the suffix .csv, .tsv or .jsonl",
+        )
     index = _choose(path, columns, wanted)
 
     def texts() -> Iterator[tuple[str, str]]:

@@ -206,7 +206,7 @@ def emoji(networks: Networks) -> Protocol:
 def listed(prompts: Path, listener: Listener, column: str = "") -> Captions:
     """Return the captions of a file, in its order, or of the endless built-in list `general`. `column` is that of a table."""
     if str(prompts) == GENERAL and not prompts.exists():
-        source = open_prompts(GENERAL)
+        source = open_prompts(GENERAL, column)
         return Captions(GENERAL, f"{GENERAL} {source.digest}", lambda count: [source.at(GENERAL_SEED, i) for i in range(count)])
     found = read_list(prompts, column)
     if found.note:
