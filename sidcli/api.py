@@ -23,7 +23,7 @@ from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check
 from sidcli.formats.outputs import BACKENDS, Places, check_export
 from sidcli.models.overrides import Overrides
-from sidcli.progress import Listener, Progress, RunListener, Silence, in_words
+from sidcli.progress import Listener, Progress, RunListener, Silence, counted, in_words
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
 
@@ -173,8 +173,13 @@ def sample(
     listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
     with listener.progress("draw", count, "images") as advance:
         drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite)
+    for file in (others := places.others if places and overwrite else []):
+        file.unlink()
+    if others:
+        listener.note(f"removed {counted(len(others), 'image')} of an earlier call from {others[0].parent}")
     if drawn.truncated:
-        listener.note(f"{drawn.truncated} prompts were longer than the text encoder reads and were truncated")
+        were = "was" if drawn.truncated == 1 else "were"
+        listener.note(f"{counted(drawn.truncated, 'prompt')} {were} longer than the text encoder reads and {were} truncated")
     return drawn
 
 

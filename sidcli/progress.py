@@ -62,6 +62,11 @@ def in_words(record: Mapping[str, Any]) -> str:
     return ", ".join(form.format(record[name]) for name, form in SHOWN.items() if record.get(name) is not None)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Return a duration as text with about two digits: 45 s, 12 min, 2.5 h, 3.2 days."""
     if seconds < 90:

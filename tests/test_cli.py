@@ -261,6 +261,26 @@ def test_several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it(tm
     assert names == [f"many/{index:06d}.png" for index in range(4)] + ["many/sheet.png"]
 
 
+def test_overwrite_leaves_the_images_of_this_call_alone_in_a_folder_and_removes_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process("sample", "a cat", "--num", "4", "-o", "many") == 0
+    drawn = (tmp_path / "many" / "000003.png").read_bytes()
+    Image.new("RGB", (8, 8)).save(tmp_path / "many" / "000005.png")  # not made by sid
+    for kept in ("7.png", "000006.PNG", "0000007.png", "cat.png"):
+        (tmp_path / "many" / kept).write_bytes(drawn)
+    (tmp_path / "many" / "000008.png").symlink_to(tmp_path / "many" / "7.png")
+    others = {"000005.png", "7.png", "000006.PNG", "0000007.png", "cat.png", "000008.png"}
+    (tmp_path / "many" / "000000.png").rename(tmp_path / "first.png")
+    assert in_process("sample", "a dog", "-o", "many") == 2, "sheet.png is there"
+    assert (tmp_path / "many" / "000003.png").exists()
+    capsys.readouterr()
+    assert in_process("sample", "a dog", "--num", "2", "-o", "many", "--overwrite") == 0
+    assert "removed 2 images of an earlier call from many" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "many").iterdir()} == {"000000.png", "000001.png", "sheet.png"} | others
+
+
 def test_export_verifies_itself_against_sample(tmp_path: Path) -> None:
     done = sid("export", "emoji", "--format", "diffusers", "-o", "student", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ Backend = Annotated[
     str,
     typer.Option(autocompletion=one_of(*BACKENDS), help="auto, torch, onnx or openvino; the last two run an exported graph."),
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace files that are there.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace files that are there; a folder then holds the images of this call only.")]
 Preview = Annotated[bool, typer.Option(help="Show the image, or the contact sheet of several, in the terminal.")]
 ListPrompts = Annotated[
     bool, typer.Option("--list-prompts", help="Print the words that the built-in models know, with example prompts, and stop.")

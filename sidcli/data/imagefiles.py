@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sidcli.errors import InputError
-from sidcli.formats.png import pixels_only, text_before_pixels
+from sidcli.formats.png import RECORD_BYTES, pixels_only, text_before_pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"}
@@ -49,8 +49,6 @@ MAX_BYTES = 512 << 20
 # Exceptions that Pillow and zipfile raise for damaged files, found by corrupting valid files at random.
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 HINT = f"give a folder or a .zip of {READABLE} images"
-PROMPT_BYTES = 1 << 16
-"""Number of bytes at the start of a file that are searched for its prompt. `sid` writes it there, with at most 40,000 bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +89,8 @@ class ImageFiles:
     def prompt(self, index: int) -> str | None:
         """Return the prompt that `sid` wrote into a PNG file, or None if the image has no prompt."""
         try:
-            with self.opened(self.members[index], PROMPT_BYTES) as file:
-                made = json.loads(text_before_pixels(file, "sid", PROMPT_BYTES) or "null")
+            with self.opened(self.members[index], RECORD_BYTES) as file:
+                made = json.loads(text_before_pixels(file, "sid", RECORD_BYTES) or "null")
         except (*DAMAGE, RecursionError):
             return None
         prompt = made.get("prompt") if isinstance(made, dict) else None

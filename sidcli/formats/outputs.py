@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sidcli.errors import UsageError
 from sidcli.files import check_new, check_writable
+from sidcli.formats.png import RECORD_BYTES, text_before_pixels
 
 BACKENDS = ("auto", "torch", "onnx", "openvino")
 """Values of --backend of `sid sample`."""
@@ -59,9 +60,32 @@ class Places:
             raise UsageError(f"{count} images do not fit in one file {output}", "give a folder with --output")
         return cls([output / f"{index:06d}.png" for index in range(count)], output / "sheet.png")
 
+    @property
+    def others(self) -> list[Path]:
+        """Numbered images of an earlier call in the folder, which this call does not replace.
+
+        A file counts only if its name is one that `of` chooses and it holds the record that `sid` writes into an image.
+        """
+        if self.sheet is None:
+            return []
+        named = {file.name for file in self.files}
+        numbered = [file for file in self.sheet.parent.glob("*.png") if re.fullmatch("[0-9]{6}|[1-9][0-9]{6,}", file.stem)]
+        return sorted(file for file in numbered if file.name not in named and _is_drawn(file))
+
     def check(self, overwrite: bool) -> None:
         """Raises EnvironmentProblem if the files cannot be written, and UsageError if a file exists and `overwrite` is False."""
         check_new([*self.files, *([self.sheet] if self.sheet else [])], "--output", overwrite)
+
+
+def _is_drawn(file: Path) -> bool:
+    """Return whether a file, not a link, is an image with the record that `sid` writes."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as content:
+            return text_before_pixels(content, "sid", RECORD_BYTES) is not None
+    except OSError:
+        return False
 
 
 def check_export(folder: Path, overwrite: bool) -> None:

@@ -11,6 +11,8 @@ from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+RECORD_BYTES = 1 << 16
+"""Number of bytes at the start of a file that are searched for the record of `sid`, which has at most 40,000 bytes."""
 MAX_CHUNKS = 1 << 17
 """Maximum number of chunks that are read. Encoders write at least 8 kB of pixels per chunk, so this is enough for 1 GB."""
 
