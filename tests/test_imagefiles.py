@@ -101,6 +101,22 @@ def test_numbers_in_one_of_several_folders_leave_no_image_out(tmp_path: Path) ->
     assert len(open_images(write(tmp_path, "cats/0.png", "cats/tom.png", "dogs/rex.png"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("0001.png", "0000.png", "0000.jpg"), "holds two images of one number: 0000.jpg and 0000.png"),
+        (("0.png", "000.png", "1.png"), "holds two images of one number: 0.png and 000.png"),
+        (("in/cat.png", "in/cat.b.png", "in/cat.webp"), "holds two images of one name: in/cat.png and in/cat.webp"),
+    ],
+)
+def test_two_images_of_one_number_or_name_are_refused_by_their_names(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+    write(tmp_path / "set", *names)
+    for place in (tmp_path / "set", zipped(tmp_path / "set")):
+        with pytest.raises(InputError) as caught:
+            open_images(place)
+        assert caught.value.message == f"{place} {said}" and caught.value.hint == "remove one of them"
+
+
 def test_hidden_files_and_what_is_no_image_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "set", "a.png", ".b.png", ".cache/c.png", "d/.e/f.png", "__MACOSX/._a.png")
     (tmp_path / "set" / "notes.txt").write_text("not an image")

@@ -12,7 +12,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -112,7 +112,8 @@ def open_images(path: Path) -> ImageFiles:
     has numbered images, only numbered images are used. This excludes the contact sheet sheet.png that `sid sample` writes into the
     same folder.
 
-    Raises InputError if `path` is neither a folder nor a .zip, contains no image, or contains a too large or encrypted image.
+    Raises InputError if `path` is neither a folder nor a .zip, contains no image, two images of one number or name, or a too large
+    or encrypted image.
     """
     opened: Callable[[str, int], BinaryIO]
     try:
@@ -131,6 +132,7 @@ def open_images(path: Path) -> ImageFiles:
     not_read = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
     if not entries:
         raise InputError(f"{path} holds no image" + (f" that can be read, only {not_read}" if not_read else ""), HINT)
+    _check_distinct(path, entries)
     notes = [f"{path}: ignoring images that are not {READABLE}: {not_read}"] if not_read else []
     if rest := len(images) - len(entries):
         numbered = f"{len(entries)} numbered image{'s' * (len(entries) > 1)}"
@@ -178,6 +180,20 @@ def _numbered(entries: list[_Entry]) -> list[_Entry]:
     top = min({entry.folder for entry in numbered}, key=len, default=None)
     folders = {entry.folder for entry in entries}
     return numbered if top is not None and all(PurePosixPath(folder).is_relative_to(top) for folder in folders) else entries
+
+
+def _check_distinct(path: Path, entries: Sequence[_Entry]) -> None:
+    """Raises InputError if two images in a folder differ only in their suffix or in leading zeros of their number.
+
+    The second of them would shift the captions of all later images.
+    """
+    seen: dict[tuple[str, str], _Entry] = {}
+    for entry in entries:
+        stem = entry.stem.lstrip("0") if entry.is_numbered else entry.stem
+        other = seen.setdefault((entry.folder, stem), entry)
+        if other is not entry:
+            what = "number" if entry.is_numbered else "name"
+            raise InputError(f"{path} holds two images of one {what}: {other.name} and {entry.name}", "remove one of them")
 
 
 def _is_image(name: str) -> bool:
