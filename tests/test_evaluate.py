@@ -400,6 +400,12 @@ def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes
     candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
     assert chosen([], rules, False, candidates) == ["clip"]
     assert Evaluation(rules, candidates, [], None, Distributed(CPU)).counts == [4]
+    measured = Evaluation(rules, candidates, [], 100, Distributed(CPU))
+    assert measured.counts == [4] and measured.warnings([]) == [
+        f"--num 100: {tmp_path / 'four.txt'} has only 4 captions",
+        f"--num 100: {scenes_folder} has only 10 images",
+    ]
+    assert Evaluation(rules, candidates, [], 4, Distributed(CPU)).warnings([]) == []
 
 
 def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possible() -> None:

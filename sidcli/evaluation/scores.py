@@ -25,7 +25,7 @@ from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
 from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
-from sidcli.progress import Listener
+from sidcli.progress import Listener, counted
 
 PRDC = ("precision", "recall", "density", "coverage")
 METRICS_OF_OPTION = {
@@ -130,7 +130,7 @@ class Evaluation:
         self, protocol: Protocol, candidates: Sequence[Candidate], metrics: Sequence[str], num: int | None, distributed: Distributed
     ):
         self.protocol, self.candidates, self.metrics, self.distributed = protocol, candidates, metrics, distributed
-        self.num = num or protocol.default_num
+        self.asked, self.num = num, num or protocol.default_num
         counted = [
             (candidate.name, self.count(candidate), MIN_IMAGES) for candidate in sorted(candidates, key=lambda one: one.is_real)
         ]
@@ -336,9 +336,18 @@ class Evaluation:
                     )
         return found
 
+    @property
+    def too_few(self) -> list[str]:
+        """One sentence for each list of captions and each set of image files that has fewer entries than the requested number."""
+        captions, asked = self.protocol.captions, self.asked or 0
+        sets = [(captions.name, captions.limit, "caption")] if captions and captions.limit is not None else []
+        files = [candidate for candidate in self.candidates if isinstance(candidate.images, FileSet)]
+        sets += [(candidate.name, candidate.limit, "image") for candidate in files if candidate.limit is not None]
+        return [f"--num {asked}: {name} has only {counted(limit, what)}" for name, limit, what in sets if limit < asked]
+
     def warnings(self, rows: Sequence[Row]) -> list[str]:
         """Return one sentence for each reason why the numbers may be biased or not comparable."""
-        said = list(self.other_prompts)
+        said = [*self.other_prompts, *self.too_few]
         minimum, most = min(self.counts), max(self.counts)
         if minimum < most and not {"fid_teacher", *NEEDS_REFERENCE}.isdisjoint(self.metrics):
             said.append(f"rows of {minimum} and of {most} images: distances of different n do not compare")
