@@ -114,8 +114,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "width": (self.width >= 0, "at least 0"),
-            "height": (self.height >= 0, "at least 0"),
+            "width": (self.width >= 0 and self.width % 8 == 0, "a multiple of 8, as pipelines of diffusers need it"),
+            "height": (self.height >= 0 and self.height % 8 == 0, "a multiple of 8, as pipelines of diffusers need it"),
             "steps": (1 <= self.steps <= 10**9, "at least 1 and at most 10^9"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
             "micro-batch": (self.micro_batch >= 1, "at least 1"),

@@ -140,6 +140,8 @@ def test_values_complete_in_the_shell(
         (["sample", "a cat", "--model", "emoji-teacher", "--guidance", "nan"], 2, "--guidance must be finite"),
         (["sample", "cat \udcff"], 2, "not valid UTF-8"),
         (["distill", "--images", "-5"], 2, "--images must be at least 1, not -5"),
+        (["distill", "--width", "68"], 2, "--width must be a multiple of 8, as pipelines of diffusers need it, not 68"),
+        (["distill", "--height", "-8"], 2, "--height must be a multiple of 8, as pipelines of diffusers need it, not -8"),
         (["distill", "--tracker", "foo"], 2, "Invalid value for '--tracker': 'foo' is not one of 'tensorboard', 'wandb'."),
         (["distill", "--resume", "nowhere"], 3, "nowhere is not a checkpoint"),
         (["distill", "--dry-run", "--t-init", "1000"], 2, "the teacher's schedule has 1000 timesteps"),
