@@ -20,9 +20,9 @@ from sidcli.errors import UsageError
 from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protocol
 from sidcli.evaluation.spec import Request as Evaluation
 from sidcli.files import check_writable
-from sidcli.formats.order import DEFAULT_RANK, Order, check
+from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
 from sidcli.formats.outputs import BACKENDS, Places, check_export
-from sidcli.models.overrides import Overrides
+from sidcli.models.overrides import Overrides, check_sampling
 from sidcli.progress import Listener, Progress, RunListener, Silence, counted, in_words
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
@@ -147,7 +147,8 @@ def sample(
         raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
     if any(not text.strip() for text in texts):
         raise UsageError("an empty prompt", "describe what to draw")
-    _check_least(num=num, batch_size=batch_size, steps=steps)
+    _check_least(num=num, batch_size=batch_size)
+    check_sampling(steps, guidance)
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     check_name(device)
@@ -393,7 +394,8 @@ def export(
         EnvironmentProblem: If a library is not installed, or disk space is too small.
         GateError: If the export generates a different image than the student.
     """
-    if Path(model).suffix.lower() == ".pkl" and teacher is None:
+    is_released = Path(model).suffix.lower() == ".pkl"
+    if is_released and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
     if push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
         raise UsageError(f"--push-to-hub must be OWNER/NAME, not {push_to_hub!r}")
@@ -402,6 +404,7 @@ def export(
     _check_least(rank=rank)
     order = Order(dtype, variant, rank or DEFAULT_RANK)
     check(format, order)
+    check_used(format, is_released, teacher, rank, public, push_to_hub)
     check_export(place, overwrite)
     known = Overrides(prediction_type, model_config)
     listener = listener or Bars()

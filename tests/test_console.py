@@ -121,12 +121,12 @@ def test_control_characters_of_a_prompt_are_made_visible() -> None:
     assert console.printable("cat\x1b]0;x\u202e") == "cat\\u001b]0;x\\u202e"
 
 
-def test_a_preview_shows_two_pixels_a_character_on_a_terminal_and_nothing_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_shows_two_pixels_a_character_on_a_terminal_and_is_a_note_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     picture = Image.new("RGB", (3, 2), (255, 0, 0))
     picture.putpixel((1, 1), (0, 0, 255))
     voice = console.Console()
     voice.preview(picture)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "no preview: stderr is not a terminal that shows block characters\n"
     voice.live, voice.err = True, Terminal(file=sys.stderr, force_terminal=True, color_system="truecolor", no_color=False, width=40)
     voice.preview(picture)
     shown = capsys.readouterr().err

@@ -24,7 +24,7 @@ from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
 from sidcli.evaluation.candidates import REAL, Candidate, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, listed
-from sidcli.evaluation.run import beyond, latex, not_applicable, page, pictures, table
+from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, pictures, table
 from sidcli.evaluation.scores import METRICS_OF_OPTION, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
@@ -232,6 +232,14 @@ class Listening(Silence):
 
     def note(self, text: str) -> None:
         self.said.append(text)
+
+
+def test_images_take_no_sampling_and_a_comparison_is_a_png(scenes_folder: Path) -> None:
+    with pytest.raises(UsageError, match="holds images, which steps= and guidance= do not change"):
+        resolve(ModelSpec.parse(f"{scenes_folder},steps=2", None, None), 0, Silence())
+    evaluation = Evaluation(quick(), [Candidate("a", "", SceneSet(0))], ["clip"], 2, Distributed(CPU))
+    with pytest.raises(UsageError, match=r"--picture must end in .png, not rows.jpg"):
+        Outcome(evaluation, [], [], [], 0).write("rows.jpg", None)
 
 
 def test_files_that_are_ignored_are_reported(scenes_folder: Path) -> None:

@@ -126,10 +126,11 @@ class Console:
     def preview(self, picture: Image.Image) -> None:
         """Show a picture in the terminal; each character shows two pixels, one above the other.
 
-        Does nothing if there is no terminal, or if its encoding lacks the character.
+        Prints a note instead if there is no terminal, or if its encoding lacks the character.
         """
         half = "\u2580"
         if not self.live or not can_show(sys.stderr, half):
+            self.note("no preview: stderr is not a terminal that shows block characters")
             return
         width = min(picture.width, self.err.width)
         height = max(1, round(picture.height * width / picture.width / 2))

@@ -26,6 +26,7 @@ from sidcli.environment import cache_folder
 from sidcli.errors import GateError
 from sidcli.evaluation.spec import PROTOCOLS, ModelSpec, check_protocol, limits
 from sidcli.files import check_new, check_writable
+from sidcli.formats.outputs import check_picture
 from sidcli.metrics.catalog import METRICS as MEASURED
 
 if TYPE_CHECKING:
@@ -196,6 +197,8 @@ def check(protocol: str, column: str | None, prompts: Path | None, device: str) 
 
 def check_places(report: Path | None, picture: Path | None, image_folder: Path | None, overwrite: bool) -> None:
     """Raises UsageError or EnvironmentProblem for a path that cannot be written."""
+    if picture:
+        check_picture(picture)
     for file, option in ((report, "--report"), (picture, "--picture")):
         if file:
             check_new([file], option, overwrite)

@@ -48,6 +48,8 @@ def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolve
     path = Path(spec.name)
     models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
     if path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models)):
+        if spec.own:
+            raise UsageError(f"{spec.name} holds images, which steps= and guidance= do not change", "leave them out")
         files = open_images(path)
         for note in files.notes:
             listener.note(note)
@@ -60,6 +62,18 @@ def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolve
     source = find(spec.name, listener)
     found = Resolved(spec, source, None if source.path.is_dir() and graph_format(source.path) else describe(source, None, listener))
     return [found, replace(found, spec=replace(spec, untrained=untrained))] if untrained and found.is_teacher else [found]
+
+
+def check_used(found: Sequence[Resolved], untrained: int) -> None:
+    """Raises UsageError if an option for teachers is given and no teacher is to be measured."""
+    if any(one.is_teacher for one in found):
+        return
+    given = [f"--untrained {untrained}"] if untrained else []
+    common = [one.spec for one in found if not one.spec.own]
+    given += [f"--steps {spec.steps}" for spec in common if spec.steps is not None]
+    given += [f"--guidance {spec.guidance:g}" for spec in common if spec.guidance is not None]
+    if given:
+        raise UsageError(f"{given[0]} applies to teachers, and none is measured", "name a teacher too, or leave the option out")
 
 
 @dataclass(frozen=True)

@@ -320,4 +320,7 @@ def open_protocol(name: str, networks: Networks, reference: Path | None, prompts
         return custom(networks, reference, prompts, column)
     if reference or prompts:
         raise UsageError("the protocol emoji has captions and a reference of its own", "--protocol custom, for yours")
+    for option, given in (("--inception", networks.inception), ("--cmmd-model", networks.cmmd)):
+        if given:
+            raise UsageError(f"{option} {given}: the protocol emoji has a network of its own for this", f"leave {option} out")
     return emoji(networks)

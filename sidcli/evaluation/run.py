@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from sidcli.distributed import Distributed
-from sidcli.evaluation.candidates import resolve, to_measure
+from sidcli.evaluation.candidates import check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, choose, open_protocol
 from sidcli.evaluation.scores import Evaluation, Listener, Row, chosen
 from sidcli.evaluation.spec import Bound, Request
+from sidcli.formats.outputs import check_picture
 from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.catalog import METRICS
 from sidcli.models.loading import quiet_libraries
@@ -49,6 +50,8 @@ class Outcome:
 
     def write(self, picture: str | Path | None, report: str | Path | None) -> None:
         """Write the comparison picture and the report page; None skips a file."""
+        if picture:
+            check_picture(Path(picture))
         drawn = pictures(self.evaluation) if picture or report else []
         if picture:
             save_comparison(drawn, Path(picture))
@@ -72,6 +75,7 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     distributed, rules = Distributed(device), request.protocol
     quiet_libraries()
     found = [one for spec in request.models for one in resolve(spec, rules.untrained, listener)]
+    check_used(found, rules.untrained)
     models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
     has_images = any(one.files is not None for one in found)
     name = choose(rules.name, models_are_emoji, has_images, bool(rules.reference or rules.prompts))

@@ -10,6 +10,7 @@ from typing import Any
 
 from sidcli.errors import UsageError
 from sidcli.metrics.catalog import METRICS, metric_named
+from sidcli.models.overrides import check_sampling
 
 PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 
@@ -29,7 +30,7 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, text: str, steps: int | None, guidance: float | None) -> ModelSpec:
-        """Parse `NAME[,steps=N][,guidance=G]`. Raises UsageError if there is another setting."""
+        """Parse `NAME[,steps=N][,guidance=G]`. Raises UsageError for another setting or an invalid value."""
         name, *settings = text.split(",")
         if Path(text).exists():  # a path may contain commas
             name, settings = text, []
@@ -43,6 +44,7 @@ class ModelSpec:
                 raise UsageError(
                     f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"
                 ) from error
+        check_sampling(spec.steps, spec.guidance)
         return spec
 
 

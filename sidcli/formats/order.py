@@ -84,7 +84,22 @@ def check(name: str, order: Order) -> None:
         raise UsageError(f"--format {name} does not support --dtype {order.dtype}", f"--dtype {' or '.join(form.dtypes)}")
     if order.variant and name != "diffusers":
         raise UsageError(f"--variant applies to --format diffusers only, not to {name}", "leave it out")
+    if order.variant and order.dtype != order.variant:
+        raise UsageError(
+            f"--variant {order.variant} is the name of weights in half precision, and --dtype is {order.dtype}",
+            f"--dtype {order.variant}, or leave --variant out",
+        )
     require(form.packages, f"--format {name}")
+
+
+def check_used(name: str, is_released: bool, teacher: object, rank: int | None, public: bool, repository: str | None) -> None:
+    """Raises UsageError for an option that an export does not use. `is_released`: the model is a .pkl file of a UNet."""
+    if name != "lora" and rank is not None:
+        raise UsageError(f"--rank {rank} is the rank of a LoRA, which --format {name} does not write", "--format lora")
+    if name != "lora" and not is_released and teacher is not None:
+        raise UsageError(f"--teacher {teacher}: only --format lora and a model in a .pkl use a teacher", "leave --teacher out")
+    if public and not repository:
+        raise UsageError("--public applies to --push-to-hub, which is not given", "--push-to-hub OWNER/NAME --public")
 
 
 def require(packages: Sequence[str], what: str) -> None:

@@ -88,6 +88,12 @@ def _is_drawn(file: Path) -> bool:
         return False
 
 
+def check_picture(file: Path) -> None:
+    """Raises UsageError if the path of a comparison picture does not end in .png."""
+    if file.suffix.lower() != ".png":
+        raise UsageError(f"--picture must end in .png, not {file}", f"--picture {file.with_suffix('.png')}")
+
+
 def check_export(folder: Path, overwrite: bool) -> None:
     """Raises EnvironmentProblem if an export cannot be written to `folder`, and UsageError if `folder` exists and is not replaced.
 

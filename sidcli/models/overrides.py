@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sidcli.errors import UsageError
@@ -24,3 +25,15 @@ class Overrides:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTIONS:
             raise UsageError(f"--prediction-type must be one of {', '.join(PREDICTIONS)}, not {self.prediction_type!r}")
+
+
+def check_sampling(steps: int | None, guidance: float | None) -> None:
+    """Raises UsageError for a number of steps below 1 or a guidance scale that is not finite."""
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {steps}")
+    check_guidance(guidance)
+
+
+def check_guidance(guidance: float | None) -> None:
+    if guidance is not None and not math.isfinite(guidance):
+        raise UsageError(f"--guidance must be finite, not {guidance}")

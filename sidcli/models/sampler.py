@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from sidcli.diffusion.sampling import Renoise, exit_grid, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.loading import Description, Model
+from sidcli.models.overrides import check_sampling
 from sidcli.models.sources import Source
 from sidcli.models.unet import TextEncoder, denoise, guided_predictions
 from sidcli.printable import json_text
@@ -138,13 +138,6 @@ def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float
         raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
     wanted = steps or own
     return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
-
-
-def check_sampling(steps: int | None, guidance: float | None) -> None:
-    if steps is not None and steps < 1:
-        raise UsageError(f"--steps must be at least 1, not {steps}")
-    if guidance is not None and not math.isfinite(guidance):
-        raise UsageError(f"--guidance must be finite, not {guidance}")
 
 
 def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:

@@ -16,6 +16,7 @@ from sidcli.environment import cache_folder, group
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
+from sidcli.models.overrides import check_guidance
 from sidcli.settings import MEMORY, PRESETS, DistillConfig, checked, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Request:
 
         Raises UsageError for unknown names or invalid values, InputError if the config file cannot be read.
         """
-        check_values(settings, lr, images, memory)
+        check_values(settings, guidance, lr, images, memory)
         from_file = read_toml(config) if config else {}
         teacher = teacher or from_file.pop("teacher", DistillConfig.teacher)
         from_file.pop("teacher", None)
@@ -132,8 +133,9 @@ class Request:
         return self.config(recipe), card
 
 
-def check_values(settings: Mapping[str, Any], lr: float | None, images: int | None, memory: str) -> None:
+def check_values(settings: Mapping[str, Any], guidance: float | None, lr: float | None, images: int | None, memory: str) -> None:
     """Raises UsageError for options that exclude each other and for invalid values."""
+    check_guidance(guidance)
     if "steps" in settings and images is not None:
         raise UsageError("--steps and --images exclude each other", "give one of them")
     if images is not None and images < 1:
