@@ -239,6 +239,9 @@ FIELDS = {field.name: dict if field.name == "objective" else type(field.default)
 """Type of each field of DistillConfig; the objective is a table of its settings."""
 
 
+IN_TABLE = 'write the table [objective] with name = "{}"'
+
+
 def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]:
     """Return fields of DistillConfig with values of their types; an int is accepted for a float.
 
@@ -247,11 +250,17 @@ def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]
     values = dict(content)
     for name, value in content.items():
         if name not in FIELDS:
+            if owners := [owner for owner, objective in objectives.OBJECTIVES.items() if name in objectives.names(objective)]:
+                raise UsageError(
+                    f"{where}{name} is a setting of an objective", IN_TABLE.format(owners[0]) + f" and {name} below it"
+                )
             close = difflib.get_close_matches(name, FIELDS, 1)
             raise UsageError(f"{where}unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         kind = FIELDS[name]
         if kind is float and type(value) is int:
             values[name] = float(value)
+        elif name == "objective" and type(value) is not dict:
+            raise UsageError(f"{where}objective must be a table, not {value!r}", IN_TABLE.format(value))
         elif type(value) is not kind:
             raise UsageError(f"{where}{name} must be {kind.__name__}, not {value!r}")
     return values

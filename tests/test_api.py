@@ -1,5 +1,6 @@
 """The Python API, as a notebook or a script uses it."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from PIL import Image
 
 import sidcli
-from sidcli import distill, evaluate, export, load, sample
+from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
-from sidcli.settings import DistillConfig
+from sidcli.settings import DistillConfig, read_toml
 from sidcli.training.request import Request
 from tests import inprocess
 from tests.commands import sid
@@ -134,6 +136,57 @@ def test_an_objective_has_learning_rates_of_its_own(teacher: str, objective: str
     request = Request.of(teacher, None, objective, None, None, {}, None, None, "auto", None, {})
     config = request.config(request.recipe)
     assert (config.lr_fake, config.lr_generator) == rates
+
+
+def request(teacher: str, objective: str | None, config: Path, **settings: object) -> Request:
+    guidance = settings.pop("guidance", None)
+    return Request.of(teacher, None, objective, guidance, None, {}, None, None, "auto", config, settings)  # type: ignore[arg-type]
+
+
+def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settings_and_says_which(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    dmd2 = DistillConfig(objective=objectives.Dmd2.Settings(guidance=3.0), fake_updates=10, lr_fake=2e-5, lr_generator=1e-5)
+    file.write_text(tomli_w.dumps(dataclasses.asdict(dmd2)))
+    asked = request("someone/sd", "vsd", file)
+    made = asked.config(asked.recipe)
+    assert (made.fake_updates, made.lr_fake, made.lr_generator, made.fake_lora) == (1, 2e-5, 1e-6, 64)
+    assert made.objective == objectives.Vsd.Settings()
+    said = f"--objective vsd: these settings of {file} belong to objective dmd2 and are not used: guidance = 3.0, "
+    assert asked.note.startswith(said) and "fake_updates = 10" in asked.note and "lr_fake" not in asked.note
+    for same in (None, "dmd2"):
+        asked = request("someone/sd", same, file)
+        assert asked.config(asked.recipe) == dataclasses.replace(dmd2, teacher="someone/sd", prompts="general") and not asked.note
+    file.write_text(tomli_w.dumps(dataclasses.asdict(DistillConfig(steps=7))))
+    asked = request("someone/sd", "dmd2", file)
+    made = asked.config(asked.recipe)
+    assert (made.steps, made.fake_updates, made.lr_generator) == (7, 10, 1e-5) and "kappa1 = 2.0" in asked.note
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "hint"),
+    [
+        ('objective = "dmd2"\n', "objective must be a table, not 'dmd2'", 'write the table [objective] with name = "dmd2"'),
+        (
+            "guidance = 3\n",
+            "guidance is a setting of an objective",
+            'the table [objective] with name = "dmd2" and guidance below it',
+        ),
+    ],
+)
+def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs(
+    content: str, said: str, hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.toml").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        read_toml(tmp_path / "own.toml")
+    assert caught.value.message == f"{tmp_path / 'own.toml'}: {said}" and hint in caught.value.hint
+
+
+def test_the_guidance_scale_is_given_once() -> None:
+    with pytest.raises(UsageError, match=r"--guidance 2 and --set guidance=3.0 exclude each other"):
+        Request.of("emoji-teacher", None, "dmd2", 2.0, None, {"guidance": 3.0}, None, None, "auto", None, {})
+    table = Request.of("emoji-teacher", None, None, 2.0, None, {"kappa4": 3.0}, None, None, "auto", None, {}).start["objective"]
+    assert (table.kappa3, table.kappa4) == (2.0, 3.0), "one of the four scales of sid"
 
 
 def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Request:
     memory: str
     folder: Path
     """The run folder."""
+    note: str = ""
+    """A message on settings of the config file that are not used."""
 
     @classmethod
     def of(
@@ -62,16 +64,18 @@ class Request:
         from_file = read_toml(config) if config else {}
         teacher = teacher or from_file.pop("teacher", DistillConfig.teacher)
         from_file.pop("teacher", None)
+        from_file, note = of_objective(from_file, objective, teacher, config)
         method, table = objective_table(from_file.pop("objective", {}), objective, guidance, guidance_strategy)
         of_objectives = {name for known in objectives.OBJECTIVES.values() for name in objectives.names(known)}
         others = {name: value for name, value in settings.items() if name in of_objectives}
         own = checked({name: value for name, value in settings.items() if name not in of_objectives}, "", "setting")
-        chosen = objectives.settings({**table, **others, **objective_settings})
-        preset = preset_for(teacher)
-        defaults = {**method.defaults, **PRESETS[preset], **(method.emoji_defaults if preset == "emoji" else {})}
-        start = {**defaults, **from_file, "objective": chosen}
+        others |= objective_settings
+        if guidance is not None and method is not objectives.Sid and (scale := method.Settings.scale) in others:
+            raise UsageError(f"--guidance {guidance:g} and --set {scale}={others[scale]} exclude each other", "give one of them")
+        chosen = objectives.settings({**table, **others})
+        start = {**defaults_of(method, teacher), **from_file, "objective": chosen}
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
-        return cls(teacher, start, with_shortcuts(own, start, lr, images), memory, folder)
+        return cls(teacher, start, with_shortcuts(own, start, lr, images), memory, folder, note)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -119,6 +123,8 @@ class Request:
 
         Raises UsageError or EnvironmentProblem for a device that is invalid or not available.
         """
+        if self.note:
+            listener.note(self.note)
         recipe = self.recipe
         begun = self.memory == "auto" and (self.folder / "config.toml").is_file()
         if begun:  # a continued run keeps its recipe, whatever memory is free now
@@ -152,12 +158,36 @@ def method_of(objective: str | None, config: Path | None) -> type[objectives.Obj
     return objectives.find(objective or table.get("name", "sid"))
 
 
+def defaults_of(method: type[objectives.Objective], teacher: str) -> dict[str, Any]:
+    """Return the settings of a run whose defaults depend on the objective or the teacher."""
+    preset = preset_for(teacher)
+    return {**method.defaults, **PRESETS[preset], **(method.emoji_defaults if preset == "emoji" else {})}
+
+
+def of_objective(from_file: dict[str, Any], name: str | None, teacher: str, config: Path | None) -> tuple[dict[str, Any], str]:
+    """Return the settings of a config file that apply to the objective `name`, and a note on those that do not.
+
+    If the file is of another objective, its table does not apply, and neither do settings with the defaults of that objective.
+    """
+    table = from_file.get("objective", {})
+    before = table.get("name", "sid")
+    if name in (None, before):
+        return from_file, ""
+    methods = objectives.find(before), objectives.find(name)
+    depends = {field for method in methods for field in {**method.defaults, **method.emoji_defaults}}
+    usual = {field: getattr(DistillConfig, field) for field in depends} | defaults_of(methods[0], teacher)
+    dropped = {field: value for field, value in from_file.items() if field in depends and value == usual[field]}
+    kept = {field: value for field, value in from_file.items() if field not in (*dropped, "objective")}
+    listed = [f"{field} = {value}" for field, value in {**table, **dropped}.items() if field != "name"]
+    note = f"--objective {name}: these settings of {config} belong to objective {before} and are not used: {', '.join(listed)}"
+    return kept, note if listed else ""
+
+
 def objective_table(
     table: dict[str, Any], name: str | None, guidance: float | None, guidance_strategy: str | None
 ) -> tuple[type[objectives.Objective], dict[str, Any]]:
     """Return the objective class and its settings: those of a config file (`table`), overridden by the guidance options."""
-    if name not in (None, table.get("name", "sid")):
-        table = {"name": name}  # a table of another objective does not apply
+    table = table or {"name": name or "sid"}
     method = objectives.find(table.get("name", "sid"))
     if method is not objectives.Sid and guidance_strategy is not None:
         raise UsageError(f"--guidance-strategy is an option of objective sid, not of {table['name']}", "--guidance SCALE")
