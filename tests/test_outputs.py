@@ -491,7 +491,10 @@ def test_a_stopped_command_says_in_one_line_what_is_kept_and_leaves_nothing_half
 
     draws = ["sample", "a cat", "--num", "2000", "--batch-size", "2", "-o", "many"]
     assert stopped(number, (here / "many" / "000003.png").exists, *draws) == 128 + number
-    assert last_line() == "error: stopped; images that were drawn are kept; try: the other prompts alone, or --overwrite"
+    assert last_line() == (
+        "error: stopped; images that were drawn are kept; try: the same command with --overwrite, which draws them again, "
+        "or the missing prompts with another --output"
+    )
     drawn = sorted((here / "many").iterdir())
     assert 3 < len(drawn) < 2000 and all(Image.open(file).size == (64, 64) for file in drawn)
     evaluates = [
@@ -508,7 +511,7 @@ def test_a_stopped_command_says_in_one_line_what_is_kept_and_leaves_nothing_half
         "page.html",
     ]
     assert stopped(number, lambda: any(here.glob("kept/*/000003.png")), *evaluates) == 128 + number
-    assert "what was drawn and looked at is kept" in last_line() and not (here / "page.html").exists()
+    assert "images and features that are complete are kept" in last_line() and not (here / "page.html").exists()
     (kept,) = (here / "kept").iterdir()
     count = len(list(kept.glob("0*.png")))
     assert 3 < count < 200

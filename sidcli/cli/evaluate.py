@@ -163,7 +163,7 @@ def evaluate(
     networks: dict[str, Any] = dict(inception=inception, clip_model=clip_model, cmmd_model=cmmd_model, dino_model=dino_model)
     check_places(report, picture, image_folder, overwrite)
     launch_processes(processes, device)
-    stopped = ("what was drawn and looked at is kept", "the same command again, to go on")
+    stopped = ("images and features that are complete are kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
     with open_console(as_json, quiet, stopped, smaller) as console:
         outcome = api.evaluate(

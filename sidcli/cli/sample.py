@@ -97,7 +97,10 @@ def sample(
         return
     check_column(column, prompts)
     texts, about_prompts = read_prompts(prompt or [], prompts, column or "")
-    stopped = ("images that were drawn are kept", "the other prompts alone, or --overwrite")
+    stopped = (
+        "images that were drawn are kept",
+        "the same command with --overwrite, which draws them again, or the missing prompts with another --output",
+    )
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
     with open_console(as_json, quiet, stopped, smaller) as console:
         if about_prompts:
