@@ -625,15 +625,34 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
 
 
 def test_the_protocol_is_chosen_by_what_is_measured_or_asked_for() -> None:
-    assert choose("auto", True, False, False) == "emoji" and choose("auto", True, False, True) == "custom"
-    assert choose("coco2014-30k", True, True, False) == "coco2014-30k"
-    assert choose("auto", False, False, False) == "custom" and choose("auto", False, True, True) == "custom"
+    assert choose("auto", True, set(), False) == "emoji" and choose("auto", True, set(), True) == "custom"
+    assert choose("coco2014-30k", True, {True}, False) == "coco2014-30k"
+    assert choose("auto", False, set(), False) == "custom" and choose("auto", False, {False}, True) == "custom"
     for name in ("auto", "custom"):
         with pytest.raises(UsageError, match="images need something to be compared with") as caught:
-            choose(name, False, True, False)
+            choose(name, False, {True, False}, False)
         assert "sid eval FOLDER --reference OTHER_FOLDER" in caught.value.hint
     with pytest.raises(UsageError, match="--protocol must be one of"):
         check_protocol("coco")
+
+
+def test_images_of_an_emoji_model_are_told_of_the_emoji_protocol(tmp_path: Path) -> None:
+    card = tmp_path / "student" / "sid.json"
+    card.parent.mkdir()
+    card.write_text('{"world": "emoji"}')
+    for number, model in enumerate(("embedded:emoji", str(card.parent), "hub:owner/name")):
+        source = replace(find("emoji"), origin=model)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "0.png", pnginfo=png_info("a cat", 0, source, Plan(1, grid=(625,))))
+        (found,) = resolve(ModelSpec(str(folder)), 0, Silence())
+        assert found.is_emoji == (number < 2)
+        with pytest.raises(UsageError) as caught:
+            choose("auto", False, {found.is_emoji}, False)
+        assert caught.value.hint.startswith("--protocol emoji" if found.is_emoji else "sid eval FOLDER --reference")
+    with pytest.raises(UsageError, match="--prompts emoji: the captions of the emoji world") as caught:
+        listed(Path("emoji"), Silence())
+    assert caught.value.hint == "--protocol emoji"
 
 
 def test_a_model_that_does_not_draw_emoji_is_refused_by_the_emoji_protocol(sd_folder: Path) -> None:

@@ -222,9 +222,9 @@ def test_the_prompt_of_a_png_is_read_without_its_pixels(tmp_path: Path) -> None:
     }.items():
         with_chunks(tmp_path / "set" / name, (b"zTXt", b"a" * 3000), (b"iTXt", body))
     for files in (open_images(tmp_path / "set"), open_images(zipped(tmp_path / "set"))):
-        assert [files.prompt(index) for index in range(5)] == ["a caf\u00e9", None, None, None, None]
+        assert [files.record(index, "prompt") for index in range(5)] == ["a caf\u00e9", None, None, None, None]
     (tmp_path / "set" / "0.png").unlink()
-    assert open_images(tmp_path / "set").prompt(0) is None
+    assert open_images(tmp_path / "set").record(0, "prompt") is None
 
 
 @pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("1", "a.png"), ("P", "a.png"), ("LA", "a.png"), ("CMYK", "a.jpg")])

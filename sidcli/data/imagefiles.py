@@ -86,15 +86,15 @@ class ImageFiles:
         except DAMAGE as error:
             raise InputError(f"{name} cannot be read: {str(error) or type(error).__name__}", hint) from error
 
-    def prompt(self, index: int) -> str | None:
-        """Return the prompt that `sid` wrote into a PNG file, or None if the image has no prompt."""
+    def record(self, index: int, name: str) -> str | None:
+        """Return the `prompt` or the `model` that `sid` wrote into a PNG file, or None if the image has no such record."""
         try:
             with self.opened(self.members[index], RECORD_BYTES) as file:
                 made = json.loads(text_before_pixels(file, "sid", RECORD_BYTES) or "null")
         except (*DAMAGE, RecursionError):
             return None
-        prompt = made.get("prompt") if isinstance(made, dict) else None
-        return prompt if isinstance(prompt, str) else None
+        value = made.get(name) if isinstance(made, dict) else None
+        return value if isinstance(value, str) else None
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

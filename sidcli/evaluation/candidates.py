@@ -17,7 +17,8 @@ from sidcli.evaluation.spec import ModelSpec
 from sidcli.models.loading import Description, describe, load
 from sidcli.models.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
-from sidcli.progress import Listener
+from sidcli.progress import Listener, counted
+from sidcli.settings import preset_for
 
 REAL = "real scenes"
 
@@ -37,6 +38,10 @@ class Resolved:
 
     @property
     def is_emoji(self) -> bool:
+        """Whether a model of the emoji world draws the images or, according to its record, drew the first image file."""
+        if self.files is not None:
+            model = self.files.record(0, "model") or ""
+            return model != "" and (model.startswith("embedded:emoji") or preset_for(model) == "emoji")
         return self.source is not None and (self.known.card if self.known else read_card(self.source)).get("world") == "emoji"
 
 
@@ -114,7 +119,7 @@ def to_measure(
     for one in found:
         if one.files is not None:
             size = len(one.files)
-            rows.append(Candidate(one.spec.name, f"{size} image{'s' * (size > 1)}", FileSet(one.files), size))
+            rows.append(Candidate(one.spec.name, counted(size, "image"), FileSet(one.files), size))
             continue
         if protocol.is_emoji and not one.is_emoji:
             raise InputError(

@@ -77,8 +77,8 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     found = [one for spec in request.models for one in resolve(spec, rules.untrained, listener)]
     check_used(found, rules.untrained)
     models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
-    has_images = any(one.files is not None for one in found)
-    name = choose(rules.name, models_are_emoji, has_images, bool(rules.reference or rules.prompts))
+    images_are_emoji = {one.is_emoji for one in found if one.files is not None}
+    name = choose(rules.name, models_are_emoji, images_are_emoji, bool(rules.reference or rules.prompts))
     files = request.networks
     networks = Networks(distributed.device, listener, files.inception, files.clip, files.cmmd, files.dino)
     protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)

@@ -325,7 +325,7 @@ class Evaluation:
         for candidate in self.candidates:
             if isinstance(candidate.images, FileSet) and self.protocol.captions:
                 files, captions = candidate.images.files, self.protocol.captions.first(self.count(candidate))
-                said = [(index, prompt) for index in range(len(captions)) if (prompt := files.prompt(index)) is not None]
+                said = [(index, prompt) for index in range(len(captions)) if (prompt := files.record(index, "prompt")) is not None]
                 wrong = [(index, prompt) for index, prompt in said if prompt.split() != captions[index].split()]
                 if wrong:
                     index, prompt = wrong[0]
