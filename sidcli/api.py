@@ -154,7 +154,7 @@ def sample(
     check_name(device)
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     count = len(texts) * num
-    places = Places.of(Path(output), count) if output else None
+    places = Places.of(output, count) if output is not None else None
     if places:
         places.check(overwrite)
     known = Overrides(prediction_type, model_config, width, height)

@@ -270,6 +270,19 @@ def test_images_without_a_place_get_a_new_name_each_time(
 
 
 @pytest.mark.check(30)
+def test_a_path_with_a_slash_is_a_folder_and_neither_stdout_nor_nothing_is_an_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_process("sample", "a cat", "-o", "x.png/") == 0
+    assert sorted(file.name for file in (tmp_path / "x.png").iterdir()) == ["000000.png", "sheet.png"]
+    for output in ("-", ""):
+        capsys.readouterr()
+        assert in_process("sample", "a cat", "-o", output) == 2
+        assert f"--output must be a .png file or a folder, not {output!r}" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_several_prompts_make_a_folder_with_a_contact_sheet_and_json_lists_it(tmp_path: Path) -> None:
     hostile = "../../[red]x\x1b]0;title\x07"
     done = sid("sample", "a cat", hostile, "--num", "2", "--seed", "7", "-o", "many", "--json", cwd=tmp_path)

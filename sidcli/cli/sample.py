@@ -37,7 +37,7 @@ Model = Annotated[
     ),
 ]
 Output = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--output", "-o", show_default="named after the prompt", help="A .png for one image, a folder for more."),
 ]
 Num = Annotated[
@@ -112,7 +112,7 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
-            output=output or (unnamed(texts, num, seed) if texts else None),
+            output=unnamed(texts, num, seed) if output is None and texts else output,
             overwrite=overwrite,
             width=width,
             height=height,

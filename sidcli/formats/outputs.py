@@ -47,18 +47,23 @@ class Places:
     sheet: Path | None
 
     @classmethod
-    def of(cls, output: Path, count: int) -> Places:
+    def of(cls, output: str | os.PathLike[str], count: int) -> Places:
         """Return `output` itself for a single image if it ends in .png, otherwise files in the folder `output`.
 
-        Raises UsageError if `output` is one file for several images or ends in a suffix other than .png.
+        A path that ends with a slash is a folder. Raises UsageError if `output` is one file for several images, ends in a suffix other
+        than .png, is empty, or is "-".
         """
-        if count == 1 and output.suffix.lower() == ".png":
-            return cls([output], None)
-        if count == 1 and output.suffix and not output.is_dir():
-            raise UsageError(f"--output must end in .png or name a folder, not {output}", f"-o {output.with_suffix('.png')}")
-        if output.suffix and not output.is_dir():
-            raise UsageError(f"{count} images do not fit in one file {output}", "give a folder with --output")
-        return cls([output / f"{index:06d}.png" for index in range(count)], output / "sheet.png")
+        text, place = os.fspath(output), Path(output)
+        if text in ("", "-"):
+            raise UsageError(f"--output must be a .png file or a folder, not {text!r}", "-o cat.png, or leave --output out")
+        if not text.endswith("/"):
+            if count == 1 and place.suffix.lower() == ".png":
+                return cls([place], None)
+            if count == 1 and place.suffix and not place.is_dir():
+                raise UsageError(f"--output must end in .png or name a folder, not {place}", f"-o {place.with_suffix('.png')}")
+            if place.suffix and not place.is_dir():
+                raise UsageError(f"{count} images do not fit in one file {place}", "give a folder with --output")
+        return cls([place / f"{index:06d}.png" for index in range(count)], place / "sheet.png")
 
     @property
     def others(self) -> list[Path]:
