@@ -62,9 +62,14 @@ def in_words(record: Mapping[str, Any]) -> str:
     return ", ".join(form.format(record[name]) for name, form in SHOWN.items() if record.get(name) is not None)
 
 
+def plural(number: float, noun: str) -> str:
+    """Return a noun in the plural unless the number is 1: image, images; process, processes."""
+    return noun if number == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1: 1 image, 2 images."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Return a number with its noun: 1 image, 2 images."""
+    return f"{number} {plural(number, noun)}"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,8 @@ from rich.console import Console as Terminal
 
 from sidcli.cli import console
 from sidcli.errors import InputError
-from sidcli.progress import duration
+from sidcli.models.sampler import Plan
+from sidcli.progress import counted, duration
 
 
 @pytest.fixture
@@ -119,6 +120,17 @@ def test_an_error_is_a_line_for_people_and_an_object_for_programs(capsys: pytest
 @pytest.mark.check(30)
 def test_control_characters_of_a_prompt_are_made_visible() -> None:
     assert console.printable("cat\x1b]0;x\u202e") == "cat\\u001b]0;x\\u202e"
+
+
+def test_a_vertical_bar_in_a_name_does_not_split_a_cell_of_a_markdown_table(capsys: pytest.CaptureFixture[str]) -> None:
+    console.Console().table("scores", ["model", "n"], [["a|b", "1"]])
+    assert capsys.readouterr().out.splitlines()[2:] == [r"| model | n |", r"| ----- | - |", r"| a\|b  | 1 |"]
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    assert [counted(number, "process") for number in (0, 1, 2)] == ["0 processes", "1 process", "2 processes"]
+    assert counted(1, "blank line") == "1 blank line" and counted(3, "image") == "3 images"
+    assert Plan(1, 7.5).describe() == "1 step, guidance 7.5" and Plan(2, 3.0).describe() == "2 steps, guidance 3"
 
 
 def test_a_preview_shows_two_pixels_a_character_on_a_terminal_and_is_a_note_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:

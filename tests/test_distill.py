@@ -190,7 +190,7 @@ def test_a_run_says_what_it_is_about_to_do_and_when_it_is_finished(sd_folder: Pa
         "4 steps of 4 images (micro-batch 2, accumulation 2, 1 process), cpu, fp32",
     ]
     assert run(sd_folder, config, tmp_path / "run", again).taken == 0
-    assert f"{tmp_path / 'run'} is finished: all 4 steps are done; train longer with a higher --steps" in again.notes
+    assert f"{tmp_path / 'run'} is finished after 4 steps; train longer with a higher --steps" in again.notes
 
 
 def test_run_json_tells_when_by_which_command_and_on_what_a_run_was_made(

@@ -616,7 +616,7 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
     listener = Listening()
     evaluation.fill(listener)
     (warning,) = evaluation.warnings([])
-    assert warning.startswith(f"{place}: 1 of 5 images with a recorded prompt were made from another one than their caption")
+    assert warning.startswith(f"{place}: 1 of 5 images with a recorded prompt was made from another prompt than the caption")
     assert "for example 1.png: prompt 'a red" in warning and "..." in warning and "\x1b" not in warning
     assert listener.said == [], "nothing has to be drawn: the table follows at once"
     slow = Candidate("s", "", drawn_set(Painter(), 5))

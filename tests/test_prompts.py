@@ -207,7 +207,7 @@ def test_a_column_is_found_by_its_own_name_before_any_case(tmp_path: Path, name:
         ("t.csv", "\n", "t.csv holds no prompt"),
         ("t.csv", "id,caption\n", "t.csv holds no prompt"),
         ("t.csv", 'id,caption\n1,"a\nb"\n2,a cat, old\n', "t.csv:4: the row has 3 fields, the header 2"),
-        ("t.csv", "id,caption\n1\n", "t.csv:2: the row has 1 fields, the header 2"),
+        ("t.csv", "id,caption\n1\n", "t.csv:2: the row has 1 field, the header 2"),
         ("t.csv", 'id,caption\n1,a\n2,"a cat\n3,b\n', "t.csv:3: unexpected end of data"),
         ("t.csv", 'id,caption\n1,"a" cat\n', "t.csv:2: ',' expected after '\"'"),
         ("t.csv", b"id,caption\n1,a c\xe4t\n", "t.csv:2: byte 5 is not UTF-8"),

@@ -112,14 +112,11 @@ class Console:
                 self.out.print(table)
             return
         # Markdown if stdout is not a terminal: it is readable in a log and can be pasted into a README.
-        widths = [max(len(printable(row[column])) for row in [header, *rows]) for column in range(len(header))]
+        header, *rows = ([printable(cell).replace("|", r"\|") for cell in row] for row in [header, *rows])
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         lines = [title, "", header, ["-" * width for width in widths], *rows]
         for line in lines:
-            cells = (
-                (printable(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
-                if not isinstance(line, str)
-                else ()
-            )
+            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True)) if not isinstance(line, str) else ()
             with self.writing_stdout():
                 self.out.print(line if isinstance(line, str) else f"| {' | '.join(cells)} |")
 

@@ -15,7 +15,7 @@ from sidcli.cli.common import launch_processes, open_console
 from sidcli.cli.options import MACHINE, METHOD, DeviceOption, JsonOption, QuietOption, one_of, with_settings, within
 from sidcli.devices import check_name
 from sidcli.errors import UsageError
-from sidcli.progress import duration
+from sidcli.progress import counted, duration
 from sidcli.settings import MEMORY, STRATEGIES, DistillConfig
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request, method_of
@@ -181,7 +181,7 @@ def tell(result: Result, console: Console) -> None:
     if result.taken:
         share = 100 * result.saving / max(result.seconds, 1e-9)
         console.note(
-            f"finished: {result.step} steps, {result.images} images per network; this command trained for "
+            f"finished: {counted(result.step, 'step')}, {counted(result.images, 'image')} per network; this command trained for "
             f"{duration(result.seconds)}, checkpointing overhead {share:.1f} %"
         )
     console.note(f'generate with it: sid sample "a cat" --model {shlex.quote(str(result.run))}')

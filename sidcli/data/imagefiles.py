@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sidcli.errors import InputError
 from sidcli.formats.png import RECORD_BYTES, pixels_only, text_before_pixels
+from sidcli.progress import counted
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"}
@@ -135,8 +136,7 @@ def open_images(path: Path) -> ImageFiles:
     _check_distinct(path, entries)
     notes = [f"{path}: ignoring images that are not {READABLE}: {not_read}"] if not_read else []
     if rest := len(images) - len(entries):
-        numbered = f"{len(entries)} numbered image{'s' * (len(entries) > 1)}"
-        notes.append(f"{path}: using {numbered}; ignoring {rest} other image{'s' * (rest > 1)}")
+        notes.append(f"{path}: using {counted(len(entries), 'numbered image')}; ignoring {counted(rest, 'other image')}")
     for entry in entries:
         if entry.size > MAX_BYTES:
             raise InputError(f"{path}/{entry.name} has {entry.size} bytes; images may have {MAX_BYTES}", "remove it")

@@ -25,6 +25,7 @@ import numpy as np
 from sidcli.data.tables import SUFFIXES, Table, check_kind, looks_like_table, numbered_lines, of_rows, open_table
 from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes, size_of
+from sidcli.progress import counted
 from sidcli.randomness import numpy_generator
 
 MAX_BYTES = 1 << 30
@@ -85,7 +86,7 @@ class PromptList:
     @property
     def note(self) -> str:
         """A message on the column that was read and the number of skipped blank lines; empty if there is nothing to report."""
-        skipped = f"{self.blank} blank {'line' if self.blank == 1 else 'lines'} skipped" if self.blank else ""
+        skipped = f"{counted(self.blank, 'blank line')} skipped" if self.blank else ""
         said = "; ".join(part for part in (self.column, skipped) if part)
         return f"{self.name}: {said}" if said else ""
 

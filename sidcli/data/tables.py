@@ -13,6 +13,7 @@ from typing import Any
 
 from sidcli.errors import InputError, UsageError
 from sidcli.files import size_of
+from sidcli.progress import counted
 
 COLUMNS = ("caption", "captions", "text", "prompt", "prompts", "title", "description", "sentence", "comment")
 """Usual names of caption columns. The first name in this list that a table has is read, ignoring case."""
@@ -145,7 +146,7 @@ def _of_fields(path: Path, lines: Iterator[tuple[int, str]], wanted: str) -> Tab
                 continue
             if len(row) != len(columns):
                 raise InputError(
-                    f"{place}: the row has {len(row)} fields, the header {len(columns)}",
+                    f"{place}: the row has {counted(len(row), 'field')}, the header {len(columns)}",
                     f"quote texts that contain {_shown(delimiter)}, or save the captions as .txt, one per line",
                 )
             yield place, row[index]

@@ -37,7 +37,7 @@ from sidcli.metrics.fid import Statistics
 from sidcli.metrics.transforms import square
 from sidcli.metrics.weights import INCEPTION, fetch
 from sidcli.models.sources import WEIGHTS
-from sidcli.progress import Listener
+from sidcli.progress import Listener, counted
 
 REFERENCE_SCENES = 10_000
 QUICK_NUM = 300
@@ -242,7 +242,7 @@ def coco(networks: Networks, folder: Path | None, prompts: Path | None, column: 
         30_000,
         prepare,
         prepared,
-        facts={"reference": f"{len(files)} images of {COCO_IMAGES}", "reference_files": files.fingerprint},
+        facts={"reference": f"{counted(len(files), 'image')} of {COCO_IMAGES}", "reference_files": files.fingerprint},
     )
 
 
@@ -266,7 +266,7 @@ def custom(networks: Networks, reference: Path | None, prompts: Path | None, col
     elif reference:
         files = _images(reference, networks.listener)
         compared = Collection(FileSet(files), len(files))
-        facts = {"reference": f"{len(files)} images of {reference.name}", "reference_files": files.fingerprint}
+        facts = {"reference": f"{counted(len(files), 'image')} of {reference.name}", "reference_files": files.fingerprint}
     if prompts is None and reference is None:
         prompts = Path(GENERAL)
     captions = listed(prompts, networks.listener, column) if prompts else None

@@ -21,6 +21,7 @@ from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.catalog import METRICS
 from sidcli.models.loading import quiet_libraries
 from sidcli.printable import json_text
+from sidcli.progress import counted
 from sidcli.report.page import Cell, Facts, Gallery, IntervalRows, Page, Scores, Section, Table, write
 from sidcli.report.run import run_sections
 
@@ -224,7 +225,7 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
             sections += [
                 replace(section, title=f"{candidate.name}: {section.title}") for section in run_sections(Path(candidate.name))
             ]
-    summary = f"{len(rows)} rows of {max(evaluation.counts)} images, values with their 95 % intervals"
+    summary = f"{counted(len(rows), 'row')} of {counted(max(evaluation.counts), 'image')}, values with their 95 % intervals"
     return Page("Evaluation", f"protocol {protocol.name}", summary, sections)
 
 

@@ -131,11 +131,11 @@ class Evaluation:
     ):
         self.protocol, self.candidates, self.metrics, self.distributed = protocol, candidates, metrics, distributed
         self.asked, self.num = num, num or protocol.default_num
-        counted = [
+        sizes = [
             (candidate.name, self.count(candidate), MIN_IMAGES) for candidate in sorted(candidates, key=lambda one: one.is_real)
         ]
-        counted += [("the reference", self.reference.count, MIN_REFERENCE_IMAGES)] if self.reference is not None else []
-        for name, count, minimum in counted:
+        sizes += [("the reference", self.reference.count, MIN_REFERENCE_IMAGES)] if self.reference is not None else []
+        for name, count, minimum in sizes:
             for metric in metrics:
                 if count < (least := minimum.get(metric, 1)):
                     raise UsageError(
@@ -182,7 +182,8 @@ class Evaluation:
         given = self.protocol.reference
         if isinstance(given, Statistics) and features.shape[1] != len(given.mean):
             raise UsageError(
-                f"the reference's statistics have {len(given.mean)} dimensions, {self.extractors['features'].name} has {features.shape[1]}",
+                f"the reference's statistics have {counted(len(given.mean), 'dimension')}, "
+                f"{self.extractors['features'].name} has {features.shape[1]}",
                 "statistics of Inception's 2048 features, or a folder of images",
             )
 
@@ -331,8 +332,9 @@ class Evaluation:
                     index, prompt = wrong[0]
                     texts = (shorten(text, 60, placeholder="...") for text in (prompt, captions[index]))
                     found.append(
-                        f"{candidate.name}: {len(wrong)} of {len(said)} images with a recorded prompt were made from another one than "
-                        "their caption, for example {}: prompt {!r}, caption {!r}".format(files.members[index], *texts)
+                        f"{candidate.name}: {len(wrong)} of {counted(len(said), 'image')} with a recorded prompt "
+                        f"{'was' if len(wrong) == 1 else 'were'} made from another prompt than the caption, "
+                        "for example {}: prompt {!r}, caption {!r}".format(files.members[index], *texts)
                     )
         return found
 

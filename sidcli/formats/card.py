@@ -19,6 +19,7 @@ from sidcli.diffusion.sampling import exit_grid
 from sidcli.files import write_json
 from sidcli.models.loading import Description, Model
 from sidcli.printable import printable
+from sidcli.progress import counted
 
 PAPER = "2406.01561"
 TERMS = ("license", "license_name", "license_link")
@@ -141,7 +142,7 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
     if "kappa1" in config:
         facts["Guidance scales in training (kappa 1 to 4)"] = ", ".join(f"{config[f'kappa{index}']:g}" for index in (1, 2, 3, 4))
     if "steps_trained" in card and "batch_size" in config:
-        facts["Training"] = f"{card['steps_trained']} steps, batch size {config['batch_size']}"
+        facts["Training"] = f"{counted(card['steps_trained'], 'step')}, batch size {config['batch_size']}"
     if "prompts" in card:
         facts["Training prompts"] = card["prompts"]
     return facts | {"Made with": f"sid {card.get('sid', 'unknown')}"}

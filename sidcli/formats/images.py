@@ -17,7 +17,7 @@ from sidcli.models.loading import Model, open_model
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for, png_info, student_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
-from sidcli.progress import Listener, Progress
+from sidcli.progress import Listener, Progress, counted
 
 SHEET_IMAGES = 100
 """Maximum number of images on a contact sheet, which shows the first images."""
@@ -143,7 +143,7 @@ def open_graphs(
     source = find(name, listener)
     plan = student_plan(read_card(source), None, guidance, name)
     if steps not in (None, plan.steps):
-        raise UsageError(f"the graphs of {name} draw in {plan.steps} steps, not {steps}", "leave --steps out")
+        raise UsageError(f"the graphs of {name} draw in {counted(plan.steps, 'step')}, not {steps}", "leave --steps out")
     if known.prediction_type != "auto" or known.model_config or device not in ("auto", "cpu"):
         raise UsageError(f"{name} holds graphs: they run on the CPU, and what they predict is inside", "leave those options out")
     drawer = runtime.open_graphs(source.path, graphs if backend == "auto" else backend)

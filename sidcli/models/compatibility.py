@@ -208,6 +208,8 @@ def check_schedule(place: str, config: Mapping[str, Any]) -> None:
             raise InputError(f"{place}: {entry} is missing: nothing says which noise the model was trained with", OTHER_COPY)
         if not isinstance(config[entry], kinds):
             raise InputError(f"{place}: {entry} is {shown(config[entry])}; it must be a {what}", OTHER_COPY)
+        if entry != "beta_schedule" and not 0 <= config[entry] <= 1:
+            raise InputError(f"{place}: {entry} is {shown(config[entry])}; it must be between 0 and 1", OTHER_COPY)
 
 
 def whole(config: Mapping[str, Any], entry: str, place: str) -> int:

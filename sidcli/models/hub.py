@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidcli.errors import InputError
-from sidcli.progress import Listener
+from sidcli.progress import Listener, counted
 
 # Ids that were removed from the hub -> ids with the same content.
 ALIASES = {
@@ -191,7 +191,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         fresh = [file for file in wanted if file not in there]
         total = sum(sizes[file] for file in fresh)
         if not descriptions_only:
-            listener.note(f"downloading {named}: {len(fresh)} files, {total / 1e9:.2f} GB")
+            listener.note(f"downloading {named}: {counted(len(fresh), 'file')}, {total / 1e9:.2f} GB")
         with listener.progress("download", total, "bytes") as advance:
             bar = counter(advance)
             for file in fresh:

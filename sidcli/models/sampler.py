@@ -20,7 +20,7 @@ from sidcli.models.overrides import check_sampling
 from sidcli.models.sources import Source
 from sidcli.models.unet import TextEncoder, denoise, guided_predictions
 from sidcli.printable import json_text
-from sidcli.progress import Progress, silent
+from sidcli.progress import Progress, counted, silent
 
 T_INIT = 625
 """Timestep of the one-step generator in the paper, with sigma / a = 2.5."""
@@ -44,7 +44,7 @@ class Plan:
 
     def describe(self) -> str:
         if not self.grid:
-            return f"{self.steps} steps, guidance {self.guidance:g}"
+            return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}"
         return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
 
 
@@ -123,7 +123,7 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
         return student_plan(model.card, steps, guidance, model.source.name)
     check_sampling(steps, guidance)
     if steps is not None and steps > model.path.steps:
-        raise UsageError(f"{model.source.name} has {model.path.steps} timesteps; --steps {steps} is not possible")
+        raise UsageError(f"{model.source.name} has {counted(model.path.steps, 'timestep')}; --steps {steps} is not possible")
     return Plan(steps or TEACHER_STEPS, model.default_guidance if guidance is None else guidance)
 
 

@@ -19,7 +19,7 @@ from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
 from sidcli.objectives import OBJECTIVES
-from sidcli.progress import duration
+from sidcli.progress import counted, duration, plural
 from sidcli.report.charts import evenly, number
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
 from sidcli.settings import flat
@@ -127,15 +127,15 @@ def _goal(run: Run) -> tuple[str, ...]:
     score, images = goal.get("teacher_clip"), _whole(goal, "images")
     if not isinstance(score, float) or images is None:
         return ()
-    return (f"The teacher's own images of the {images} prompts of the proxies have a CLIP score of {score:.4f}.",)
+    return (f"The teacher's own images of the {counted(images, 'prompt')} of the proxies have a CLIP score of {score:.4f}.",)
 
 
 def _summary(run: Run) -> str:
     planned, skipped = _whole(run.config, "steps"), run.last("skipped")
     parts = [
         f"Step {number(run.done)}" + (f" of {number(planned)}" if planned else ""),
-        f"{number(run.images)} training images per network" if run.images else "",
-        f"{number(skipped)} updates left out" if skipped else "",
+        f"{number(run.images)} training {plural(run.images, 'image')} per network" if run.images else "",
+        f"{number(skipped)} {plural(skipped, 'update')} left out" if skipped else "",
     ]
     return " · ".join(part for part in parts if part)
 
@@ -160,7 +160,7 @@ def _overview(run: Run) -> Facts | None:
     hardware, cores, processes = run.record.get("hardware"), _whole(run.record, "cores"), _whole(run.record, "processes")
     if isinstance(hardware, str) and hardware:
         on_cpu = run.record.get("device") == "cpu"
-        pairs["Hardware"] = hardware + (f", {cores} core{'s' * (cores > 1)}" if on_cpu and cores else "")
+        pairs["Hardware"] = hardware + (f", {counted(cores, 'core')}" if on_cpu and cores else "")
         pairs["Hardware"] += f", {processes} processes" if processes and processes > 1 else ""
     return Facts("Overview", list(pairs.items()), is_open=True) if pairs else None
 

@@ -34,6 +34,7 @@ from sidcli.files import (
     sha256,
     write_json,
 )
+from sidcli.progress import counted
 from sidcli.training.intervals import KEEP
 
 FORMAT = 4
@@ -80,7 +81,7 @@ def check_room(root: Path, size: int, keep: int = KEEP, more: int = 0) -> None:
     fewer = f"--keep-checkpoints 1 needs {gigabytes(2 * size + more)}, or " if keep > 1 and free >= 2 * size + more else ""
     raise EnvironmentProblem(
         f"{root.parent} has {gigabytes(free)} of disk space free; the run needs {gigabytes(needed)} "
-        f"({missing} {'checkpoint' if missing == 1 else 'checkpoints'} of {gigabytes(size)}{' and the student' if more else ''})",
+        f"({counted(missing, 'checkpoint')} of {gigabytes(size)}{' and the student' if more else ''})",
         f"{fewer}make room, or choose another --output",
     )
 

@@ -43,7 +43,7 @@ from sidcli.formats.pictures import grid, save_png
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for
 from sidcli.models.sources import fingerprint
-from sidcli.progress import RunListener
+from sidcli.progress import RunListener, counted
 from sidcli.report.page import write
 from sidcli.report.run import run_page
 from sidcli.settings import DistillConfig, differences
@@ -478,13 +478,13 @@ def introduction(engine: Engine, output: Path) -> list[str]:
     """Return lines that describe a run before it starts: output, steps, batch, device and precision."""
     config, processes = engine.config, engine.distributed.count
     if engine.step == config.steps and (output / "student").is_dir():
-        return [f"{output} is finished: all {config.steps} steps are done; train longer with a higher --steps"]
+        return [f"{output} is finished after {counted(config.steps, 'step')}; train longer with a higher --steps"]
     accumulation = -(-config.batch_size // (processes * config.micro_batch))
-    split = f"micro-batch {config.micro_batch}, accumulation {accumulation}, {processes} process{'es' * (processes > 1)}"
+    split = f"micro-batch {config.micro_batch}, accumulation {accumulation}, {counted(processes, 'process')}"
     precision = "bf16" if engine.bf16 else "fp32"
     return [
         f"output: {output}; progress: {output / 'report.html'}",
-        f"{config.steps} steps of {config.batch_size} images ({split}), {engine.device}, {precision}",
+        f"{counted(config.steps, 'step')} of {counted(config.batch_size, 'image')} ({split}), {engine.device}, {precision}",
     ]
 
 

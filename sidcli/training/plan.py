@@ -40,7 +40,7 @@ from sidcli.models.overrides import Overrides
 from sidcli.models.sources import find
 from sidcli.models.unet import Cond, add_adapters, denoise, sizes
 from sidcli.objectives.base import TEACHER, Phase, Role
-from sidcli.progress import Listener, Silence, duration
+from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint
 
@@ -260,9 +260,14 @@ class Plan:
         rows += [("memory", f"at the peak {gigabytes(self.peak)}, off the device {gigabytes(self.main_memory)}")]
         if self.card:
             rows += [("fits", self.verdict(self.card))]
-        processes = f"{self.processes} {'process' if self.processes == 1 else 'processes'}"
+        processes = counted(self.processes, "process")
         rows += [("batch", f"{c.batch_size} = micro-batch {c.micro_batch} x accumulation {accumulation} x {processes}")]
-        rows += [("work", f"{c.steps} steps, {c.steps * c.batch_size} images, {self.flops_per_image / 1e12:.3g} TFLOP an image")]
+        rows += [
+            (
+                "work",
+                f"{counted(c.steps, 'step')}, {counted(c.steps * c.batch_size, 'image')}, {self.flops_per_image / 1e12:.3g} TFLOP an image",
+            )
+        ]
         rows += [("time", f"{about(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
         if self.seconds is not None or not self.estimates:
             rows += [("time", about(self.seconds))]
