@@ -283,14 +283,21 @@ def _open_own(path: Path, flags: int) -> TextIO:
 def read_json(file: Path, hint: str = "write the model again, or take another copy of it") -> dict[str, Any]:
     """Return the JSON object in a file. Raises InputError if the file does not exist or contains no JSON object."""
     try:
-        content = json.loads(read_bytes(file).decode("utf-8"))
+        content = read_bytes(file)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}", hint) from error
+    return json_object(content, str(file), hint)
+
+
+def json_object(content: bytes | str, place: str, hint: str) -> dict[str, Any]:
+    """Return the JSON object in a text. Raises InputError, naming the `place` of the text, if it is no JSON object."""
+    try:
+        value = json.loads(content.decode("utf-8") if isinstance(content, bytes) else content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is damaged: {error}", hint) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged: not a JSON object", hint)
-    return content
+        raise InputError(f"{place} is damaged: {error}", hint) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{place} is damaged: not a JSON object", hint)
+    return value
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 from sidcli import objectives
 from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes
+from sidcli.models.card import RENOISE
 from sidcli.models.overrides import PREDICTIONS
 from sidcli.objectives.base import Settings
 from sidcli.objectives.sid import SidSettings
 
 CHOICES = {
     "prediction_type": PREDICTIONS,
-    "renoise": ("ddim", "fixed", "fresh"),
+    "renoise": RENOISE,
     "optimizer": ("adam", "adam8bit"),
     "precision": ("auto", "fp32", "bf16"),
     "compile": ("auto", "on", "off"),

@@ -394,6 +394,7 @@ def test_graphs_that_lack_their_runtime_are_drawn_with_one_line(
 ) -> None:
     facts = {"format": "onnx", "size": (8, 8), "latent_shape": (4, 2, 2), "multiple": 0, "tokens": [77]}
     (tmp_path / "sid.json").write_text(json.dumps({"kind": "student", "t_init": 625, "graph": facts}))
+    (tmp_path / "tokenizer").mkdir()
     for name in ("text_encoder", "generator"):
         (tmp_path / f"{name}.onnx").touch()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

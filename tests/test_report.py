@@ -605,6 +605,12 @@ def test_a_damaged_file_costs_its_own_part_of_the_page_alone(folder: Path, name:
     Document(render(run.run_page(folder)))
 
 
+def test_a_card_with_an_invalid_entry_costs_its_own_part_of_the_page_alone(folder: Path) -> None:
+    before = {one.title for one in run.run_sections(folder)}
+    (folder / "student" / "sid.json").write_text(json.dumps(CARD | {"student_steps": -1}))
+    assert before - {one.title for one in run.run_sections(folder)} == {"Student", "How to run the student"}
+
+
 def test_lines_cut_short_and_values_that_are_no_numbers_are_left_out(folder: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 60, "ratio": NaN, "fake_loss": null, "note": "x", "generator_loss": [1]}\n[]\n{"ratio": 9}\n')

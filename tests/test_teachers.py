@@ -64,7 +64,8 @@ def test_weights_in_pickles_are_not_read_even_where_there_is_nothing_else(copied
 
 
 def test_exported_graphs_are_no_model(copied: Path) -> None:
-    (copied / "sid.json").write_text(json.dumps({"graph": {"format": "onnx"}}))
+    facts = {"format": "onnx", "size": [64, 64], "latent_shape": [4, 8, 8], "multiple": 0, "tokens": [77]}
+    (copied / "sid.json").write_text(json.dumps({"kind": "student", "t_init": 625, "graph": facts}))
     with pytest.raises(InputError, match="which only draw"):
         load(find(str(copied)))
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from transformers import CLIPTokenizer
 
-from sidcli.errors import EnvironmentProblem, InputError
-from sidcli.files import read_json
+from sidcli.errors import EnvironmentProblem, InputError, first_line, out_of_memory
 from sidcli.formats.graph import GENERATOR, GraphSampler, Run
 from sidcli.formats.order import require
+from sidcli.models.card import read_file
 
 SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 """Runtime -> suffixes of the files that it reads, in order of preference."""
@@ -33,16 +33,22 @@ def library(name: str) -> Any:
 
 def open_graphs(folder: Path, backend: str) -> GraphSampler:
     """Open a folder of graphs to draw on the CPU. Raises InputError if the backend cannot read the folder."""
-    card = read_json(folder / "sid.json")
+    card = read_file(folder / "sid.json")
     opener = OPENERS[backend]
     opened: dict[str, Run] = {}
     names = [name for name in ("text_encoder", "text_encoder_2") if (folder / name.replace("text_encoder", "tokenizer")).is_dir()]
+    if len(card["graph"]["tokens"]) != len(names):
+        raise InputError(
+            f"{folder / 'sid.json'}: graph.tokens is {card['graph']['tokens']}; it must have one number for each tokenizer in the folder,"
+            f" {len(names)}",
+            "export the model again",
+        )
     for name in [*names, GENERATOR]:
         found = [file for suffix in SUFFIXES[backend] if (file := folder / f"{name}{suffix}").is_file()]
         if not found:
             raise InputError(f"{folder} has no {name}{SUFFIXES[backend][0]}", f"sid export MODEL --format {backend} writes one")
         try:
-            opened[name] = opener(found[0])
+            opened[name] = _checked(opener(found[0]), found[0])
         except EnvironmentProblem:
             raise
         except Exception as error:  # each runtime raises its own types of errors
@@ -52,6 +58,20 @@ def open_graphs(folder: Path, backend: str) -> GraphSampler:
         CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"), local_files_only=True) for name in names
     ]
     return GraphSampler(card, tokenizers, opened)
+
+
+def _checked(run: Run, file: Path) -> Run:
+    """Return the function `run` of the graph in `file`; it raises InputError if the graph cannot compute its inputs."""
+
+    def checked(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return run(inputs)
+        except Exception as error:  # each runtime raises its own types of errors
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{file} cannot be run: {first_line(error)}", "export the model again") from error
+
+    return checked
 
 
 def _onnxruntime(file: Path) -> Run:

@@ -7,7 +7,6 @@ therefore cannot run code.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from transformers import CLIPTokenizer
 from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import read_json
+from sidcli.models import card as cards
 from sidcli.models import single_file
 from sidcli.models.codec import Codec, codec_factor
 from sidcli.models.compatibility import (
@@ -178,7 +178,8 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
         file = single_file.read(source.path, Path(overrides.model_config) if overrides.model_config else None, prediction)
         if file.assumed:
             listener.note(f"nothing says what {source.name} predicts: epsilon is assumed; --prediction-type v_prediction otherwise")
-        networks, scheduler_config, card = dict(file.configs), dict(file.scheduler_config), _card_in(file)
+        networks, scheduler_config = dict(file.configs), dict(file.scheduler_config)
+        card = cards.in_header(file.path, file.metadata)
         empty_is_zero = bool(FAMILIES[file.family].pipeline.get("force_zeros_for_empty_prompt", False))
         places = {name: f"{source.name}: the {single_file.TITLES[name]}" for name in networks}
     else:
@@ -197,6 +198,7 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
     size = _size(overrides, networks, places)
     _check_fit(source.name, networks, places)
     path = read_path(scheduler_config)
+    cards.check_start(card, cards.place_of(source.path), path.steps)
     texts = [name for name in networks if name.startswith("text_encoder")]
     tokenizers = tuple(_tokenizer(source, file, name, networks[name], places[name]) for name in texts)
     rehearse(networks, places, latent_shape(networks["unet"]), min(tokenizer.model_max_length for tokenizer in tokenizers))
@@ -411,15 +413,6 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
         known.card,
         known.empty_is_zero,
     )
-
-
-def _card_in(file: single_file.SingleFile) -> dict[str, Any]:
-    """Return the sid.json in the header of a single file that sid wrote, or {} for other files."""
-    try:
-        card = json.loads(file.metadata.get("sid.card", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return card if isinstance(card, dict) else {}
 
 
 def _network(known: Description, name: str) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError
-from sidcli.files import read_json, sha256
+from sidcli.files import sha256
+from sidcli.models import card
 from sidcli.models.hub import PARTS, PICKLES, fetch, needed
 from sidcli.progress import Listener, Silence
 
@@ -184,13 +185,13 @@ def fingerprint(source: Source) -> str:
 
 
 def read_card(source: Source) -> dict[str, Any]:
-    """Return the content of sid.json in a model's folder, or {} if there is none. Raises InputError if it cannot be read."""
+    """Return the content of sid.json in a model's folder, or {} if there is none. Raises InputError for an invalid card."""
     file = source.path / "sid.json"
-    return read_json(file) if file.is_file() else {}
+    return card.read_file(file) if file.is_file() else {}
 
 
 def graph_format(folder: Path) -> str | None:
     """Return `onnx`, `openvino` or `torch-export` for a folder of exported graphs, or None for other folders."""
     check_links(folder, parts=())
     file = folder / "sid.json"
-    return read_json(file).get("graph", {}).get("format") if file.is_file() else None
+    return card.read_file(file).get("graph", {}).get("format") if file.is_file() else None

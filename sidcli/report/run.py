@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
+from sidcli.models import card
 from sidcli.objectives import OBJECTIVES
 from sidcli.progress import counted, duration, plural
 from sidcli.report.charts import evenly, number
@@ -51,7 +52,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        student = _json(folder / "student" / "sid.json")
+        student = _json(folder / "student" / "sid.json", card.read_file)
         return cls(folder, _toml(folder / "config.toml"), _json(folder / "run.json"), student, _records(folder / "metrics.jsonl"))
 
     @property
@@ -307,8 +308,8 @@ def _toml(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, read: Callable[[Path], dict[str, Any]] = read_json) -> dict[str, Any]:
     try:
-        return read_json(file)
+        return read(file)
     except InputError:
         return {}
