@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from sidcli.errors import InputError
 from sidcli.formats import export
+from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.order import Order
 from sidcli.models.card import in_header
 from sidcli.models.loading import describe, load
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
+from sidcli.progress import Silence
 from tests import tiny_students
 from tests.inprocess import sid
 
@@ -122,3 +125,25 @@ def test_a_single_file_with_a_damaged_card_is_not_drawn_as_a_teacher(tmp_path: P
         with pytest.raises(InputError, match=said) as caught:
             load(find(str(file)))
         assert caught.value.message.startswith(f"sid.card in the header of {file}")
+
+
+class Notes(Silence):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_a_folder_with_the_scheduler_of_a_student_and_no_card_is_noted(sd_folder: Path, tmp_path: Path) -> None:
+    model = load(find(str(sd_folder)))
+    told, silent = Notes(), Notes()
+    write_student(tmp_path / "student", model, STUDENT)
+    assert describe(find(str(tmp_path / "student")), None, silent).is_student and describe(find(str(sd_folder)), None, silent)
+    assert silent.texts == []
+    (tmp_path / "student" / "sid.json").unlink()
+    assert not describe(find(str(tmp_path / "student")), None, told).is_student
+    (note,) = told.texts
+    assert "the scheduler of a student that starts at timestep 625, but no sid.json" in note
+    (tmp_path / "student" / "sid.json").write_text(note[note.index("{") : note.index("}") + 1])
+    assert plan_for(describe(find(str(tmp_path / "student")))) == plan_for(dataclasses.replace(model, card=STUDENT))

@@ -50,7 +50,8 @@ from sidcli.progress import Listener, Silence
 
 LARGEST = 8192
 """Maximum pixels on a side. A larger value is probably a typing error."""
-
+TIMESTEPS = 1000
+"""Timesteps of the published models' noise schedules."""
 
 STOCK = (None, "diffusers", "transformers", "stable_diffusion")
 """Libraries that a pipeline's classes may come from. diffusers lists its safety checker under the last name."""
@@ -192,6 +193,12 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
         file = None
         networks, scheduler_config, empty_is_zero = _read_folder(source)
         card = read_card(source)
+        if not card and is_truncated(scheduler_config):
+            start = scheduler_config["num_train_timesteps"] - 1
+            listener.note(
+                f"{source.name} has the scheduler of a student that starts at timestep {start}, but no sid.json: it is read as a teacher;"
+                f' put its sid.json back (for a one-step student {{"kind": "student", "t_init": {start}}} is enough)'
+            )
         if overrides.prediction_type != "auto":
             scheduler_config["prediction_type"] = overrides.prediction_type
         places = {name: str(source.part(name) / "config.json") for name in networks}
@@ -244,6 +251,12 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     if not source.missing:
         _check_files(source, names)
     return networks, scheduler, bool(index.get("force_zeros_for_empty_prompt", False)) and len(texts) == 2
+
+
+def is_truncated(scheduler: dict[str, Any]) -> bool:
+    """Return whether a scheduler configuration is one that sid writes for students: trailing Euler over the first timesteps only."""
+    kind = (scheduler["_class_name"], scheduler.get("timestep_spacing"))
+    return kind == ("EulerDiscreteScheduler", "trailing") and scheduler.get("num_train_timesteps", TIMESTEPS) < TIMESTEPS
 
 
 def _class_of(source: Source, index: dict[str, Any], part: str) -> str:
