@@ -1,5 +1,6 @@
 """From a folder to a single file, to a teacher, to a student, to each format and back through the library that reads it."""
 
+import copy
 import dataclasses
 import gc
 import json
@@ -575,6 +576,18 @@ def test_a_teacher_distills_and_draws_at_its_own_size_and_at_another(
     done = export.run(drawn, "diffusers", tmp_path / "out", Order(), True, lambda count: None)
     assert done.difference is not None and done.difference <= 1
     assert export.picture(drawn).shape == (*drawn.size, 3)
+
+
+@pytest.mark.check(10)
+@pytest.mark.parametrize("form", ["diffusers", "torch-export"])
+def test_an_export_that_draws_values_that_are_not_finite_is_refused(form: str, plain: Model, tmp_path: Path) -> None:
+    vae = copy.deepcopy(plain.vae)
+    vae.decoder.conv_in.weight.data.fill_(3e38)
+    with pytest.raises(
+        InputError, match="the image of 'a cat on a blue background' with seed 0 has values that are not finite"
+    ) as refused:
+        export.run(dataclasses.replace(plain, vae=vae), form, tmp_path / "out", Order(), True, lambda count: None)
+    assert "fp32" in refused.value.hint and not (tmp_path / "out").exists()
 
 
 def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:

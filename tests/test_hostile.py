@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sidcli.api import SILENT, sample
 from sidcli.data.imagefiles import open_images
 from sidcli.data.prompts import read_list
 from sidcli.errors import InputError
@@ -672,6 +673,19 @@ def test_large_weights_are_finite_although_their_sum_is_not(copied: Path) -> Non
     file = copied / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {NAMES["unet/diffusion_pytorch_model"]: torch.full((32,), 3e38)}, file, {"format": "pt"})
     load(find(str(copied)))
+
+
+@pytest.mark.check(10)
+def test_an_image_with_values_that_are_not_finite_is_not_written(copied: Path, tmp_path: Path) -> None:
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(
+        weights | {"decoder.conv_in.weight": torch.full_like(weights["decoder.conv_in.weight"], 3e38)}, file, {"format": "pt"}
+    )
+    with pytest.raises(InputError, match="the image of 'a cat' with seed 7 has values that are not finite") as refused:
+        sample("a cat", copied, steps=1, seed=7, output=tmp_path / "x.png", listener=SILENT)
+    assert refused.value.hint == f"a smaller --guidance, or another copy of {copied}, with weights in fp32"
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.check(24)

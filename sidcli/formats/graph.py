@@ -20,7 +20,7 @@ from sidcli.errors import UsageError
 from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import DTYPES, Order
-from sidcli.models.codec import Codec
+from sidcli.models.codec import Codec, to_bytes
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Plan, plan_for, seeded_noise
 from sidcli.models.unet import Cond, denoise, sizes
@@ -244,4 +244,5 @@ class GraphSampler:
             inputs |= {"text_embeds": pooled, "time_ids": np.tile(np.array(sizes(*self.size), np.float32), (len(prompts), 1))}
         drawn = self.opened[GENERATOR](inputs)[0]
         advance(len(prompts))
-        return torch.from_numpy((drawn * 255).round().astype(np.uint8)).permute(0, 2, 3, 1)
+        hint = "export the model again with --dtype fp32, or draw with the model that it was made from"
+        return to_bytes(torch.from_numpy(drawn).float(), prompts, seeds, hint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sidcli.errors import InputError
 
 
 def codec_factor(config: Mapping[str, Any]) -> int:
@@ -58,6 +60,16 @@ class Codec:
         return (images / 2 + 0.5).clamp(0, 1)
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Convert images float32 [B, 3, H, W] in 0..1 to uint8 [B, H, W, 3] on the CPU."""
+class NotFinite(InputError):
+    """Raised if a model draws an image with values that are not finite. A conversion to bytes would make it black."""
+
+
+def to_bytes(images: Tensor, prompts: Sequence[str], seeds: Sequence[int], hint: str) -> Tensor:
+    """Convert images float32 [B, 3, H, W] in 0..1 to uint8 [B, H, W, 3] on the CPU.
+
+    Raises NotFinite, with the first prompt and seed whose image has a value that is not finite.
+    """
+    for is_finite, prompt, seed in zip(images.isfinite().flatten(1).all(1).tolist(), prompts, seeds, strict=True):
+        if not is_finite:
+            raise NotFinite(f"the image of {prompt!r} with seed {seed} has values that are not finite", hint)
     return (images * 255).round().byte().permute(0, 2, 3, 1).cpu()

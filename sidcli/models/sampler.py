@@ -91,9 +91,14 @@ class Sampler:
         return many_steps(predict, noise[0], self.model.path, plan.steps)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to images uint8 [B, H, W, 3] on the CPU."""
-        return to_bytes(self.model.codec.to(self.device).decode(latents))
+    def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Decode the latents of prompts and image seeds to images uint8 [B, H, W, 3] on the CPU.
+
+        Raises NotFinite if an image has a value that is not finite.
+        """
+        copy = f"another copy of {self.model.source.name}, with weights in fp32"
+        hint = copy if self.model.is_student else f"a smaller --guidance, or {copy}"
+        return to_bytes(self.model.codec.to(self.device).decode(latents), prompts, seeds, hint)
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """Return images uint8 [B, H, W, 3] for prompts and image seeds; see `Drawer`."""
@@ -103,7 +108,7 @@ class Sampler:
             step = next(steps)
             advance(part, f"step {step}/{plan.steps}" if plan.steps > 1 else "")
 
-        images = self.decode(self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped))
+        images = self.decode(self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped), prompts, seeds)
         advance(part)
         return images
 

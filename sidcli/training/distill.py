@@ -40,6 +40,7 @@ from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.outputs import check_run
 from sidcli.formats.pictures import grid, save_png
+from sidcli.models.codec import NotFinite
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for
 from sidcli.models.sources import fingerprint
@@ -236,10 +237,14 @@ class Loop:
         student = self.engine.student()
         if self.engine.distributed.is_main:
             with suppress(Interrupted), self.stop.at_once():
-                if evaluate:
-                    self.evaluate(student)
+                try:
+                    if evaluate:
+                        self.evaluate(student)
+                    if paint:
+                        self.painter.paint(student)
+                except NotFinite as error:
+                    self.listener.note(f"step {self.engine.step}: {error.message}")
                 if paint:
-                    self.painter.paint(student)
                     write(run_page(self.output), self.output / "report.html")
             student.vae.to("cpu")  # training does not use the VAE
         stopped, _ = self.poll_stop()
