@@ -328,7 +328,8 @@ def check_writable(folder: Path, option: str = "--output") -> None:
         if place.is_symlink() and not place.exists():
             raise EnvironmentProblem(f"{place} is a link to a place that is not there", instead)
     if not existing.is_dir():
-        raise EnvironmentProblem(f"{existing} is a file, not a folder", instead)
+        kind = "a file" if existing.is_file() else "a device or a pipe"
+        raise EnvironmentProblem(f"{existing} is {kind}, not a folder", instead)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise EnvironmentProblem(f"no permission to write in {existing}", instead)
 

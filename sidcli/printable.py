@@ -27,6 +27,11 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def with_article(name: str) -> str:
+    """Return the name of a class with its indefinite article: an AutoencoderTiny, a UNet2DModel."""
+    return f"{'an' if name[:1] in tuple('AEIOaeio') else 'a'} {name}"
+
+
 def can_show(stream: TextIO, text: str) -> bool:
     """Return whether the encoding of a stream has every character of a text."""
     try:

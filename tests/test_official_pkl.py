@@ -499,7 +499,7 @@ def holding(**groups: Any) -> nn.Module:
 TREES = {
     "a bomb of names": (lambda: chain(30), "modules"),
     "a circle": (circle, "inside each other"),
-    "integers": (lambda: holding(_buffers={"steps": torch.tensor(1)}), "steps is a I64"),
+    "integers": (lambda: holding(_buffers={"steps": torch.tensor(1)}), "steps is an I64"),
     "a text for a weight": (lambda: holding(_parameters={"w": "text"}), "w is a str"),
     "a text for a module": (lambda: holding(_modules={"m": "text"}), "m is a str"),
     "a path for a name": (lambda: holding(_parameters={"../w": torch.zeros(1)}), "no dict of names"),

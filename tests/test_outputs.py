@@ -107,6 +107,7 @@ def test_every_output_option_refuses_what_cannot_be_before_torch_is_imported(tmp
     distill, sample, evaluate, write = ["distill", "-o"], ["sample", "a cat", "-o"], ["eval", "emoji"], ["export", "emoji", "-o"]
     cases = [
         ([*distill, "file"], "file is a file, not a folder"),
+        ([*distill, "/dev/null"], "/dev/null is a device or a pipe, not a folder"),
         ([*distill, "file/run"], "file is a file, not a folder"),
         ([*distill, "dangling/run"], "is a link to a place that is not there"),
         ([*distill, long], "cannot hold files"),

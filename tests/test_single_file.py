@@ -442,15 +442,29 @@ def test_files_that_are_no_safetensors_are_refused(files: dict[str, Path], tmp_p
     assert "is not a whole safetensors file" in refusal(tmp_path)
 
 
+@pytest.mark.check(24)
+def test_a_pointer_of_git_lfs_is_recognized(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 42\n")
+    assert refusal(file) == f"{file} is a Git LFS pointer, not the weights themselves -> run `git lfs pull` in its repository"
+
+
+def test_a_wrong_folder_of_descriptions_is_named_with_what_to_give(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder, said in ((tmp_path / "none", "none is not a folder"), (tmp_path / "empty", "config.json cannot be read")):
+        message = refusal(files["sd1"], config=folder)
+        assert said in message and message.endswith("-> give --model-config a diffusers folder of the same model family")
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA: weights that change another model"),
         ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "a LoRA"),
         ("control_model.input_blocks.0.0.weight", "a ControlNet"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a Stable Diffusion 3 model"),
         ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
-        ("emb_params", "a textual inversion"),
+        ("emb_params", "a textual inversion: an embedding for another model"),
         ("down_blocks.0.resnets.0.conv1.weight", "one network out of a diffusers folder"),
         ("encoder.layers.0.mlp.fc1.weight", "one network out of a diffusers folder"),
         ("input_blocks.0.0.weight", "a UNet alone"),

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sidcli.errors import InputError
+from sidcli.printable import with_article
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -145,10 +146,10 @@ OTHER_COPY = "take another copy of the model"
 def check_pipeline(name: str, index: Mapping[str, Any], parts: Sequence[str]) -> None:
     """Raises InputError if model_index.json names an unsupported pipeline or a component, not in `parts`, that affects images."""
     if index["_class_name"] not in PIPELINES:
-        raise InputError(f"{name} is a {index['_class_name']}, which is not supported", OTHER_MODEL)
+        raise InputError(f"{name} is {with_article(index['_class_name'])}, which is not supported", OTHER_MODEL)
     for part, entry in index.items():
         if part not in (*parts, *UNUSED_PARTS) and isinstance(entry, list) and entry and entry[-1] is not None:
-            raise InputError(f"{name} has a part that sid cannot use: {part}, a {entry[-1]}", OTHER_MODEL)
+            raise InputError(f"{name} has a part that sid cannot use: {part}, {with_article(str(entry[-1]))}", OTHER_MODEL)
 
 
 def check_scheduler_class(name: str, found: Any) -> None:

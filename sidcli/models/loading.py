@@ -46,6 +46,7 @@ from sidcli.models.rehearsal import rehearse
 from sidcli.models.sources import PARTS, Source, find, graph_format, read_card
 from sidcli.models.tokenizers import CLASSES as TOKENIZERS
 from sidcli.models.tokenizers import check_tokenizer, read_tokenizer
+from sidcli.printable import with_article
 from sidcli.progress import Listener, Silence
 
 LARGEST = 8192
@@ -216,11 +217,16 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     """Return a diffusers folder's network configurations, its scheduler configuration, and whether the empty prompt is zeros."""
     index = read_json(source.path / "model_index.json")
     kind = index.get("_class_name")
+    if kind is None:
+        raise InputError(
+            f"{source.path / 'model_index.json'} has no _class_name",
+            'add the class of the pipeline: "_class_name": "StableDiffusionPipeline"',
+        )
     if not isinstance(kind, str):
         raise InputError(f"{source.name} brings code of its own ({kind}), which is never run", "use a model of stock classes")
     texts = ["text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
     if kind.startswith("StableDiffusionXL") and len(texts) == 1:
-        raise InputError(f"{source.path / 'model_index.json'} is of a {kind} and names no text_encoder_2", OTHER_MODEL)
+        raise InputError(f"{source.path / 'model_index.json'} is of {with_article(kind)} and names no text_encoder_2", OTHER_MODEL)
     names = ["unet", "vae", *texts]
     refuse_code(source, index)
     check_pipeline(source.name, index, PARTS)
@@ -228,12 +234,15 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     for name in names:
         asked, wanted = _class_of(source, index, name), network_class(name).__name__
         if asked != wanted:
-            raise InputError(f"{source.name}: its {name} is a {asked}, not a {wanted}", "use a stock pipeline")
+            raise InputError(
+                f"{source.name}: its {name} is {with_article(asked)}, not {with_article(wanted)}", "use a stock pipeline"
+            )
         place = source.part(name) / "config.json"
         networks[name] = read_json(place)
         if networks[name].get("_class_name", asked) != asked:
             raise InputError(
-                f"{source.name}: its {name} is a {networks[name]['_class_name']}, not a {asked}", "use a stock pipeline"
+                f"{source.name}: its {name} is {with_article(str(networks[name]['_class_name']))}, not {with_article(asked)}",
+                "use a stock pipeline",
             )
         if "quantization_config" in networks[name]:
             raise InputError(f"{source.name}: its {name} is quantized", "use the model in half precision or better")
@@ -241,7 +250,7 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     for name in (text.replace("text_encoder", "tokenizer") for text in texts):
         asked = _class_of(source, index, name)
         if asked not in TOKENIZERS:
-            raise InputError(f"{source.name}: its {name} is a {asked}, not a CLIPTokenizer", OTHER_MODEL)
+            raise InputError(f"{source.name}: its {name} is {with_article(asked)}, not a CLIPTokenizer", OTHER_MODEL)
     check_scheduler_class(source.name, asked := _class_of(source, index, "scheduler"))
     place = source.part("scheduler") / "scheduler_config.json"
     scheduler = {"_class_name": asked} | read_json(place)
@@ -338,7 +347,7 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
             )
     if index["_class_name"] not in dir(diffusers):
         raise InputError(
-            f"{source.name} is a {index['_class_name']}, which diffusers does not know: code of its own, which is never run",
+            f"{source.name} is {with_article(index['_class_name'])}, which diffusers does not know: code of its own, which is never run",
             "use a stock pipeline",
         )
     described = [source.part(part) / name for part in PARTS for name in DESCRIBED]

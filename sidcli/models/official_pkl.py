@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.models.inert_pickle import HINT, MAGIC, Inert, Reader, View, shown, typename
+from sidcli.printable import with_article
 
 if TYPE_CHECKING:  # the child process does not import torch
     from torch import Tensor, nn
@@ -94,13 +95,13 @@ def network(data: bytes | memoryview) -> dict[str, View]:
     if content == MAGIC:
         raise InputError("written by torch.save: a training state or a state dict, not a released generator", HINT)
     if type(content) is not dict:
-        raise InputError(f"holds a {typename(content)}, not a dict with the key 'ema'", HINT)
+        raise InputError(f"holds {with_article(typename(content))}, not a dict with the key 'ema'", HINT)
     if "ema" not in content:
         found = ", ".join(shown(key) if type(key) is str else typename(key) for key in itertools.islice(content, 10)) or "none"
         raise InputError(f"has no key 'ema'; its keys: {found}", HINT)
     root = content["ema"]
     if type(root) is not Inert or "_modules" not in root.state:
-        raise InputError(f"its 'ema' is a {typename(root)}, not a network", HINT)
+        raise InputError(f"its 'ema' is {with_article(typename(root))}, not a network", HINT)
     return dict(walk(root))
 
 
@@ -119,11 +120,11 @@ def walk(root: Inert) -> Iterator[tuple[str, View]]:
                     continue
                 if type(value) is not View or value.dtype not in FLOATS:
                     what = value.dtype if type(value) is View else typename(value)
-                    raise InputError(f"{prefix}{name} is a {what}, not a tensor of floats", HINT)
+                    raise InputError(f"{prefix}{name} is {with_article(str(what))}, not a tensor of floats", HINT)
                 yield prefix + name, value
         for name, value in reversed(members(module, "_modules")):
             if type(value) is not Inert:
-                raise InputError(f"{prefix}{name} is a {typename(value)}, not a module", HINT)
+                raise InputError(f"{prefix}{name} is {with_article(typename(value))}, not a module", HINT)
             if prefix.count(".") == DEPTH:
                 raise InputError(f"more than {DEPTH} modules inside each other: no network has as many", HINT)
             waiting.append((f"{prefix}{name}.", value))

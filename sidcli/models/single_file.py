@@ -42,13 +42,13 @@ ARCHITECTURES = {
 """(Family, prediction type) -> architecture in the model specification that programs write to headers (modelspec.*)."""
 
 OTHERS = (
-    (r"lora_|lycoris_|\.hada_|\.lokr_|\.oft_", "a LoRA, which changes a model and is none"),
+    (r"lora_|lycoris_|\.hada_|\.lokr_|\.oft_", "a LoRA: weights that change another model"),
     (r"^control_model\.|^controlnet_|^input_hint_block\.", "a ControlNet"),
     (r"motion_modules\.", "a motion module"),
     (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
     (r"(^|\.)double_blocks\.", "a Flux model"),
     (r"^edm_(mean|std)$|^edm_vpred\.", "a model of continuous (EDM) noise levels"),
-    (r"^(emb_params|string_to_param|clip_[gl])(\.|$)", "a textual inversion"),
+    (r"^(emb_params|string_to_param|clip_[gl])(\.|$)", "a textual inversion: an embedding for another model"),
     (r"^(down_blocks|decoder\.up_blocks|encoder\.layers|text_model)\.", "one network out of a diffusers folder"),
     (r"^input_blocks\.", "a UNet alone"),
     (r"^decoder\.up\.", "a VAE alone"),
@@ -60,6 +60,8 @@ WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 MAX_HEADER = 1 << 23
 """Maximum bytes of a header. safetensors allows 100 MB and allocates ten times the header. SDXL's has 0.4 MB; training metadata can
 add a few MB."""
+LFS = b"version https://git-lfs.github.com/spec/v1"
+"""Start of the text file that git checks out in place of a large file if Git LFS did not fetch it."""
 MAX_YAML = 1 << 16
 """Maximum bytes of a .yaml next to a file. The published ones have 4 kB."""
 SPARE = re.compile(
@@ -128,7 +130,10 @@ def opened(path: Path) -> Iterator[Any]:
     hint = "download it again, or convert the model to safetensors"
     try:
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
+            start = file.read(len(LFS))
+        header = int.from_bytes(start[:8], "little")
+        if start == LFS:
+            raise InputError(f"{path} is a Git LFS pointer, not the weights themselves", "run `git lfs pull` in its repository")
         size = path.stat().st_size
         if header > size - 8:
             raise InputError(f"{path} is not a whole safetensors file: its header would have {header} bytes, it has {size}", hint)
@@ -345,16 +350,22 @@ def trimmed(shape: Sequence[int]) -> list[int]:
 def from_folder(folder: Path) -> Description:
     """Return the configurations in the JSON files of a diffusers folder. Raises InputError if a file is missing, if sid does not
     support a configuration, or if a link leads out of the folder."""
+    hint = "give --model-config a diffusers folder of the same model family"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint)
     check_links(folder)
 
     def place(name: str) -> Path:
         return folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
 
     def content(name: str) -> dict[str, Any]:
-        return read_json(place(name), "pass a diffusers folder of the same architecture")
+        return read_json(place(name), hint)
 
-    components = {name: content(name) for name in PREFIXES[family_of(content("unet"))]}
-    return checked(components, content("scheduler"), lambda name: str(place(name)))
+    try:
+        components = {name: content(name) for name in PREFIXES[family_of(content("unet"))]}
+        return checked(components, content("scheduler"), lambda name: str(place(name)))
+    except InputError as error:
+        raise InputError(error.message, hint) from error
 
 
 def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:

@@ -19,6 +19,7 @@ from sidcli.files import read_bytes, read_json
 from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, shown, whole
 from sidcli.models.families import MAX_TOKENS
 from sidcli.models.hub import has_vocabulary
+from sidcli.printable import with_article
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNSPECIFIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -49,7 +50,7 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str
         settings = read_json(folder / "tokenizer_config.json")
         found, length = settings.get("tokenizer_class"), settings.get("model_max_length", MAX_TOKENS)
         if found not in CLASSES and found not in UNSPECIFIC:
-            raise InputError(f"{folder} holds a {found}, not a CLIPTokenizer", OTHER_MODEL)
+            raise InputError(f"{folder} holds {with_article(str(found))}, not a CLIPTokenizer", OTHER_MODEL)
         if not isinstance(length, int | float) or not length >= 3:
             raise InputError(f"{folder}: model_max_length is {shown(length)}; it must be a number of tokens", OTHER_COPY)
     if not has_vocabulary(files):
@@ -85,7 +86,9 @@ def check_merges(tokenizer: Any, place: str) -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE":
-        raise InputError(f"{place} holds a {model['type']} tokenizer, not the byte-pair encoding of CLIP", OTHER_COPY)
+        raise InputError(
+            f"{place} holds {with_article(str(model['type']))} tokenizer, not the byte-pair encoding of CLIP", OTHER_COPY
+        )
     lost = len(model["vocab"]) - LETTERS - len(content["added_tokens"]) - len(model["merges"])
     if lost > len(model["vocab"]) / 100:
         raise InputError(f"{place} lacks merges: no merge makes {lost} of its {len(model['vocab'])} tokens", OTHER_COPY)
