@@ -253,12 +253,13 @@ def distill(
     request.check(False, bool(intervals.eval), tracker, checkpoint)
     prompts = request.prompts(listener)
     resolved, _ = request.resolve(listener, device)
+    from sidcli.data.prompts import BUILT_IN
     from sidcli.models.loading import open_model
     from sidcli.training import distill as driver
     from sidcli.training import plan
 
     plan.check(resolved, request.folder, intervals.keep, listener)
-    if "prompts" not in request.own and resolved.prompts in ("emoji", "general"):
+    if "prompts" not in request.own and resolved.prompts in BUILT_IN:
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
     known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)
     loaded = open_model(request.teacher, listener, known)

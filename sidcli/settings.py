@@ -52,7 +52,7 @@ class DistillConfig:
     objective: Settings = field(default_factory=SidSettings)
     """The distillation method, with its own settings."""
     prompts: str = "auto"
-    """Text with one prompt per line, .csv, .tsv, .jsonl or .json; or general or emoji, which are built in."""
+    """Text with one prompt per line, .csv, .tsv, .jsonl or .json; or general, emoji or emoji-nouns, which are built in."""
     column: str = ""
     """Column of a table given as --prompts."""
     t_init: int = 625

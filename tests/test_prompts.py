@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sidcli import evaluate
-from sidcli.data.prompts import Grammar, open_prompts, read_list
+from sidcli.data.prompts import BUILT_IN, Grammar, open_prompts, read_list
+from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
 from sidcli.progress import Silence
@@ -22,7 +23,15 @@ def test_the_general_grammar_yields_over_a_million_prompts_and_rarely_repeats() 
     assert not any("{" in text for text in drawn)
 
 
-@pytest.mark.parametrize("source", ["general", "emoji"])
+def test_half_of_the_prompts_of_emoji_nouns_are_a_noun_alone_and_the_others_those_of_emoji() -> None:
+    mixed, captions = open_prompts("emoji-nouns"), open_prompts("emoji")
+    drawn = [(mixed.at(0, position), captions.at(0, position)) for position in range(2000)]
+    others = [prompt for prompt, caption in drawn if prompt != caption]
+    assert 900 < len(others) < 1100
+    assert set(others) == {world.bare_caption(index) for index in range(len(world.NOUN_LIST))}
+
+
+@pytest.mark.parametrize("source", BUILT_IN)
 def test_a_prompt_is_a_function_of_seed_and_position(source: str) -> None:
     prompts = open_prompts(source)
     assert prompts.at(0, 5) == prompts.at(0, 5)
@@ -263,7 +272,7 @@ def test_a_column_that_is_not_there_is_a_mistake_in_the_command(tmp_path: Path, 
 
 
 def test_built_in_prompts_have_no_columns() -> None:
-    for source in ("emoji", "general"):
+    for source in BUILT_IN:
         with pytest.raises(UsageError, match="have no columns"):
             open_prompts(source, "caption")
     with pytest.raises(UsageError, match="have no columns"):

@@ -139,7 +139,7 @@ def _option(name: str, panel: str | None) -> inspect.Parameter:
         kind = Literal[choices]
     option = typer.Option(
         rich_help_panel=panel,
-        autocompletion=one_of("emoji", "general") if name == "prompts" else None,
+        autocompletion=one_of("general", "emoji", "emoji-nouns") if name == "prompts" else None,
         show_default=SHOWN.get(name) or _default(owner, name),
         help=HELP[owner][name],
     )

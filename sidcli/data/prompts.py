@@ -1,6 +1,6 @@
 """Prompt sources. A source returns the prompt at position i, which is a function of (seed, i) alone.
 
-- `emoji`: captions of the emoji world, endless;
+- `emoji`: captions of the emoji world, endless; `emoji-nouns`: the same, but every second prompt on average is a noun alone;
 - `general`: a grammar of everyday subjects, attributes, places, styles, light and lenses (`prompts/general.json`), over a million
   distinct prompts;
 - a path: a .txt list with one prompt per line; a .csv, .tsv or .jsonl, from which one column is read; or a .json with COCO's
@@ -28,6 +28,8 @@ from sidcli.files import read_bytes, size_of
 from sidcli.progress import counted
 from sidcli.randomness import numpy_generator
 
+BUILT_IN = ("general", "emoji", "emoji-nouns")
+"""Names of the prompt sources that are no files."""
 MAX_BYTES = 1 << 30
 MAX_JSON = 1 << 27
 """Maximum size of a .json in bytes; it is read as a whole. COCO's largest file, the captions of train2014, has half this size."""
@@ -109,14 +111,19 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EmojiPrompts:
-    """Captions of the emoji world's training split."""
+    """Captions of the emoji world's training split. A share `bare` of the prompts is a noun alone, such as "a key"."""
 
     name: str = "emoji"
     digest: str = "emoji-1"
+    bare: float = 0.0
 
     def at(self, seed: int, position: int) -> str:
         from sidcli.emoji import world
 
+        if self.bare:
+            rng = numpy_generator(seed, "bare nouns", position)
+            if rng.random() < self.bare:
+                return world.bare_caption(int(rng.integers(len(world.NOUN_LIST))))
         return world.caption(world.scene(world.PROMPT_SEED, position), seed, position, "train").text
 
 
@@ -260,14 +267,16 @@ def _prompt_list(path: Path, texts: Iterable[str], column: str = "") -> PromptLi
 
 
 def open_prompts(source: str, column: str = "") -> Prompts:
-    """Open the prompt source `emoji` or `general`, or the list at a path, from which `column` is read.
+    """Open a prompt source of BUILT_IN, or the list at a path, from which `column` is read.
 
     Raises InputError if the source does not exist, UsageError if `column` is given for a source without columns.
     """
-    if column and source in ("emoji", "general"):
+    if column and source in BUILT_IN:
         raise UsageError(f"--column {column}: the prompts {source!r} have no columns", "--prompts FILE, or leave --column out")
     if source == "emoji":
         return EmojiPrompts()
+    if source == "emoji-nouns":
+        return EmojiPrompts("emoji-nouns", "emoji-nouns-1", 0.5)
     if source == "general":
         return Grammar.read(shipped_folder() / "general.json")
     return read_list(Path(source), column)

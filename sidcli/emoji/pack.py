@@ -60,6 +60,7 @@ def pack_student(run: Path) -> None:
             )
     for name in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(WEIGHTS / "student" / name)
+    (WEIGHTS / "student" / "README.md").unlink()
 
 
 def main() -> None:

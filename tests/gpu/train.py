@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 
-from sidcli.data.prompts import Prompts, open_prompts
-from sidcli.emoji import world
+from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.models.loading import load, quiet_libraries
 from sidcli.models.sources import find
 from sidcli.objectives.sid import SidSettings
-from sidcli.randomness import numpy_generator
 from sidcli.settings import PRESETS, DistillConfig
 from sidcli.training.distill import student_card
 from tests.gpu.graphs import attach
@@ -35,37 +33,15 @@ PARTS = (50, 100)
 """Percent of the time at which a student is written."""
 
 
-@dataclasses.dataclass(frozen=True)
-class WithBare:
-    """The prompts of a list, but for a share of the positions a noun alone."""
-
-    prompts: Prompts
-    share: float
-
-    @property
-    def name(self) -> str:
-        return self.prompts.name
-
-    @property
-    def digest(self) -> str:
-        return f"{self.prompts.digest} bare {self.share:g}"
-
-    def at(self, seed: int, position: int) -> str:
-        rng = numpy_generator(seed, "bare nouns", position)
-        if rng.random() >= self.share:
-            return self.prompts.at(seed, position)
-        return world.bare_caption(int(rng.integers(len(world.NOUN_LIST))))
-
-
 def train(file: Path, device: str, folder: Path, name: str, seconds: float, given: dict[str, Any]) -> None:
     started = time.monotonic()
     given = dict(given)
-    graphs, last, bare = given.pop("graphs", False), given.pop("steps", 0), given.pop("bare", 0.0)
+    graphs, last, source = given.pop("graphs", False), given.pop("steps", 0), given.pop("prompts", "emoji")
     size = int(given.get("batch_size", 256))
     base = PRESETS["emoji"] | {"batch_size": size, "micro_batch": size, "precision": PRECISION, "compile": "off"}
     objective = SidSettings(**given.pop("objective", {}))
-    config = DistillConfig(teacher="emoji-teacher", prompts="emoji", objective=objective, **(base | given))
-    prompts = WithBare(open_prompts("emoji"), bare)
+    config = DistillConfig(teacher="emoji-teacher", prompts=source, objective=objective, **(base | given))
+    prompts = open_prompts(source)
     engine = Engine(load(find("emoji-teacher")), config, prompts, torch.device(device))
     if graphs:
         attach(engine)
@@ -93,7 +69,7 @@ def train(file: Path, device: str, folder: Path, name: str, seconds: float, give
                 "images": engine.images,
                 "seconds": round(time.monotonic() - begun, 1),
                 "graphs": graphs,
-                "bare": bare,
+                "prompts": source,
                 "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_available() else None,
                 "objective": dataclasses.asdict(objective),
                 **given,

@@ -35,7 +35,7 @@ EVALUATION = 150.0
 
 KEPT = 3
 """Number of students to keep, those with the lowest FID; they have 16 MB each."""
-LARGE = {"batch_size": 256, "lr": 3e-4, "ema_images": 40_000.0, "kappa": 1.5, "bare": 0.5}
+LARGE = {"batch_size": 256, "lr": 3e-4, "ema_images": 40_000.0, "kappa": 1.5, "prompts": "emoji-nouns"}
 SMALL = {"batch_size": 16, "lr": 1e-4, "ema_images": 500.0, "kappa": 2.0, "steps": 600}
 TRAININGS: dict[str, dict[str, Any]] = {
     "bare": LARGE,
