@@ -280,6 +280,21 @@ def _open_own(path: Path, flags: int) -> TextIO:
     return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "r+", encoding="utf-8")
 
 
+NOT_READ = "check its permissions, or take another copy of it"
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Context that raises InputError if a file or folder below `path` cannot be read, for example without permission."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}",
+            "check its permissions, or take another copy of it",
+        ) from error
+
+
 def read_json(file: Path, hint: str = "write the model again, or take another copy of it") -> dict[str, Any]:
     """Return the JSON object in a file. Raises InputError if the file does not exist or contains no JSON object."""
     try:
@@ -330,8 +345,8 @@ def check_writable(folder: Path, option: str = "--output") -> None:
     if not existing.is_dir():
         kind = "a file" if existing.is_file() else "a device or a pipe"
         raise EnvironmentProblem(f"{existing} is {kind}, not a folder", instead)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise EnvironmentProblem(f"no permission to write in {existing}", instead)
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"no permission to read and write in {existing}", instead)
 
 
 def check_new(files: Sequence[Path], option: str, overwrite: bool) -> None:

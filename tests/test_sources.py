@@ -43,7 +43,7 @@ def test_owner_and_name_are_an_id_of_the_hub(name: str, asked: list[str]) -> Non
         ("models/second", "a model of that name on the hub is models/second@main"),
         ("a/b/c", "pass a path"),
         ("./x", "pass a path"),
-        ("/x/y", "pass a path"),
+        ("/x/y", "check the path"),
         ("~nobody-of-that-name/x", "pass a path"),
         ("emoji-techer", "did you mean emoji-teacher?"),
         ("", "pass a path"),

@@ -14,6 +14,7 @@ from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.protocols import Captions, Protocol
 from sidcli.evaluation.spec import ModelSpec
+from sidcli.files import readable
 from sidcli.models.loading import Description, describe, load
 from sidcli.models.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
@@ -52,7 +53,9 @@ def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolve
     """
     path = Path(spec.name)
     models = ("model_index.json", "sid.json", "config.toml", "student", "student.safetensors")
-    if path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models)):
+    with readable(path):
+        has_images = path.suffix.lower() == ".zip" or (path.is_dir() and not any((path / name).exists() for name in models))
+    if has_images:
         if spec.own:
             raise UsageError(f"{spec.name} holds images, which steps= and guidance= do not change", "leave them out")
         files = open_images(path)

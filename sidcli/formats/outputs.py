@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sidcli.errors import UsageError
+from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.files import check_new, check_writable
 from sidcli.formats.png import RECORD_BYTES, text_before_pixels
 
@@ -119,7 +119,21 @@ def check_run(folder: Path) -> None:
     """Raises EnvironmentProblem if a run folder cannot be written, and UsageError if `folder` is not empty and not a run folder."""
     check_writable(folder)
     if any(os.path.lexists(folder / name) for name in RUN):
+        check_parts(folder)
         return
     others = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
     if others:
         raise UsageError(f"'{folder}' is not a run folder and not empty: it holds {others[0]}", "choose another --output")
+
+
+def check_parts(folder: Path) -> None:
+    """Raises EnvironmentProblem if a folder or a file that a continued run reads and writes is of another type or not permitted."""
+    for name in ("checkpoints", "samples"):
+        check_writable(folder / name)
+    for file in (folder / name for name in ("config.toml", "run.json", "metrics.jsonl", "report.html")):
+        if file.is_dir():
+            raise EnvironmentProblem(
+                f"{file} is a folder; the run needs a file of this name", "remove it, or choose another --output"
+            )
+        if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+            raise EnvironmentProblem(f"no permission to read and write {file}", "choose another --output")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sidcli.errors import InputError
-from sidcli.files import read_json, sha256
+from sidcli.files import read_json, readable, sha256
 from sidcli.metrics.transforms import quantized
 from sidcli.models.sources import check_links
 
@@ -35,6 +35,12 @@ class Clip:
 
     def __init__(self, model: str, device: torch.device, hint: str):
         self.model, self.device, self.hint = model, device, hint
+        with readable(model):
+            self._identify()
+
+    def _identify(self) -> None:
+        """Set `folder`, `architecture`, `tag` and `name`. Raises InputError if the model does not exist, OSError if it cannot be read."""
+        model, hint = self.model, self.hint
         self.folder = Path(model) if Path(model).is_dir() else None
         self.architecture, _, self.tag = model.rpartition(":")
         weights = Path(self.tag)

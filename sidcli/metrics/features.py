@@ -23,7 +23,7 @@ from torch import Tensor
 from sidcli.emoji.classifier import Classifier
 from sidcli.emoji.world import SIZE
 from sidcli.errors import InputError
-from sidcli.files import MAX_DESCRIPTION, sha256
+from sidcli.files import MAX_DESCRIPTION, readable, sha256
 from sidcli.metrics.weights import INCEPTION
 from sidcli.models.sources import WEIGHTS, check_links
 
@@ -125,10 +125,13 @@ class InceptionFeatures:
     reads_captions = False
 
     def __init__(self, file: Path, device: torch.device):
-        if not file.is_file():
-            raise InputError(f"no file {file}", f"--inception takes {INCEPTION.name} in TorchScript, or leave it out to fetch it")
+        with readable(file):
+            if not file.is_file():
+                raise InputError(
+                    f"no file {file}", f"--inception takes {INCEPTION.name} in TorchScript, or leave it out to fetch it"
+                )
+            digest = sha256(file)
         self.file, self.device = file, device
-        digest = sha256(file)
         self.published = digest == INCEPTION.sha256
         self.name = f"inception {digest[:12]}"
 
@@ -168,7 +171,8 @@ class DinoFeatures:
     @property
     def name(self) -> str:
         files = [Path(self.model) / name for name in ("config.json", "model.safetensors")]
-        known = " ".join(sha256(file)[:12] for file in files) if all(file.is_file() for file in files) else self.model
+        with readable(self.model):
+            known = " ".join(sha256(file)[:12] for file in files) if all(file.is_file() for file in files) else self.model
         return f"dinov2 {known}, {DINO_SIZE} pixels"
 
     @cached_property

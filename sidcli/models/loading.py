@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 
 from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError, UsageError, first_line
-from sidcli.files import read_json
+from sidcli.files import read_json, readable
 from sidcli.models import card as cards
 from sidcli.models import single_file
 from sidcli.models.codec import Codec, codec_factor
@@ -167,7 +167,8 @@ def describe(source: Source, overrides: Overrides | None = None, listener: Liste
     XL, contains custom code, or needs something that sid does not compute.
     """
     try:
-        return _described(source, overrides or Overrides(), listener or Silence())
+        with readable(source.name):
+            return _described(source, overrides or Overrides(), listener or Silence())
     except DAMAGE as error:  # an entry is missing, has the wrong type, or is an invalid network size
         raise InputError(
             f"the description of {source.name} is damaged: {type(error).__name__} {error}", "take another copy of the model"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sidcli.errors import InputError, first_line
-from sidcli.files import atomic_file, read_bytes, read_json, save_tensors
+from sidcli.files import NOT_READ, atomic_file, read_bytes, read_json, save_tensors
 from sidcli.models.compatibility import check_entries, check_schedule, check_scheduler_class
 from sidcli.models.families import FAMILIES, TEXT_KEYS, build, describe, family_of
 from sidcli.models.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
@@ -144,6 +144,8 @@ def opened(path: Path) -> Iterator[Any]:
             )
         with safe_open(path, "pt") as file:
             yield file
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", NOT_READ) from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is not a whole safetensors file: {faulty(path)}{error}", hint) from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError
-from sidcli.files import sha256
+from sidcli.files import NOT_READ, readable, sha256
 from sidcli.models import card
 from sidcli.models.hub import PARTS, PICKLES, fetch, needed
 from sidcli.progress import Listener, Silence
@@ -86,6 +86,12 @@ def find(name: str, listener: Listener | None = None, descriptions_only: bool = 
             fetched = fetch(name, listener or Silence(), descriptions_only)
             return Source(name, fetched.folder, f"hub:{fetched.repo}", fetched.revision, fetched.missing)
         raise not_found(name, path)
+    with readable(path):
+        return _local(name, path)
+
+
+def _local(name: str, path: Path) -> Source:
+    """Return the source of a path that exists. Raises InputError if it is no model."""
     suffix = "" if path.is_dir() else path.suffix.lower()
     if suffix == ".pkl":
         raise InputError(
@@ -137,6 +143,8 @@ def not_found(name: str, path: Path) -> InputError:
         hint = f"did you mean {path.parent / close[0]}?"
     elif re.fullmatch(HUB_ID, name, re.ASCII) and not name.lower().endswith(FILES) and not name.startswith("runs/"):
         hint = f"check the path; a model of that name on the hub is {name}@main"
+    elif path.is_absolute():
+        hint = "check the path"
     else:
         hint = f"pass a path, OWNER/NAME of the hub, or one of {', '.join(EMBEDDED)}"
     return InputError(f"no model {name!r}: there is no such file or folder", hint)
@@ -165,7 +173,7 @@ def check_links(folder: Path, parts: Collection[str] = PARTS) -> None:
                 raise InputError(f"{entry} is neither a file nor a folder", "take another copy of the model")
     except (OSError, RuntimeError) as error:  # RuntimeError: a link loop
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{folder} cannot be read as a folder: {reason}", "take another copy of the model") from error
+        raise InputError(f"{folder} cannot be read as a folder: {reason}", NOT_READ) from error
 
 
 def fingerprint(source: Source) -> str:
