@@ -72,10 +72,10 @@ class Bars:
 
 
 def load(
-    name: str,
+    name: PathLike,
     *,
     prediction_type: str = "auto",
-    model_config: str = "",
+    model_config: PathLike = "",
     width: int = 0,
     height: int = 0,
     listener: Listener | None = None,
@@ -95,7 +95,9 @@ def load(
         InputError: If the model is not found, is damaged, or is of a kind that sid does not support.
         UsageError: If an argument has an invalid value.
     """
-    known = Overrides(prediction_type, model_config, width, height)
+    name = _name("name", name)
+    _check_types(width=(width, int), height=(height, int))
+    known = Overrides(prediction_type, os.fspath(model_config), width, height)
     from sidcli.models.loading import open_model
 
     return open_model(name, listener or Bars(), known)
@@ -114,7 +116,7 @@ def sample(
     width: int = 0,
     height: int = 0,
     prediction_type: str = "auto",
-    model_config: str = "",
+    model_config: PathLike = "",
     backend: str = "auto",
     batch_size: int = 16,
     device: str = "auto",
@@ -142,33 +144,31 @@ def sample(
         UsageError: If an argument has an invalid value, or a file exists and `overwrite` is False.
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
-    if any(not text.strip() for text in texts):
-        raise UsageError("an empty prompt", "describe what to draw")
+    numbers = {"num": (num, int), "seed": (seed, int), "steps": (steps, int), "batch_size": (batch_size, int)}
+    _check_types(**numbers, guidance=(guidance, float), width=(width, int), height=(height, int))
+    texts = _prompts(prompts)
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     check_name(device)
-    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     count = len(texts) * num
     places = Places.of(output, count) if output is not None else None
     if places:
         places.check(overwrite)
-    known = Overrides(prediction_type, model_config, width, height)
-    if not isinstance(model, str) and known != Overrides():
+    known = Overrides(prediction_type, os.fspath(model_config), width, height)
+    given = _name("model", model) if isinstance(model, str | os.PathLike) or not hasattr(model, "unet") else model
+    if not isinstance(given, str) and known != Overrides():
         raise UsageError("a loaded model has its size and prediction already", "give them to load()")
     listener = listener or Bars()
     from sidcli.models.sources import graph_format, read_card
 
-    if not (isinstance(model, str) and Path(model).is_dir() and graph_format(Path(model))):
+    if not (isinstance(given, str) and Path(given).is_dir() and graph_format(Path(given))):
         pick_device(device)  # before libraries that take seconds to import
     from sidcli.emoji import vocabulary
     from sidcli.formats import images
 
-    opened = images.open_drawer(model, backend, device, steps, guidance, listener, known)
+    opened = images.open_drawer(given, backend, device, steps, guidance, listener, known)
     if read_card(opened.source).get("world") == "emoji" and (about := vocabulary.remark(texts, opened.source.name)):
         listener.note(about)
     listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
@@ -185,7 +185,7 @@ def sample(
 
 
 def distill(
-    teacher: str | None = None,
+    teacher: PathLike | None = None,
     output: PathLike | None = None,
     *,
     objective: str | None = None,
@@ -234,8 +234,10 @@ def distill(
         Interrupted: If a signal stopped the run; the state is saved first.
         SidError: If the training diverged.
     """
+    _check_types(guidance=(guidance, float), lr=(lr, float), images=(images, int), objective=(objective, str))
+    settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     request = Request.of(
-        teacher,
+        None if teacher is None else _name("teacher", teacher),
         Path(output) if output else None,
         objective,
         guidance,
@@ -267,7 +269,7 @@ def distill(
 
 
 def evaluate(
-    models: str | ModelSpec | Sequence[str | ModelSpec] = ("emoji", "emoji-teacher"),
+    models: PathLike | ModelSpec | Sequence[PathLike | ModelSpec] = ("emoji", "emoji-teacher"),
     metrics: str | Sequence[str] = (),
     *,
     everything: bool = False,
@@ -282,9 +284,9 @@ def evaluate(
     untrained: int = 0,
     bounds: Sequence[Bound] = (),
     inception: PathLike | None = None,
-    clip_model: str | None = None,
-    cmmd_model: str | None = None,
-    dino_model: str | None = None,
+    clip_model: PathLike | None = None,
+    cmmd_model: PathLike | None = None,
+    dino_model: PathLike | None = None,
     image_folder: PathLike | None = None,
     batch_size: int = 50,
     device: str = "auto",
@@ -316,23 +318,29 @@ def evaluate(
         UsageError: If the protocol does not support the request.
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
+    numbers = {"num": (num, int), "seed": (seed, int), "steps": (steps, int), "batch_size": (batch_size, int)}
+    _check_types(**numbers, guidance=(guidance, float), untrained=(untrained, int))
+    if not 0 <= untrained <= 100:
+        raise UsageError(f"--untrained must be at least 0 and at most 100, not {untrained}")
     check_protocol(protocol)
     check_column(column, prompts)
     _check_least(batch_size=batch_size, num=num)
     check_name(device)
-    listed = [models] if isinstance(models, str | ModelSpec) else models
+    listed = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not listed:
         raise UsageError("nothing to measure: no model given", "a model's name, or a folder of images")
     folder = Path(image_folder) if image_folder else None
     if folder:
         check_writable(folder, "--image-folder")
     request = Evaluation(
-        models=[ModelSpec.parse(one, steps, guidance) if isinstance(one, str) else one for one in listed],
+        models=[one if isinstance(one, ModelSpec) else ModelSpec.parse(_name("models", one), steps, guidance) for one in listed],
         metrics=[metrics] if isinstance(metrics, str) else metrics,
         everything=everything,
         bounds=bounds,
         protocol=Rules(protocol, _path(reference), _path(prompts), column, num, seed, untrained),
-        networks=Files(_path(inception), clip_model, cmmd_model, dino_model),
+        networks=Files(
+            _path(inception), *(None if name is None else os.fspath(name) for name in (clip_model, cmmd_model, dino_model))
+        ),
         batch_size=batch_size,
         image_folder=folder,
     )
@@ -350,25 +358,54 @@ def _check_least(**values: int | None) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
+def _prompts(prompts: object) -> list[str]:
+    """Return one prompt or several as a list. Raises UsageError if there is none, or one is empty or not a string."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"prompts must be a string or a list of strings, not {prompts!r}")
+    if not texts:
+        raise UsageError("nothing to draw: no prompt given", 'sid sample "a cat", or --prompts FILE')
+    if any(not text.strip() for text in texts):
+        raise UsageError("an empty prompt", "describe what to draw")
+    return list(texts)
+
+
+def _name(argument: str, model: object) -> str:
+    """Return a model name as text. Raises UsageError if it is neither a string nor a path, for example a loaded model."""
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    raise UsageError(
+        f"{argument} must be a model name or a path, not a {type(model).__name__}", f'such as {argument}="emoji-teacher"'
+    )
+
+
+def _check_types(**given: tuple[object, type]) -> None:
+    """Raises UsageError if an argument is neither None nor of its type; an int is accepted for a float."""
+    for name, (value, kind) in given.items():
+        kinds = {int, float} if kind is float else {kind}
+        if value is not None and type(value) not in kinds:
+            raise UsageError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
 def _path(place: PathLike | None) -> Path | None:
     return None if place is None else Path(place)
 
 
 def export(
-    model: str,
+    model: PathLike,
     output: PathLike,
     format: str = "diffusers",
     *,
     dtype: str = "fp32",
     variant: str | None = None,
-    teacher: str | None = None,
+    teacher: PathLike | None = None,
     rank: int | None = None,
     verify: bool = True,
     license: str | None = None,
     push_to_hub: str | None = None,
     public: bool = False,
     prediction_type: str = "auto",
-    model_config: str = "",
+    model_config: PathLike = "",
     overwrite: bool = False,
     listener: Listener | None = None,
 ) -> Exported:
@@ -395,6 +432,8 @@ def export(
         EnvironmentProblem: If a library is not installed, or disk space is too small.
         GateError: If the export generates a different image than the student.
     """
+    model, teacher = _name("model", model), None if teacher is None else _name("teacher", teacher)
+    _check_types(rank=(rank, int), format=(format, str), dtype=(dtype, str))
     is_released = Path(model).suffix.lower() == ".pkl"
     if is_released and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")
@@ -407,7 +446,7 @@ def export(
     check(format, order)
     check_used(format, is_released, teacher, rank, public, push_to_hub)
     check_export(place, overwrite)
-    known = Overrides(prediction_type, model_config)
+    known = Overrides(prediction_type, os.fspath(model_config))
     listener = listener or Bars()
     from sidcli.formats import export as driver
 

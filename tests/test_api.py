@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import sidcli
 from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
+from sidcli.progress import Silence
 from sidcli.settings import DistillConfig, read_toml
 from sidcli.training.request import Request
 from tests import inprocess
@@ -136,6 +139,41 @@ def test_an_objective_has_learning_rates_of_its_own(teacher: str, objective: str
     request = Request.of(teacher, None, objective, None, None, {}, None, None, "auto", None, {})
     config = request.config(request.recipe)
     assert (config.lr_fake, config.lr_generator) == rates
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: load(3), "name must be a model name or a path, not a int"),
+        (lambda: sample(Path("list.txt")), "prompts must be a string or a list of strings"),
+        (lambda: sample(["a cat", 3]), "prompts must be a string or a list of strings"),
+        (lambda: sample("a cat", 3), "model must be a model name or a path, not a int"),
+        (lambda: sample("a cat", num="2"), "num must be int, not '2'"),
+        (lambda: sample("a cat", guidance="2"), "guidance must be float, not '2'"),
+        (lambda: distill(Silence()), "teacher must be a model name or a path, not a Silence"),
+        (lambda: distill(guidance="2"), "guidance must be float, not '2'"),
+        (lambda: distill(images=2.5), "images must be int, not 2.5"),
+        (lambda: evaluate(Silence()), "models must be a model name or a path, not a Silence"),
+        (lambda: evaluate(["emoji", None]), "models must be a model name or a path, not a NoneType"),
+        (lambda: evaluate([]), "no model given"),
+        (lambda: evaluate("emoji", num="8"), "num must be int, not '8'"),
+        (lambda: evaluate("emoji-teacher", untrained=-1), "--untrained must be at least 0 and at most 100, not -1"),
+        (lambda: export(Silence(), "x"), "model must be a model name or a path, not a Silence"),
+        (lambda: export("emoji", "x", "lora", rank="8"), "rank must be int, not '8'"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_its_name(call: Callable[[], object], problem: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        call()
+
+
+def test_a_path_is_a_model_name_and_a_list_of_prompts(sd_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a cat\n")
+    assert load(sd_folder, listener=SILENT).size == (64, 64)
+    settings = {"steps": 1, "batch_size": 2, "device": "cpu", "listener": SILENT}
+    done = distill(sd_folder, tmp_path / "run", prompts=tmp_path / "list.txt", **settings)  # type: ignore[arg-type]
+    assert sample("a cat", tmp_path / "run", listener=SILENT).images[0].size == (64, 64)
+    assert export(tmp_path / "run", tmp_path / "out", verify=False, listener=SILENT).folder == tmp_path / "out" and done.step == 1
 
 
 def request(teacher: str, objective: str | None, config: Path, **settings: object) -> Request:
