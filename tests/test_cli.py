@@ -1,11 +1,14 @@
 """The command line as a person or a script meets it: real processes where exit codes and imports matter."""
 
+import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from sidcli.cli.common import open_console
 from sidcli.formats.order import FORMATS
 from sidcli.models.loading import load
 from sidcli.models.sources import find
@@ -388,3 +392,15 @@ def test_a_continued_run_keeps_the_memory_recipe_it_began_with(tmp_path: Path) -
     assert (config["fake_lora"], config["micro_batch"], config["objective"]["kappa1"]) == (4, 3, 2.0)
     typed = json.loads(sid(*asked, "--memory", "fast", "--micro-batch", "2", cwd=tmp_path).stdout)["config"]
     assert (typed["fake_lora"], typed["micro_batch"]) == (0, 2)
+
+
+def test_no_installed_library_requires_a_package_that_a_command_hides() -> None:
+    hidden = inspect.signature(open_console).parameters["unused"].default
+    requires = {
+        (library.name, re.split(r"[^\w.-]", requirement)[0].lower())
+        for library in distributions()
+        for requirement in library.requires or ()
+        if "extra ==" not in requirement and library.name != "sid-distill"
+    }
+    assert hidden and not {pair for pair in requires if pair[1] in hidden}
+    assert ("clean-fid", "scipy") in requires, "scikit-learn requires it too: sid sample failed beside it while it was hidden"
