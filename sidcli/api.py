@@ -23,6 +23,7 @@ from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
 from sidcli.formats.outputs import BACKENDS, Places, check_export
 from sidcli.models.overrides import Overrides, check_sampling
+from sidcli.printable import with_article
 from sidcli.progress import Listener, Progress, RunListener, Silence, counted, in_words
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
@@ -375,15 +376,16 @@ def _name(argument: str, model: object) -> str:
     if isinstance(model, str | os.PathLike):
         return os.fspath(model)
     raise UsageError(
-        f"{argument} must be a model name or a path, not a {type(model).__name__}", f'such as {argument}="emoji-teacher"'
+        f"{argument} must be a model name or a path, not {with_article(type(model).__name__)}",
+        f'such as {argument}="emoji-teacher"',
     )
 
 
 def _check_types(**given: tuple[object, type]) -> None:
     """Raises UsageError if an argument is neither None nor of its type; an int is accepted for a float."""
     for name, (value, kind) in given.items():
-        kinds = {int, float} if kind is float else {kind}
-        if value is not None and type(value) not in kinds:
+        is_right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if value is not None and not is_right:
             raise UsageError(f"{name} must be {kind.__name__}, not {value!r}")
 
 

@@ -262,7 +262,7 @@ def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]
             values[name] = float(value)
         elif name == "objective" and type(value) is not dict:
             raise UsageError(f"{where}objective must be a table, not {value!r}", IN_TABLE.format(value))
-        elif type(value) is not kind:
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{where}{name} must be {kind.__name__}, not {value!r}")
     return values
 

@@ -21,7 +21,7 @@ from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
 from sidcli.progress import Silence
-from sidcli.settings import DistillConfig, read_toml
+from sidcli.settings import DistillConfig, checked, read_toml
 from sidcli.training.request import Request
 from tests import inprocess
 from tests.commands import sid
@@ -144,10 +144,10 @@ def test_an_objective_has_learning_rates_of_its_own(teacher: str, objective: str
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda: load(3), "name must be a model name or a path, not a int"),
+        (lambda: load(3), "name must be a model name or a path, not an int"),
         (lambda: sample(Path("list.txt")), "prompts must be a string or a list of strings"),
         (lambda: sample(["a cat", 3]), "prompts must be a string or a list of strings"),
-        (lambda: sample("a cat", 3), "model must be a model name or a path, not a int"),
+        (lambda: sample("a cat", 3), "model must be a model name or a path, not an int"),
         (lambda: sample("a cat", num="2"), "num must be int, not '2'"),
         (lambda: sample("a cat", guidance="2"), "guidance must be float, not '2'"),
         (lambda: distill(Silence()), "teacher must be a model name or a path, not a Silence"),
@@ -165,6 +165,15 @@ def test_an_objective_has_learning_rates_of_its_own(teacher: str, objective: str
 def test_an_argument_of_another_type_is_refused_by_its_name(call: Callable[[], object], problem: str) -> None:
     with pytest.raises(UsageError, match=re.escape(problem)):
         call()
+
+
+def test_a_number_of_numpy_is_a_number_and_a_boolean_is_none() -> None:
+    assert checked({"lr_fake": np.float64(1e-3), "seed": 1}, "", "key")["lr_fake"] == 1e-3
+    for wrong in ({"lr_fake": True}, {"seed": True}, {"shard": 1}):
+        with pytest.raises(UsageError, match="must be"):
+            checked(wrong, "", "key")
+    drawn = sample("a cat", "emoji-teacher", guidance=np.float64(2), steps=1, listener=SILENT)
+    assert drawn.plan.guidance == 2
 
 
 def test_a_path_is_a_model_name_and_a_list_of_prompts(sd_folder: Path, tmp_path: Path) -> None:
