@@ -141,14 +141,29 @@ def storage(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
+COUNTED: dict[Any, tuple[int, int]] = {}
+"""Results of `activations`, by everything that determines them."""
+
+
 def activations(
     unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
 ) -> tuple[int, int]:
     """Return the bytes that a forward pass of `rows` latents saves, and the bytes of gradients alive at once in its backward pass.
 
     `cond` is the cond of one prompt. `lora` is the rank of adapters; with adapters, `trained` applies to the adapters only. Under
-    autocast the bf16 copies of weights count as part of the graph that uses them.
+    autocast the bf16 copies of weights count as part of the graph that uses them. Equal passes are counted once per process.
     """
+    shapes = tuple((name, tuple(value.shape)) for name, value in {"states": cond.states, **cond.added}.items())
+    settings = config.teacher_bf16, config.precision, config.gradient_checkpointing
+    key = repr(dict(unet.config)), rows, settings, shapes, trained, device_type, lora
+    if key not in COUNTED:
+        COUNTED[key] = _activations(unet, rows, config, cond, trained, device_type, lora)
+    return COUNTED[key]
+
+
+def _activations(
+    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str, lora: int
+) -> tuple[int, int]:
     net = copy.deepcopy(unet).requires_grad_(trained and not lora)
     if (lora or not trained) and config.teacher_bf16 and config.precision == "bf16":
         net = net.bfloat16()
