@@ -159,9 +159,9 @@ OPTIONS: dict[str, list[str]] = {
     "CLIP": ["eval", "IMAGES", "--reference", "IMAGES", "--cmmd", "--cmmd-model", "EVIL"],
     "weights of CLIP": ["eval", "IMAGES", "--reference", "IMAGES", "--cmmd", "--cmmd-model", "tiny-clip:EVIL"],
     "DINOv2": ["eval", "IMAGES", "--reference", "IMAGES", "--dino", "--dino-model", "EVIL"],
-    "model to export": ["export", "EVIL", "-o", "out", "--teacher", "FOLDER"],
+    "model to export": ["export", "EVIL", "-o", "out", "--format", "lora", "--teacher", "FOLDER"],
     "teacher of a LoRA": ["export", "emoji", "-o", "out", "--format", "lora", "--teacher", "EVIL"],
-    "teacher of a pickle": ["export", "EVIL", "-o", "out", "--teacher", "EVIL"],
+    "teacher of a pickle": ["export", "EVIL", "-o", "out", "--format", "lora", "--teacher", "EVIL"],
     "description of an export": ["export", "FILE", "-o", "out", "--model-config", "EVIL"],
 }
 TEXTS = ("prompts to train on", "prompts to draw", "captions")
