@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from sidcli.evaluation import protocols
 from sidcli.models import sampler
 from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sources import find
@@ -88,6 +89,12 @@ def one_thread() -> None:
 def few_teacher_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher draws in 5 steps instead of 50 unless it is told how many: each training draws with its teacher."""
     monkeypatch.setattr(sampler, "TEACHER_STEPS", 5)
+
+
+@pytest.fixture(autouse=True)
+def few_reference_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emoji protocol compares with 600 scenes instead of 10,000, whose features each test would compute again."""
+    monkeypatch.setattr(protocols, "REFERENCE_SCENES", 600)
 
 
 @pytest.fixture

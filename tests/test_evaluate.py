@@ -667,8 +667,7 @@ def test_an_image_folder_is_read_in_the_order_of_its_numbers(scenes_folder: Path
     np.testing.assert_array_equal(images.read(range(3, 4))[0], world.render(world.scene(world.PROMPT_SEED, 3)))
 
 
-def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocols, "REFERENCE_SCENES", 600)
+def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path: Path) -> None:
     asked = ["eval", "emoji-teacher,steps=2", "emoji", "--all", "--num", "24", "--report", "page.html", "--picture", "rows.png"]
     first = sid(*asked, "--untrained", "4", "--json", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "c"))
     assert first.returncode == 0, first.stderr
