@@ -21,7 +21,6 @@ from sidcli.data.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
 from sidcli.distributed import Distributed, Share
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluation import protocols
 from sidcli.evaluation.candidates import REAL, Candidate, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, listed
 from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, pictures, table
