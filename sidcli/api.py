@@ -146,7 +146,8 @@ def sample(
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     numbers = {"num": (num, int), "seed": (seed, int), "steps": (steps, int), "batch_size": (batch_size, int)}
-    _check_types(**numbers, guidance=(guidance, float), width=(width, int), height=(height, int))
+    _check_types(**numbers, guidance=(guidance, float), width=(width, int), height=(height, int), device=(device, str))
+    _check_types(output=("" if output is None else output, PATH), overwrite=(overwrite, bool))
     texts = _prompts(prompts)
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
@@ -236,6 +237,7 @@ def distill(
         SidError: If the training diverged.
     """
     _check_types(guidance=(guidance, float), lr=(lr, float), images=(images, int), objective=(objective, str))
+    _check_types(output=(output or "", PATH), device=(device, str))
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     request = Request.of(
         None if teacher is None else _name("teacher", teacher),
@@ -320,7 +322,8 @@ def evaluate(
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     numbers = {"num": (num, int), "seed": (seed, int), "steps": (steps, int), "batch_size": (batch_size, int)}
-    _check_types(**numbers, guidance=(guidance, float), untrained=(untrained, int))
+    _check_types(**numbers, guidance=(guidance, float), untrained=(untrained, int), device=(device, str))
+    _check_types(prompts=(prompts or "", PATH), reference=(reference or "", PATH), metrics=(metrics, (str, Sequence)))
     if not 0 <= untrained <= 100:
         raise UsageError(f"--untrained must be at least 0 and at most 100, not {untrained}")
     check_protocol(protocol)
@@ -381,12 +384,19 @@ def _name(argument: str, model: object) -> str:
     )
 
 
-def _check_types(**given: tuple[object, type]) -> None:
-    """Raises UsageError if an argument is neither None nor of its type; an int is accepted for a float."""
+OPTIONAL = ("steps", "guidance", "lr", "images", "rank", "objective", "num")
+"""Arguments that may be None."""
+PATH = (str, os.PathLike)
+TYPES = {PATH: "a path", (str, Sequence): "a list of names"}
+"""Texts for types that have no name of their own."""
+
+
+def _check_types(**given: tuple[object, Any]) -> None:
+    """Raises UsageError if an argument is not of its type; an int is accepted for a float, and None for an argument of OPTIONAL."""
     for name, (value, kind) in given.items():
-        is_right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if value is not None and not is_right:
-            raise UsageError(f"{name} must be {kind.__name__}, not {value!r}")
+        is_right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        if not is_right and not (value is None and name in OPTIONAL):
+            raise UsageError(f"{name} must be {kind.__name__ if isinstance(kind, type) else TYPES[kind]}, not {value!r}")
 
 
 def _path(place: PathLike | None) -> Path | None:
@@ -435,7 +445,7 @@ def export(
         GateError: If the export generates a different image than the student.
     """
     model, teacher = _name("model", model), None if teacher is None else _name("teacher", teacher)
-    _check_types(rank=(rank, int), format=(format, str), dtype=(dtype, str))
+    _check_types(rank=(rank, int), format=(format, str), dtype=(dtype, str), output=(output, PATH), verify=(verify, bool))
     is_released = Path(model).suffix.lower() == ".pkl"
     if is_released and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")

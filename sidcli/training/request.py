@@ -69,6 +69,12 @@ class Request:
         of_objectives = {name for known in objectives.OBJECTIVES.values() for name in objectives.names(known)}
         others = {name: value for name, value in settings.items() if name in of_objectives}
         own = checked({name: value for name, value in settings.items() if name not in of_objectives}, "", "setting")
+        if twice := sorted(others.keys() & objective_settings.keys()):
+            name = twice[0]
+            both = f"--{name} {others[name]} and --set {name}={objective_settings[name]}"
+            raise UsageError(f"{both} exclude each other", "give one of them")
+        if "name" in objective_settings:
+            raise UsageError("--set name: the objective is not one of its own settings", "--objective NAME")
         others |= objective_settings
         if guidance is not None and method is not objectives.Sid and (scale := method.Settings.scale) in others:
             raise UsageError(f"--guidance {guidance:g} and --set {scale}={others[scale]} exclude each other", "give one of them")
