@@ -31,6 +31,7 @@ from sidcli.errors import EnvironmentProblem, UsageError, out_of_memory
 from sidcli.files import append_line, atomic_file, atomic_folder, locked
 from sidcli.formats import export
 from sidcli.formats.order import Order
+from sidcli.formats.outputs import Places, check_export
 from sidcli.formats.pictures import contact_sheet
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
@@ -679,3 +680,16 @@ def test_of_two_commands_that_create_the_same_output_the_second_is_refused(
             (late if place.suffix else late / "a").write_text("second")
         assert (place if place.suffix else place / "a").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "image.png"]
+
+
+def test_nothing_is_drawn_into_a_run_folder_and_no_export_replaces_its_student(tmp_path: Path) -> None:
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    for file in (tmp_path / "run" / "run.json", student / "sid.json"):
+        file.write_text("{}")
+    with pytest.raises(UsageError, match="run is a run folder"):
+        Places.of(tmp_path / "run", 2).check(overwrite=True)
+    with pytest.raises(UsageError, match="student is the student of a run"):
+        check_export(student, overwrite=True)
+    Places.of(tmp_path / "run" / "images", 2).check(overwrite=True)
+    Places.of(tmp_path / "run" / "one.png", 1).check(overwrite=True)

@@ -78,7 +78,11 @@ class Places:
         return sorted(file for file in numbered if file.name not in named and _is_drawn(file))
 
     def check(self, overwrite: bool) -> None:
-        """Raises EnvironmentProblem if the files cannot be written, and UsageError if a file exists and `overwrite` is False."""
+        """Raises EnvironmentProblem if the files cannot be written, and UsageError if a file exists and `overwrite` is False, or if
+        the output folder is a run folder."""
+        folder = self.files[0].parent
+        if self.sheet and _is_run(folder):
+            raise UsageError(f"{folder} is a run folder", "choose another --output for images")
         check_new([*self.files, *([self.sheet] if self.sheet else [])], "--output", overwrite)
 
 
@@ -99,6 +103,10 @@ def check_picture(file: Path) -> None:
         raise UsageError(f"--picture must end in .png, not {file}", f"--picture {file.with_suffix('.png')}")
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
 def check_export(folder: Path, overwrite: bool) -> None:
     """Raises EnvironmentProblem if an export cannot be written to `folder`, and UsageError if `folder` exists and is not replaced.
 
@@ -110,7 +118,9 @@ def check_export(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{folder} exists already", "choose another --output, or pass --overwrite")
-    is_run = any((folder / name).exists() for name in RUN) or (folder / "config.toml").exists()
+    is_run = any((folder / name).exists() for name in (*RUN, "config.toml"))
+    if folder.name == "student" and _is_run(folder.parent):
+        raise UsageError(f"{folder} is the student of a run, and --overwrite does not replace it", "choose another --output")
     if is_run or not (folder / "sid.json").is_file() or folder.resolve() == Path.cwd():
         raise UsageError(f"{folder} is not an export, and --overwrite replaces nothing else", "choose another --output")
 
