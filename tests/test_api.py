@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -295,3 +296,16 @@ def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     example = runpy.run_path(str(ROOT / "examples" / "distill.py"))
     example["main"](tmp_path, 1, 20)
     assert "noun" in capsys.readouterr().out and (tmp_path / "3.png").is_file() and (tmp_path / "student" / "unet").is_dir()
+
+
+def test_a_license_that_replaces_the_one_that_a_model_states_is_noted(tmp_path: Path) -> None:
+    class Notes(Silence):
+        said: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    export("emoji", tmp_path / "same", license="apache-2.0", verify=False, listener=Notes())
+    assert not any("--license" in text for text in Notes.said)
+    export("emoji", tmp_path / "other", license="mit", verify=False, listener=Notes())
+    assert "note: --license mit replaces apache-2.0, the license that the model states" in Notes.said

@@ -136,6 +136,9 @@ class Request:
         else:
             self.check(describe_model(self.model, self.known), None, self.order, output)
             student, order = open_model(self.model, listener, self.known), self.order
+        stated = terms_of(student).get("license", "")
+        if self.license and stated not in ("", self.license):
+            listener.note(f"note: --license {self.license} replaces {stated}, the license that the model states")
         return licensed(student, self.license, needed=self.repository is not None), order
 
     def check(self, described: Description, teacher: Description | None, order: Order, output: Path) -> None:
