@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sidcli import evaluate
-from sidcli.data.prompts import BUILT_IN, Grammar, open_prompts, read_list
+from sidcli.data.prompts import BUILT_IN, Grammar, open_prompts, read_list, shipped_folder
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import protocols
@@ -29,6 +29,11 @@ def test_half_of_the_prompts_of_emoji_nouns_are_a_noun_alone_and_the_others_thos
     others = [prompt for prompt, caption in drawn if prompt != caption]
     assert 900 < len(others) < 1100
     assert set(others) == {world.bare_caption(index) for index in range(len(world.NOUN_LIST))}
+
+
+def test_the_list_of_nouns_holds_every_noun_of_the_emoji_world_alone() -> None:
+    nouns = read_list(shipped_folder() / "nouns.txt").lines
+    assert list(nouns) == [world.bare_caption(index) for index in range(len(world.NOUN_LIST))]
 
 
 @pytest.mark.parametrize("source", BUILT_IN)

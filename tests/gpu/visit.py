@@ -134,7 +134,8 @@ class Visit:
         self.keep(sorted(folder.glob("*-100"))[:KEPT])
         for process in measuring[::-1]:  # the teacher last
             try:
-                process.wait(max(1.0, self.left()))
+                if process.wait(max(1.0, self.left())):
+                    self.fail("strong", "eval", f"its process ended with {process.returncode}")
             except subprocess.TimeoutExpired:
                 self.stop(process)
                 append(self.file, late("strong", "eval", "not done in time"))
