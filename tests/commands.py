@@ -22,10 +22,10 @@ from sidcli.evaluation import scores
 from sidcli.formats import export
 from sidcli.models import sampler
 from sidcli.training import distill
+from tests import REPOSITORY
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
-REPOSITORY = Path(__file__).parent.parent
 LOADED = (console, distill, evaluate, export, scores)
 """What commands import only when they run; imported here so that no fork does."""
 

@@ -24,10 +24,8 @@ from sidcli.errors import InputError, UsageError
 from sidcli.progress import Silence
 from sidcli.settings import DistillConfig, checked, read_toml
 from sidcli.training.request import Request
-from tests import inprocess
+from tests import REPOSITORY, inprocess
 from tests.commands import sid
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_importing_the_package_and_the_five_functions_imports_neither_torch_nor_the_terminal() -> None:
@@ -293,7 +291,7 @@ def test_bars_show_notes_and_progress_on_stderr(capsys: pytest.CaptureFixture[st
 
 
 def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example = runpy.run_path(str(ROOT / "examples" / "distill.py"))
+    example = runpy.run_path(str(REPOSITORY / "examples" / "distill.py"))
     example["main"](tmp_path, 1, 20)
     assert "noun" in capsys.readouterr().out and (tmp_path / "3.png").is_file() and (tmp_path / "student" / "unet").is_dir()
 

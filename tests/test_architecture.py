@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import REPOSITORY
 from tests.checks import CHECKS
 
-PACKAGE = Path(__file__).parent.parent / "sidcli"
+PACKAGE = REPOSITORY / "sidcli"
 FLOORS = [
     {"errors", "optimizer", "printable", "progress", "randomness", "diffusion"},
     {"devices", "environment", "files", "objectives"},
@@ -122,8 +123,14 @@ def test_nothing_in_the_source_can_load_code_from_a_file() -> None:
 
 def test_each_of_the_32_checks_has_a_test() -> None:
     numbers = set()
-    for file in Path(__file__).parent.glob("test_*.py"):
+    for file in (REPOSITORY / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.check":
                 numbers |= {ast.literal_eval(argument) for argument in node.args}
     assert numbers == set(range(1, len(CHECKS) + 1)) and len(CHECKS) == 32
+
+
+def test_folders_of_tests_are_named_after_packages() -> None:
+    folders = {file.parent.relative_to(REPOSITORY / "tests") for file in (REPOSITORY / "tests").rglob("test_*.py")} - {Path(".")}
+    packages = {file.parent.relative_to(PACKAGE) for file in PACKAGE.rglob("__init__.py")} - {Path(".")}
+    assert folders == packages

@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from sidcli.cli import app
+from tests import REPOSITORY
 from tests.commands import from_server as sid
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def commands(page: Path) -> list[str]:
@@ -51,11 +51,11 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
 
 
 def test_the_readme_has_at_most_160_lines() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
 def test_the_commands_of_the_script_for_continuous_integration_run_in_their_order(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "ci.sh"
+    script = REPOSITORY / "examples" / "ci.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("sid ")]
     assert len(lines) == 4
@@ -67,7 +67,7 @@ def test_the_commands_of_the_script_for_continuous_integration_run_in_their_orde
 
 
 def test_the_slurm_script_is_bash_and_its_training_has_the_options_of_sid() -> None:
-    script = ROOT / "examples" / "slurm.sh"
+    script = REPOSITORY / "examples" / "slurm.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     (line,) = re.findall(r"-m sidcli distill ([^']+)'", script.read_text(encoding="utf-8"))
     typer.main.get_command(app).commands["distill"].make_context("distill", shlex.split(line))  # type: ignore[attr-defined]

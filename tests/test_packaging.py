@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sidcli.formats.order import FORMATS
+from tests import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -28,10 +28,10 @@ from sidcli.engine import Engine
 from sidcli.models.loading import Model
 from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint
+from tests import REPOSITORY
 from tests.commands import Running, process
 from tests.killing import killed_at
 
-REPOSITORY = Path(__file__).parent.parent
 STEPS = 12
 
 

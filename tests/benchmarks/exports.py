@@ -17,7 +17,7 @@ from sidcli.formats import export
 from sidcli.formats.order import Order
 from sidcli.models.loading import quiet_libraries
 from sidcli.settings import DistillConfig
-from tests.test_export import FAMILIES, student_of, through_a_single_file
+from tests.formats.test_export import FAMILIES, student_of, through_a_single_file
 
 RESULT = Path(__file__).parent / "results" / "exports.json"
 

@@ -37,7 +37,7 @@ from tests import tiny, tiny_families, tiny_students
 from tests.cards import Card, is_near, options, ours
 from tests.commands import SERVER
 from tests.inprocess import sid
-from tests.test_distill import Silent
+from tests.training.test_distill import Silent
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd1": partial(tiny.write_sd, size=16),

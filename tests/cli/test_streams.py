@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sidcli.printable import can_show, prepare_streams
+from tests import REPOSITORY
 from tests.inprocess import sid
 
-REPOSITORY = Path(__file__).parent.parent
 EACH = """
 import json, sys
 from sidcli.cli import main

@@ -22,7 +22,7 @@ from sidcli.objectives.sid import SidSettings
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig
 from sidcli.training import checkpoint, plan
-from tests import tiny
+from tests import REPOSITORY, tiny
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def on_device(made: plan.Plan) -> float:
 
 def visit(name: str) -> dict[str, Any]:
     """What a check of the GPU visit measured on an H200."""
-    file = Path(__file__).parent / "benchmarks" / "results" / "gpu-visit-h200.jsonl"
+    file = REPOSITORY / "tests" / "benchmarks" / "results" / "gpu-visit-h200.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return next(row["values"] for row in rows if row["name"] == name)
 

@@ -15,6 +15,7 @@ from sidcli.errors import InputError
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.models.families import clip_tokenizer
 from sidcli.models.hub import check_weights, is_complete, needed
+from tests import REPOSITORY
 from tests.commands import process as sid
 from tests.hub_server import COMMIT, Hub, Trouble
 
@@ -179,7 +180,7 @@ def test_a_cut_connection_goes_on_where_it_was_cut(repository: Path, tmp_path: P
         (Hub({}), "someone/sd", "the hub has no model someone/sd"),
         (Hub({"someone/sd": Path()}, token="secret"), "someone/sd", "HF_TOKEN if it is private"),
         (Hub({"someone/sd": Path()}), "someone/sd@v9", "has no revision 'v9'"),
-        (Hub({"someone/sd": Path(__file__).parent / "benchmarks"}), "someone/sd", "no model_index.json"),
+        (Hub({"someone/sd": REPOSITORY / "tests" / "benchmarks"}), "someone/sd", "no model_index.json"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_and_exit_3(hub: Hub, model: str, said: str, tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ for arguments in json.loads(sys.argv[1]):
 def watched(commands: list[list[str]], cwd: Path, home: Path, *wrapper: str) -> list[str]:
     """What every command said on stderr, each ending with its exit code."""
     settings = {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
@@ -336,7 +337,7 @@ def test_a_token_opens_the_hub_and_is_written_and_shown_nowhere(repository: Path
     ]
     commands.append(["sample", "a cat", "--model", "someone/other"])
     with Hub({"someone/sd": repository}, token=TOKEN, troubles={"models/someone/other": [500] * 99}).running() as hub:
-        settings = environment(hub, home, "0") | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        settings = environment(hub, home, "0") | {"PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(
             [sys.executable, "-c", WATCHED, json.dumps(commands)],
             cwd=here,

@@ -35,10 +35,10 @@ from sidcli.formats.outputs import Places, check_export
 from sidcli.formats.pictures import contact_sheet
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
+from tests import REPOSITORY
 from tests.inprocess import sid
 from tests.killing import killed_at
 
-REPOSITORY = Path(__file__).parent.parent
 HOSTILE = "[/red][link=http://x]\x1b]0;t\x07\u202e\r\x9b31m\x7f\n"
 EACH = """
 import json, sys

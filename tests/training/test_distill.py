@@ -32,8 +32,9 @@ from sidcli.report.page import Commands
 from sidcli.report.run import run_sections
 from sidcli.settings import DistillConfig, flat, read_toml
 from sidcli.training import checkpoint, distill
+from tests import REPOSITORY
 from tests.inprocess import sid
-from tests.test_checkpoint import rewritten
+from tests.training.test_checkpoint import rewritten
 
 
 class Silent:
@@ -242,7 +243,7 @@ def test_an_image_count_is_steps_times_batch_size_wherever_it_stands(
     assert last["images_per_second"] == pytest.approx(images / last["seconds"], rel=0.2)
     shipped = read_card(find("emoji"))
     assert shipped["images"] == shipped["steps_trained"] * shipped["config"]["batch_size"]
-    results = Path(__file__).parent / "benchmarks" / "results"
+    results = REPOSITORY / "tests" / "benchmarks" / "results"
     rows = [json.loads(line) for file in results.glob("*.jsonl") for line in file.read_text().splitlines()]
     assert {row["images"] / row["steps"] for row in rows if "steps" in row} == {16}
 

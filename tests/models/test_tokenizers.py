@@ -16,9 +16,10 @@ from sidcli.models.loading import describe, load
 from sidcli.models.sampler import Plan, Sampler
 from sidcli.models.sources import find
 from sidcli.models.tokenizers import read_tokenizer
-from tests.test_compatibility import change
+from tests import REPOSITORY
+from tests.models.test_compatibility import change
 
-EMOJI = Path(__file__).parent.parent / "sidcli" / "emoji" / "weights" / "teacher"
+EMOJI = REPOSITORY / "sidcli" / "emoji" / "weights" / "teacher"
 TEXT = json.loads((EMOJI / "text_encoder" / "config.json").read_text())
 OWN = {"vocab_size": 49408, "max_position_embeddings": 77}
 
