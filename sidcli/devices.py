@@ -45,6 +45,14 @@ def choose_device(name: str, listener: Listener) -> torch.device:
     return device
 
 
+def has_bf16_units() -> bool:
+    """Return whether the CPU multiplies bf16 matrices in hardware (AMX or AVX512-BF16)."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def processor() -> str:
     """Return the model name of the CPU, as far as the system reports it."""
     try:

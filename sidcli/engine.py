@@ -12,12 +12,13 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sidcli import objectives, randomness
 from sidcli.data.prompts import Prompts
@@ -34,10 +35,41 @@ from sidcli.progress import Progress, silent
 from sidcli.settings import DistillConfig
 
 
-def pick_bf16(precision: str, device: torch.device) -> bool:
+@dataclass(frozen=True)
+class Arithmetic:
+    """How networks compute: in float32, or with `bf16` under autocast over float32 weights.
+
+    `attention`: `auto` leaves the choice of the attention kernel to PyTorch, `math` selects plain matrix products, whose backward pass
+    in bf16 is faster than the fused kernel's on CPUs with AMX.
+    """
+
+    bf16: bool = False
+    attention: Literal["auto", "math"] = "auto"
+
+    @property
+    def name(self) -> str:
+        return ("bf16" if self.bf16 else "fp32") + (f", {self.attention} attention" if self.attention != "auto" else "")
+
+    @contextmanager
+    def context(self, device_type: str) -> Iterator[None]:
+        """Context for forward passes."""
+        with ExitStack() as stack:
+            if self.bf16:
+                # Each weight is used once per forward pass, so a cached bf16 copy would cost memory and save no time.
+                stack.enter_context(torch.autocast(device_type, torch.bfloat16, cache_enabled=False))
+            if self.attention == "math":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+
+FP32 = Arithmetic()
+
+
+def default_arithmetic(precision: str, device: torch.device) -> Arithmetic:
+    """Return the arithmetic for `--precision` without a measurement: `auto` is bf16 on a GPU that has it."""
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
+        return Arithmetic(device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return Arithmetic(precision == "bf16")
 
 
 @dataclass(frozen=True)
@@ -215,13 +247,15 @@ class Engine:
     Raises UsageError if the batch does not split evenly over the processes, EnvironmentProblem if an optional library is missing.
     """
 
-    def __init__(self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device):
+    def __init__(
+        self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device, arithmetic: Arithmetic | None = None
+    ):
         self.config, self.prompts = config, prompts
         self.objective = objectives.find(config.objective.name)(config, teacher.path.steps)
         check_split(config.batch_size, count())
         self.distributed = Distributed(device, config.shard)
         self.device = self.distributed.device
-        self.bf16 = pick_bf16(config.precision, self.device)
+        self.arithmetic = arithmetic or default_arithmetic(config.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         self.sampler = Sampler(teacher, self.device)
@@ -229,7 +263,7 @@ class Engine:
         self.teacher = self.sampler.unet
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
-        if config.teacher_bf16 and self.bf16:
+        if config.teacher_bf16 and self.arithmetic.bf16:
             for value in self.teacher.parameters():
                 value.data = value.data.bfloat16()
         for net in (self.teacher, *nets.values()):
@@ -374,20 +408,16 @@ class Engine:
     # Networks
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Return the network's raw prediction in float32, computed under bf16 autocast if `self.bf16`."""
-        with self._autocast():
+        """Return the network's raw prediction in float32."""
+        with self.arithmetic.context(self.device.type):
             return denoise(net, x, t, cond).float()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # Each weight is used once per forward pass, so a cached bf16 copy would cost memory and save no time.
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
 
     # State
 
     @torch.no_grad()
     def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
         """Return images of the teacher, uint8 [B, H, W, 3], in the precision of the run."""
-        with self._autocast():
+        with self.arithmetic.context(self.device.type):
             images = self.sampler.images(prompts, seeds, plan, advance)
         self.sampler.model.vae.to("cpu")  # training does not use the VAE
         return images

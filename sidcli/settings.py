@@ -94,7 +94,7 @@ class DistillConfig:
     student_lora: int = 0
     """Rank of a LoRA student on the teacher's weights; 0: a full copy."""
     precision: str = "auto"
-    """bf16 computes over float32 weights; auto: bf16 on a GPU that has it."""
+    """bf16 computes over float32 weights; auto: bf16 on a GPU that has it, and on a CPU if a short measurement finds it faster."""
     tf32: bool = False
     """TF32 matrix products on the GPU."""
     teacher_bf16: bool = False

@@ -48,7 +48,7 @@ from sidcli.progress import RunListener, counted
 from sidcli.report.page import write
 from sidcli.report.run import run_page
 from sidcli.settings import DistillConfig, differences
-from sidcli.training import checkpoint
+from sidcli.training import checkpoint, precision
 from sidcli.training.intervals import Intervals
 from sidcli.training.launch import install_handlers, restore_handlers
 from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
@@ -143,7 +143,9 @@ def run(
     check_teacher(teacher.source.name, teacher.is_student, teacher.path.steps, config)
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
-            engine = Engine(teacher, config, prompts, pick_device(device_name))
+            device = pick_device(device_name)
+            arithmetic, seconds_per_image = precision.choose(teacher, config, device, output / "run.json", listener)
+            engine = Engine(teacher, config, prompts, device, arithmetic)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
@@ -151,7 +153,7 @@ def run(
                 engine.distributed.wait()
                 if engine.distributed.is_main:
                     prepare_folder(engine, output, intervals, listener)
-                    write_record(output, teacher, config, engine, prompts, command)
+                    write_record(output, teacher, config, engine, prompts, command, seconds_per_image)
                 engine.distributed.wait()
             began_at = engine.step
             for line in introduction(engine, output):
@@ -486,10 +488,9 @@ def introduction(engine: Engine, output: Path) -> list[str]:
         return [f"{output} is finished after {counted(config.steps, 'step')}; train longer with a higher --steps"]
     accumulation = -(-config.batch_size // (processes * config.micro_batch))
     split = f"micro-batch {config.micro_batch}, accumulation {accumulation}, {counted(processes, 'process')}"
-    precision = "bf16" if engine.bf16 else "fp32"
     return [
         f"output: {output}; progress: {output / 'report.html'}",
-        f"{counted(config.steps, 'step')} of {counted(config.batch_size, 'image')} ({split}), {engine.device}, {precision}",
+        f"{counted(config.steps, 'step')} of {counted(config.batch_size, 'image')} ({split}), {engine.device}, {engine.arithmetic.name}",
     ]
 
 
@@ -513,8 +514,17 @@ def complete_record(output: Path, engine: Engine, seconds: float) -> None:
     write_json(file, record | done | {"finished": record["finished"] or now()})
 
 
-def write_record(output: Path, teacher: Model, config: DistillConfig, engine: Engine, prompts: Prompts, command: str) -> None:
-    """Write config.toml, which repeats the run with `--config`, and run.json: start time, hardware, versions and command.
+def write_record(
+    output: Path,
+    teacher: Model,
+    config: DistillConfig,
+    engine: Engine,
+    prompts: Prompts,
+    command: str,
+    seconds_per_image: dict[str, float],
+) -> None:
+    """Write config.toml, which repeats the run with `--config`, and run.json: start time, hardware, versions, command and the
+    arithmetic with the measurements that chose it.
 
     The run.json of a finished run without remaining steps is not changed.
     """
@@ -542,7 +552,9 @@ def write_record(output: Path, teacher: Model, config: DistillConfig, engine: En
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "processes": engine.distributed.count,
-            "bf16": engine.bf16,
+            "bf16": engine.arithmetic.bf16,
+            "attention": engine.arithmetic.attention,
+            "seconds_per_image": seconds_per_image,
         },
     )
 

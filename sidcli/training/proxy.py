@@ -49,7 +49,7 @@ class Proxy:
         hint = "--eval-every 0 trains without measuring"
         clip = Clip(str(WEIGHTS / "clip") if model.is_emoji else PHOTO_CLIP, self.device, hint)
         self.embeddings, self.similarity = Embeddings(clip), Similarity(clip)
-        key = f"proxy {engine.prompts.digest} {engine.config.seed} {engine.config.prediction_type} {engine.bf16} {model.size}"
+        key = f"proxy {engine.prompts.digest} {engine.config.seed} {engine.config.prediction_type} {engine.arithmetic.bf16} {model.size}"
         drawn = DrawnSet(model.source, plan_for(model), texts, key, 0, lambda: TeacherDrawer(engine), BATCH)
         samples = Collection(drawn, len(texts), texts)
         samples.fill([self.embeddings, self.similarity], Share(), advance)

@@ -156,7 +156,7 @@ def measure(name: str, size: str, device: torch.device, config: DistillConfig, s
         advance, bf16 = Naive(teacher, config, device).advance, False
     else:
         engine = Engine(teacher, config, open_prompts(config.prompts), device)
-        advance, bf16 = engine.train_step, engine.bf16
+        advance, bf16 = engine.train_step, engine.arithmetic.bf16
     advance()
     advance()
     wait(device)

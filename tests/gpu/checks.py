@@ -305,7 +305,7 @@ def chosen(place: Place) -> Outcome:
         name: str(next(net.parameters()).dtype)
         for name, net in (("teacher", engine.teacher), ("generator", engine.roles["generator"].net))
     }
-    return Outcome(kinds | {"bf16": engine.bf16})
+    return Outcome(kinds | {"bf16": engine.arithmetic.bf16})
 
 
 def make_checks(place: Place) -> dict[str, Check]:

@@ -159,7 +159,7 @@ def engine(
         clock.seconds = 0.0
         _, seconds = timed(lab, built.train_step, steps, 0)
     updates = clock.seconds / steps
-    row = rated(lab, built.sampler.model, config.batch_size, seconds, warm, built.bf16)
+    row = rated(lab, built.sampler.model, config.batch_size, seconds, warm, built.arithmetic.bf16)
     per_image = (seconds - updates) / config.batch_size
     row |= {"micro_batch": config.micro_batch, "seconds_of_updates": round(updates, 4)}
     row |= {"images_per_second_at_512": round(512 / (512 * per_image + updates), 3)}

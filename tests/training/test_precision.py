@@ -1,0 +1,61 @@
+"""The arithmetic of a run: float32, or what a short measurement finds faster."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidcli.data.prompts import open_prompts
+from sidcli.engine import FP32, Arithmetic, Engine
+from sidcli.models.loading import Model
+from sidcli.progress import Silence
+from sidcli.settings import DistillConfig
+from sidcli.training import precision
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_without_bf16_units_computes_in_float32_unmeasured(
+    sd: Model, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda: False)
+    auto = dataclasses.replace(config, precision="auto")
+    assert precision.choose(sd, auto, CPU, tmp_path / "run.json", Silence()) == (FP32, {})
+
+
+def test_a_cpu_with_bf16_units_computes_as_the_fastest_measured_candidate(
+    sd: Model, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda: True)
+    auto, record = dataclasses.replace(config, precision="auto"), tmp_path / "run.json"
+    chosen, seconds = precision.choose(sd, auto, CPU, record, Silence())
+    assert set(seconds) == {"fp32", "bf16", "bf16, math attention"} and all(value > 0 for value in seconds.values())
+    assert seconds[chosen.name] == min(seconds.values())
+    assert not any(value.requires_grad for value in sd.unet.parameters()), "the teacher is frozen again"
+    named, unmeasured = precision.choose(sd, dataclasses.replace(config, precision="bf16"), CPU, record, Silence())
+    assert named == Arithmetic(bf16=True) and not unmeasured, "a named precision is not measured"
+
+
+def test_a_continued_run_keeps_its_arithmetic(
+    sd: Model, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda: False)
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"device": "cpu", "bf16": True, "attention": "math", "seconds_per_image": {"fp32": 2.0}}))
+    auto = dataclasses.replace(config, precision="auto")
+    kept = precision.choose(sd, auto, CPU, record, Silence())
+    assert kept == (Arithmetic(bf16=True, attention="math"), {"fp32": 2.0})
+    record.write_text(json.dumps({"device": "cuda", "bf16": True}))
+    assert precision.choose(sd, auto, CPU, record, Silence())[0] == FP32, "a run of a GPU is measured anew on a CPU"
+
+
+def test_math_attention_computes_the_same_step_up_to_rounding(sd: Model, config: DistillConfig) -> None:
+    losses = []
+    for arithmetic in (Arithmetic(bf16=True), Arithmetic(bf16=True, attention="math")):
+        engine = Engine(sd, config, open_prompts("general"), CPU, arithmetic)
+        losses.append(engine.train_step().numbers())
+    for name in ("fake_loss", "generator_loss"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.05), name
+    assert losses[0] != losses[1], "another kernel rounds differently"
