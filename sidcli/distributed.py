@@ -2,7 +2,7 @@
 
 `accelerate` starts the group and runs DDP. Networks that do not fit on one GPU are sharded with torch's FSDP2 directly, because
 accelerate supports FSDP2 only on GPUs. A group exists if WORLD_SIZE is above 1, as set by torchrun, `accelerate launch` or `sid
-distill --processes`. A process without a group skips all communication.
+distill --processes`. A process without a group skips all communication, and does not import FSDP2, which takes two seconds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from sidcli.environment import group
 from sidcli.errors import EnvironmentProblem
+from sidcli.optimizer import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,6 +81,8 @@ class Distributed:
     def split(self, net: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Shard the weights of a network, block by block, if `shard` is set. Call it before the optimizer is created."""
         if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
             for part in (*blocks, net):
                 fully_shard(part)
 
@@ -94,8 +95,8 @@ class Distributed:
     @contextmanager
     def gradients(self, net: nn.Module, last: bool) -> Iterator[None]:
         """Context of one micro-batch's forward and backward. Only the last micro-batch of an update synchronizes gradients."""
-        if isinstance(net, FSDPModule):
-            net.set_requires_gradient_sync(last)
+        if hasattr(net, "set_requires_gradient_sync"):  # a method of the class that FSDP2 gives to a sharded module
+            net.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
         elif self.accelerator is None or last:
             yield
@@ -116,7 +117,9 @@ def whole(value: Tensor, copy: bool = False) -> Tensor:
     """Return a full tensor on the CPU; every process must call this if it is sharded. With `copy` it shares no memory with
     `value`."""
     value = value.detach()
-    if isinstance(value, DTensor):
+    if is_sharded(value):
+        from torch.distributed.tensor import Replicate
+
         value = value.redistribute(placements=[Replicate()] * value.device_mesh.ndim).to_local()
     return value.to("cpu", copy=copy)
 
@@ -124,6 +127,8 @@ def whole(value: Tensor, copy: bool = False) -> Tensor:
 def assign(target: Tensor, value: Tensor) -> None:
     """Copy a full tensor into a tensor that may be sharded."""
     with torch.no_grad():
-        if isinstance(target, DTensor):
+        if is_sharded(target):
+            from torch.distributed.tensor import distribute_tensor
+
             value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
         target.copy_(value)

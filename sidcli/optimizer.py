@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(value: Tensor) -> TypeGuard[DTensor]:
+    """Return whether a tensor is split over processes. Only a DTensor has `to_local`; importing its class takes two seconds."""
+    return hasattr(value, "to_local")
 
 
 def local(value: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor, or the tensor itself if it is not sharded."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_sharded(value) else value
 
 
 class Adam(torch.optim.Optimizer):

@@ -1,5 +1,13 @@
 """Each folder here holds the tests of a package of sidcli; tests of whole programs and of single modules are beside the folders."""
 
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
+
+# diffusers and peft import bitsandbytes where it is installed, which takes seconds in each process. A test that needs it imports it itself.
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+import diffusers.quantizers  # noqa: E402
+import peft  # noqa: E402, F401
+
+del sys.modules["bitsandbytes"]

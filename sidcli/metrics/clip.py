@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -48,7 +47,10 @@ class Clip:
             check_links(self.folder, parts=())
             content = [sha256(self._in_folder(name)) for name in ("open_clip_config.json", "open_clip_model.safetensors")]
             self.name = f"open_clip {content[1][:12]}, described by {content[0][:12]}"
-        elif self.architecture not in (known := open_clip.list_models()):
+            return
+        import open_clip  # takes two seconds, and a run without --eval-every uses no CLIP model
+
+        if self.architecture not in (known := open_clip.list_models()):
             near = get_close_matches(self.architecture or model, known, 3)
             reason = f"open_clip has no architecture {self.architecture!r}" if self.architecture else "it is not a folder"
             raise InputError(f"no CLIP model {model}: {reason}", f"{', '.join(near)}, or {hint}" if near else hint)
@@ -68,6 +70,8 @@ class Clip:
     @cached_property
     def opened(self) -> tuple[Any, Any, Any]:
         """The network, its preprocessing and its tokenizer."""
+        import open_clip
+
         try:
             if self.folder:
                 net, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{self.folder}")
