@@ -5,9 +5,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 
-# diffusers and peft import bitsandbytes where it is installed, which takes seconds in each process. A test that needs it imports it itself.
+# diffusers and peft import bitsandbytes if it is installed, which takes seconds. Tests that need it import it themselves.
 sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-import diffusers.quantizers  # noqa: E402
+import diffusers.quantizers  # noqa: E402, F401
 import peft  # noqa: E402, F401
 
 del sys.modules["bitsandbytes"]
