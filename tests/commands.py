@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -21,13 +22,17 @@ from sidcli.evaluation import run as evaluate
 from sidcli.evaluation import scores
 from sidcli.formats import export
 from sidcli.models import sampler
+from sidcli.models.loading import describe
+from sidcli.models.sources import find
 from sidcli.training import distill
 from tests import REPOSITORY
+from tests.namespaces import mount_small_disk
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
 LOADED = (console, distill, evaluate, export, scores)
 """What commands import only when they run; imported here so that no fork does."""
+describe(find("emoji-teacher"))  # its classes are imported at their first use, for which each fork would need a second
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ def in_a_child(work: Callable[[], object]) -> Ended:
     """Run `work` in a fork of this process. Its stdin is an empty pipe that stays open."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
+        sys.stdout.flush()
+        sys.stderr.flush()
         child = os.fork()
         if child == 0:
             (place / "before").write_text(" ".join(map(str, _counters("self"))))
@@ -71,15 +78,24 @@ class Running:
     in a fork of a process that has computed some.
     """
 
-    def __init__(self, *arguments: object, cwd: Path, **environment: str):
+    def __init__(
+        self,
+        *arguments: object,
+        cwd: Path,
+        stdout: Path | None = None,
+        stderr: Path | None = None,
+        disk: int = 0,
+        **environment: str,
+    ):
+        """`stdout` and `stderr`: existing files, pipes or terminals to write to. `disk`: kilobytes of a disk of its own at `cwd`."""
         self._place = tempfile.TemporaryDirectory()
-        self.stdout, self.stderr = Path(self._place.name) / "stdout", Path(self._place.name) / "stderr"
-        for stream in (self.stdout, self.stderr):
+        self.stdout, self.stderr = stdout or Path(self._place.name) / "stdout", stderr or Path(self._place.name) / "stderr"
+        for stream in {self.stdout, self.stderr} - {stdout, stderr}:
             stream.touch()
         words = [str(argument) for argument in arguments]
         settings = dict(os.environ) | environment
         self._process = SERVER.Process(
-            target=_served, args=(words, str(cwd), settings, str(self.stdout), str(self.stderr), sampler.TEACHER_STEPS)
+            target=_served, args=(words, str(cwd), disk, settings, str(self.stdout), str(self.stderr), sampler.TEACHER_STEPS)
         )
         self._process.start()
         assert self._process.pid is not None
@@ -110,9 +126,11 @@ def from_server(*arguments: object, cwd: Path | None = None, **environment: str)
     return Ended(running.returncode, *said, nan, nan)
 
 
-def _served(words: list[str], cwd: str, settings: dict[str, str], stdout: str, stderr: str, teacher_steps: int) -> None:
+def _served(words: list[str], cwd: str, disk: int, settings: dict[str, str], stdout: str, stderr: str, teacher_steps: int) -> None:
     """A child of the server."""
     os.setsid()
+    if disk:
+        mount_small_disk(Path(cwd), disk)
     os.environ.clear()
     sampler.TEACHER_STEPS = teacher_steps
     _run(_command(words, Path(cwd), settings), *(os.open(stream, os.O_WRONLY) for stream in (stdout, stderr)))
@@ -161,6 +179,7 @@ def _run(work: Callable[[], object], stdout: int, stderr: int) -> NoReturn:
         traceback.print_exc()
         code = 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # a reader that has left
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 0)

@@ -45,14 +45,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random pipeline with the class layout and tokenizer of SD 1.5."""
-    return tiny.write_sd(tmp_path_factory.mktemp("models") / "sd")
+    """A tiny random pipeline of the classes of SD 1.5, with two levels and a small vocabulary."""
+    return tiny.write_two_levels(tmp_path_factory.mktemp("models") / "sd")
 
 
 @pytest.fixture(scope="session")
 def v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, predicting v."""
-    return tiny.write_sd(tmp_path_factory.mktemp("models") / "v", "v_prediction")
+    return tiny.write_two_levels(tmp_path_factory.mktemp("models") / "v", "v_prediction")
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,3 @@ def main(folder: Path) -> None:
         print("refused" if refused else "written")
         (folder / "filler").unlink()
         shutil.rmtree(root)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,12 @@ from sidcli.engine import Engine
 from sidcli.models.loading import Model
 from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint
-from tests import REPOSITORY
-from tests.commands import Running, process
+from tests import REPOSITORY, full_disk
+from tests.commands import Ended, Running, in_a_child, process, sid
 from tests.killing import killed_at
+from tests.namespaces import mount_small_disk, skip_without
 
-STEPS = 12
+STEPS = 6
 
 
 def files(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -63,8 +65,8 @@ def test_a_writer_killed_before_any_of_its_file_operations_leaves_the_old_or_the
 
 
 def training(teacher: Path) -> list[str]:
-    options = {"--teacher": teacher, "--steps": STEPS, "--batch-size": 8, "--lr": 1e-3, "--precision": "fp32", "--device": "cpu"}
-    options |= {"--save-every": 1, "--sample-every": 6, "--output": "run"}
+    options = {"--teacher": teacher, "--steps": STEPS, "--batch-size": 4, "--lr": 1e-3, "--precision": "fp32", "--device": "cpu"}
+    options |= {"--save-every": 1, "--sample-every": 3, "--output": "run"}
     return ["distill", *(str(part) for pair in options.items() for part in pair)]
 
 
@@ -123,30 +125,23 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
     one, two = final_state(whole), final_state(tmp_path / "run")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 10, 12]
+    assert [line["step"] for line in lines] == [1, 6]
     assert not list((tmp_path / "run").rglob(".tmp-*"))
     student = "student/unet/diffusion_pytorch_model.safetensors"
     assert (whole / student).read_bytes() == (tmp_path / "run" / student).read_bytes()
 
 
-def in_small_disk(folder: Path, kilobytes: int, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script with `folder` on a disk of its own that holds so much; skips where the system does not allow it."""
+def in_small_disk(folder: Path, kilobytes: int, work: Callable[[], object]) -> Ended:
+    """Do some work in a fork whose current folder is on a disk of its own that holds so much."""
+    skip_without("-Urm")
     folder.mkdir()
-    mount = f"mount -t tmpfs -o size={kilobytes}k small {folder}"
-    probe = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True)
-    if shutil.which("unshare") is None or probe.returncode:
-        pytest.skip("this system lets nobody mount a small disk")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", f"{mount} && cd {folder} || exit 99\n{script}"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
 
+    def inside() -> None:
+        mount_small_disk(folder, kilobytes)
+        os.chdir(folder)
+        work()
 
-def shell(arguments: list[str]) -> str:
-    return " ".join([sys.executable, "-m", "sidcli", *arguments])
+    return in_a_child(inside)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +155,13 @@ def kilobytes(uninterrupted: tuple[Path, float]) -> float:
 def test_a_disk_too_small_for_the_checkpoints_is_told_before_the_first_step(
     kilobytes: float, sd_folder: Path, tmp_path: Path
 ) -> None:
-    done = in_small_disk(tmp_path / "disk", round(2.5 * kilobytes), f"{shell(training(sd_folder))}; echo exit $?; ls -A run")
-    assert "exit 4" in done.stdout, done.stderr
+    def work() -> None:
+        done = sid(*training(sd_folder))
+        print(done.returncode, *(path for path in Path().rglob("*")))
+        print(done.stderr, file=sys.stderr)
+
+    done = in_small_disk(tmp_path / "disk", round(2.5 * kilobytes), work)
+    assert done.stdout.startswith("4"), done.stderr
     assert "of disk space free; the run needs" in done.stderr and "--output" in done.stderr
     assert "checkpoints" not in done.stdout and "samples" not in done.stdout
 
@@ -170,13 +170,20 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_the_first_step(
 def test_a_disk_that_fills_up_during_a_run_ends_it_with_its_last_checkpoint_whole(
     kilobytes: float, sd_folder: Path, tmp_path: Path
 ) -> None:
-    script = f"""{shell([*training(sd_folder), "--steps", "400"])} &
-        while kill -0 $! && ! test -d run/checkpoints/step-00000002; do sleep 0.05; done
-        dd if=/dev/zero of=filler bs=4096 2>/dev/null
-        wait $!; echo exit $?; cp -r run {tmp_path}/kept"""
-    done = in_small_disk(tmp_path / "disk", round(6 * kilobytes), script)
-    assert "exit 4" in done.stdout, done.stderr
-    assert "run" in done.stderr and ("of disk space free; a checkpoint needs" in done.stderr or "No space left" in done.stderr)
+    skip_without("-Urm")
+    (tmp_path / "disk").mkdir()
+    running = Running(*training(sd_folder), "--steps", "400", cwd=tmp_path / "disk", disk=round(6 * kilobytes))
+    seen_from_here = Path(f"/proc/{running.pid}/root{tmp_path}/disk")
+    step_reached(running, seen_from_here / "run", 2)
+    mounted = os.open(seen_from_here, os.O_DIRECTORY)  # keeps the disk after the process
+    with suppress(OSError), (seen_from_here / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    _, said = running.communicate()
+    shutil.copytree(f"/proc/self/fd/{mounted}/run", tmp_path / "kept")
+    os.close(mounted)
+    assert running.returncode == 4, said
+    assert "run" in said and ("of disk space free; a checkpoint needs" in said or "No space left" in said)
     found, problems = checkpoint.latest(tmp_path / "kept" / "checkpoints")
     assert found is not None and not problems
     again = Running(*training(sd_folder)[:-2], "--steps", str(found.step + 1), "--output", "kept", cwd=tmp_path)
@@ -186,15 +193,21 @@ def test_a_disk_that_fills_up_during_a_run_ends_it_with_its_last_checkpoint_whol
 
 @pytest.mark.check(5, 20)
 def test_an_export_that_the_disk_has_no_room_for_is_refused_with_what_it_needs(tmp_path: Path) -> None:
-    lines = [shell(["export", "emoji", "--format", name, "-o", name]) for name in ("diffusers", "torch-export")]
-    done = in_small_disk(tmp_path / "disk", 10_000, "".join(f"{line}; echo exit $?\n" for line in lines) + "ls -A")
-    assert done.stdout.split() == ["exit", "4", "exit", "4"], done.stderr
+    def work() -> None:
+        for name in ("diffusers", "torch-export"):
+            done = sid("export", "emoji", "--format", name, "-o", name)
+            print(done.returncode)
+            print(done.stderr, file=sys.stderr)
+        print(*os.listdir())
+
+    done = in_small_disk(tmp_path / "disk", 10_000, work)
+    assert done.stdout.split() == ["4", "4"], done.stderr
     assert done.stderr.count("of disk space free; the export needs") == 2
 
 
 @pytest.mark.check(3, 5)
 def test_a_disk_that_is_full_from_any_file_operation_of_the_writer_on_keeps_the_old_checkpoint_or_the_new(tmp_path: Path) -> None:
-    done = in_small_disk(tmp_path / "disk", 1000, f"cd {REPOSITORY} && {sys.executable} -m tests.full_disk {tmp_path / 'disk'}")
+    done = in_small_disk(tmp_path / "disk", 1000, lambda: full_disk.main(tmp_path / "disk"))
     assert done.returncode == 0, done.stderr
     *outcomes, last = done.stdout.splitlines()
     assert outcomes == sorted(outcomes) and set(outcomes) == {"refused", "written"}, "refused up to the rename, written from there"
@@ -239,7 +252,7 @@ def step_reached(command: Running, run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def work(command: subprocess.Popen[bytes], seconds: float) -> None:
+def work(command: Running, seconds: float) -> None:
     """Wait until a running command has used a processor for `seconds` more, or has ended."""
     process = psutil.Process(command.pid)
     until = sum(process.cpu_times()[:2]) + seconds
@@ -253,20 +266,19 @@ def test_a_second_signal_ends_a_training_in_the_middle_of_a_step_and_gives_the_t
 ) -> None:
     terminal, behind = pty.openpty()
     long = [*training(sd_folder), "--batch-size", "4000", "--micro-batch", "1"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
-    command = subprocess.Popen([sys.executable, "-m", "sidcli", *long], cwd=tmp_path, env=environment, stderr=behind)
-    os.close(behind)
+    command = Running(*long, cwd=tmp_path, stderr=Path(os.ttyname(behind)), TERM="xterm")
     said = b""
-    while b"0/12" not in said:
+    while b"0/6" not in said:
         said += os.read(terminal, 4096)
     while not (tmp_path / "run" / "report.html").exists():
         time.sleep(0.05)
     work(command, seconds=1)  # the page is the last thing before the first step, whose 4000 micro-batches take minutes
-    command.send_signal(signal.SIGTERM)
+    os.kill(command.pid, signal.SIGTERM)
     work(command, seconds=0.5)
     assert command.poll() is None, "the first waits for the end of the step"
-    command.send_signal(signal.SIGTERM)
+    os.kill(command.pid, signal.SIGTERM)
     assert command.wait() == 143
+    os.close(behind)
     with suppress(OSError):  # the other end is closed
         while more := os.read(terminal, 4096):
             said += more
@@ -295,10 +307,15 @@ def test_a_second_run_in_a_folder_is_refused_before_anything_is_loaded_and_a_kil
 
 @pytest.mark.check(17)
 def test_a_closed_pipe_and_a_log_on_a_full_disk_cost_no_checkpoint(sd_folder: Path, tmp_path: Path) -> None:
-    words = " ".join([sys.executable, "-m", "sidcli", *training(sd_folder)[:-2], "--steps", "3", "--output"])
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for folder, rest in (("pipe", "2>&1 | head -1"), ("full", "2>/dev/full >/dev/full")):
-        subprocess.run(["sh", "-c", f"{words} {folder} {rest}"], cwd=tmp_path, env=environment, capture_output=True)
+    pipe, full = tmp_path / "reader", Path("/dev/full")
+    os.mkfifo(pipe)
+    for folder, stream in (("pipe", pipe), ("full", full)):
+        words = [*training(sd_folder)[:-2], "--steps", "3", "--output", folder]
+        running = Running(*words, cwd=tmp_path, stdout=stream, stderr=stream)
+        if stream == pipe:
+            with pipe.open() as reader:
+                assert reader.readline()
+        running.wait()
         found, problems = checkpoint.latest(tmp_path / folder / "checkpoints")
         assert found is not None and found.step == 3 and not problems, folder
 
@@ -369,17 +386,15 @@ def test_libraries_with_known_holes_are_too_old(tmp_path: Path) -> None:
 
 @pytest.mark.check(15)
 def test_everything_that_ships_works_where_there_is_no_network_at_all(tmp_path: Path) -> None:
-    if subprocess.run(["unshare", "-Urn", "true"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody be without a network")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    skip_without("-Urn")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")}
     environment.pop("HF_HUB_OFFLINE")
-    command = ["unshare", "-Urn", sys.executable, "-m", "sidcli"]
-    done = subprocess.run(
-        [*command, "sample", "a cat", "-o", "cat.png"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+
+    def offline(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["unshare", "-Urn", sys.executable, "-m", "sidcli", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = offline("sample", "a cat", "-o", "cat.png")
     assert done.returncode == 0 and (tmp_path / "cat.png").is_file(), done.stderr
-    missing = environment | {"HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(
-        [*command, "sample", "a cat", "--model", "me/mine"], cwd=tmp_path, env=missing, capture_output=True, text=True
-    )
+    done = offline("sample", "a cat", "--model", "me/mine")
     assert done.returncode == 3 and "me/mine" in done.stderr.splitlines()[-1]

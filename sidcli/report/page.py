@@ -8,9 +8,10 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -187,8 +188,9 @@ def measurements(metrics: Sequence[IntervalRows]) -> list[tuple[str, list[tuple[
     return [(name, [(metric, column.get(name)) for metric, column in columns]) for name in names]
 
 
-def render(page: Page) -> str:
-    """Return the HTML of the page. The same content gives the same text."""
+@cache
+def template() -> Template:
+    """Return the template of the page. Compiling it takes longer than rendering a page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -206,8 +208,13 @@ def render(page: Page) -> str:
         "plot": charts.plot,
         "whiskers": charts.whiskers,
     }
+    return environment.get_template("page.html")
+
+
+def render(page: Page) -> str:
+    """Return the HTML of the page. The same content gives the same text."""
     colors = {name: f"c{index % COLORS}" for index, name in enumerate(page.contestants)}
-    return environment.get_template("page.html").render(page=page, colors=colors, version=__version__)
+    return template().render(page=page, colors=colors, version=__version__)
 
 
 def write(page: Page, file: Path) -> None:
