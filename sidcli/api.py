@@ -337,7 +337,9 @@ def evaluate(
     if folder:
         check_writable(folder, "--image-folder")
     request = Evaluation(
-        models=[one if isinstance(one, ModelSpec) else ModelSpec.parse(_name("models", one), steps, guidance) for one in listed],
+        models=ModelSpec.parse_all(
+            [one if isinstance(one, ModelSpec) else _name("models", one) for one in listed], steps, guidance
+        ),
         metrics=[metrics] if isinstance(metrics, str) else metrics,
         everything=everything,
         bounds=bounds,

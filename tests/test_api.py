@@ -208,14 +208,15 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
     assert (made.fake_updates, made.lr_fake, made.lr_generator, made.fake_lora) == (1, 2e-5, 1e-6, 64)
     assert made.objective == objectives.Vsd.Settings()
     said = f"--objective vsd: these settings of {file} belong to objective dmd2 and are not used: guidance = 3.0, "
-    assert asked.note.startswith(said) and "fake_updates = 10" in asked.note and "lr_fake" not in asked.note
+    (note,) = asked.notes
+    assert note.startswith(said) and "fake_updates = 10" in note and "lr_fake" not in note
     for same in (None, "dmd2"):
         asked = request("someone/sd", same, file)
-        assert asked.config(asked.recipe) == dataclasses.replace(dmd2, teacher="someone/sd", prompts="general") and not asked.note
+        assert asked.config(asked.recipe) == dataclasses.replace(dmd2, teacher="someone/sd", prompts="general") and not asked.notes
     file.write_text(tomli_w.dumps(dataclasses.asdict(DistillConfig(steps=7))))
     asked = request("someone/sd", "dmd2", file)
     made = asked.config(asked.recipe)
-    assert (made.steps, made.fake_updates, made.lr_generator) == (7, 10, 1e-5) and "kappa1 = 2.0" in asked.note
+    assert (made.steps, made.fake_updates, made.lr_generator) == (7, 10, 1e-5) and "kappa1 = 2.0" in asked.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,40 @@ def test_the_guidance_scale_is_given_once() -> None:
         Request.of("emoji-teacher", None, "dmd2", 2.0, None, {"guidance": 3.0}, None, None, "auto", None, {})
     table = Request.of("emoji-teacher", None, None, 2.0, None, {"kappa4": 3.0}, None, None, "auto", None, {}).start["objective"]
     assert (table.kappa3, table.kappa4) == (2.0, 3.0), "one of the four scales of sid"
+
+
+def asked_for(**settings: object) -> Request:
+    """A request of sid with these guidance options, this `lr`, or these settings."""
+    shortcuts = [settings.pop(name, None) for name in ("guidance", "guidance_strategy", "lr")]
+    guidance, strategy, lr = shortcuts
+    return Request.of("emoji-teacher", None, None, guidance, strategy, {}, lr, None, "auto", None, settings)  # type: ignore[arg-type]
+
+
+KAPPAS = {f"kappa{index}": 1.5 for index in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (KAPPAS | {"guidance": 2.0}, "--guidance 2.0 has no effect: kappa1 to kappa4 set every scale"),
+        (KAPPAS | {"guidance_strategy": "long"}, "--guidance-strategy long has no effect: kappa1 to kappa4 set every scale"),
+        ({"lr": 1e-3, "lr_fake": 1e-4, "lr_generator": 1e-4}, "--lr 0.001 has no effect: --lr-fake and --lr-generator set both"),
+    ],
+)
+def test_a_shortcut_beside_all_of_the_settings_that_it_sets_is_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        asked_for(**settings)
+    asked_for(**{name: value for name, value in settings.items() if name not in ("kappa3", "lr_fake")})
+
+
+def test_a_setting_that_others_turn_off_is_noted() -> None:
+    assert asked_for(renoise="fresh").notes == (
+        "note: --renoise fresh has no effect on a student of one step; --student-steps N sets more",
+    )
+    assert asked_for(dropout=0.2, guidance_strategy="none").notes == (
+        "note: --dropout 0.2 has no effect: no guidance uses the unconditional branch of the fake score",
+    )
+    assert not asked_for(renoise="fresh", student_steps=2, dropout=0.2).notes
 
 
 def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def evaluate(
     Example: sid eval emoji emoji-teacher --fid --clip
     """
     check(protocol, column, prompts, device)
-    specs = [ModelSpec.parse(text, steps, guidance) for text in models or ["emoji", "emoji-teacher"]]
+    specs = ModelSpec.parse_all(models or ["emoji", "emoji-teacher"], steps, guidance)
     bounds = limits(fail_above or [], fail_below or [])
     networks: dict[str, Any] = dict(inception=inception, clip_model=clip_model, cmmd_model=cmmd_model, dino_model=dino_model)
     check_places(report, picture, image_folder, overwrite)
@@ -213,6 +213,8 @@ def show(outcome: Outcome, console: Console, as_json: bool, as_latex: bool, pict
         console.result(outcome.latex().splitlines(), {})
     else:
         console.table(f"protocol {outcome.protocol}, values with their 95 % intervals", *outcome.table())
+    if as_latex and as_json:
+        console.note("note: --latex has no effect with --json")
     for warning in outcome.warnings:
         console.note(f"note: {warning}")
     outcome.write(picture, report)

@@ -22,6 +22,7 @@ from sidcli.progress import Listener, counted
 from sidcli.settings import preset_for
 
 REAL = "real scenes"
+HINT_TEACHER = "name a teacher too, or leave the option out"
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ def resolve(spec: ModelSpec, untrained: int, listener: Listener) -> list[Resolve
 
 
 def check_used(found: Sequence[Resolved], untrained: int) -> None:
-    """Raises UsageError if an option for teachers is given and no teacher is to be measured."""
-    if any(one.is_teacher for one in found):
-        return
-    given = [f"--untrained {untrained}"] if untrained else []
-    common = [one.spec for one in found if not one.spec.own]
-    given += [f"--steps {spec.steps}" for spec in common if spec.steps is not None]
-    given += [f"--guidance {spec.guidance:g}" for spec in common if spec.guidance is not None]
-    if given:
-        raise UsageError(f"{given[0]} applies to teachers, and none is measured", "name a teacher too, or leave the option out")
+    """Raises UsageError if an option for teachers is given and applies to none of the models to be measured."""
+    teachers = [one.spec for one in found if one.is_teacher]
+    if untrained and not teachers:
+        raise UsageError(f"--untrained {untrained} applies to teachers, and none is measured", HINT_TEACHER)
+    for name in ("steps", "guidance"):
+        common = [spec for one in found if name not in (spec := one.spec).stated and getattr(spec, name) is not None]
+        if common and all(name in spec.stated for spec in teachers):
+            why = f"every teacher states its own {name}" if teachers else "none is measured"
+            raise UsageError(f"--{name} {getattr(common[0], name):g} applies to teachers, and {why}", HINT_TEACHER)
 
 
 @dataclass(frozen=True)

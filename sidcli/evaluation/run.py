@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sidcli.data.imagesets import DrawnSet
 from sidcli.distributed import Distributed
 from sidcli.evaluation.candidates import check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, choose, open_protocol
-from sidcli.evaluation.scores import Evaluation, Listener, Row, chosen
+from sidcli.evaluation.scores import NEEDS_REFERENCE, Evaluation, Listener, Row, chosen
 from sidcli.evaluation.spec import Bound, Request
 from sidcli.formats.outputs import check_picture
 from sidcli.formats.pictures import contact_sheet, save_png
@@ -86,12 +87,37 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     candidates = to_measure(found, protocol, distributed.device, rules.num, rules.seed, request.batch_size, request.image_folder)
     metrics = chosen(request.metrics, protocol, request.everything, candidates, [bound.metric for bound in request.bounds])
     evaluation = Evaluation(protocol, candidates, metrics, rules.num, distributed)
+    for note in without_effect(request, evaluation):
+        listener.note(f"note: {note}")
     evaluation.fill(listener)
     if not distributed.is_main:
         return None
     rows = evaluation.rows(listener)
     warnings = [*evaluation.warnings(rows), *not_applicable(rows, request.bounds)]
     return Outcome(evaluation, rows, warnings, beyond(rows, request.bounds), rules.seed)
+
+
+def without_effect(request: Request, evaluation: Evaluation) -> list[str]:
+    """Return one sentence for each option that this evaluation does not use. A script may give the paths of all networks at once."""
+    files, protocol = request.networks, evaluation.protocol
+    networks = {
+        "--inception": (files.inception, ("features",), "--fid, --kid or --prdc"),
+        # The emoji protocol has one CLIP model for the CLIP score and the CMMD.
+        "--clip-model": (files.clip, ("clip", *["embeddings"] * protocol.is_emoji), "--clip"),
+        "--cmmd-model": (files.cmmd, ("embeddings",), "--cmmd"),
+        "--dino-model": (files.dino, ("dino",), "--dino"),
+    }
+    said = [
+        f"{option} {file} has no effect without {metrics}"
+        for option, (file, extractors, metrics) in networks.items()
+        if file is not None and evaluation.extractors.keys().isdisjoint(extractors)
+    ]
+    if protocol.name == "custom" and request.protocol.reference and set(NEEDS_REFERENCE).isdisjoint(evaluation.metrics):
+        said.append(f"--reference {request.protocol.reference} has no effect: no metric of this table compares with it")
+    if not any(isinstance(candidate.images, DrawnSet) for candidate in evaluation.candidates):
+        drawing = {"--image-folder": request.image_folder, "--seed": request.protocol.seed or None}
+        said += [f"{option} {value} has no effect: no model draws" for option, value in drawing.items() if value is not None]
+    return said
 
 
 def listed(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:

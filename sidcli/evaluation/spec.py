@@ -19,14 +19,19 @@ PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
 class ModelSpec:
     """A model or a set of images to measure, as named on the command line, and its sampling settings.
 
-    `own` is True if steps or guidance were given with the name; otherwise they are the settings of all teachers.
+    `stated` are the settings that were given with the name, "steps" or "guidance"; others are the settings of all teachers.
     """
 
     name: str
     steps: int | None = None
     guidance: float | None = None
     untrained: int = 0
-    own: bool = False
+    stated: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> bool:
+        """Whether the name states a setting."""
+        return bool(self.stated)
 
     @classmethod
     def parse(cls, text: str, steps: int | None, guidance: float | None) -> ModelSpec:
@@ -39,13 +44,22 @@ class ModelSpec:
         for setting in settings:
             key, _, value = setting.partition("=")
             try:
-                spec = replace(spec, own=True, **{key.strip(): kinds[key.strip()](value)})
+                spec = replace(spec, stated=(*spec.stated, key.strip()), **{key.strip(): kinds[key.strip()](value)})
             except (KeyError, ValueError) as error:
                 raise UsageError(
                     f"{text!r}: {setting!r} is neither steps=N nor guidance=G", "such as emoji-teacher,steps=10"
                 ) from error
         check_sampling(spec.steps, spec.guidance)
         return spec
+
+    @classmethod
+    def parse_all(cls, models: Sequence[str | ModelSpec], steps: int | None, guidance: float | None) -> list[ModelSpec]:
+        """Parse several names. Raises UsageError if all of them state a setting that is also given for all teachers."""
+        specs = [cls.parse(one, steps, guidance) if isinstance(one, str) else one for one in models]
+        for name, value in (("steps", steps), ("guidance", guidance)):
+            if value is not None and specs and all(name in spec.stated for spec in specs):
+                raise UsageError(f"--{name} {value:g} has no effect: every model states its own {name}", f"leave --{name} out")
+        return specs
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ class Request:
     memory: str
     folder: Path
     """The run folder."""
-    note: str = ""
-    """A message on settings of the config file that are not used."""
+    notes: tuple[str, ...] = ()
+    """Messages on settings that are not used."""
 
     @classmethod
     def of(
@@ -76,12 +76,15 @@ class Request:
         if "name" in objective_settings:
             raise UsageError("--set name: the objective is not one of its own settings", "--objective NAME")
         others |= objective_settings
+        check_scales(method, others, guidance, guidance_strategy)
         if guidance is not None and method is not objectives.Sid and (scale := method.Settings.scale) in others:
             raise UsageError(f"--guidance {guidance:g} and --set {scale}={others[scale]} exclude each other", "give one of them")
         chosen = objectives.settings({**table, **others})
         start = {**defaults_of(method, teacher), **from_file, "objective": chosen}
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
-        return cls(teacher, start, with_shortcuts(own, start, lr, images), memory, folder, note)
+        own = with_shortcuts(own, start, lr, images)
+        notes = [note, *without_effect(start | own, {**own, **others})]
+        return cls(teacher, start, own, memory, folder, tuple(text for text in notes if text))
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -129,8 +132,8 @@ class Request:
 
         Raises UsageError or EnvironmentProblem for a device that is invalid or not available.
         """
-        if self.note:
-            listener.note(self.note)
+        for note in self.notes:
+            listener.note(note)
         recipe = self.recipe
         begun = self.memory == "auto" and (self.folder / "config.toml").is_file()
         if begun:  # a continued run keeps its recipe, whatever memory is free now
@@ -156,6 +159,30 @@ def check_values(settings: Mapping[str, Any], guidance: float | None, lr: float 
         raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
     if lr is not None and not 0 < lr < math.inf:
         raise UsageError(f"--lr must be positive, not {lr}")
+
+
+def check_scales(
+    method: type[objectives.Objective], given: Mapping[str, Any], guidance: float | None, guidance_strategy: str | None
+) -> None:
+    """Raises UsageError if the guidance options are given beside settings of the objective that replace all of their scales."""
+    kappas = tuple(strategy("none", None))
+    if method is not objectives.Sid or not set(kappas) <= given.keys():
+        return
+    for option, value in (("--guidance", guidance), ("--guidance-strategy", guidance_strategy)):
+        if value is not None:
+            raise UsageError(f"{option} {value} has no effect: {kappas[0]} to {kappas[-1]} set every scale", f"leave {option} out")
+
+
+def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each setting of the command line (`given`) that other settings turn off."""
+    said, scores = [], settings["objective"]
+    if "renoise" in given and settings.get("student_steps", DistillConfig.student_steps) == 1:
+        said.append(f"note: --renoise {given['renoise']} has no effect on a student of one step; --student-steps N sets more")
+    if "dropout" in given and isinstance(scores, objectives.Sid.Settings) and scores.kappa1 == scores.kappa2 == scores.kappa3 == 1:
+        said.append(
+            f"note: --dropout {given['dropout']} has no effect: no guidance uses the unconditional branch of the fake score"
+        )
+    return said
 
 
 def method_of(objective: str | None, config: Path | None) -> type[objectives.Objective]:
@@ -205,11 +232,16 @@ def objective_table(
 
 
 def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: float | None, images: int | None) -> dict[str, Any]:
-    """Return `settings` with the fields that `lr` and `images` set. `start` has the batch size if `settings` does not."""
+    """Return `settings` with the fields that `lr` and `images` set. `start` has the batch size if `settings` does not.
+
+    Raises UsageError if `lr` sets neither learning rate.
+    """
     own = dict(settings)
     if "prompts" in own and "column" not in own:
         own["column"] = ""  # the column of a config file belongs to the prompts of that file
     if lr is not None:
+        if {"lr_fake", "lr_generator"} <= own.keys():
+            raise UsageError(f"--lr {lr:g} has no effect: --lr-fake and --lr-generator set both rates", "leave --lr out")
         own = {"lr_fake": lr, "lr_generator": lr} | own
     if images is not None:
         size = own.get("batch_size", start.get("batch_size", DistillConfig.batch_size))

@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from sidcli import api
 from sidcli.data.imagefiles import open_images
 from sidcli.data.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
 from sidcli.distributed import Distributed, Share
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluation.candidates import REAL, Candidate, resolve, to_measure
+from sidcli.evaluation.candidates import REAL, Candidate, check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, listed
 from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, pictures, table
 from sidcli.evaluation.scores import METRICS_OF_OPTION, Evaluation, Row, chosen
@@ -191,8 +192,8 @@ def test_processes_that_share_the_work_compute_what_one_computes(tmp_path: Path,
     ("text", "spec"),
     [
         ("emoji", ModelSpec("emoji", 50, None)),
-        ("emoji-teacher,steps=10,guidance=1.5", ModelSpec("emoji-teacher", 10, 1.5, own=True)),
-        ("a/b@main,guidance=2", ModelSpec("a/b@main", 50, 2.0, own=True)),
+        ("emoji-teacher,steps=10,guidance=1.5", ModelSpec("emoji-teacher", 10, 1.5, stated=("steps", "guidance"))),
+        ("a/b@main,guidance=2", ModelSpec("a/b@main", 50, 2.0, stated=("guidance",))),
     ],
 )
 def test_a_model_may_say_how_it_is_to_draw(text: str, spec: ModelSpec) -> None:
@@ -419,7 +420,53 @@ def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possibl
     rules = emoji(NETWORKS)
     assert to_measure(resolve(ModelSpec("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
     with pytest.raises(UsageError, match="one-step model; --steps 4"):
-        to_measure(resolve(ModelSpec("emoji", 4, own=True), 0, Silence()), rules, CPU, 10, 0, 10, None)
+        to_measure(resolve(ModelSpec("emoji", 4, stated=("steps",)), 0, Silence()), rules, CPU, 10, 0, 10, None)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "said"),
+    [
+        (["emoji-teacher,steps=2"], {"steps": 3}, "--steps 3 has no effect: every model states its own steps"),
+        (["emoji-teacher,steps=2", "emoji"], {"steps": 3}, "--steps 3 applies to teachers, and every teacher states its own steps"),
+        (["emoji-teacher,guidance=2", "emoji"], {"guidance": 1.5}, "--guidance 1.5 applies to teachers, and every teacher states"),
+        (["emoji"], {"guidance": 1.5}, "--guidance 1.5 applies to teachers, and none is measured"),
+    ],
+)
+def test_a_setting_for_all_teachers_that_no_teacher_takes_is_refused(
+    models: list[str], options: dict[str, float], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        api.evaluate(models, ["accuracy"], num=2, listener=Silence(), **options)  # type: ignore[arg-type]
+
+
+def test_a_setting_for_all_teachers_and_one_of_a_name_go_together() -> None:
+    specs = ModelSpec.parse_all(["emoji-teacher,steps=2", "emoji-teacher"], 3, 1.5)
+    assert [(spec.steps, spec.guidance) for spec in specs] == [(2, 1.5), (3, 1.5)]
+    check_used([one for spec in specs for one in resolve(spec, 0, Silence())], 0)
+
+
+def test_an_option_that_an_evaluation_does_not_use_is_noted(scenes_folder: Path, stand_ins: dict[str, Path]) -> None:
+    def notes(models: object, metrics: list[str], **options: object) -> list[str]:
+        listener = Listening()
+        api.evaluate(models, metrics, num=8, listener=listener, **options)  # type: ignore[arg-type]
+        return [text for text in listener.said if "has no effect" in text]
+
+    files = {"inception": stand_ins["inception"], "clip_model": stand_ins["clip"], "cmmd_model": stand_ins["clip"]}
+    files |= {"dino_model": stand_ins["dino"]}
+    images = {"protocol": "custom", "reference": scenes_folder, "seed": 3, "image_folder": scenes_folder.parent / "kept"}
+    dino = f"note: --dino-model {stand_ins['dino']} has no effect without --dino"
+    assert notes(scenes_folder, ["prdc"], **files, **images) == [
+        f"note: --clip-model {stand_ins['clip']} has no effect without --clip",
+        f"note: --cmmd-model {stand_ins['clip']} has no effect without --cmmd",
+        dino,
+        f"note: --image-folder {scenes_folder.parent / 'kept'} has no effect: no model draws",
+        "note: --seed 3 has no effect: no model draws",
+    ]
+    assert notes("emoji", ["cmmd"], clip_model=stand_ins["clip"], dino_model=stand_ins["dino"], seed=3) == [dino]
+    both = sid("eval", "emoji", "--accuracy", "--num", "2", "--latex", "--json")
+    assert "note: --latex has no effect with --json" in both.stderr.splitlines() and json.loads(both.stdout)
+    (reference,) = notes("emoji", ["clip"], clip_model=stand_ins["clip"], reference=scenes_folder, prompts="prompts/nouns.txt")
+    assert reference == f"note: --reference {scenes_folder} has no effect: no metric of this table compares with it"
 
 
 @pytest.mark.parametrize(
