@@ -97,6 +97,17 @@ def check_start(card: Mapping[str, Any], place: str, timesteps: int) -> None:
         )
 
 
+def check_agrees(card: Mapping[str, Any], place: str, start: int) -> None:
+    """Raises InputError if a card contradicts the scheduler of the model, which is that of a student that starts at timestep `start`."""
+    if card.get("kind") == "teacher":
+        said, right = "kind is 'teacher'", f'for a one-step student, write {{"kind": "student", "t_init": {start}}}'
+    elif card.get("kind") == "student" and card["t_init"] != start:
+        said, right = f"t_init is {card['t_init']}", f"write t_init {start}, or take another copy of the model"
+    else:
+        return
+    raise InputError(f"{place}: {said}, but the scheduler of the model is that of a student that starts at timestep {start}", right)
+
+
 def _checked(card: dict[str, Any], place: str) -> dict[str, Any]:
     """Return a card. Raises InputError, naming the first missing or invalid entry."""
     is_student = card.get("kind") == "student"

@@ -195,8 +195,7 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
         file = None
         networks, scheduler_config, empty_is_zero = _read_folder(source)
         card = read_card(source)
-        if not card and is_truncated(scheduler_config):
-            start = scheduler_config["num_train_timesteps"] - 1
+        if not card and (start := start_of(scheduler_config)) is not None:
             listener.note(
                 f"{source.name} has the scheduler of a student that starts at timestep {start}, but no sid.json: it is read as a teacher;"
                 f' put its sid.json back (for a one-step student {{"kind": "student", "t_init": {start}}} is enough)'
@@ -208,6 +207,8 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
     _check_fit(source.name, networks, places)
     path = read_path(scheduler_config)
     cards.check_start(card, cards.place_of(source.path), path.steps)
+    if (start := start_of(scheduler_config)) is not None:
+        cards.check_agrees(card, cards.place_of(source.path), start)
     texts = [name for name in networks if name.startswith("text_encoder")]
     tokenizers = tuple(_tokenizer(source, file, name, networks[name], places[name]) for name in texts)
     rehearse(networks, places, latent_shape(networks["unet"]), min(tokenizer.model_max_length for tokenizer in tokenizers))
@@ -263,10 +264,14 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
     return networks, scheduler, bool(index.get("force_zeros_for_empty_prompt", False)) and len(texts) == 2
 
 
-def is_truncated(scheduler: dict[str, Any]) -> bool:
-    """Return whether a scheduler configuration is one that sid writes for students: trailing Euler over the first timesteps only."""
-    kind = (scheduler["_class_name"], scheduler.get("timestep_spacing"))
-    return kind == ("EulerDiscreteScheduler", "trailing") and scheduler.get("num_train_timesteps", TIMESTEPS) < TIMESTEPS
+def start_of(scheduler: dict[str, Any]) -> int | None:
+    """Return the timestep at which a student starts if its scheduler configuration is one that sid writes for students, else None.
+
+    That scheduler is trailing Euler over the timesteps up to the start only.
+    """
+    kind = (scheduler.get("_class_name"), scheduler.get("timestep_spacing"))
+    steps = scheduler.get("num_train_timesteps", TIMESTEPS)
+    return steps - 1 if kind == ("EulerDiscreteScheduler", "trailing") and steps < TIMESTEPS else None
 
 
 def _class_of(source: Source, index: dict[str, Any], part: str) -> str:

@@ -147,3 +147,19 @@ def test_a_folder_with_the_scheduler_of_a_student_and_no_card_is_noted(sd_folder
     assert "the scheduler of a student that starts at timestep 625, but no sid.json" in note
     (tmp_path / "student" / "sid.json").write_text(note[note.index("{") : note.index("}") + 1])
     assert plan_for(describe(find(str(tmp_path / "student")))) == plan_for(dataclasses.replace(model, card=STUDENT))
+
+
+def test_a_card_that_contradicts_the_scheduler_of_a_student_is_refused(sd_folder: Path, tmp_path: Path) -> None:
+    write_student(tmp_path / "student", load(find(str(sd_folder))), STUDENT)
+    file = tmp_path / "student" / "sid.json"
+    for changes, said in (({"kind": "teacher"}, "kind is 'teacher'"), ({"t_init": 500}, "t_init is 500")):
+        file.write_text(json.dumps(STUDENT | changes))
+        with pytest.raises(InputError) as refused:
+            describe(find(str(tmp_path / "student")))
+        assert refused.value.message == (
+            f"{file}: {said}, but the scheduler of the model is that of a student that starts at timestep 625"
+        )
+        assert "625" in refused.value.hint
+    teacher = shutil.copytree(sd_folder, tmp_path / "teacher")
+    (teacher / "sid.json").write_text('{"kind": "teacher"}')
+    assert not describe(find(str(teacher))).is_student, "its scheduler has the timesteps of a teacher"
