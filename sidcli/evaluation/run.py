@@ -21,7 +21,7 @@ from sidcli.formats.outputs import check_picture
 from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.catalog import METRICS
 from sidcli.models.loading import quiet_libraries
-from sidcli.printable import json_text
+from sidcli.printable import json_text, printable
 from sidcli.progress import counted
 from sidcli.report.page import Cell, Facts, Gallery, IntervalRows, Page, Scores, Section, Table, write
 from sidcli.report.run import run_sections
@@ -150,6 +150,8 @@ def turned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[list[
 
 SPECIAL = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
 SPECIAL |= {"{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+# In the default font encoding, LaTeX prints these three as a dash and as Spanish punctuation.
+SPECIAL |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 """Characters that LaTeX needs in escaped form."""
 
 
@@ -157,7 +159,10 @@ def latex(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """Return the table as LaTeX with booktabs rules. The best value of each metric is bold, including equally printed values."""
 
     def escaped(text: str) -> str:
-        return "".join(SPECIAL.get(character, character) for character in text)
+        # Control characters first: an escape such as \u001b that is made later would be a command of LaTeX.
+        found = "".join(SPECIAL.get(character, character) for character in printable(text))
+        # The command that ends the row before takes a [ or * at the start of a cell for its own argument.
+        return f"{{}}{found}" if found.startswith(("[", "*")) else found
 
     header, cells = listed(rows, metrics)
     lines = [[escaped(cell) for cell in line] for line in [header, *cells]]

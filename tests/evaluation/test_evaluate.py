@@ -358,6 +358,19 @@ def test_the_latex_table_escapes_what_latex_would_read() -> None:
     assert r"50\%\_a\&b & 1 step \{x\} & 400 & 3.00 $\pm$ 1.00 \\" in text and text.startswith(r"\begin{tabular}{lrrr}")
 
 
+def test_a_name_in_a_latex_table_is_printed_as_it_is_and_ends_neither_its_cell_nor_its_row() -> None:
+    names = ["a|b", "<a>", "[1em]", "*", "a\x1b[0m\nb", "a\u202eb"]
+    text = latex([replace(row(name, fid=3.0), sampling="1 step") for name in names], ["fid"])
+    assert [line.partition(" & ")[0] for line in text.splitlines()[4:-2]] == [
+        r"a\textbar{}b",
+        r"\textless{}a\textgreater{}",
+        "{}[1em]",
+        "{}*",
+        r"a\textbackslash{}u001b[0m\textbackslash{}u000ab",
+        r"a\textbackslash{}u202eb",
+    ]
+
+
 def test_the_latex_table_bolds_the_best_printed_value_of_each_metric_among_models() -> None:
     rows = [
         real_row(fid=1.0, clip=0.9, noun=1.0),
