@@ -23,7 +23,7 @@ from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
 from sidcli.formats.outputs import BACKENDS, Places, check_export
 from sidcli.models.overrides import Overrides, check_sampling
-from sidcli.printable import with_article
+from sidcli.printable import printable, with_article
 from sidcli.progress import Listener, Progress, RunListener, Silence, counted, in_words
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
@@ -50,14 +50,14 @@ class Bars:
         self.bar: Any = None
 
     def note(self, text: str) -> None:
-        self.tqdm.write(text, file=sys.stderr)
+        self.tqdm.write(printable(text), file=sys.stderr)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Progress]:
-        with self.tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=unit == "bytes", leave=False, delay=1.0) as bar:
+        with self.tqdm(total=total, desc=printable(what), unit=f" {unit}", unit_scale=unit == "bytes", leave=False, delay=1.0) as bar:
 
             def advance(count: float, text: str = "") -> None:
-                bar.set_postfix_str(text, refresh=False)
+                bar.set_postfix_str(printable(text), refresh=False)
                 bar.update(count)
 
             yield advance

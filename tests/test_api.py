@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -323,6 +324,17 @@ def test_bars_show_notes_and_progress_on_stderr(capsys: pytest.CaptureFixture[st
         bars.stepped({"step": step, "images_per_second": 2.0})
     out, err = capsys.readouterr()
     assert not out and "loading a model" in err and "3/3" in err and "2 img/s" in err
+
+
+def test_bars_write_control_characters_out(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    bars.note("loading \x1b]0;t\x07")
+    with bars.progress("draw \x1b[31m", 4, "images") as advance:
+        time.sleep(1.1)  # a bar appears after a second
+        advance(2, "step \x9b31m")
+    said = capsys.readouterr().err
+    assert all(text in said for text in (r"loading \u001b]0;t\u0007", r"draw \u001b[31m", r"step \u009b31m")), ascii(said)
+    assert not {"\x07", "\x9b"} & set(said) and "\x1b[31m" not in said
 
 
 def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

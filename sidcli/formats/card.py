@@ -117,7 +117,8 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
         "## License",
         _license(terms),
     ]
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    # The name of a license and the paths in `usage` are texts of others, too.
+    (folder / "README.md").write_text(printable("\n\n".join(sections), keep="\n") + "\n", encoding="utf-8")
 
 
 def _method_tags(card: Mapping[str, Any]) -> list[str]:

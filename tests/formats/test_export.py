@@ -371,6 +371,14 @@ def test_a_license_by_another_name_is_named_and_linked(plain: Model, tmp_path: P
     assert card.facts["Teacher"] == "hub:owner/name, commit c0ffee"
 
 
+def test_control_characters_of_a_license_are_written_out_in_the_model_card(plain: Model, tmp_path: Path) -> None:
+    terms = {"license": "other", "license_name": "rules\x1b]0;t\x07", "license_link": "https://example.org/\u202e"}
+    exported(dataclasses.replace(plain, card=plain.card | {"teacher": terms}), "diffusers", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert r"License: [rules\u001b]0;t\u0007](https://example.org/\u202e)." in text
+    assert all(line.isprintable() for line in text.split("\n")) and text.endswith("\n")
+
+
 @pytest.mark.parametrize(
     ("missing", "form", "hint"),
     [
