@@ -6,13 +6,16 @@ id. A `listener` receives progress and notes. The default listener prints them t
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sidcli.data.tables import check_column
 from sidcli.devices import check_name, choose_device, pick_device
@@ -23,8 +26,11 @@ from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
 from sidcli.formats.outputs import BACKENDS, Places, check_export
 from sidcli.models.overrides import Overrides, check_sampling
+from sidcli.numeric import plain
+from sidcli.objectives import OBJECTIVES, names
 from sidcli.printable import printable, with_article
 from sidcli.progress import Listener, Progress, RunListener, Silence, counted, in_words
+from sidcli.settings import FIELDS
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
 
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 SILENT = Silence()
 USUAL = Intervals()
+SETTINGS = {*FIELDS, *(name for objective in OBJECTIVES.values() for name in names(objective))} - {"teacher", "objective"}
+"""Settings of a distillation and of its objectives, which `distill` takes beside its arguments."""
 
 
 class Bars:
@@ -54,7 +62,9 @@ class Bars:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Progress]:
-        with self.tqdm(total=total, desc=printable(what), unit=f" {unit}", unit_scale=unit == "bytes", leave=False, delay=1.0) as bar:
+        with self.tqdm(
+            total=total, desc=printable(what), unit=f" {unit}", unit_scale=unit == "bytes", leave=False, delay=1.0
+        ) as bar:
 
             def advance(count: float, text: str = "") -> None:
                 bar.set_postfix_str(printable(text), refresh=False)
@@ -72,6 +82,28 @@ class Bars:
             self.bar.close()
 
 
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+
+def _refuses_unknown(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Return a function that raises UsageError, with the most similar name, for a keyword that it does not have."""
+    known = [name for name, one in inspect.signature(function).parameters.items() if one.kind is not one.VAR_KEYWORD]
+    more = SETTINGS if len(known) < len(inspect.signature(function).parameters) else ()
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Parameters.args, **named: Parameters.kwargs) -> Returned:
+        for name in named:
+            if name not in known and name not in more:
+                close = difflib.get_close_matches(name, [*known, *more], 1)
+                what = "setting" if more else "argument"
+                raise UsageError(f"unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+@_refuses_unknown
 def load(
     name: PathLike,
     *,
@@ -97,13 +129,14 @@ def load(
         UsageError: If an argument has an invalid value.
     """
     name = _name("name", name)
-    _check_types(width=(width, int), height=(height, int))
+    width, height = _typed(width=(width, int), height=(height, int))
     known = Overrides(prediction_type, os.fspath(model_config), width, height)
     from sidcli.models.loading import open_model
 
     return open_model(name, listener or Bars(), known)
 
 
+@_refuses_unknown
 def sample(
     prompts: str | Sequence[str],
     model: PathLike | Model = "emoji",
@@ -145,9 +178,9 @@ def sample(
         UsageError: If an argument has an invalid value, or a file exists and `overwrite` is False.
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
-    numbers = {"num": (num, int), "seed": (seed, int), "steps": (steps, int), "batch_size": (batch_size, int)}
-    _check_types(**numbers, guidance=(guidance, float), width=(width, int), height=(height, int), device=(device, str))
-    _check_types(output=("" if output is None else output, PATH), overwrite=(overwrite, bool))
+    num, seed, steps, batch_size = _typed(num=(num, int), seed=(seed, int), steps=(steps, int), batch_size=(batch_size, int))
+    guidance, width, height = _typed(guidance=(guidance, float), width=(width, int), height=(height, int))
+    _typed(device=(device, str), output=("" if output is None else output, PATH), overwrite=(overwrite, bool))
     texts = _prompts(prompts)
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
@@ -186,6 +219,7 @@ def sample(
     return drawn
 
 
+@_refuses_unknown
 def distill(
     teacher: PathLike | None = None,
     output: PathLike | None = None,
@@ -236,8 +270,8 @@ def distill(
         Interrupted: If a signal stopped the run; the state is saved first.
         SidError: If the training diverged.
     """
-    _check_types(guidance=(guidance, float), lr=(lr, float), images=(images, int), objective=(objective, str))
-    _check_types(output=(output or "", PATH), device=(device, str))
+    guidance, lr, images = _typed(guidance=(guidance, float), lr=(lr, float), images=(images, int))
+    _typed(objective=(objective, str), output=(output or "", PATH), device=(device, str))
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     request = Request.of(
         None if teacher is None else _name("teacher", teacher),
@@ -271,6 +305,7 @@ def distill(
     return driver.run(loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command)
 
 
+@_refuses_unknown
 def evaluate(
     models: PathLike | ModelSpec | Sequence[PathLike | ModelSpec] = ("emoji", "emoji-teacher"),
     metrics: str | Sequence[str] = (),
@@ -321,9 +356,9 @@ def evaluate(
         UsageError: If the protocol does not support the request.
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
-    numbers = {"num": (num, int), "seed": (seed, int), "steps": (steps, int), "batch_size": (batch_size, int)}
-    _check_types(**numbers, guidance=(guidance, float), untrained=(untrained, int), device=(device, str))
-    _check_types(prompts=(prompts or "", PATH), reference=(reference or "", PATH), metrics=(metrics, (str, Sequence)))
+    num, seed, steps, batch_size = _typed(num=(num, int), seed=(seed, int), steps=(steps, int), batch_size=(batch_size, int))
+    guidance, untrained, _ = _typed(guidance=(guidance, float), untrained=(untrained, int), device=(device, str))
+    _typed(prompts=(prompts or "", PATH), reference=(reference or "", PATH), metrics=(metrics, (str, Sequence)))
     if not 0 <= untrained <= 100:
         raise UsageError(f"--untrained must be at least 0 and at most 100, not {untrained}")
     check_protocol(protocol)
@@ -393,18 +428,25 @@ TYPES = {PATH: "a path", (str, Sequence): "a list of names"}
 """Texts for types that have no name of their own."""
 
 
-def _check_types(**given: tuple[object, Any]) -> None:
-    """Raises UsageError if an argument is not of its type; an int is accepted for a float, and None for an argument of OPTIONAL."""
-    for name, (value, kind) in given.items():
-        is_right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+def _typed(**given: tuple[object, Any]) -> list[Any]:
+    """Return the arguments, numbers of other libraries as Python's own.
+
+    Raises UsageError if an argument is not of its type. Numbers that convert exactly are accepted, and None for an argument of
+    OPTIONAL.
+    """
+    values = [plain(value, kind) for value, kind in given.values()]
+    for (name, (_, kind)), value in zip(given.items(), values, strict=True):
+        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if not is_right and not (value is None and name in OPTIONAL):
             raise UsageError(f"{name} must be {kind.__name__ if isinstance(kind, type) else TYPES[kind]}, not {value!r}")
+    return values
 
 
 def _path(place: PathLike | None) -> Path | None:
     return None if place is None else Path(place)
 
 
+@_refuses_unknown
 def export(
     model: PathLike,
     output: PathLike,
@@ -447,7 +489,7 @@ def export(
         GateError: If the export generates a different image than the student.
     """
     model, teacher = _name("model", model), None if teacher is None else _name("teacher", teacher)
-    _check_types(rank=(rank, int), format=(format, str), dtype=(dtype, str), output=(output, PATH), verify=(verify, bool))
+    rank, *_ = _typed(rank=(rank, int), format=(format, str), dtype=(dtype, str), output=(output, PATH), verify=(verify, bool))
     is_released = Path(model).suffix.lower() == ".pkl"
     if is_released and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")

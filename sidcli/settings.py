@@ -17,6 +17,7 @@ from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes
 from sidcli.models.card import RENOISE
 from sidcli.models.overrides import PREDICTIONS
+from sidcli.numeric import plain
 from sidcli.objectives.base import Settings
 from sidcli.objectives.sid import SidSettings
 
@@ -244,7 +245,7 @@ IN_TABLE = 'write the table [objective] with name = "{}"'
 
 
 def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]:
-    """Return fields of DistillConfig with values of their types; an int is accepted for a float.
+    """Return fields of DistillConfig with values of their types; numbers that convert exactly are accepted.
 
     Raises UsageError for unknown fields and other types. `where` and `what` are parts of the message.
     """
@@ -258,9 +259,8 @@ def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]
             close = difflib.get_close_matches(name, FIELDS, 1)
             raise UsageError(f"{where}unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         kind = FIELDS[name]
-        if kind is float and type(value) is int:
-            values[name] = float(value)
-        elif name == "objective" and type(value) is not dict:
+        values[name] = value = plain(value, kind)
+        if name == "objective" and type(value) is not dict:
             raise UsageError(f"{where}objective must be a table, not {value!r}", IN_TABLE.format(value))
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{where}{name} must be {kind.__name__}, not {value!r}")

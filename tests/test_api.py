@@ -1,6 +1,7 @@
 """The Python API, as a notebook or a script uses it."""
 
 import dataclasses
+import inspect
 import json
 import re
 import runpy
@@ -9,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import sidcli
 from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
+from sidcli.numeric import plain
 from sidcli.progress import Silence
 from sidcli.settings import DistillConfig, checked, read_toml
 from sidcli.training.request import Request
@@ -177,13 +180,42 @@ def test_an_argument_of_another_type_is_refused_by_its_name(call: Callable[[], o
         call()
 
 
-def test_a_number_of_numpy_is_a_number_and_a_boolean_is_none() -> None:
-    assert checked({"lr_fake": np.float64(1e-3), "seed": 1}, "", "key")["lr_fake"] == 1e-3
-    for wrong in ({"lr_fake": True}, {"seed": True}, {"shard": 1}):
-        with pytest.raises(UsageError, match="must be"):
-            checked(wrong, "", "key")
-    drawn = sample("a cat", "emoji-teacher", guidance=np.float64(2), steps=1, listener=SILENT)
-    assert drawn.plan.guidance == 2
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, np.int32])
+@pytest.mark.parametrize("real", [np.float64, np.float32, np.float16, np.int64])
+def test_a_number_of_numpy_is_a_number(whole: type, real: type) -> None:
+    found = checked({"lr_fake": real(2), "seed": whole(3)}, "", "key")
+    assert (found, {type(value) for value in found.values()}) == ({"lr_fake": 2.0, "seed": 3}, {float, int})
+    scales = objectives.settings({"kappa1": real(2)})
+    assert scales == objectives.Sid.Settings(kappa1=2.0) and type(scales.kappa1) is float  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"num": whole(2), "seed": whole(1), "steps": whole(1), "batch_size": whole(1), "guidance": real(2)}
+    drawn = sample("a cat", "emoji-teacher", **options, width=whole(64), listener=SILENT)
+    assert (drawn.plan.guidance, [one.seed for one in drawn.drawn]) == (2, [1, 2]) and json.dumps(drawn.as_dict())
+
+
+@pytest.mark.parametrize("wrong", [{"lr_fake": True}, {"seed": True}, {"shard": 1}, {"seed": np.float64(1)}, {"seed": np.True_}])
+def test_neither_a_boolean_nor_a_number_that_does_not_convert_exactly_is_a_number(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        checked(wrong, "", "key")
+    assert (plain(Fraction(1, 4), float), plain(Fraction(1, 3), float)) == (0.25, Fraction(1, 3))
+    assert plain(10**400, float) == 10**400 and plain(2**60 + 1, float) == 2**60 + 1
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: load("emoji", widht=64), "unknown argument 'widht'; did you mean 'width'?"),
+        (lambda: sample("a cat", foo=1), "unknown argument 'foo'"),
+        (lambda: sample("a cat", promts="x"), "unknown argument 'promts'; did you mean 'prompts'?"),
+        (lambda: distill(guidence=2.0), "unknown setting 'guidence'; did you mean 'guidance'?"),
+        (lambda: distill(kapa4=2.0), "unknown setting 'kapa4'; did you mean 'kappa"),
+        (lambda: evaluate("emoji", metric=["clip"]), "unknown argument 'metric'; did you mean 'metrics'?"),
+        (lambda: export("emoji", "x", fromat="lora"), "unknown argument 'fromat'; did you mean 'format'?"),
+    ],
+)
+def test_a_keyword_that_a_function_does_not_have_is_refused_with_the_nearest_name(call: Callable[[], object], problem: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        call()
+    assert list(inspect.signature(sample).parameters)[:2] == ["prompts", "model"], "help and completion show the arguments"
 
 
 def test_a_path_is_a_model_name_and_a_list_of_prompts(sd_folder: Path, tmp_path: Path) -> None:

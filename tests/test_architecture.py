@@ -10,7 +10,7 @@ from tests.checks import CHECKS
 
 PACKAGE = REPOSITORY / "sidcli"
 FLOORS = [
-    {"errors", "optimizer", "printable", "progress", "randomness", "diffusion"},
+    {"errors", "numeric", "optimizer", "printable", "progress", "randomness", "diffusion"},
     {"devices", "environment", "files", "objectives"},
     {"distributed", "models"},
     {"formats", "settings"},

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sidcli.errors import UsageError
+from sidcli.numeric import plain
 from sidcli.objectives.base import Objective, Settings
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.sid import Sid
@@ -83,9 +84,8 @@ def settings(table: Mapping[str, Any]) -> Settings:
     for setting, value in table.items():
         if setting not in kinds:
             raise UsageError(f"{setting!r} is not a setting of objective {name}{_elsewhere(setting, str(name))}")
-        if kinds[setting] is float and type(value) is int:
-            values[setting] = float(value)
-        elif type(value) is not kinds[setting]:
+        values[setting] = plain(value, kinds[setting])
+        if type(values[setting]) is not kinds[setting]:
             raise UsageError(f"{setting} must be {kinds[setting].__name__}, not {value!r}")
     return objective.Settings(**values)
 
