@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +41,11 @@ HEAD = 3
 """Number of lines that are checked to detect a table in a text file."""
 TEXT_HINT = "give a text file with one prompt a line"
 JSON_HINT = "give COCO's captions_val2014.json or a JSON list of strings or of objects; JSON Lines are named .jsonl"
+
+
+TYPE_HINT = 'write the caption as a string in ""; --column NAME reads another column of a table'
+JSON_KINDS = ((bool, "a truth value"), ((int, float), "a number"), (list, "a list"), (dict, "an object"))
+"""Python types of the values of JSON that are no texts, and their names. A bool is an int in Python and therefore comes first."""
 
 
 class Prompts(Protocol):
@@ -232,8 +238,13 @@ def read_captions(path: Path, column: str = "") -> PromptList:
 
 def _caption(text: Any, place: str) -> str:
     """Return a text from JSON as one line. Raises InputError if it is not a string or contains a lone surrogate."""
-    if not isinstance(text, str):
+    if text is None:
         raise InputError(f"{place} has no text", JSON_HINT)
+    if not isinstance(text, str):
+        kind = next(name for types, name in JSON_KINDS if isinstance(text, types))
+        raise InputError(
+            f"{place}: the caption is {kind}, {shorten(json.dumps(text), 60, placeholder=' ...')}, not a text", TYPE_HINT
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:

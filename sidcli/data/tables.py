@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ MARKUP = (".yaml", ".yml", ".xml", ".html", ".toml")
 DELIMITERS = ",;\t|"
 MAX_ROW = 1 << 20
 """Maximum size of a line of a table, in bytes."""
+BLANK = object()
+"""The row of a blank line. It is not None, which is a value of JSON."""
 TABLE_HINT = "give a .csv, .tsv or .jsonl with a caption column, or a text file with one prompt per line"
 
 
@@ -89,16 +91,18 @@ def open_table(path: Path, wanted: str, most: int) -> Table:
 
 
 def of_rows(path: Path, rows: Iterable[tuple[str, Any]], wanted: str) -> Table:
-    """Return a table of pairs (location, row). The first row decides whether rows are JSON objects or strings."""
-    rows = iter(rows)
+    """Return a table of pairs (location, row). The first row that is not BLANK decides whether rows are JSON objects or strings."""
+    rows, before = iter(rows), 0
     first = next(rows, None)
+    while first is not None and first[1] is BLANK:
+        first, before = next(rows, None), before + 1
     if first is None:
         return Table("", (), rows)
-    rows = chain([first], rows)
+    rows = chain(repeat((first[0], BLANK), before), [first], rows)
     if not isinstance(first[1], dict):
         if wanted:
             raise UsageError(f"--column {wanted}: {first[0]} is not an object with columns", "leave --column out")
-        return Table("", (), rows)
+        return Table("", (), ((place, None if row is BLANK else row) for place, row in rows))
     columns = tuple(first[1])
     column = columns[_choose(path, columns, wanted)]
     return Table(column, columns, _values(rows, column))
@@ -106,6 +110,9 @@ def of_rows(path: Path, rows: Iterable[tuple[str, Any]], wanted: str) -> Table:
 
 def _values(rows: Iterable[tuple[str, Any]], column: str) -> Iterator[tuple[str, Any]]:
     for place, row in rows:
+        if row is BLANK:
+            yield place, None
+            continue
         if not isinstance(row, dict) or column not in row:
             raise InputError(f"{place} has no {column!r}", "give every row the same columns")
         yield place, row[column]
@@ -115,6 +122,7 @@ def _of_lines(path: Path, lines: Iterable[tuple[int, str]], wanted: str) -> Tabl
     def rows() -> Iterator[tuple[str, Any]]:
         for number, line in lines:
             if not line.strip():
+                yield f"{path}:{number}", BLANK
                 continue
             try:
                 row = json.loads(line)
@@ -142,7 +150,8 @@ def _of_fields(path: Path, lines: Iterator[tuple[int, str]], wanted: str) -> Tab
 
     def texts() -> Iterator[tuple[str, str]]:
         for place, row in rows:
-            if not row:  # an empty line
+            if len(row) <= 1 and not "".join(row).strip():  # a blank line
+                yield place, ""
                 continue
             if len(row) != len(columns):
                 raise InputError(

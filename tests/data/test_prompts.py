@@ -150,7 +150,7 @@ def test_a_broken_caption_is_refused_with_its_annotation(tmp_path: Path, annotat
         ('{"annotations": [3]}', "annotation number 1 has no image_id"),
         ('{"annotations": []}', "holds no prompt"),
         ("[]", "holds no prompt"),
-        ('["fine", 3]', "item 2 has no text"),
+        ('["fine", 3.5]', "item 2: the caption is a number, 3.5, not a text"),
         ('["fine", "a\\u0000b"]', "item 2: a NUL"),
     ],
 )
@@ -184,7 +184,7 @@ def table(folder: Path, name: str, content: str | bytes) -> Path:
 def test_the_captions_of_a_table_are_those_of_a_text_of_them(tmp_path: Path, name: str, content: str) -> None:
     plain = read_list(table(tmp_path, "list.txt", 'a cat; "old"\na dog on a mat\n'))
     found = read_list(table(tmp_path, name, content))
-    assert found.lines == plain.lines and found.digest == plain.digest and found.blank == 0
+    assert found.lines == plain.lines and found.digest == plain.digest
 
 
 def test_the_first_usual_name_is_read_and_the_note_says_so(tmp_path: Path) -> None:
@@ -193,6 +193,22 @@ def test_the_first_usual_name_is_read_and_the_note_says_so(tmp_path: Path) -> No
     assert found.lines == ("a cat",)
     assert found.note == f"{file}: using column 'Caption' (others: url, text); 1 blank line skipped"
     assert read_list(table(tmp_path, "single.csv", "caption\na cat\n")).note == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.txt", "\na cat\n\n  \na dog\n"),
+        ("t.csv", "id,caption\n1,a cat\n\n   \n2,\n3,a dog\n"),
+        ("t.csv", "caption\na cat\n\n   \n  \na dog\n"),
+        ("t.jsonl", '\n{"caption": "a cat"}\n\n{"caption": null}\n{"caption": "a dog"}\n'),
+        ("t.jsonl", '\n"a cat"\n  \n""\n"a dog"\n'),
+        ("t.json", '["", "a cat", " ", null, "a dog"]'),
+    ],
+)
+def test_blank_lines_and_captions_of_every_kind_of_list_are_skipped_and_counted(tmp_path: Path, name: str, content: str) -> None:
+    found = read_list(table(tmp_path, name, content))
+    assert found.lines == ("a cat", "a dog") and found.note.endswith("3 blank lines skipped"), found.note
 
 
 @pytest.mark.parametrize(
@@ -231,10 +247,13 @@ def test_a_column_is_found_by_its_own_name_before_any_case(tmp_path: Path, name:
         ("t.jsonl", '{"caption": "a"}\n\n{"caption": "b"\n', "t.jsonl:3 is not JSON"),
         ("t.jsonl", '{"caption": "a"}\n{"text": "b"}\n', "t.jsonl:2 has no 'caption'"),
         ("t.jsonl", '{"caption": "a"}\n"b"\n', "t.jsonl:2 has no 'caption'"),
-        ("t.jsonl", '{"caption": "a"}\n{"caption": ["b", "c"]}\n', "t.jsonl:2 has no text"),
+        ("t.jsonl", '{"caption": "a"}\n{"caption": ["b", "c"]}\n', 't.jsonl:2: the caption is a list, ["b", "c"], not a text'),
+        ("t.jsonl", '{"caption": 5}\n', "t.jsonl:1: the caption is a number, 5, not a text"),
+        ("t.jsonl", '{"caption": true}\n', "t.jsonl:1: the caption is a truth value, true, not a text"),
+        ("t.jsonl", '{"caption": {"en": "a"}}\n', 't.jsonl:1: the caption is an object, {"en": "a"}, not a text'),
         ("t.jsonl", '{"caption": "a \\ud800 cat"}\n', "t.jsonl:1: character 2 is half"),
         ("t.jsonl", "[" * 100_000 + "\n", "t.jsonl:1 is not JSON"),
-        ("t.json", '[{"caption": "a"}, {"caption": 3}]', "t.json: item 2 has no text"),
+        ("t.json", '[{"caption": "a"}, {"caption": 3}]', "t.json: item 2: the caption is a number, 3, not a text"),
         ("t.json", '{"caption": "a"}\n{"caption": "b"}\n', "t.json is not JSON: Extra data"),
         ("t.parquet", b"PAR1", "t.parquet: cannot read prompts from .parquet files"),
         ("t.XLSX", b"PK", "t.XLSX: cannot read prompts from .XLSX files"),
