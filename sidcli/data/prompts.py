@@ -167,8 +167,11 @@ def read_list(path: Path, column: str = "") -> PromptList:
     From a .csv, .tsv or .jsonl, or from any text file if `column` is given, one column is read: `column`, or by default the first
     column with a usual name (`tables.COLUMNS`). White space in a caption of a table becomes single spaces. Blank lines are skipped.
 
-    Raises InputError with file and line if the file is invalid, UsageError if the column does not exist.
+    Raises InputError with file and line if the file is invalid, UsageError if the column does not exist or if there is no file but
+    a built-in source of this name, which is endless.
     """
+    if str(path) in BUILT_IN and not path.exists():
+        raise UsageError(f"--prompts {path} names built-in prompts for training, which have no end", "--prompts FILE")
     check_kind(path)
     if path.suffix.lower() == ".json":
         return read_captions(path, column)

@@ -206,8 +206,11 @@ def emoji(networks: Networks) -> Protocol:
 
 def listed(prompts: Path, listener: Listener, column: str = "") -> Captions:
     """Return the captions of a file, in its order, or of the endless built-in list `general`. `column` is that of a table."""
-    if str(prompts) == "emoji" and not prompts.exists():
-        raise UsageError("--prompts emoji: the captions of the emoji world are those of its protocol", "--protocol emoji")
+    if str(prompts) in ("emoji", "emoji-nouns") and not prompts.exists():
+        nouns = ", whose metric `bare noun` measures nouns alone" if str(prompts) == "emoji-nouns" else ""
+        raise UsageError(
+            f"--prompts {prompts}: the captions of the emoji world are those of its protocol", f"--protocol emoji{nouns}"
+        )
     if str(prompts) == GENERAL and not prompts.exists():
         source = open_prompts(GENERAL, column)
         return Captions(GENERAL, f"{GENERAL} {source.digest}", lambda count: [source.at(GENERAL_SEED, i) for i in range(count)])

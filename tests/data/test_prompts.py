@@ -344,3 +344,20 @@ def test_sample_and_eval_read_the_column_that_they_are_told(
         assert "--column alt names a column of --prompts" in capsys.readouterr().err
     assert sid("eval", "emoji", "--prompts", file, "--column", "url", "--clip", "--protocol", "custom") == 2
     assert "has the columns 'alt', 'text'" in capsys.readouterr().err
+
+
+def test_a_built_in_source_is_no_list_of_prompts_unless_a_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in BUILT_IN:
+        assert sid("sample", "--prompts", name) == 2
+        assert capsys.readouterr().err == (
+            f"error: --prompts {name} names built-in prompts for training, which have no end; try: --prompts FILE\n"
+        )
+    for name, hint in (("emoji", ""), ("emoji-nouns", ", whose metric `bare noun` measures nouns alone")):
+        assert sid("eval", "emoji", "--prompts", name) == 2
+        said = f"error: --prompts {name}: the captions of the emoji world are those of its protocol; try: --protocol emoji{hint}\n"
+        assert capsys.readouterr().err.endswith(said)
+        Path(name).write_text("a cat\n")
+        assert protocols.listed(Path(name), Silence()).first(9) == ["a cat"] == list(read_list(Path(name)).lines)
