@@ -16,18 +16,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sidcli import objectives, randomness
 from sidcli.data.prompts import Prompts
-from sidcli.diffusion.sampling import exit_grid, few_steps
+from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
+from sidcli.models.drawing import Plan
 from sidcli.models.families import build
 from sidcli.models.loading import Model
-from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sampler import Sampler
 from sidcli.models.unet import Cond, add_adapters, blocks, denoise, guided_predictions, merged
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
@@ -415,7 +418,7 @@ class Engine:
     # State
 
     @torch.no_grad()
-    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
+    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
         """Return images of the teacher, uint8 [B, H, W, 3], in the precision of the run."""
         with self.arithmetic.context(self.device.type):
             images = self.sampler.images(prompts, seeds, plan, advance)

@@ -64,7 +64,7 @@ def ours(model: Model, noise: torch.Tensor | None = None) -> np.ndarray:
     sampler = Sampler(model, torch.device("cpu"))
     plan = plan_for(model)
     drawn = sampler.latents([PROMPT], sampler.noise([SEED], plan.noises) if noise is None else [noise], plan)
-    return sampler.decode(drawn, [PROMPT], [SEED])[0].numpy()
+    return sampler.decode(drawn, [PROMPT], [SEED])[0]
 
 
 def is_near(one: np.ndarray, other: np.ndarray, dtype: str) -> bool:

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from sidcli.data.prompts import open_prompts
-from sidcli.diffusion.sampling import exit_grid, few_steps
+from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.sampling import few_steps
 from sidcli.engine import Engine, ema_beta
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find

@@ -25,7 +25,7 @@ from sidcli.environment import cache_folder
 from sidcli.files import atomic_file
 from sidcli.formats.pictures import save_png
 from sidcli.metrics.features import Extractor, in_threads
-from sidcli.models.sampler import Drawer, Plan, png_info
+from sidcli.models.drawing import Drawer, Plan, png_info
 from sidcli.models.sources import Source, fingerprint
 from sidcli.progress import Progress, silent
 
@@ -127,7 +127,7 @@ class DrawnSet:
         prompts, seeds = [self.prompts[index] for index in indices], [self.seed + index for index in indices]
         drawer = self.open_drawer()
         begun = time.monotonic()
-        images = drawer.images(prompts, seeds, self.plan, advance).numpy()
+        images = drawer.images(prompts, seeds, self.plan, advance)
         self.seconds += time.monotonic() - begun
         self.drawn += len(indices)
         for index, prompt, seed, image in zip(indices, prompts, seeds, images, strict=True):

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sidcli.diffusion.grids import Renoise, trailing_grid
 from sidcli.diffusion.path import Path
 
-Renoise = Literal["ddim", "fixed", "fresh"]
 NoiseAt = Callable[[int], Tensor]
 """Index of a denoising step -> standard normal noise [B, C, h, w]."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, h, w], t int64 [B]) -> the network's raw prediction [B, C, h, w]."""
-
-
-def exit_grid(t_init: int, steps: int) -> tuple[int, ...]:
-    """Return the timesteps of a student with `steps` steps: t_init (1 - i / steps), rounded down.
-
-    Four steps from t_init 625 are 625, 468, 312, 156. A student that was trained with a random exit (arXiv 2505.12674) may stop
-    after any of its timesteps.
-    """
-    return tuple(t_init * (steps - index) // steps for index in range(steps))
-
-
-def trailing_grid(timesteps: int, steps: int) -> tuple[int, ...]:
-    """Return `steps` evenly spaced timesteps from T - 1, where x_t is only noise, down to T / steps - 1; T is `timesteps`."""
-    return tuple(round(timesteps * (steps - index) / steps) - 1 for index in range(steps))
 
 
 def denoise_along(

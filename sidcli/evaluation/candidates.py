@@ -15,8 +15,9 @@ from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.protocols import Captions, Protocol
 from sidcli.evaluation.spec import ModelSpec
 from sidcli.files import readable
+from sidcli.models.drawing import Drawer, student_plan
 from sidcli.models.loading import Description, describe, load
-from sidcli.models.sampler import Drawer, Sampler, plan_for, student_plan, untrained_plan
+from sidcli.models.sampler import Sampler, plan_for, untrained_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
 from sidcli.progress import Listener, counted
 from sidcli.settings import preset_for

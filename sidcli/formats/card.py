@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sidcli.diffusion.sampling import exit_grid
+from sidcli.diffusion.grids import exit_grid
 from sidcli.files import write_json
 from sidcli.models.loading import Description, Model
 from sidcli.printable import printable

@@ -21,8 +21,9 @@ from transformers import CLIPTokenizer
 from sidcli.files import atomic_folder, read_json, write_json
 from sidcli.formats.card import PROMPT, call, grid_of, is_deterministic, sides, visits, write_card
 from sidcli.formats.order import DTYPES, Order
+from sidcli.models.drawing import Plan
 from sidcli.models.loading import Model
-from sidcli.models.sampler import Plan, plan_for
+from sidcli.models.sampler import plan_for
 
 USAGE = """```python
 {imports}from diffusers import {pipeline}

@@ -306,7 +306,7 @@ def compare(model: Model, folder: Path, order: Order, exporter: ModuleType) -> t
 
 
 def picture(model: Model) -> np.ndarray:
-    return Sampler(model, torch.device("cpu")).images([PROMPT], [0], plan_for(model))[0].numpy()
+    return Sampler(model, torch.device("cpu")).images([PROMPT], [0], plan_for(model))[0]
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> int:

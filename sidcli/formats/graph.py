@@ -7,26 +7,22 @@ noise, but no diffusion library.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sidcli.diffusion.sampling import few_steps
-from sidcli.errors import UsageError
 from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.formats.order import DTYPES, Order
-from sidcli.models.codec import Codec, to_bytes
+from sidcli.formats.runtime import GENERATOR
+from sidcli.models.codec import Codec
+from sidcli.models.drawing import Plan, sizes
 from sidcli.models.loading import Model
-from sidcli.models.sampler import Plan, plan_for, seeded_noise
-from sidcli.models.unet import Cond, denoise, sizes
-from sidcli.progress import Progress, silent
-
-GENERATOR = "generator"
+from sidcli.models.sampler import plan_for
+from sidcli.models.unet import Cond, denoise
 
 USAGE = """```python
 import numpy as np
@@ -199,50 +195,3 @@ def _precision(model: Model, order: Order) -> str:
         return "They compute in float32."
     kept = "text encoders and the VAE" if stays_float32(model, order.torch_dtype) else "text encoders"
     return f"Inputs and outputs are float32. The generator computes in {DTYPES[order.dtype]}, the {kept} in float32."
-
-
-Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-"""A loaded graph: a function from inputs by name to the outputs in order."""
-
-
-class GraphSampler:
-    """A sampler that draws images with exported graphs in any runtime. It computes tokens and noise; the graphs compute the rest.
-
-    `opened` maps a graph's name to a function that runs it.
-    """
-
-    def __init__(self, card: dict[str, Any], tokenizers: Sequence[Any], opened: dict[str, Run]):
-        self.card, self.tokenizers, self.opened = card, tokenizers, opened
-        self.shape, self.size = tuple(card["graph"]["latent_shape"]), tuple(card["graph"]["size"])
-        self.truncated = 0
-
-    def resize(self, height: int, width: int) -> None:
-        """Set the image size in pixels; 0 keeps the current value. Raises UsageError if the graphs cannot draw at this size."""
-        factor, multiple = self.size[0] // self.shape[1], self.card["graph"]["multiple"]
-        wanted = (height or self.size[0], width or self.size[1])
-        if wanted == self.size:
-            return
-        if not multiple or any(side % multiple for side in wanted):
-            possible = f"--width and --height in multiples of {multiple}" if multiple else "leave --width and --height out"
-            raise UsageError(f"these graphs do not draw at {wanted[1]}x{wanted[0]}", possible)
-        self.size, self.shape = wanted, (self.shape[0], wanted[0] // factor, wanted[1] // factor)
-
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
-        """Return images uint8 [B, H, W, 3] for prompts and image seeds. A seed gives the same noise as in `Sampler`."""
-        states, pooled = [], None
-        for index, tokenizer in enumerate(self.tokenizers):
-            length = self.card["graph"]["tokens"][index]
-            options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
-            tokens = tokenizer(list(prompts), **options).input_ids.astype(np.int64)
-            if index == 0:
-                self.truncated += sum(len(row) > length for row in tokenizer(list(prompts)).input_ids)
-            first, *rest = self.opened["text_encoder" + ("_2" if index else "")]({"tokens": tokens})
-            states.append(first)
-            pooled = rest[0] if rest else pooled
-        inputs = {"noise": seeded_noise(self.shape, seeds)[0].numpy(), "states": np.concatenate(states, axis=-1)}
-        if pooled is not None:
-            inputs |= {"text_embeds": pooled, "time_ids": np.tile(np.array(sizes(*self.size), np.float32), (len(prompts), 1))}
-        drawn = self.opened[GENERATOR](inputs)[0]
-        advance(len(prompts))
-        hint = "export the model again with --dtype fp32, or draw with the model that it was made from"
-        return to_bytes(torch.from_numpy(drawn).float(), prompts, seeds, hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -13,11 +13,13 @@ from sidcli.devices import choose_device
 from sidcli.errors import UsageError
 from sidcli.formats.outputs import BACKENDS, Places
 from sidcli.formats.pictures import contact_sheet, save_png
-from sidcli.models.loading import Model, open_model
+from sidcli.models.drawing import Drawer, Plan, draw, png_info, student_plan
 from sidcli.models.overrides import Overrides
-from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for, png_info, student_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
 from sidcli.progress import Listener, Progress, counted
+
+if TYPE_CHECKING:
+    from sidcli.models.loading import Model
 
 SHEET_IMAGES = 100
 """Maximum number of images on a contact sheet, which shows the first images."""
@@ -87,7 +89,7 @@ def run(
     drawn: list[Drawn] = []
     thumbnails: list[Image.Image] = []
     batches = draw(opened.drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
-    images = (Image.fromarray(image.numpy()) for batch in batches for image in batch)
+    images = (Image.fromarray(image) for batch in batches for image in batch)
     for index, ((prompt, image_seed), picture) in enumerate(zip(jobs, images, strict=True)):
         file = places.files[index] if places else None
         if file:
@@ -118,6 +120,9 @@ def open_drawer(
         raise UsageError(
             f"--backend {backend} draws with an export, which {name} is not", f"sid export {name} --format {backend} -o FOLDER"
         )
+    from sidcli.models.loading import open_model  # these import torch
+    from sidcli.models.sampler import Sampler, plan_for
+
     where = choose_device(device, listener)
     loaded = open_model(model, listener, known) if isinstance(model, str) else model
     plan = plan_for(loaded, steps, guidance)

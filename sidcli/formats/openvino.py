@@ -38,4 +38,4 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with OpenVINO."""
-    return open_graphs(folder, "openvino").images([prompt], [seed], plan_for(model))[0].numpy()
+    return open_graphs(folder, "openvino").images([prompt], [seed], plan_for(model))[0]

@@ -7,9 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor
 
 from sidcli.files import atomic_file
 from sidcli.printable import printable
@@ -98,6 +97,6 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines if lines != [""] else []
 
 
-def grid(rows: Sequence[Tensor]) -> Image.Image:
+def grid(rows: Sequence[np.ndarray]) -> Image.Image:
     """Return one picture of all images: the images uint8 [n, H, W, 3] of a row side by side, the rows below each other."""
-    return Image.fromarray(torch.cat([torch.cat(list(row), 1) for row in rows], 0).numpy())
+    return Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows], 0))

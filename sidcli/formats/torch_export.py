@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidcli.files import read_json
-from sidcli.formats.graph import GraphSampler, Run, write_graphs
+from sidcli.formats.graph import write_graphs
 from sidcli.formats.order import Order
+from sidcli.formats.runtime import GENERATOR, GraphSampler, Run, open_tokenizers, text_graphs
+from sidcli.models.card import read_file
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 
@@ -48,6 +49,6 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
 
         return run
 
-    names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
-    sampler = GraphSampler(read_json(folder / "sid.json"), model.tokenizers, {name: opened(name) for name in [*names, "generator"]})
-    return sampler.images([prompt], [seed], plan_for(model))[0].numpy()
+    card = read_file(folder / "sid.json")
+    graphs = {name: opened(name) for name in [*text_graphs(folder, card), GENERATOR]}
+    return GraphSampler(card, open_tokenizers(folder, card), graphs).images([prompt], [seed], plan_for(model))[0]

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidcli.errors import InputError
+from sidcli.models.drawing import check_finite
 
 
 def codec_factor(config: Mapping[str, Any]) -> int:
@@ -60,16 +61,10 @@ class Codec:
         return (images / 2 + 0.5).clamp(0, 1)
 
 
-class NotFinite(InputError):
-    """Raised if a model draws an image with values that are not finite. A conversion to bytes would make it black."""
-
-
-def to_bytes(images: Tensor, prompts: Sequence[str], seeds: Sequence[int], hint: str) -> Tensor:
-    """Convert images float32 [B, 3, H, W] in 0..1 to uint8 [B, H, W, 3] on the CPU.
+def to_bytes(images: Tensor, prompts: Sequence[str], seeds: Sequence[int], hint: str) -> np.ndarray:
+    """Convert images float32 [B, 3, H, W] in 0..1 to uint8 [B, H, W, 3].
 
     Raises NotFinite, with the first prompt and seed whose image has a value that is not finite.
     """
-    for is_finite, prompt, seed in zip(images.isfinite().flatten(1).all(1).tolist(), prompts, seeds, strict=True):
-        if not is_finite:
-            raise NotFinite(f"the image of {prompt!r} with seed {seed} has values that are not finite", hint)
-    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu()
+    check_finite(images.isfinite().flatten(1).all(1).tolist(), prompts, seeds, hint)
+    return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -12,8 +12,9 @@ import torch
 from sidcli.errors import InputError, first_line
 from sidcli.models.codec import codec_factor
 from sidcli.models.compatibility import OTHER_COPY
+from sidcli.models.drawing import sizes
 from sidcli.models.families import build
-from sidcli.models.unet import Cond, denoise, sizes
+from sidcli.models.unet import Cond, denoise
 
 
 def rehearse(

@@ -1,51 +1,29 @@
-"""Generate images from prompts and noise. One-step generators and many-step teachers use the same code in every command."""
+"""Draw images with networks in torch. One-step generators and many-step teachers use the same code in every command."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
+import numpy as np
 import torch
-from PIL import PngImagePlugin
 from torch import Tensor
 
-from sidcli.diffusion.sampling import Renoise, exit_grid, few_steps, many_steps
+from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.sampling import few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
+from sidcli.models.drawing import Plan, student_plan
 from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import check_sampling
-from sidcli.models.sources import Source
 from sidcli.models.unet import TextEncoder, denoise, guided_predictions
-from sidcli.printable import json_text
 from sidcli.progress import Progress, counted, silent
 
 T_INIT = 625
 """Timestep of the one-step generator in the paper, with sigma / a = 2.5."""
 TEACHER_STEPS = 50
 """Default number of DDIM steps of a teacher."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise DDIM with guidance."""
-
-    steps: int
-    guidance: float = 0.0
-    grid: tuple[int, ...] = ()
-    renoise: Renoise = "ddim"
-
-    @property
-    def noises(self) -> int:
-        """Number of noise tensors per image: one, or one per step if each step adds fresh noise."""
-        return self.steps if self.grid and self.renoise == "fresh" else 1
-
-    def describe(self) -> str:
-        if not self.grid:
-            return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}"
-        return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
 
 
 def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
@@ -91,8 +69,8 @@ class Sampler:
         return many_steps(predict, noise[0], self.model.path, plan.steps)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Decode the latents of prompts and image seeds to images uint8 [B, H, W, 3] on the CPU.
+    def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        """Decode the latents of prompts and image seeds to images uint8 [B, H, W, 3].
 
         Raises NotFinite if an image has a value that is not finite.
         """
@@ -100,7 +78,7 @@ class Sampler:
         hint = copy if self.model.is_student else f"a smaller --guidance, or {copy}"
         return to_bytes(self.model.codec.to(self.device).decode(latents), prompts, seeds, hint)
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
         """Return images uint8 [B, H, W, 3] for prompts and image seeds; see `Drawer`."""
         part, steps = len(prompts) / (plan.steps + 1), itertools.count(1)  # the decoder counts as a step
 
@@ -130,50 +108,3 @@ def plan_for(model: Model | Description, steps: int | None = None, guidance: flo
     if steps is not None and steps > model.path.steps:
         raise UsageError(f"{model.source.name} has {counted(model.path.steps, 'timestep')}; --steps {steps} is not possible")
     return Plan(steps or TEACHER_STEPS, model.default_guidance if guidance is None else guidance)
-
-
-def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:
-    """Return the plan of a student from its card; see `plan_for`."""
-    check_sampling(steps, guidance)
-    own = int(card.get("student_steps", 1))
-    if steps is not None and steps > own:
-        at_most = "is a one-step model" if own == 1 else f"was trained for at most {own} steps"
-        raise UsageError(f"{name} {at_most}; --steps {steps} is not possible", "leave --steps out")
-    if guidance not in (None, 0, 1):
-        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
-    wanted = steps or own
-    return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
-
-
-def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
-    """Return the prompt, seed, model and sampling of an image as PNG metadata: one JSON text chunk named `sid`."""
-    info = PngImagePlugin.PngInfo()
-    made = {
-        "prompt": prompt,
-        "seed": seed,
-        "model": source.origin,
-        "revision": source.revision,
-        "sampling": plan.describe(),
-    }
-    info.add_itxt("sid", json_text(made))
-    return info
-
-
-class Drawer(Protocol):
-    """An image generator: networks in torch, or exported graphs. `truncated` counts prompts that are too long for its text encoder.
-
-    `images` calls `advance` with fractions of images that sum to the batch size.
-    """
-
-    @property
-    def truncated(self) -> int: ...
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> Tensor: ...
-
-
-def draw(
-    sampler: Drawer, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, advance: Progress
-) -> Iterator[Tensor]:
-    """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts."""
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        yield sampler.images(chunk, seeds[start : start + batch_size], plan, advance)

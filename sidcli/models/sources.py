@@ -63,6 +63,10 @@ class Source:
         return self.base / name if self.base and not own.is_dir() else own
 
     @property
+    def is_embedded(self) -> bool:
+        return self.origin.startswith("embedded:")
+
+    @property
     def is_file(self) -> bool:
         return self.path.is_file()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sidcli.diffusion.guidance import guided
+from sidcli.models.drawing import sizes
 
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -106,11 +107,6 @@ def merged(net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Ten
     twin.fuse_lora()
     twin.unload_lora()
     return twin.state_dict()
-
-
-def sizes(height: int, width: int) -> list[float]:
-    """Return SDXL's size conditioning in pixels for an image that is not scaled or cropped: original size, crop, target size."""
-    return [float(height), float(width), 0.0, 0.0, float(height), float(width)]
 
 
 class TextEncoder:

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from sidcli.diffusion.grids import exit_grid
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
@@ -220,8 +221,6 @@ def _commands(run: Run) -> Commands | None:
         return None
     visits = "num_inference_steps=1"
     if steps > 1:
-        from sidcli.diffusion.sampling import exit_grid  # imports torch
-
         visits = f"timesteps={list(exit_grid(t_init, steps))}"
     code = (
         "from diffusers import DiffusionPipeline\n\n"

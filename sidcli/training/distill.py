@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import numpy as np
 import psutil
 import tomli_w
 import torch
@@ -30,7 +31,7 @@ from safetensors import SafetensorError
 from sidcli import __version__
 from sidcli.data.prompts import EmojiPrompts, Prompts
 from sidcli.devices import cores, pick_device, processor
-from sidcli.diffusion.sampling import exit_grid
+from sidcli.diffusion.grids import exit_grid
 from sidcli.distributed import count
 from sidcli.emoji import world
 from sidcli.engine import Engine, Measurements, check_teacher
@@ -40,9 +41,9 @@ from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.outputs import check_run
 from sidcli.formats.pictures import grid, save_png
-from sidcli.models.codec import NotFinite
+from sidcli.models.drawing import Drawer, NotFinite, Plan, draw
 from sidcli.models.loading import Model
-from sidcli.models.sampler import Drawer, Plan, Sampler, draw, plan_for
+from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import fingerprint
 from sidcli.progress import RunListener, counted
 from sidcli.report.page import write
@@ -606,7 +607,7 @@ class Painter:
         size = min(GRID_IMAGES, self.engine.config.micro_batch)
         with self.listener.progress(what, GRID_IMAGES, "images") as advance:
             batches = list(draw(drawer, plan, self.texts, range(GRID_IMAGES), size, advance))
-        save_png(grid([torch.cat(batches)]), self.folder / f"{name}.png")
+        save_png(grid([np.concatenate(batches)]), self.folder / f"{name}.png")
 
 
 def sample_prompts(engine: Engine, file: Path) -> list[str]:

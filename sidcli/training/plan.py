@@ -34,11 +34,12 @@ from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_byt
 from sidcli.errors import UsageError
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
+from sidcli.models.drawing import sizes
 from sidcli.models.families import build
 from sidcli.models.loading import Description, describe, latent_shape
 from sidcli.models.overrides import Overrides
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond, add_adapters, denoise, sizes
+from sidcli.models.unet import Cond, add_adapters, denoise
 from sidcli.objectives.base import TEACHER, Phase, Role
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import DistillConfig

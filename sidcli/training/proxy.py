@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from sidcli.data.imagesets import Collection, DrawnSet
 from sidcli.distributed import Share
 from sidcli.engine import Engine
 from sidcli.metrics.clip import Clip, Embeddings, Similarity
 from sidcli.metrics.kid import cmmd
+from sidcli.models.drawing import Plan, draw
 from sidcli.models.loading import Model
-from sidcli.models.sampler import Plan, Sampler, draw, plan_for
+from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import WEIGHTS
 from sidcli.progress import Progress, silent
 
@@ -36,7 +36,7 @@ class TeacherDrawer:
     engine: Engine
     truncated = 0
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
         return self.engine.teacher_images(prompts, seeds, plan, advance)
 
 
@@ -59,7 +59,7 @@ class Proxy:
     def measure(self, student: Model, plan: Plan, advance: Progress) -> dict[str, float]:
         """Return `proxy_cmmd` between the student's and the teacher's images, and `proxy_clip` of the student's images."""
         batches = draw(Sampler(student, self.device), plan, self.texts, range(len(self.texts)), BATCH, advance)
-        images = [image for drawn in batches for image in drawn.numpy()]
+        images = [image for drawn in batches for image in drawn]
         found = self.distance(self.embeddings(images, ()))
         score = float(np.mean(self.similarity(images, self.texts)))
         return {"proxy_cmmd": round(found.value, 5), "proxy_clip": round(score, 5)}

@@ -20,8 +20,9 @@ from sidcli.files import write_json
 from sidcli.formats.export import PROMPT, apart
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import open_graphs
+from sidcli.models.drawing import Drawer, Plan
 from sidcli.models.loading import load, quiet_libraries
-from sidcli.models.sampler import Drawer, Plan, Sampler, plan_for
+from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find
 
 RESULT = Path(__file__).parent / "results" / "backends.json"
@@ -55,10 +56,10 @@ def main() -> None:
             folder.mkdir()
             importlib.import_module(f"sidcli.formats.{name}").write(folder, model, Order())
             drawers[name] = open_graphs(folder, name)
-        reference = ours.images([PROMPT], [0], plan)[0].numpy()
+        reference = ours.images([PROMPT], [0], plan)[0]
         rows = []
         for name, drawer in drawers.items():
-            different = apart(drawer.images([PROMPT], [0], plan)[0].numpy(), reference)
+            different = apart(drawer.images([PROMPT], [0], plan)[0], reference)
             row: dict[str, object] = {"backend": name, "difference_255": different}
             for batch in (1, 16):
                 row[f"seconds_per_image_batch_{batch}"] = round(seconds_per_image(drawer, plan, batch, given.repeats), 5)

@@ -10,7 +10,7 @@ from rich.console import Console as Terminal
 
 from sidcli.cli import console
 from sidcli.errors import InputError
-from sidcli.models.sampler import Plan
+from sidcli.models.drawing import Plan
 from sidcli.progress import counted, duration
 
 

@@ -28,7 +28,7 @@ from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, 
 from sidcli.evaluation.scores import METRICS_OF_OPTION, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
-from sidcli.models.sampler import Plan, png_info
+from sidcli.models.drawing import Plan, png_info
 from sidcli.models.sources import find
 from sidcli.progress import Progress, Silence, silent
 from sidcli.report.page import Table, render
@@ -66,9 +66,9 @@ class Painter:
     def __init__(self) -> None:
         self.drawn: list[int] = []
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
         self.drawn += seeds
-        return torch.stack([torch.full((8, 8, 3), seed % 256, dtype=torch.uint8) for seed in seeds])
+        return np.stack([np.full((8, 8, 3), seed % 256, np.uint8) for seed in seeds])
 
 
 def drawn_set(painter: Painter, count: int, **changes: object) -> DrawnSet:
@@ -107,7 +107,7 @@ def test_seconds_per_image_are_those_of_this_commands_drawing_and_none_where_the
 
 def test_progress_counts_parts_of_images_as_they_are_drawn_and_each_image_once() -> None:
     class Slow(Painter):
-        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
             for _ in range(4):
                 advance(len(prompts) / 4, "step")
             return super().images(prompts, seeds, plan)
@@ -307,7 +307,7 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
     rules, held = emoji(NETWORKS), []
 
     class Heavy(Painter):
-        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> torch.Tensor:
+        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
             held.append(sum(alive() is not None for alive in opened))
             return super().images(prompts, seeds, plan)
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
@@ -30,10 +31,11 @@ from sidcli.formats.outputs import check_export
 from sidcli.models import single_file
 from sidcli.models.loading import Model, describe, load
 from sidcli.models.overrides import Overrides
+from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find
 from sidcli.settings import DistillConfig
 from sidcli.training import distill
-from tests import tiny, tiny_families, tiny_students
+from tests import REPOSITORY, tiny, tiny_families, tiny_students
 from tests.cards import Card, is_near, options, ours
 from tests.commands import SERVER
 from tests.inprocess import sid
@@ -222,6 +224,27 @@ def test_sample_draws_with_graphs_at_any_size_and_with_either_backend(
     assert "what they predict is inside" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_graphs_are_drawn_without_torch_diffusers_and_transformers_and_the_images_are_those_of_torch(
+    form: str, plain: Model, traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_onnx(traced / "epsilon-fp32", monkeypatch)
+    exported(plain, form, tmp_path / "graphs")
+    for library in ("torch", "diffusers", "transformers"):
+        (tmp_path / f"{library}.py").write_text(f"raise AssertionError('{library} is imported')")
+    prompts, command = ["a cat", "a dog"], [sys.executable, "-m", "sidcli", "sample", "--model", "graphs", "-o", "drawn"]
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    more = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "text": True}
+    done = subprocess.run([*command, *prompts, "--num", "2", "--seed", "5"], **more)
+    assert done.returncode == 0, done.stderr
+    jobs = [(prompt, seed) for prompt in prompts for seed in (5, 6)]
+    wanted = Sampler(plain, torch.device("cpu")).images(*zip(*jobs, strict=True), plan_for(plain))
+    for index, image in enumerate(wanted):
+        with Image.open(tmp_path / "drawn" / f"{index:06d}.png") as picture:
+            assert export.apart(np.asarray(picture), image) <= 1
+    assert export.apart(wanted[0], wanted[1]) > 4, "seeds that draw different images"
+
+
 def test_a_signal_is_handled_after_graphs_of_openvino_were_closed(tmp_path: Path) -> None:
     process = SERVER.Process(target=handles_a_signal_after_graphs, args=(tmp_path / "one.xml", tmp_path / "two.xml"))
     process.start()
@@ -274,18 +297,18 @@ def test_the_card_of_a_student_of_four_steps_at_another_size_says_so_everywhere(
 
 
 def test_graphs_of_a_size_that_the_network_cannot_halve_are_of_that_size_alone_and_have_all_steps(tmp_path: Path) -> None:
-    teacher, student = tiny_students.make(tmp_path, "sd1", (12, 20), student_steps=2)
+    _, student = tiny_students.make(tmp_path, "sd1", (12, 20), student_steps=2)
     done = export.run(student, "torch-export", tmp_path / "out", Order(), True, lambda count: None)
     assert done.difference is not None and done.difference <= 1
     assert "The size is fixed: 20 x 12 pixels" in Card(tmp_path / "out").body
-    drawer = graph.GraphSampler(json.loads((tmp_path / "out" / "sid.json").read_text()), teacher.tokenizers, {})
+    drawer = runtime.GraphSampler(json.loads((tmp_path / "out" / "sid.json").read_text()), [], {})
     with pytest.raises(UsageError, match="do not draw at 20x16"):
         drawer.resize(16, 0)
 
 
 def test_graphs_of_any_size_take_what_their_network_can_halve(plain: Model) -> None:
     facts = {"size": (32, 32), "latent_shape": (4, 8, 8), "multiple": graph.size_step(plain), "tokens": [77]}
-    drawer = graph.GraphSampler({"graph": facts}, plain.tokenizers, {})
+    drawer = runtime.GraphSampler({"graph": facts}, [], {})
     with pytest.raises(UsageError, match="36x32") as refused:
         drawer.resize(0, 36)
     assert "multiples of 8" in refused.value.hint

@@ -26,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
+from sidcli.models.drawing import Plan
 from sidcli.models.families import FAMILIES, build, clip_tokenizer
 from sidcli.models.loading import Model, load, quiet_libraries, read_path
-from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sampler import Sampler
 from sidcli.models.sources import Source, find
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, PRESETS, DistillConfig

@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from sidcli.errors import InputError
 from sidcli.models import compatibility
 from sidcli.models.compatibility import BUILT, PIPELINES, REQUIRED, SCHEDULERS
+from sidcli.models.drawing import Plan
 from sidcli.models.loading import describe, load
 from sidcli.models.overrides import Overrides
-from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sampler import Sampler
 from sidcli.models.sources import find
 from tests import tiny_families
 
@@ -185,7 +186,7 @@ def test_entries_that_the_unet_itself_computes_draw_as_in_stock_diffusers(restor
         time_embedding_act_fn="silu",
         cross_attention_dim=[32] * 4,
     )
-    ours = Sampler(load(find(str(restored["sd"]))), torch.device("cpu")).images(["a cat"], [5], Plan(2, 3.0))[0].numpy()
+    ours = Sampler(load(find(str(restored["sd"]))), torch.device("cpu")).images(["a cat"], [5], Plan(2, 3.0))[0]
     pipe = StableDiffusionPipeline.from_pretrained(restored["sd"])
     options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)

@@ -10,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from sidcli.errors import InputError, UsageError
+from sidcli.models.drawing import Plan
 from sidcli.models.loading import describe, load
 from sidcli.models.overrides import Overrides
-from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sampler import Sampler
 from sidcli.models.sources import find
 from tests import tiny_families
 
@@ -117,7 +118,7 @@ def test_a_size_that_the_vae_cannot_make_is_refused(copied: Path) -> None:
 def test_an_sdxl_teacher_draws_what_its_stock_pipeline_draws(width: int, height: int, tmp_path: Path) -> None:
     folder = tiny_families.write_sdxl(tmp_path / "xl")
     model = load(find(str(folder)), Overrides(width=width, height=height))
-    ours = Sampler(model, torch.device("cpu")).images(["a cat"], [5], Plan(4, 3.0))[0].numpy()
+    ours = Sampler(model, torch.device("cpu")).images(["a cat"], [5], Plan(4, 3.0))[0]
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
     options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)

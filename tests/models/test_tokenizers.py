@@ -11,9 +11,10 @@ from transformers import CLIPTokenizer
 
 from sidcli.errors import InputError
 from sidcli.formats.diffusers_folder import save_tokenizer
+from sidcli.models.drawing import Plan
 from sidcli.models.families import clip_tokenizer
 from sidcli.models.loading import describe, load
-from sidcli.models.sampler import Plan, Sampler
+from sidcli.models.sampler import Sampler
 from sidcli.models.sources import find
 from sidcli.models.tokenizers import read_tokenizer
 from tests import REPOSITORY

@@ -19,7 +19,7 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from sidcli.diffusion.sampling import exit_grid
+from sidcli.diffusion.grids import exit_grid
 from sidcli.emoji import world
 from sidcli.errors import EnvironmentProblem, InputError
 from sidcli.metrics.catalog import METRICS, Measured

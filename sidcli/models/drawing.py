@@ -1,0 +1,107 @@
+"""How images are drawn, whichever library computes them: plans, drawers, batches, and the record in a PNG.
+
+Imports no torch, so that exported graphs draw without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import PngImagePlugin
+
+from sidcli.diffusion.grids import Renoise, exit_grid
+from sidcli.errors import InputError, UsageError
+from sidcli.models.overrides import check_sampling
+from sidcli.models.sources import Source
+from sidcli.printable import json_text
+from sidcli.progress import Progress, counted, silent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise DDIM with guidance."""
+
+    steps: int
+    guidance: float = 0.0
+    grid: tuple[int, ...] = ()
+    renoise: Renoise = "ddim"
+
+    @property
+    def noises(self) -> int:
+        """Number of noise tensors per image: one, or one per step if each step adds fresh noise."""
+        return self.steps if self.grid and self.renoise == "fresh" else 1
+
+    def describe(self) -> str:
+        if not self.grid:
+            return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}"
+        return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
+
+
+def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:
+    """Return the plan of a student from its card with the user's steps and guidance.
+
+    Raises UsageError for values that the student does not support.
+    """
+    check_sampling(steps, guidance)
+    own = int(card.get("student_steps", 1))
+    if steps is not None and steps > own:
+        at_most = "is a one-step model" if own == 1 else f"was trained for at most {own} steps"
+        raise UsageError(f"{name} {at_most}; --steps {steps} is not possible", "leave --steps out")
+    if guidance not in (None, 0, 1):
+        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
+    wanted = steps or own
+    return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
+
+
+class NotFinite(InputError):
+    """Raised if a model draws an image with values that are not finite. A conversion to bytes would make it black."""
+
+
+def check_finite(finite: Sequence[bool], prompts: Sequence[str], seeds: Sequence[int], hint: str) -> None:
+    """Raises NotFinite, with the first prompt and seed whose entry of `finite`, one per image, is False."""
+    for is_finite, prompt, seed in zip(finite, prompts, seeds, strict=True):
+        if not is_finite:
+            raise NotFinite(f"the image of {prompt!r} with seed {seed} has values that are not finite", hint)
+
+
+def sizes(height: int, width: int) -> list[float]:
+    """Return SDXL's size conditioning in pixels for an image that is not scaled or cropped: original size, crop, target size."""
+    return [float(height), float(width), 0.0, 0.0, float(height), float(width)]
+
+
+def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
+    """Return the prompt, seed, model and sampling of an image as PNG metadata: one JSON text chunk named `sid`."""
+    info = PngImagePlugin.PngInfo()
+    made = {
+        "prompt": prompt,
+        "seed": seed,
+        "model": source.origin,
+        "revision": source.revision,
+        "sampling": plan.describe(),
+    }
+    info.add_itxt("sid", json_text(made))
+    return info
+
+
+class Drawer(Protocol):
+    """An image generator: networks in torch, or exported graphs. `truncated` counts prompts that are too long for its text encoder.
+
+    `images` returns images uint8 [B, H, W, 3], one per prompt and image seed. It calls `advance` with fractions of images that sum
+    to the batch size.
+    """
+
+    @property
+    def truncated(self) -> int: ...
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray: ...
+
+
+def draw(
+    sampler: Drawer, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, advance: Progress
+) -> Iterator[np.ndarray]:
+    """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts."""
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        yield sampler.images(chunk, seeds[start : start + batch_size], plan, advance)
