@@ -241,13 +241,11 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
-def check_space(place: Path, needed: int, what: str) -> None:
+def check_space(place: Path, needed: int, what: str, hint: str = "make room, or choose another --output") -> None:
     """Raises EnvironmentProblem if fewer than `needed` bytes are free. `what` is for the message, such as `a checkpoint needs`."""
     free = shutil.disk_usage(nearest(place)).free
     if free < needed:
-        raise EnvironmentProblem(
-            f"{place} has {gigabytes(free)} of disk space free; {what} {gigabytes(needed)}", "make room, or choose another --output"
-        )
+        raise EnvironmentProblem(f"{place} has {gigabytes(free)} of disk space free; {what} {gigabytes(needed)}", hint)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import resource
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sidcli.data.captioned import open_captioned
 from sidcli.data.imagefiles import open_images
 from sidcli.data.prompts import read_list
 from sidcli.errors import SidError
@@ -214,6 +217,33 @@ def test_images_and_statistics(place: Path, content: bytes) -> None:
     survives(lambda: open_images(place / "images").read(0))
     survives(lambda: open_images(place / "some.zip"))
     survives(lambda: read_statistics(place / "some.npz"))
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()[:3072]
+
+
+@fuzzed
+@given(
+    broken(tar({"0.png": b"\x89PNG\r\n\x1a\n", "0.txt": b"a cat"}))
+    | broken(tar({"é.jpg": b"\xff\xd8", "é.txt": b"a cat"}))
+    | st.binary(max_size=600),
+    broken(b'{"file_name": "0.png", "text": "a cat"}\n{"file_name": "1.png", "text": null}\n'),
+)
+def test_images_with_captions(place: Path, content: bytes, table: bytes) -> None:
+    (place / "shard.tar").write_bytes(content)
+    folder = place / "captioned"
+    folder.mkdir(exist_ok=True)
+    (folder / "0.png").write_bytes(content)
+    (folder / "metadata.jsonl").write_bytes(table)
+    for name in ("shard.tar", "captioned"):
+        survives(lambda name=name: open_captioned(str(place / name)).files.read(0))
 
 
 @fuzzed

@@ -73,13 +73,17 @@ class ImageFiles:
         Alpha is dropped, EXIF orientation and color profiles are ignored, as in clean-fid. Raises InputError, which names the file,
         if the image is damaged, unreadable or larger than MAX_PIXELS.
         """
+        return self.read_with_mode(index)[0]
+
+    def read_with_mode(self, index: int) -> tuple[np.ndarray, str]:
+        """Return image `index` as `read` does, and the mode in which Pillow reads the file, for example CMYK or RGBA."""
         name, hint = f"{self.name}/{self.members[index]}", "replace this image or remove it"
         try:
             with self.opened(self.members[index], MAX_BYTES) as file:
                 image = Image.open(pixels_only(file), formats=FORMATS)
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                return _rgb(image)
+                return _rgb(image), image.mode
         except Image.DecompressionBombError as error:
             raise InputError(f"{name} has more than {MAX_PIXELS} pixels", hint) from error
         except UnidentifiedImageError as error:

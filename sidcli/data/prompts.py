@@ -100,7 +100,7 @@ class PromptList:
 
     def at(self, seed: int, position: int) -> str:
         epoch, offset = divmod(position, len(self))
-        return self[int(_permutation(len(self), seed, epoch)[offset])]
+        return self[int(permutation(len(self), seed, "prompt order", epoch)[offset])]
 
     def first(self, count: int) -> list[str]:
         return [self[index] for index in range(min(count, len(self)))]
@@ -111,8 +111,9 @@ class PromptList:
 
 
 @lru_cache(maxsize=4)
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    return numpy_generator(seed, "prompt order", epoch).permutation(length)
+def permutation(length: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+    """Return the order of a list in pass `epoch` over it: a permutation of range(length), drawn from a random stream."""
+    return numpy_generator(seed, stream, epoch).permutation(length)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def read_list(path: Path, column: str = "") -> PromptList:
 def _of_table(path: Path, table: Table) -> PromptList:
     others = ", ".join(name[:40] for name in table.others[:8]) + (", ..." if len(table.others) > 8 else "")
     chosen = f"using column {table.column!r} (others: {others})" if others else ""
-    return _prompt_list(path, ("" if text is None else _caption(text, place) for place, text in table.texts), chosen)
+    return _prompt_list(path, ("" if text is None else one_line(text, place) for place, text in table.texts), chosen)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -235,12 +236,15 @@ def read_captions(path: Path, column: str = "") -> PromptList:
     captions: dict[int, str] = {}
     for annotation in sorted(annotations, key=itemgetter("image_id", "id")):
         if not captions.get(annotation["image_id"]):
-            captions[annotation["image_id"]] = _caption(annotation.get("caption"), f"{path}: annotation {annotation['id']}")
+            captions[annotation["image_id"]] = one_line(annotation.get("caption"), f"{path}: annotation {annotation['id']}")
     return _prompt_list(path, captions.values())
 
 
-def _caption(text: Any, place: str) -> str:
-    """Return a text from JSON as one line. Raises InputError if it is not a string or contains a lone surrogate."""
+def one_line(text: Any, place: str) -> str:
+    """Return a caption as one line; white space becomes single spaces.
+
+    Raises InputError, naming the `place`, if it is not a string, is too long, or contains a NUL character or a lone surrogate.
+    """
     if text is None:
         raise InputError(f"{place} has no text", JSON_HINT)
     if not isinstance(text, str):

@@ -12,11 +12,20 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     This is `CenterCropLongEdge` and the resize of GigaGAN's evaluation code for COCO. It uses torchvision's center_crop, which
     rounds half pixels to even.
     """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    crop = Image.fromarray(image).crop((left, top, left + side, top + side))
-    return np.array(crop.resize((size, size), Image.Resampling.LANCZOS))
+    return crop_and_resize(image, size, size)
+
+
+def crop_and_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Crop uint8 [H, W, 3] to the largest central part with the aspect ratio of the result, and resize it to [height, width, 3].
+
+    The filter is PIL's Lanczos. A square result is that of `square`.
+    """
+    given_height, given_width = image.shape[:2]
+    scale = min(given_height / height, given_width / width)
+    inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
+    left, top = round((given_width - inner_width) / 2), round((given_height - inner_height) / 2)
+    crop = Image.fromarray(image).crop((left, top, left + inner_width, top + inner_height))
+    return np.array(crop.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def quantized(image: np.ndarray) -> np.ndarray:

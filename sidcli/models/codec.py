@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,13 @@ class Codec:
     @property
     def shift(self) -> float:
         return float(self.vae.config.get("shift_factor") or 0.0)
+
+    def digest(self) -> str:
+        """Return a SHA-256 in hex of the VAE's weights, the scale and the shift."""
+        found = hashlib.sha256(repr((self.scale, self.shift)).encode())
+        for name, value in self.vae.state_dict().items():
+            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def to(self, device: torch.device | str) -> Codec:
         """Move the VAE to `device` and return the codec."""
