@@ -257,7 +257,7 @@ def distill(
         resume: Checkpoint to continue from; by default the newest.
         tracker: "tensorboard" or "wandb"; None: no tracker.
         command: Command line to record in run.json.
-        settings: Fields of `sidcli.settings.DistillConfig`, such as `steps`, `batch_size` and `prompts`, or settings of the
+        settings: Fields of `sidcli.settings.DistillConfig`, such as `steps`, `batch_size`, `prompts` and `data`, or settings of the
             objective.
 
     Returns:
@@ -265,7 +265,7 @@ def distill(
 
     Raises:
         UsageError: If a setting or an argument has an invalid value.
-        InputError: If the teacher or the prompts are not found or not supported, or the settings of a continued run changed.
+        InputError: If the teacher, the prompts or the images are not found or not supported, or the settings of a continued run changed.
         EnvironmentProblem: If a device or a library is missing, or memory or disk space is too small.
         Interrupted: If a signal stopped the run; the state is saved first.
         SidError: If the training diverged.
@@ -290,7 +290,7 @@ def distill(
     listener = listener or Bars()
     checkpoint = Path(resume) if resume else None
     request.check(False, bool(intervals.eval), tracker, checkpoint)
-    prompts = request.prompts(listener)
+    prompts, pictures = request.prompts(listener), request.images(listener)
     resolved, _ = request.resolve(listener, device)
     from sidcli.data.prompts import BUILT_IN
     from sidcli.models.loading import open_model
@@ -302,7 +302,9 @@ def distill(
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
     known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)
     loaded = open_model(request.teacher, listener, known)
-    return driver.run(loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command)
+    return driver.run(
+        loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command, pictures
+    )
 
 
 @_refuses_unknown

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sidcli import objectives, randomness
+from sidcli.data.latents import Latents
 from sidcli.data.prompts import Prompts
 from sidcli.diffusion.grids import exit_grid
 from sidcli.diffusion.sampling import few_steps
@@ -254,6 +255,8 @@ class Engine:
         self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device, arithmetic: Arithmetic | None = None
     ):
         self.config, self.prompts = config, prompts
+        self.data: Latents | None = None
+        """Real images. Set them before the first step if the objective needs images."""
         self.objective = objectives.find(config.objective.name)(config, teacher.path.steps)
         check_split(config.batch_size, count())
         self.distributed = Distributed(device, config.shard)
@@ -332,11 +335,11 @@ class Engine:
                 with torch.set_grad_enabled(not split):
                     output = phase.forward(self.nets, batch)
                 with torch.no_grad():
-                    gradient, values = phase.gradient(self.nets, output.detach(), batch)
+                    gradient, values = phase.gradient(self.nets, detached(output), batch)
                 if split:
                     output = phase.forward(self.nets, batch)
                 # Gradients are averaged over the processes, but the loss is already normalized by the global batch.
-                output.backward(gradient * self.distributed.count)
+                torch.autograd.backward(parts(output), [slope * self.distributed.count for slope in parts(gradient)])
             rows.append(torch.stack(list(values.values())))
             if keep:
                 outputs.append(output.detach())
@@ -370,9 +373,16 @@ class Engine:
         self._drawn.clear()
         following = self._next(key)
         self._drawn[following] = self._drawer.submit(self.draw_batch, *following)
+        return self._on_device(drawn)
+
+    def _on_device(self, drawn: Batch) -> Batch:
+        """Return a batch on the device, with the cond of its prompts."""
         on = self.device
         latents, noise, t = [value.to(on) for value in drawn.latents], drawn.noise.to(on), drawn.t.to(on)
-        return dataclasses.replace(drawn, latents=latents, noise=noise, t=t, cond=self.sampler.encode(drawn.prompts))
+        samples = None if drawn.samples is None else drawn.samples.to(on)
+        real = None if drawn.real is None else self._on_device(drawn.real)
+        cond = self.sampler.encode(drawn.prompts)
+        return dataclasses.replace(drawn, latents=latents, noise=noise, t=t, cond=cond, samples=samples, real=real)
 
     def _next(self, key: Key) -> Key:
         """Return the key of the micro-batch that follows `key` in the order of `train_step`."""
@@ -394,9 +404,10 @@ class Engine:
         config, shape = self.config, self.sampler.model.latent_shape
         turn, seed = inputs.turn, config.seed
         prompts = [self.prompts.at(seed, inputs.position * config.batch_size + sample) for sample in samples]
+        drops = [False] * len(samples)
         if inputs.dropout:
-            drops = randomness.uniform(seed, "caption dropout", turn, samples) < inputs.dropout
-            prompts = ["" if drop else prompt for prompt, drop in zip(prompts, drops.tolist(), strict=True)]
+            drops = (randomness.uniform(seed, "caption dropout", turn, samples) < inputs.dropout).tolist()
+            prompts = emptied(prompts, drops)
         visits = 1
         if inputs.reuse:
             visits = 0
@@ -406,7 +417,14 @@ class Engine:
         latents = [randomness.normal(shape, seed, stream, turn, samples) for stream in streams]
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
         t = randomness.integers(*inputs.t_range, seed, f"{inputs.stream} timestep", turn, samples)
-        return Batch(prompts, latents, noise, t, config.batch_size)
+        batch = Batch(prompts, latents, noise, t, config.batch_size)
+        if not inputs.real:
+            return batch
+        assert self.data is not None
+        images, captions = zip(*(self.data.at(seed, turn * config.batch_size + sample) for sample in samples), strict=True)
+        # A discriminator must not recognize generated images by their empty captions, so the same samples have one.
+        real = dataclasses.replace(batch, prompts=emptied(captions, drops), latents=[], samples=torch.stack(images))
+        return dataclasses.replace(batch, real=real)
 
     # Networks
 
@@ -415,7 +433,13 @@ class Engine:
         with self.arithmetic.context(self.device.type):
             return denoise(net, x, t, cond).float()
 
-    # State
+    # The teacher and the state
+
+    @torch.no_grad()
+    def teacher_latents(self, plan: Plan, prompts: Sequence[str], noise: Tensor, stepped: Callable[[], None]) -> Tensor:
+        """Return the latents float32 [B, C, h, w] that the teacher draws, on the CPU, in the precision of the run."""
+        with self.arithmetic.context(self.device.type):
+            return self.sampler.latents(prompts, [noise.to(self.device)], plan, stepped).float().cpu()
 
     @torch.no_grad()
     def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
@@ -463,6 +487,21 @@ class Engine:
         for skipped in self.skipped_in_row.values():
             skipped.zero_()
         self.step = step
+
+
+def parts(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors of an output of a phase."""
+    return (output,) if isinstance(output, Tensor) else output
+
+
+def detached(output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Return an output of a phase without its graph, in the same form."""
+    return output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)
+
+
+def emptied(captions: Sequence[str], drops: Sequence[bool]) -> list[str]:
+    """Return captions, those with a true value in `drops` replaced by the empty prompt."""
+    return ["" if drop else caption for caption, drop in zip(captions, drops, strict=True)]
 
 
 def optimizer_bytes(config: DistillConfig, role: Role, trained: int) -> int:

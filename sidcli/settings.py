@@ -56,6 +56,10 @@ class DistillConfig:
     """Text with one prompt per line, .csv, .tsv, .jsonl or .json; or general, emoji or emoji-nouns, which are built in."""
     column: str = ""
     """Column of a table given as --prompts."""
+    data: str = ""
+    """Images for objectives that need them: folder with captions, webdataset's .tar files, or teacher, which draws them."""
+    data_num: int = 0
+    """Images of --data to use."""
     t_init: int = 625
     """Timestep at which the student starts."""
     t_min: int = 20
@@ -118,6 +122,7 @@ class DistillConfig:
         rules = {
             "width": (self.width >= 0 and self.width % 8 == 0, "a multiple of 8, as pipelines of diffusers need it"),
             "height": (self.height >= 0 and self.height % 8 == 0, "a multiple of 8, as pipelines of diffusers need it"),
+            "data-num": (0 <= self.data_num <= 10**9, "at least 0 and at most 10^9"),
             "steps": (1 <= self.steps <= 10**9, "at least 1 and at most 10^9"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
             "micro-batch": (self.micro_batch >= 1, "at least 1"),
@@ -156,6 +161,9 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields that a continued run may change: its length, and where and in which parts a step is computed, but not its result."""
+
+SELECTS = {"prompts": "column", "data": "data_num"}
+"""Fields that select a part of the content of another field."""
 
 MEMORY: dict[str, dict[str, Any]] = {
     "fast": {},
@@ -289,12 +297,12 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collection[str] = ()) -> list[str]:
     """Return the fields, as `name: saved -> given`, whose difference prevents a run from being continued with the given settings.
 
-    The fields in `by_content`, whose content is compared instead, are ignored. If `prompts` is one of them, `column` is ignored
-    too. A field that `saved` lacks has its default value, because an older version wrote the run; a field that only `saved` has is
-    of a newer version.
+    The fields in `by_content`, whose content is compared instead, are ignored, and so are the fields that select a part of it. A
+    field that `saved` lacks has its default value, because an older version wrote the run; a field that only `saved` has is of a
+    newer version.
     """
     now = flat(dataclasses.asdict(given))
-    by_content = {*by_content, "column"} if "prompts" in by_content else by_content
+    by_content = {*by_content, *(SELECTS[name] for name in by_content if name in SELECTS)}
     saved = flat(dataclasses.asdict(DistillConfig(objective=type(given.objective)()))) | flat(saved)
     changed = [name for name in now if name not in (*MAY_CHANGE, *by_content) and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now and saved["objective"] == now["objective"]]

@@ -361,3 +361,48 @@ def test_student_and_fake_score_may_both_be_adapters_on_the_weights_of_one_teach
         drawn, wanted = student.unet(x, t, cond.states).sample, trained(x, t, cond.states).sample
     torch.testing.assert_close(drawn, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(drawn, built.teacher(x, t, cond.states).sample, atol=1e-4)
+
+
+class Numbered:
+    """Real images in place of `Latents`: image i is filled with the number i and has the caption `image i`."""
+
+    digest = name = "numbered"
+
+    def at(self, seed: int, position: int) -> tuple[torch.Tensor, str]:
+        return torch.full((4, 8, 8), float(position)), f"image {position}"
+
+
+def test_real_images_come_with_their_captions_and_the_noise_of_the_batch(sd: Model, config: DistillConfig) -> None:
+    built = engine(sd, dataclasses.replace(config, objective=SidSettings(dropout=0.5)))
+    built.data = Numbered()  # type: ignore[assignment]
+    plain = inputs(built, "fake_score", 3)
+    asked = dataclasses.replace(plain, real=True)
+    without, batch = built.draw_batch(plain, 3, range(4)), built._on_device(built.draw_batch(asked, 3, range(4)))
+    assert without.real is None and batch.real is not None and batch.real.samples is not None
+    assert batch.prompts == without.prompts and "" in batch.prompts
+    assert torch.equal(batch.latents[0], without.latents[0]) and torch.equal(batch.t, without.t), "no stream has changed"
+    assert torch.equal(batch.real.noise, batch.noise) and torch.equal(batch.real.t, batch.t) and batch.real.latents == []
+    numbers = [plain.turn * 4 + sample for sample in range(4)]
+    assert batch.real.samples[:, 0, 0, 0].tolist() == numbers
+    # The captions that are emptied for generated images are emptied for real ones.
+    assert batch.real.prompts == [f"image {i}" if text else "" for i, text in zip(numbers, batch.prompts, strict=True)]
+    torch.testing.assert_close(batch.real.cond.states, built.sampler.encode(batch.real.prompts).states)
+    halves = [built.draw_batch(asked, 3, part).real for part in (range(2), range(2, 4))]
+    assert torch.equal(torch.cat([half.samples for half in halves]), batch.real.samples)  # type: ignore[union-attr, misc]
+
+
+def test_an_output_of_several_tensors_gets_the_gradient_of_each(sd_folder: Path, config: DistillConfig) -> None:
+    """A loss over two halves of an output, as one tensor and as a tuple."""
+
+    def both(phase: Phase) -> Phase:
+        def gradient(nets: Any, output: Any, batch: Batch) -> Any:
+            slope, values = phase.gradient(nets, torch.cat(output), batch)
+            return slope.chunk(2), values
+
+        return dataclasses.replace(phase, forward=lambda nets, batch: phase.forward(nets, batch).chunk(2), gradient=gradient)
+
+    whole, halves = (perturbed(engine(load(find(str(sd_folder))), config)) for _ in range(2))
+    whole.run_phase(phase_of(whole, "fake_score"))
+    halves.run_phase(both(phase_of(halves, "fake_score")))
+    one, other = snapshot(whole)["fake_score"], snapshot(halves)["fake_score"]
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

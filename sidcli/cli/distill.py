@@ -169,6 +169,7 @@ def plan_run(
     """Print the plan of a run."""
     request.check(True, bool(eval_every))
     request.prompts(console)
+    request.images(console)
     resolved, card = request.resolve(console, device, True, plan_for)
     from sidcli.training import plan
 

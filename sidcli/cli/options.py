@@ -61,7 +61,19 @@ ColumnOption = Annotated[
 BatchOption = Annotated[int, typer.Option(callback=within(1, 4096), help="Images computed at once.")]
 
 
-COMMON = ("prediction_type", "model_config", "width", "height", "prompts", "column", "steps", "batch_size", "seed")
+COMMON = (
+    "prediction_type",
+    "model_config",
+    "width",
+    "height",
+    "prompts",
+    "column",
+    "data",
+    "data_num",
+    "steps",
+    "batch_size",
+    "seed",
+)
 PANELS = {
     METHOD: (
         *("student_steps", "renoise", "t_init", "t_min", "t_max", "lr_fake", "lr_generator", "ema_images"),
@@ -79,11 +91,17 @@ SHOWN = {
     "height": "the teacher's own",
     "prompts": "general; emoji for emoji-teacher",
     "column": "the first one with a usual name",
+    "data": "none",
+    "data_num": "all; 1000 of teacher",
     "lr_fake": "--lr",
     "lr_generator": "--lr",
     **{f"kappa{index}": "from --guidance" for index in (1, 2, 3, 4)},
 }
 """Texts in the help for defaults that depend on another option or on the teacher."""
+
+
+COMPLETED = {"prompts": ("general", "emoji", "emoji-nouns"), "data": ("teacher",)}
+"""Values of settings that are paths or one of these words."""
 
 
 def with_settings(command: Command) -> Command:
@@ -139,7 +157,7 @@ def _option(name: str, panel: str | None) -> inspect.Parameter:
         kind = Literal[choices]
     option = typer.Option(
         rich_help_panel=panel,
-        autocompletion=one_of("general", "emoji", "emoji-nouns") if name == "prompts" else None,
+        autocompletion=one_of(*COMPLETED[name]) if name in COMPLETED else None,
         show_default=SHOWN.get(name) or _default(owner, name),
         help=HELP[owner][name],
     )

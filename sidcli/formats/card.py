@@ -146,6 +146,8 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
         facts["Training"] = f"{counted(card['steps_trained'], 'step')}, batch size {config['batch_size']}"
     if "prompts" in card:
         facts["Training prompts"] = card["prompts"]
+    if "data" in card:
+        facts["Training images"] = card["data"]
     return facts | {"Made with": f"sid {card.get('sid', 'unknown')}"}
 
 

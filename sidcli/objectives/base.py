@@ -32,6 +32,11 @@ class Settings:
     scale: ClassVar[str] = "guidance"
     """The setting that is the guidance scale of the teacher, after which run folders are named."""
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether a phase with these settings has `Inputs.real`, so that the run needs images (`--data`)."""
+        return False
+
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
@@ -71,6 +76,8 @@ class Inputs:
     """Fraction of captions that are replaced by the empty prompt."""
     reuse: bool = False
     """Use the samples of the previous phase instead of new noise. That phase must train the generator with the same `position`."""
+    real: bool = False
+    """Also draw real images, those of batch `turn` over the whole run."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Batch:
     cond: Any = None
     samples: Tensor | None = None
     """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them."""
+    real: Batch | None = None
+    """If the phase has `Inputs.real`: B real images as `samples`, their captions as `prompts` and `cond`, the same `noise` and `t`."""
 
     @property
     def share(self) -> float:
@@ -147,12 +156,15 @@ Values = dict[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Phase:
-    """One update of one network. `forward` computes its output [B, ...]; `gradient` returns d loss / d output and measurements."""
+    """One update of one network. `forward` computes its output [B, ...]; `gradient` returns d loss / d output and measurements.
+
+    An output can be a tuple of tensors; the gradient is then a tuple too.
+    """
 
     role: str
     inputs: Inputs
-    forward: Callable[[Networks, Batch], Tensor]
-    gradient: Callable[[Networks, Tensor, Batch], tuple[Tensor, Values]]
+    forward: Callable[[Networks, Batch], Any]
+    gradient: Callable[[Networks, Any, Batch], tuple[Any, Values]]
     passes: tuple[Pass, ...]
     update: int = 0
     """Number of earlier updates of this network."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,8 @@ import torch
 from safetensors import SafetensorError
 
 from sidcli import __version__
+from sidcli.data.captioned import CaptionedImages
+from sidcli.data.latents import TEACHER_IMAGES, EncodedImages, Latents, Source, TeacherImages, prepare
 from sidcli.data.prompts import EmojiPrompts, Prompts
 from sidcli.devices import cores, pick_device, processor
 from sidcli.diffusion.grids import exit_grid
@@ -133,8 +136,11 @@ def run(
     listener: RunListener,
     tracker: str | None = None,
     command: str = "",
+    images: CaptionedImages | None = None,
 ) -> Result:
     """Distill `teacher` into output/student, or continue the run in `output`. `command` is recorded in run.json.
+
+    `images` are those of `config.data`, or None if there are none or the teacher draws them.
 
     Raises InputError if the settings of a continued run changed or another version of sid wrote it, Interrupted on a signal after
     saving, EnvironmentProblem if the folder is in use or the disk is too small, SidError if the loss stops being finite or another
@@ -150,6 +156,9 @@ def run(
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
+                if config.data:
+                    engine.data = open_data(engine, images, inputs["teacher"], listener)
+                    inputs["data"] = engine.data.digest
                 restore(engine, output, resume, inputs, listener)
                 engine.distributed.wait()
                 if engine.distributed.is_main:
@@ -175,6 +184,27 @@ def run(
                 write(run_page(output), output / "report.html")
             engine.distributed.wait()
     return Result(output, student, engine.step, engine.step - began_at, engine.images, seconds, writer.seconds, record)
+
+
+def open_data(engine: Engine, images: CaptionedImages | None, teacher: str, listener: RunListener) -> Latents:
+    """Return the latents of images, or of the teacher's own images if `images` is None, from the cache or computed now.
+
+    `teacher` is the fingerprint of the teacher.
+    """
+    config, model = engine.config, engine.sampler.model
+    source: Source
+    if images is None:
+        plan, count = plan_for(model), config.data_num or TEACHER_IMAGES
+        precision = f"{engine.arithmetic.name}, teacher in bf16 {config.teacher_bf16}"
+        draw = partial(engine.teacher_latents, plan)
+        source = TeacherImages(model, teacher, plan, engine.prompts, count, config.micro_batch, precision, draw)
+    else:
+        source = EncodedImages(images, config.data_num or len(images), model, engine.device)
+    data = prepare(source, engine.distributed, listener)
+    model.vae.to("cpu")  # training does not use the VAE
+    for line in data.notes(images.skipped if images else ()):
+        listener.note(line)
+    return data
 
 
 class Loop:
@@ -547,6 +577,7 @@ def write_record(
             "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
             "teacher": provenance(teacher),
             "prompts": {"name": prompts.name, "digest": prompts.digest},
+            **({"data": {"name": data.name, "images": len(data), "digest": data.digest}} if (data := engine.data) else {}),
             "device": str(engine.device),
             "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else processor(),
             "processor": processor(),
@@ -577,7 +608,8 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
         "sid": __version__,
     }
     world = engine.sampler.model.card.get("world")
-    return card | ({"world": world} if world else {})
+    data = {"data": f"{counted(len(engine.data), 'image')} of {engine.data.name}"} if engine.data else {}
+    return card | data | ({"world": world} if world else {})
 
 
 class Painter:

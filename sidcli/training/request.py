@@ -20,12 +20,15 @@ from sidcli.models.overrides import check_guidance
 from sidcli.settings import MEMORY, PRESETS, DistillConfig, checked, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
+    from sidcli.data.captioned import CaptionedImages
     from sidcli.data.prompts import Prompts
     from sidcli.progress import Listener
     from sidcli.training.plan import Card
 
 
 TRACKERS = ("tensorboard", "wandb")
+TEACHER_DRAWS = "teacher"
+"""Value of --data for images that the teacher draws."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,10 @@ class Request:
             raise EnvironmentProblem(f"--tracker {tracker} needs a package that is not installed", f"pip install {tracker}")
         if resume and not (resume / "manifest.json").is_file():
             raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
-        self.config(self.recipe)
+        config = self.config(self.recipe)
+        check_data(config)
         check_writable(self.folder) if dry_run else check_run(self.folder)
-        if evaluates:
+        if evaluates or config.data:
             check_writable(cache_folder(), "cache with SID_CACHE_DIR")
         if not dry_run and group().rank == 0:
             check_unlocked(self.folder)
@@ -124,6 +128,18 @@ class Request:
         if isinstance(source, PromptList) and source.note:
             listener.note(source.note)
         return source
+
+    def images(self, listener: Listener) -> CaptionedImages | None:
+        """Return the images to train on; None if there are none or the teacher draws them. Raises InputError if they are invalid."""
+        place = self.config(self.recipe).data
+        if place in ("", TEACHER_DRAWS):
+            return None
+        from sidcli.data.captioned import open_captioned
+
+        images = open_captioned(place)
+        for note in images.files.notes:
+            listener.note(note)
+        return images
 
     def resolve(
         self, listener: Listener, device: str, dry_run: bool = False, plan_for: str | None = None
@@ -183,6 +199,20 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
             f"note: --dropout {given['dropout']} has no effect: no guidance uses the unconditional branch of the fake score"
         )
     return said
+
+
+def check_data(config: DistillConfig) -> None:
+    """Raises UsageError if the objective needs images and there are none, or if images are given that it does not use."""
+    name = config.objective.name
+    if config.objective.needs_images and not config.data:
+        raise UsageError(
+            f"objective {name} trains on images, and --data is not given",
+            "--data FOLDER or --data FILE.tar; --data teacher lets the teacher draw them",
+        )
+    if config.data and not config.objective.needs_images:
+        raise UsageError(f"--data {config.data}: objective {name} trains on prompts alone", "leave --data out")
+    if config.data_num and not config.data:
+        raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
 
 
 def method_of(objective: str | None, config: Path | None) -> type[objectives.Objective]:

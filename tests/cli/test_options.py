@@ -14,6 +14,8 @@ OPTIONS = {
         "--height",
         "--prompts",
         "--column",
+        "--data",
+        "--data-num",
         "--guidance",
         "--steps",
         "--images",
