@@ -32,7 +32,7 @@ from sidcli.models.drawing import Plan
 from sidcli.models.families import build
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler
-from sidcli.models.unet import Cond, add_adapters, blocks, denoise, guided_predictions, merged
+from sidcli.models.unet import Cond, add_adapters, add_head, blocks, denoise, features, guided_predictions, merged
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
 from sidcli.progress import Progress, silent
@@ -200,6 +200,11 @@ class Networks:
             lambda x, t, cond: engine.denoise(net, x, t, cond), x_t, batch.t, batch.cond, engine.empty, scales
         )
 
+    def features(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> tuple[list[Tensor], Tensor]:
+        with features(self._engine.roles[role].net) as found:
+            predictions = self.predict(role, x_t, batch, *scales)
+        return predictions, found[0][: len(x_t)].float()
+
     def noise(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         return [self.path.noise(value, x_t, batch.t) for value in self.predict(role, x_t, batch, *scales)]
 
@@ -221,7 +226,8 @@ class Networks:
                 outputs = [network(x) for network in networks]
             leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
             value, measured = loss(x, *(y for ys in leaves for y in ys))
-            gradient, *pulls = torch.autograd.grad(value, [x, *(y for ys in leaves for y in ys)])
+            inputs = [x, *(y for ys in leaves for y in ys)]
+            gradient, *pulls = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
             for network, ys in zip(networks, outputs, strict=True):
                 own, pulls = pulls[: len(ys)], pulls[len(ys) :]
                 gradient = gradient + torch.autograd.grad(network(x) if split else ys, x, own)[0]
@@ -287,14 +293,15 @@ class Engine:
 
     def _trainable(self, role: Role) -> Any:
         """Return a copy of the teacher or, for a LoRA role, a second network that shares the teacher's weights and has adapters."""
-        if not role.lora:
-            return copy.deepcopy(self.teacher).requires_grad_(True)
-        shared: dict[int, Any] = {id(value): value for value in self.teacher.parameters()}
-        twin = copy.deepcopy(self.teacher, shared)
+        shared: dict[int, Any] = {id(value): value for value in self.teacher.parameters()} if role.lora else {}
+        net = copy.deepcopy(self.teacher, shared).requires_grad_(not role.lora)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(self.config.seed, role.stream))
-            add_adapters(twin, role.lora)
-        return twin
+            if role.lora:
+                add_adapters(net, role.lora)
+            if role.head:
+                add_head(net)
+        return net
 
     def _arrange(self, net: Any) -> None:
         """Apply gradient checkpointing and compilation as configured. They do not change the result of a network."""

@@ -6,7 +6,8 @@ Stable Diffusion 1 and 2 have one text encoder, SDXL has two.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,15 +79,52 @@ def blocks(net: Any) -> list[nn.Module]:
     return [*net.down_blocks, net.mid_block, *net.up_blocks]
 
 
-def features(net: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Return the output [B, channels, h, w] of the UNet's middle block, which a discriminator classifies (arXiv 2405.14867)."""
+class Head(nn.Module):
+    """Discriminator that maps features [B, channels, h, w] to one logit per image [B], the last layers of arXiv 2405.14867.
+
+    Convolutions of stride 2 halve a side while it is above 4, and one convolution covers what remains. For maps of 8 x 8 these are the
+    layers of the published head; maps of 2 x 2 to 4 x 4 have no convolution of stride 2.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, groups: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        while max(height, width) > 4:
+            kernel, stride = (
+                [4 if side > 4 else 3 for side in (height, width)],
+                [2 if side > 4 else 1 for side in (height, width)],
+            )
+            layers += [nn.Conv2d(channels, channels, kernel, stride, 1), nn.GroupNorm(groups, channels), nn.SiLU()]  # type: ignore[arg-type]
+            height, width = height // stride[0], width // stride[1]
+        layers += [nn.Conv2d(channels, channels, (height, width)), nn.GroupNorm(groups, channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features).flatten()
+
+
+def add_head(net: Any) -> None:
+    """Add a discriminator that reads the middle block of a UNet, as its module `discriminator`; see `features`."""
+    size, channels = net.config.sample_size, net.config.block_out_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    shrunk = 2 ** (len(channels) - 1)
+    net.discriminator = Head(channels[-1], -(-height // shrunk), -(-width // shrunk), net.config.norm_num_groups).to(net.device)
+
+
+@contextmanager
+def features(net: Any) -> Iterator[list[Tensor]]:
+    """Context that collects what a discriminator uses from each call of a UNet.
+
+    This is the output [B, channels, h, w] of the middle block or, after `add_head`, the logits [B] of the head for it. The head runs
+    inside of the call, where the weights of a sharded network are complete.
+    """
     found: list[Tensor] = []
-    hook = net.mid_block.register_forward_hook(lambda module, inputs, output: found.append(output))
+    head = getattr(net, "discriminator", nn.Identity())
+    hook = net.mid_block.register_forward_hook(lambda module, inputs, output: found.append(head(output)))
     try:
-        denoise(net, x, t, cond)
+        yield found
     finally:
         hook.remove()
-    return found[0]
 
 
 def add_adapters(net: Any, rank: int) -> None:

@@ -14,9 +14,10 @@ from sidcli.numeric import plain
 from sidcli.objectives.base import Objective, Settings
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.sid import Sid
+from sidcli.objectives.sida import Sida
 from sidcli.objectives.vsd import Vsd
 
-OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "dmd2": Dmd2, "vsd": Vsd}
+OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "sida": Sida, "dmd2": Dmd2, "vsd": Vsd}
 
 
 def find(name: object) -> type[Objective]:
@@ -36,10 +37,11 @@ def types(objective: type[Objective]) -> dict[str, type]:
 
 
 def help_of(owner: type) -> dict[str, str]:
-    """Return the docstrings of a dataclass's fields by field name, each on one line."""
-    (body,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(owner))).body
+    """Return the docstrings of a dataclass's fields by field name, each on one line. Inherited fields come first."""
+    classes = [one for one in reversed(owner.__mro__) if dataclasses.is_dataclass(one)]
+    bodies = [ast.parse(inspect.cleandoc("\n" + inspect.getsource(one))).body[0].body for one in classes]  # type: ignore[attr-defined]
     found, name = {}, ""
-    for statement in body.body:  # type: ignore[attr-defined]
+    for statement in (statement for body in bodies for statement in body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             name = statement.target.id
         elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):

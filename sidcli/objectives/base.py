@@ -29,6 +29,8 @@ class Settings:
     name: str = ""
     shares: ClassVar[tuple[str, ...]] = ()
     """Settings that are a share of something: at least 0 and below 1."""
+    weights: ClassVar[tuple[str, ...]] = ()
+    """Settings that are the weight of a term of a loss: at least 0, like all whole numbers."""
     scale: ClassVar[str] = "guidance"
     """The setting that is the guidance scale of the teacher, after which run folders are named."""
 
@@ -44,6 +46,8 @@ class Settings:
                 raise UsageError(f"{setting.name} must be finite, not {value}")
             if setting.name in self.shares and not 0 <= value < 1:
                 raise UsageError(f"{setting.name} must be at least 0 and below 1, not {value}")
+            if (setting.name in self.weights or type(value) is int) and value < 0:
+                raise UsageError(f"{setting.name} must be at least 0, not {value}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Role:
     weight_decay: float = 0.0
     clip: float = 0.0
     """Maximum norm of the gradient of all weights of the network; 0: no limit."""
+    head: bool = False
+    """Whether the network has a discriminator head on its middle block, which is trained and saved with it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,13 @@ class Networks(Protocol):
     def generate(self, batch: Batch) -> Tensor:
         """Return samples x [B, C, h, w] of the generator."""
 
+    def features(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> tuple[list[Tensor], Tensor]:
+        """Return raw predictions [B, C, h, w] of a trained network, one for each guidance scale, and what a discriminator uses of it.
+
+        The latter is the output [B, channels, h', w'] of the middle block or, for a role with a head, the logits [B] of the head, both
+        for the captions of the batch; for the empty prompt if all scales are 0.
+        """
+
     def noise(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         """Return the noise [B, C, h, w] that a network predicts in x_t, one tensor for each guidance scale."""
 
@@ -146,7 +159,7 @@ class Networks(Protocol):
     ) -> tuple[Tensor, Values]:
         """Return d loss / d x, with the gradient through the outputs of `networks` at x, and measurements.
 
-        `loss` takes x and all outputs.
+        `loss` takes x and all outputs. It does not have to depend on each of them.
         """
 
 
@@ -175,6 +188,8 @@ class Phase:
 class RunConfig(Protocol):
     """Settings of a run that are common to all objectives."""
 
+    @property
+    def batch_size(self) -> int: ...
     @property
     def t_min(self) -> int: ...
     @property
@@ -205,11 +220,23 @@ class Objective(ABC):
     """Settings of the run for which this objective has other defaults."""
     emoji_defaults: ClassVar[Mapping[str, Any]] = {}
     """The same for the emoji teacher, whose preset replaces the defaults above."""
+    emoji_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the objective that have other defaults for the emoji teacher, because its runs are short."""
     reads: ClassVar[str]
     """Sentence for reports that explains how to read the losses."""
 
     def __init__(self, config: RunConfig, timesteps: int):
         self.config, self.settings, self.timesteps = config, config.objective, timesteps
+
+    @property
+    def method(self) -> str:
+        """Name and source of the method with the settings of this run."""
+        return self.title
+
+    @staticmethod
+    def first_step(config: RunConfig) -> int:
+        """Return the number of the first step that updates the student."""
+        return 0
 
     def student_role(self, role: Role) -> Role:
         """Return the role of the generator, whose average is the student, with the learning rate and LoRA rank of the run."""

@@ -7,7 +7,20 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sidcli.objectives.base import FAKE, GENERATOR, Batch, Inputs, Networks, Objective, Pass, Phase, Role, Values, generate
+from sidcli.objectives.base import (
+    FAKE,
+    GENERATOR,
+    Batch,
+    Inputs,
+    Networks,
+    Objective,
+    Pass,
+    Phase,
+    Role,
+    RunConfig,
+    Values,
+    generate,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +58,12 @@ class ScoreDistillation(Objective):
         config, updates = self.config, self.config.fake_updates
         return Inputs("generator", step * updates, (updates + 1) * step + updates, (config.t_min, config.t_max))
 
+    @staticmethod
+    def first_step(config: RunConfig) -> int:
+        return config.fake_warmup
+
     def trains_generator(self, step: int) -> bool:
-        return step >= self.config.fake_warmup
+        return step >= self.first_step(self.config)
 
     def generator_update(
         self,
@@ -55,7 +72,7 @@ class ScoreDistillation(Objective):
         passes: tuple[Pass, ...],
         split: bool = False,
     ) -> Phase:
-        update = step - self.config.fake_warmup
+        update = step - self.first_step(self.config)
         return Phase(GENERATOR, self.generator_inputs(step), generate, gradient, passes, update, split)
 
 

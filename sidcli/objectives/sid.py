@@ -76,6 +76,10 @@ def generator_loss(x: Tensor, y_real: Tensor, y_fake: Tensor, y_fake_target: Ten
     y_fake is the fake score's prediction at kappa2, y_fake_target at kappa3. w is the mean absolute |x - y_real| of each sample, a
     constant for the gradient. The gradient flows through both score networks. The value stays near zero and does not show progress.
     """
-    weight = (x - y_real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5).detach()
     difference = y_real - y_fake
-    return (difference * ((y_fake_target - x) + (1.0 - alpha) * difference) / weight).sum() / batch
+    return (difference * ((y_fake_target - x) + (1.0 - alpha) * difference) / distance(x, y_real)).sum() / batch
+
+
+def distance(x: Tensor, y_real: Tensor) -> Tensor:
+    """Return the mean absolute |x - y_real| of each sample [B, 1, 1, 1], at least 1e-5, as a constant for the gradient."""
+    return (x - y_real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5).detach()

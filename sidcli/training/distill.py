@@ -596,7 +596,7 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
     config = engine.config
     card = {
         "kind": "student",
-        "method": engine.objective.title,
+        "method": engine.objective.method,
         "t_init": config.t_init,
         "student_steps": config.student_steps,
         "renoise": config.renoise,

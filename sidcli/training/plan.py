@@ -39,7 +39,7 @@ from sidcli.models.families import build
 from sidcli.models.loading import Description, describe, latent_shape
 from sidcli.models.overrides import Overrides
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond, add_adapters, denoise
+from sidcli.models.unet import Cond, add_adapters, add_head, denoise
 from sidcli.objectives.base import TEACHER, Phase, Role
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import DistillConfig
@@ -312,8 +312,8 @@ def rate(output: Path) -> float | None:
 
 
 def phases(config: DistillConfig, timesteps: int) -> list[Phase]:
-    """Return the phases of a training step after the warm-up."""
-    return objectives.find(config.objective.name)(config, timesteps).phases(config.fake_warmup)
+    """Return the phases of the last training step, which trains every network."""
+    return objectives.find(config.objective.name)(config, timesteps).phases(config.steps - 1)
 
 
 def flops_per_image(config: DistillConfig, unet: Any, cond: Cond, timesteps: int = 1000) -> int:
@@ -353,11 +353,12 @@ class Sizes:
             weights = size_of(nets["unet"].parameters())
             roles = {}
             for name, role in objectives.find(config.objective.name)(config, known.path.steps).roles.items():
-                trained = weights
+                net = copy.deepcopy(nets["unet"]).requires_grad_(not role.lora)
                 if role.lora:
-                    add_adapters(lora := copy.deepcopy(nets["unet"]).requires_grad_(False), role.lora)
-                    trained = size_of(value for value in lora.parameters() if value.requires_grad)
-                roles[name] = role, trained
+                    add_adapters(net, role.lora)
+                if role.head:
+                    add_head(net)
+                roles[name] = role, size_of(value for value in net.parameters() if value.requires_grad)
         text = sum(size_of(nets[name].parameters()) for name in known.texts)
         return cls(nets["unet"], weights, roles, text, size_of(nets["vae"].parameters()))
 

@@ -80,9 +80,10 @@ class Request:
             raise UsageError("--set name: the objective is not one of its own settings", "--objective NAME")
         others |= objective_settings
         check_scales(method, others, guidance, guidance_strategy)
-        if guidance is not None and method is not objectives.Sid and (scale := method.Settings.scale) in others:
+        if guidance is not None and not issubclass(method, objectives.Sid) and (scale := method.Settings.scale) in others:
             raise UsageError(f"--guidance {guidance:g} and --set {scale}={others[scale]} exclude each other", "give one of them")
-        chosen = objectives.settings({**table, **others})
+        preset = method.emoji_settings if preset_for(teacher) == "emoji" else {}
+        chosen = objectives.settings({**preset, **table, **others})
         start = {**defaults_of(method, teacher), **from_file, "objective": chosen}
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
         own = with_shortcuts(own, start, lr, images)
@@ -113,7 +114,7 @@ class Request:
         if resume and not (resume / "manifest.json").is_file():
             raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
         config = self.config(self.recipe)
-        check_data(config)
+        check_objective(config)
         check_writable(self.folder) if dry_run else check_run(self.folder)
         if evaluates or config.data:
             check_writable(cache_folder(), "cache with SID_CACHE_DIR")
@@ -182,7 +183,7 @@ def check_scales(
 ) -> None:
     """Raises UsageError if the guidance options are given beside settings of the objective that replace all of their scales."""
     kappas = tuple(strategy("none", None))
-    if method is not objectives.Sid or not set(kappas) <= given.keys():
+    if not issubclass(method, objectives.Sid) or not set(kappas) <= given.keys():
         return
     for option, value in (("--guidance", guidance), ("--guidance-strategy", guidance_strategy)):
         if value is not None:
@@ -201,16 +202,24 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
     return said
 
 
-def check_data(config: DistillConfig) -> None:
-    """Raises UsageError if the objective needs images and there are none, or if images are given that it does not use."""
+def check_objective(config: DistillConfig) -> None:
+    """Raises UsageError if the objective would never train the student, lacks the images that it needs, or does not use those given."""
     name = config.objective.name
+    if (first := objectives.find(name).first_step(config)) >= config.steps:
+        raise UsageError(
+            f"objective {name} trains the student from step {first + 1} on, and --steps is {config.steps}",
+            "more --steps, or other settings; --list-settings prints them",
+        )
     if config.objective.needs_images and not config.data:
         raise UsageError(
             f"objective {name} trains on images, and --data is not given",
             "--data FOLDER or --data FILE.tar; --data teacher lets the teacher draw them",
         )
     if config.data and not config.objective.needs_images:
-        raise UsageError(f"--data {config.data}: objective {name} trains on prompts alone", "leave --data out")
+        raise UsageError(
+            f"--data {config.data}: objective {name} trains on prompts alone",
+            "leave it out, or train on images with --objective sida, or --objective dmd2 --set gan=0.001",
+        )
     if config.data_num and not config.data:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
 
@@ -252,9 +261,10 @@ def objective_table(
     """Return the objective class and its settings: those of a config file (`table`), overridden by the guidance options."""
     table = table or {"name": name or "sid"}
     method = objectives.find(table.get("name", "sid"))
-    if method is not objectives.Sid and guidance_strategy is not None:
-        raise UsageError(f"--guidance-strategy is an option of objective sid, not of {table['name']}", "--guidance SCALE")
-    if method is not objectives.Sid and guidance is not None:
+    has_strategy = issubclass(method, objectives.Sid)
+    if not has_strategy and guidance_strategy is not None:
+        raise UsageError(f"--guidance-strategy is an option of objectives sid and sida, not of {table['name']}", "--guidance SCALE")
+    if not has_strategy and guidance is not None:
         return method, table | {method.Settings.scale: guidance}
     if guidance is not None or guidance_strategy is not None:
         return method, table | strategy(guidance_strategy or "lsg", guidance)
