@@ -51,6 +51,7 @@ class Console:
         self.out = PipeSafeTerminal(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.live = self.err.is_terminal and not as_json and not self.quiet
         self.bars: Bars | None = None
+        self.noted: set[str] = set()
 
     def say(self, line: Text | str) -> None:
         """Print a line to stderr. If that fails, because a pipe is closed or a disk is full, turn the output off and continue."""
@@ -60,7 +61,9 @@ class Console:
             self.err.quiet = True
 
     def note(self, text: str) -> None:
-        if not self.quiet:
+        """Print a message to stderr, once. A model or a folder that is named twice is read twice, with the same messages."""
+        if not self.quiet and text not in self.noted:
+            self.noted.add(text)
             self.say(printable(text))
 
     def error(self, error: SidError) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from sidcli.cli import console
 from sidcli.errors import InputError
 from sidcli.models.drawing import Plan
 from sidcli.progress import counted, duration
+from tests.inprocess import sid
 
 
 @pytest.fixture
@@ -143,3 +145,15 @@ def test_a_preview_shows_two_pixels_a_character_on_a_terminal_and_is_a_note_in_a
     voice.preview(picture)
     shown = capsys.readouterr().err
     assert shown.count("\u2580") == 3 and "38;2;255;0;0;48;2;0;0;255" in shown
+
+
+def test_a_message_is_printed_once_however_often_what_it_is_about_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sid("sample", "a cat", "a dog", "-o", "images") == 0
+    capsys.readouterr()
+    assert sid("eval", "images", "images", "emoji", "--accuracy", "--num", "2") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert sum("ignoring 1 other image" in line for line in lines) == 1 == sum("made from another prompt" in line for line in lines)
+    assert len(set(lines)) == len(lines)
