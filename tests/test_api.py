@@ -243,9 +243,13 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
     made = asked.config(asked.recipe)
     assert (made.fake_updates, made.lr_fake, made.lr_generator, made.fake_lora) == (1, 2e-5, 1e-6, 64)
     assert made.objective == objectives.Vsd.Settings()
-    said = f"--objective vsd: these settings of {file} belong to objective dmd2 and are not used: guidance = 3.0, "
-    (note,) = asked.notes
-    assert note.startswith(said) and "fake_updates = 10" in note and "lr_fake" not in note
+    assert asked.notes == (
+        f"--objective vsd: the table [objective] of {file} is of dmd2 and is not used: guidance = 3.0",
+        f"--objective vsd: settings of {file} that are defaults of dmd2 have other values: "
+        "lr_generator = 1e-05 -> 1e-06, fake_updates = 10 -> 1, fake_lora = 0 -> 64",
+    )
+    other = request("someone/sd", "vsd", file, fake_updates=3, fake_lora=0)
+    assert other.notes[1].endswith("lr_generator = 1e-05 -> 1e-06, fake_updates = 10 -> 3"), "the values of the run"
     for same in (None, "dmd2"):
         asked = request("someone/sd", same, file)
         assert asked.config(asked.recipe) == dataclasses.replace(dmd2, teacher="someone/sd", prompts="general") and not asked.notes
@@ -253,6 +257,7 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
     asked = request("someone/sd", "dmd2", file)
     made = asked.config(asked.recipe)
     assert (made.steps, made.fake_updates, made.lr_generator) == (7, 10, 1e-5) and "kappa1 = 2.0" in asked.notes[0]
+    assert "fake_updates = 1 -> 10" in asked.notes[1] and "fake_updates" not in asked.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Request:
         from_file = read_toml(config) if config else {}
         teacher = teacher or from_file.pop("teacher", DistillConfig.teacher)
         from_file.pop("teacher", None)
-        from_file, note = of_objective(from_file, objective, teacher, config)
+        from_file, replaced = of_objective(from_file, objective, teacher)
         method, table = objective_table(from_file.pop("objective", {}), objective, guidance, guidance_strategy)
         of_objectives = {name for known in objectives.OBJECTIVES.values() for name in objectives.names(known)}
         others = {name: value for name, value in settings.items() if name in of_objectives}
@@ -87,8 +87,9 @@ class Request:
         start = {**defaults_of(method, teacher), **from_file, "objective": chosen}
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
         own = with_shortcuts(own, start, lr, images)
-        notes = [note, *without_effect(start | own, {**own, **others})]
-        return cls(teacher, start, own, memory, folder, tuple(text for text in notes if text))
+        used = start | MEMORY.get(memory, {}) | own
+        notes = [*about_replaced(replaced, used, config), *without_effect(used, {**own, **others})]
+        return cls(teacher, start, own, memory, folder, tuple(notes))
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -236,23 +237,39 @@ def defaults_of(method: type[objectives.Objective], teacher: str) -> dict[str, A
     return {**method.defaults, **PRESETS[preset], **(method.emoji_defaults if preset == "emoji" else {})}
 
 
-def of_objective(from_file: dict[str, Any], name: str | None, teacher: str, config: Path | None) -> tuple[dict[str, Any], str]:
-    """Return the settings of a config file that apply to the objective `name`, and a note on those that do not.
+def of_objective(from_file: dict[str, Any], name: str | None, teacher: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a config file that apply to the objective `name`, and those that do not.
 
     If the file is of another objective, its table does not apply, and neither do settings with the defaults of that objective.
     """
     table = from_file.get("objective", {})
     before = table.get("name", "sid")
     if name in (None, before):
-        return from_file, ""
+        return from_file, {}
     methods = objectives.find(before), objectives.find(name)
     depends = {field for method in methods for field in {**method.defaults, **method.emoji_defaults}}
     usual = {field: getattr(DistillConfig, field) for field in depends} | defaults_of(methods[0], teacher)
-    dropped = {field: value for field, value in from_file.items() if field in depends and value == usual[field]}
-    kept = {field: value for field, value in from_file.items() if field not in (*dropped, "objective")}
-    listed = [f"{field} = {value}" for field, value in {**table, **dropped}.items() if field != "name"]
-    note = f"--objective {name}: these settings of {config} belong to objective {before} and are not used: {', '.join(listed)}"
-    return kept, note if listed else ""
+    replaced = {field: value for field, value in from_file.items() if field in depends and value == usual[field]}
+    kept = {field: value for field, value in from_file.items() if field not in (*replaced, "objective")}
+    return kept, replaced | {"objective": {"name": before} | table}
+
+
+def about_replaced(replaced: Mapping[str, Any], settings: Mapping[str, Any], config: Path | None) -> list[str]:
+    """Return one sentence for the settings of the table of a config file that do not apply, and one for its other settings.
+
+    `replaced` are those of `of_objective`, `settings` those of the run.
+    """
+    if not replaced:
+        return []
+    table, now = replaced["objective"], settings["objective"]
+    old = [f"{field} = {value}" for field, value in table.items() if field != "name"]
+    changed = {field: settings.get(field, getattr(DistillConfig, field)) for field in replaced if field != "objective"}
+    shared = [f"{field} = {replaced[field]} -> {value}" for field, value in changed.items() if value != replaced[field]]
+    said = {
+        f"the table [objective] of {config} is of {table['name']} and is not used": old,
+        f"settings of {config} that are defaults of {table['name']} have other values": shared,
+    }
+    return [f"--objective {now.name}: {what}: {', '.join(listed)}" for what, listed in said.items() if listed]
 
 
 def objective_table(
