@@ -533,8 +533,9 @@ def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillCo
     """Raises InputError if the teacher is a student, UsageError if the settings need more timesteps than its schedule has."""
     if is_student:
         raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
-    if config.t_init >= timesteps or config.t_max > timesteps:
-        raise UsageError(f"the teacher's schedule has {timesteps} timesteps; --t-init and --t-max must fit in it")
+    for option, value, most in (("--t-init", config.t_init, timesteps - 1), ("--t-max", config.t_max, timesteps)):
+        if value > most:
+            raise UsageError(f"{option} must be at most {most}, as the teacher's schedule has {timesteps} timesteps, not {value}")
 
 
 def _states(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -120,21 +120,21 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "width": (self.width >= 0 and self.width % 8 == 0, "a multiple of 8, as pipelines of diffusers need it"),
-            "height": (self.height >= 0 and self.height % 8 == 0, "a multiple of 8, as pipelines of diffusers need it"),
+            "width": (self.width >= 0 and self.width % 8 == 0, "a multiple of 8, in which pipelines of diffusers draw"),
+            "height": (self.height >= 0 and self.height % 8 == 0, "a multiple of 8, in which pipelines of diffusers draw"),
             "data-num": (0 <= self.data_num <= 10**9, "at least 0 and at most 10^9"),
             "steps": (1 <= self.steps <= 10**9, "at least 1 and at most 10^9"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
             "micro-batch": (self.micro_batch >= 1, "at least 1"),
-            "t-min": (0 <= self.t_min < self.t_max, "at least 0 and below t-max"),
-            "t-init": (self.t_init >= 1, "at least 1"),
+            "t-min": (0 <= self.t_min < self.t_max, f"at least 0 and below --t-max {self.t_max}"),
+            "t-init": (self.t_init >= 1, "at least 1 and below the number of timesteps of the teacher, which is mostly 1000"),
             "lr-fake": (0 < self.lr_fake < math.inf, "positive"),
             "lr-generator": (0 < self.lr_generator < math.inf, "positive"),
             "adam-eps": (0 < self.adam_eps < math.inf, "positive"),
             "ema-images": (0 <= self.ema_images < math.inf, "at least 0"),
             "ema-rampup": (0 < self.ema_rampup < math.inf, "positive"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
-            "student-steps": (1 <= self.student_steps <= self.t_init, "at least 1 and at most t-init"),
+            "student-steps": (1 <= self.student_steps <= self.t_init, f"at least 1 and at most --t-init {self.t_init}"),
             "fake-warmup": (0 <= self.fake_warmup < self.steps, f"at least 0 and below --steps {self.steps}"),
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
             "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
@@ -249,6 +249,22 @@ FIELDS = {field.name: dict if field.name == "objective" else type(field.default)
 """Type of each field of DistillConfig; the objective is a table of its settings."""
 
 
+RATES = "write lr_fake and lr_generator, which --lr sets"
+SHORTCUTS = {
+    "guidance_strategy": "write kappa1 to kappa4 in the table [objective], which --guidance-strategy sets",
+    "lr": RATES,
+    "learning_rate": RATES,
+    "images": "write steps, which --images sets",
+    "memory": "write micro_batch and the other settings that --memory sets, or give --memory",
+}
+SHORTCUTS |= {
+    name: f"give --{name.replace('_', '-')}, which is an option of the command only"
+    for name in (
+        *("output", "device", "processes", "resume", "tracker", "save_every", "save_minutes", "keep_checkpoints"),
+        *("sample_every", "eval_every"),
+    )
+}
+"""Options of `sid distill` that are no settings -> hint for a config file that has a key of this name."""
 IN_TABLE = 'write the table [objective] with name = "{}"'
 
 
@@ -261,15 +277,19 @@ def checked(content: Mapping[str, Any], where: str, what: str) -> dict[str, Any]
     for name, value in content.items():
         if name not in FIELDS:
             if owners := [owner for owner, objective in objectives.OBJECTIVES.items() if name in objectives.names(objective)]:
+                scales = "; sid has kappa1 to kappa4 instead" if name == "guidance" else ""
                 raise UsageError(
-                    f"{where}{name} is a setting of an objective", IN_TABLE.format(owners[0]) + f" and {name} below it"
+                    f"{where}{name} is a setting of an objective", IN_TABLE.format(owners[0]) + f" and {name} below it{scales}"
                 )
+            if name in SHORTCUTS:
+                raise UsageError(f"{where}unknown {what} {name!r}", SHORTCUTS[name])
             close = difflib.get_close_matches(name, FIELDS, 1)
             raise UsageError(f"{where}unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         kind = FIELDS[name]
         values[name] = value = plain(value, kind)
         if name == "objective" and type(value) is not dict:
-            raise UsageError(f"{where}objective must be a table, not {value!r}", IN_TABLE.format(value))
+            hint = "write [objective] with single brackets" if isinstance(value, list) else IN_TABLE.format(value)
+            raise UsageError(f"{where}objective must be a table, not {value!r}", hint)
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{where}{name} must be {kind.__name__}, not {value!r}")
     return values

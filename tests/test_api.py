@@ -27,7 +27,7 @@ from sidcli.errors import InputError, UsageError
 from sidcli.numeric import plain
 from sidcli.progress import Silence
 from sidcli.settings import DistillConfig, checked, read_toml
-from sidcli.training.request import Request
+from sidcli.training.request import Request, method_of
 from tests import REPOSITORY, inprocess
 from tests.commands import sid
 
@@ -267,8 +267,12 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
         (
             "guidance = 3\n",
             "guidance is a setting of an objective",
-            'the table [objective] with name = "dmd2" and guidance below it',
+            'the table [objective] with name = "dmd2" and guidance below it; sid has kappa1 to kappa4 instead',
         ),
+        ('[[objective]]\nname = "dmd2"\n', "objective must be a table, not [{'name': 'dmd2'}]", "write [objective] with single"),
+        ('guidance_strategy = "long"\n', "unknown key 'guidance_strategy'", "write kappa1 to kappa4 in the table [objective]"),
+        ("lr = 1e-4\n", "unknown key 'lr'", "write lr_fake and lr_generator, which --lr sets"),
+        ("eval_every = 5\n", "unknown key 'eval_every'", "give --eval-every, which is an option of the command only"),
     ],
 )
 def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs(
@@ -278,6 +282,36 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
     with pytest.raises(UsageError) as caught:
         read_toml(tmp_path / "own.toml")
     assert caught.value.message == f"{tmp_path / 'own.toml'}: {said}" and hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "hint"),
+    [
+        ('name = "nope"', "name in [objective] must be one of sid, dmd2, vsd, not 'nope'", ""),
+        ("name = [3]", "name in [objective] must be one of sid, dmd2, vsd, not [3]", ""),
+        ("kapa1 = 2.0", "'kapa1' is not a setting of objective sid; did you mean 'kappa1'?", ""),
+        ('kappa1 = "x"', "kappa1 must be float, not 'x'", ""),
+        ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),
+        (
+            "guidance = 3.0",
+            "'guidance' is not a setting of objective sid, it is one of dmd2 and vsd; "
+            "sid has kappa1, kappa2, kappa3, kappa4, alpha, dropout",
+            "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
+        ),
+        (
+            'name = "vsd"\nkappa4 = 3.0',
+            "'kappa4' is not a setting of objective vsd, it is one of sid; vsd has",
+            "--guidance SCALE, or write guidance",
+        ),
+    ],
+)
+def test_an_error_in_the_table_of_the_objective_names_the_file(content: str, said: str, hint: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(f"[objective]\n{content}\n")
+    for read in (lambda: distill(config=file), lambda: method_of(None, file)):
+        with pytest.raises(UsageError) as caught:
+            read()
+        assert caught.value.message.startswith(f"{file}: {said}") and caught.value.hint == hint
 
 
 def test_the_guidance_scale_is_given_once() -> None:

@@ -378,7 +378,9 @@ def _size(overrides: Overrides, networks: dict[str, dict[str, Any]], places: dic
         wanted = (overrides.height or height * factor, overrides.width or width * factor)
     for name, side in zip(("height", "width"), wanted, strict=True):
         if not factor <= side <= LARGEST or side % factor:
-            raise UsageError(f"--{name} must be a multiple of {factor} for this model, at most {LARGEST}, not {side}")
+            raise UsageError(
+                f"--{name} must be a multiple of {factor}, in which this model draws, and at most {LARGEST}, not {side}"
+            )
     inner = [side // factor for side in wanted]
     networks["unet"] = networks["unet"] | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
     return wanted

@@ -85,7 +85,9 @@ def settings(table: Mapping[str, Any]) -> Settings:
     values = dict(table)
     for setting, value in table.items():
         if setting not in kinds:
-            raise UsageError(f"{setting!r} is not a setting of objective {name}{_elsewhere(setting, str(name))}")
+            raise UsageError(
+                f"{setting!r} is not a setting of objective {name}{_elsewhere(setting, str(name))}", _instead(setting, objective)
+            )
         values[setting] = plain(value, kinds[setting])
         if type(values[setting]) is not kinds[setting]:
             raise UsageError(f"{setting} must be {kinds[setting].__name__}, not {value!r}")
@@ -98,3 +100,12 @@ def _elsewhere(setting: str, name: str) -> str:
     close = difflib.get_close_matches(setting, names(OBJECTIVES[name]), 1, 0.5)
     owner = f", it is one of {' and '.join(owners)}" if owners else ""
     return owner + (f"; did you mean {close[0]!r}?" if close else f"; {name} has {', '.join(names(OBJECTIVES[name]))}")
+
+
+def _instead(setting: str, objective: type[Objective]) -> str:
+    """Return a hint for a guidance setting of another objective, or ""."""
+    if setting != "guidance_strategy" and setting not in {other.Settings.scale for other in OBJECTIVES.values()}:
+        return ""
+    if objective is Sid:
+        return "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these"
+    return f"--guidance SCALE, or write {objective.Settings.scale}"

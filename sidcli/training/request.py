@@ -64,7 +64,7 @@ class Request:
         Raises UsageError for unknown names or invalid values, InputError if the config file cannot be read.
         """
         check_values(settings, guidance, lr, images, memory)
-        from_file = read_toml(config) if config else {}
+        from_file = read_config(config) if config else {}
         teacher = teacher or from_file.pop("teacher", DistillConfig.teacher)
         from_file.pop("teacher", None)
         from_file, replaced = of_objective(from_file, objective, teacher)
@@ -225,9 +225,22 @@ def check_objective(config: DistillConfig) -> None:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """Return the settings of a config file. Raises UsageError, naming the file, also for an invalid table of the objective."""
+    content = read_toml(file)
+    table = content.get("objective", {})
+    if (name := table.get("name", "sid")) not in tuple(objectives.OBJECTIVES):
+        raise UsageError(f"{file}: name in [objective] must be one of {', '.join(objectives.OBJECTIVES)}, not {name!r}")
+    try:
+        objectives.settings(table)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error.message}", error.hint) from error
+    return content
+
+
 def method_of(objective: str | None, config: Path | None) -> type[objectives.Objective]:
     """Return the objective class with the name `objective`, else that of a config file, else of sid."""
-    table = read_toml(config).get("objective", {}) if config else {}
+    table = read_config(config).get("objective", {}) if config else {}
     return objectives.find(objective or table.get("name", "sid"))
 
 

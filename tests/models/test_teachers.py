@@ -110,7 +110,7 @@ def test_drawing_reports_each_denoising_step_and_the_decoder_as_parts_of_the_bat
 
 
 def test_a_size_that_the_vae_cannot_make_is_refused(copied: Path) -> None:
-    with pytest.raises(UsageError, match="--height must be a multiple of 8 for this model, at most 8192, not 60"):
+    with pytest.raises(UsageError, match="--height must be a multiple of 8, in which this model draws, and at most 8192, not 60"):
         load(find(str(copied)), Overrides(height=60))
 
 
