@@ -87,8 +87,8 @@ def assert_same(alone: dict[str, torch.Tensor], together: dict[str, torch.Tensor
     for file in ("generator", "average", "fake_score", "optimizer_fake_score", "optimizer_generator"):
         names = sorted(name for name in alone if name.startswith(f"{file}/") and not name.endswith(".step"))
         one, other = (torch.cat([values[name].flatten().double() for name in names]) for values in (alone, together))
-        begun = [start[name.partition("/")[2]].flatten().double() for name in names if name.partition("/")[2] in start]
-        way_gone = (one - torch.cat(begun)).norm() if begun else one.norm()
+        begun = [start.get(name.partition("/")[2], torch.zeros_like(alone[name])).flatten().double() for name in names]
+        way_gone = (one - torch.cat(begun)).norm()
         assert way_gone > 0 and (one - other).norm() < 1e-4 * way_gone, file
 
 
@@ -104,6 +104,15 @@ def test_two_processes_with_sharded_networks_train_what_one_trains(
 ) -> None:
     together = distilled_by_forks(command(sd_folder, tmp_path / "run", "--shard"), tmp_path / "run", 2)
     assert_same(alone, together, sd_folder)
+
+
+@pytest.mark.parametrize("more", [["--micro-batch", "2"], ["--shard"]], ids=["small pieces", "sharded"])
+def test_two_processes_train_the_discriminator_that_one_trains(sd_folder: Path, tmp_path: Path, more: list[str]) -> None:
+    gan = ["--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.01", "--data", "teacher", "--data-num", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = distilled_by_forks(command(sd_folder, one, *gan), one)
+    assert any("discriminator." in name for name in alone)
+    assert_same(alone, distilled_by_forks(command(sd_folder, two, *gan, *more), two, 2), sd_folder)
 
 
 def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:

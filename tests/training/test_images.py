@@ -1,0 +1,115 @@
+"""Runs that train on images: what they record, that they continue, and what they refuse."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sidcli import api, objectives
+from sidcli.data.captioned import open_captioned
+from sidcli.data.prompts import open_prompts
+from sidcli.errors import InputError, Interrupted
+from sidcli.models.loading import load
+from sidcli.models.sources import find, read_card
+from sidcli.settings import DistillConfig
+from sidcli.training import distill
+from tests.data.test_captioned import shard
+from tests.data.test_latents import images
+from tests.inprocess import sid
+from tests.training.test_distill import Heard, KillAt, Silent, state
+
+SIDA = objectives.Sida.Settings(frozen_images=0, gan_images=4)
+
+
+def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | None = None) -> distill.Result:
+    given = open_captioned(config.data) if config.data not in ("", "teacher") else None
+    intervals = distill.Intervals(save=2, sample=9, log=1)
+    return distill.run(
+        load(find(str(folder))),
+        config,
+        open_prompts(config.prompts),
+        output,
+        "cpu",
+        intervals,
+        None,
+        listener or Silent(),
+        images=given,
+    )
+
+
+@pytest.fixture
+def drawn(config: DistillConfig) -> DistillConfig:
+    return dataclasses.replace(config, objective=SIDA, data="teacher", data_num=3, steps=3)
+
+
+def test_a_run_on_the_teachers_images_goes_on_from_a_checkpoint_bit_for_bit(
+    sd_folder: Path, drawn: DistillConfig, tmp_path: Path
+) -> None:
+    heard = Heard()
+    whole = run(sd_folder, drawn, tmp_path / "whole", heard)
+    with pytest.raises(Interrupted):
+        run(sd_folder, drawn, tmp_path / "halves", KillAt(1))
+    continued = Heard()
+    run(sd_folder, drawn, tmp_path / "halves", continued)
+    one, two = state(whole.run, 3), state(tmp_path / "halves", 3)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    bar = "teacher images to train on"
+    assert sum(count for what, count, _ in heard.drawn if what == bar) == pytest.approx(3)
+    assert not any(what == bar for what, _, _ in continued.drawn), "the images are drawn once for all runs"
+    assert "5 steps, guidance 7.5: 3 images to train on" in "\n".join(heard.notes)
+
+    record = json.loads((whole.run / "run.json").read_text())["data"]
+    assert record["images"] == 3 and record["name"].endswith("5 steps, guidance 7.5") and len(record["digest"]) == 64
+    card = read_card(find(str(whole.run)))
+    assert card["data"] == f"3 images of {record['name']}" and card["method"].startswith("SiDA (arXiv 2410.14919)")
+    measured = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["discriminator_loss"] > 0 and line["adversarial_loss"] > 0 for line in measured)
+
+
+def test_a_run_continues_with_the_same_images_in_another_place_and_refuses_others(
+    sd_folder: Path, config: DistillConfig, tmp_path: Path
+) -> None:
+    folder = images(tmp_path / "set", 4)
+    (folder / "3.png").write_bytes(b"")
+    settings = dataclasses.replace(config, objective=SIDA, data=str(folder), steps=1)
+    heard = Silent()
+    run(sd_folder, settings, tmp_path / "run", heard)
+    assert any(line.startswith("1 image not used: 3.png (") for line in heard.notes)
+    shutil.copytree(folder, tmp_path / "copy")
+    longer = dataclasses.replace(settings, data=str(tmp_path / "copy"), steps=2)
+    assert run(sd_folder, longer, tmp_path / "run").step == 2
+    more = dataclasses.replace(longer, steps=3)
+    (tmp_path / "copy" / "1.txt").write_text("another caption")
+    with pytest.raises(InputError, match="made with other settings: data: contents changed"):
+        run(sd_folder, more, tmp_path / "run")
+    with pytest.raises(InputError, match="made with other settings: data: contents changed"):
+        run(sd_folder, dataclasses.replace(more, data=str(folder), data_num=2), tmp_path / "run")
+    plain = dataclasses.replace(more, objective=objectives.Sid.Settings(), data="")
+    with pytest.raises(InputError, match=r"objective: sida -> sid; data: .*copy -> "):
+        run(sd_folder, plain, tmp_path / "run")
+
+
+def test_dmd2_trains_on_the_images_of_a_shard(sd_folder: Path, tmp_path: Path) -> None:
+    folder = images(tmp_path / "set", 3)
+    file = shard(tmp_path / "a.tar", {path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    settings: dict[str, Any] = {"batch_size": 2, "device": "cpu", "gan": 0.001, "fake_updates": 2, "data": file}
+    done = api.distill(sd_folder, tmp_path / "run", objective="dmd2", steps=1, **settings, listener=api.SILENT)
+    saved = state(done.run, 1)
+    assert "fake_score/discriminator.layers.0.weight" in saved and not any("average/discriminator" in name for name in saved)
+    more = api.distill(sd_folder, tmp_path / "run", objective="dmd2", steps=2, **settings, listener=api.SILENT)
+    assert (more.step, more.taken) == (2, 1)
+    assert read_card(find(str(done.run)))["method"] == "DMD2 (arXiv 2405.14867)"
+
+
+def test_a_plan_checks_the_images_too(sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = images(tmp_path / "set", 1)
+    command = ["distill", "--teacher", sd_folder, "--objective", "sida", "--dry-run", "--device", "cpu", "--data"]
+    assert sid(*command, folder) == 0
+    assert f'data = "{folder}"' in capsys.readouterr().out
+    (folder / "0.txt").unlink()
+    assert sid(*command, folder) == 3
+    assert "has 1 image, none with a caption" in capsys.readouterr().err
