@@ -221,6 +221,8 @@ def check_objective(config: DistillConfig) -> None:
             f"--data {config.data}: objective {name} trains on prompts alone",
             "leave it out, or train on images with --objective sida, or --objective dmd2 --set gan=0.001",
         )
+    if config.objective.needs_images and config.compile == "on":
+        raise UsageError(f"--compile on does not support the discriminator of objective {name}", "--compile off")
     if config.data_num and not config.data:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
 

@@ -18,7 +18,7 @@ from sidcli.models.sources import find
 from sidcli.models.unet import Head, add_head, features
 from sidcli.objectives.base import FAKE, GENERATOR, Batch
 from sidcli.progress import Silence
-from sidcli.settings import DistillConfig, strategy
+from sidcli.settings import MEMORY, DistillConfig, strategy
 from sidcli.training import plan
 from tests import tiny
 from tests.gradients import perturbed
@@ -176,6 +176,15 @@ def test_memory_options_do_not_change_the_gradients_and_the_losses(
     assert (two - one).norm() < 1e-5 * one.norm()
     assert "discriminator_loss" in measured or "adversarial_loss" in measured
     assert again == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["24gb", "12gb"])
+@pytest.mark.parametrize("name", WITH_GAN)
+def test_memory_recipes_take_a_step_in_bf16(model: Model, config: DistillConfig, name: str, memory: str) -> None:
+    pytest.importorskip("peft")
+    recipe = MEMORY[memory] | {"micro_batch": 1, "precision": "bf16"} | ({"fake_lora": 2} if memory == "12gb" else {})
+    result = engine(model, config, name, WITH_GAN[name], **recipe).train_step()
+    assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
 @pytest.mark.parametrize("lora", [0, 2])
