@@ -24,7 +24,7 @@ from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protoco
 from sidcli.evaluation.spec import Request as Evaluation
 from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
-from sidcli.formats.outputs import BACKENDS, Places, check_export
+from sidcli.formats.outputs import BACKENDS, Places, check_export, check_named
 from sidcli.models.overrides import Overrides, check_sampling
 from sidcli.numeric import plain
 from sidcli.objectives import OBJECTIVES, names
@@ -271,7 +271,8 @@ def distill(
         SidError: If the training diverged.
     """
     guidance, lr, images = _typed(guidance=(guidance, float), lr=(lr, float), images=(images, int))
-    _typed(objective=(objective, str), output=(output or "", PATH), device=(device, str))
+    _typed(objective=(objective, str), output=("" if output is None else output, PATH), device=(device, str))
+    check_named(output)
     settings = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     request = Request.of(
         None if teacher is None else _name("teacher", teacher),
@@ -370,8 +371,9 @@ def evaluate(
     listed = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not listed:
         raise UsageError("nothing to measure: no model given", "a model's name, or a folder of images")
-    folder = Path(image_folder) if image_folder else None
+    folder = None if image_folder is None else Path(image_folder)
     if folder:
+        check_named(image_folder, "--image-folder")
         check_writable(folder, "--image-folder")
     request = Evaluation(
         models=ModelSpec.parse_all(
@@ -492,6 +494,7 @@ def export(
     """
     model, teacher = _name("model", model), None if teacher is None else _name("teacher", teacher)
     rank, *_ = _typed(rank=(rank, int), format=(format, str), dtype=(dtype, str), output=(output, PATH), verify=(verify, bool))
+    check_named(output)
     is_released = Path(model).suffix.lower() == ".pkl"
     if is_released and teacher is None:
         raise UsageError("a .pkl holds a UNet alone", "--teacher ID: the model that it was distilled from")

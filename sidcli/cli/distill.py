@@ -15,8 +15,10 @@ from sidcli.cli.common import launch_processes, open_console
 from sidcli.cli.options import MACHINE, METHOD, DeviceOption, JsonOption, QuietOption, one_of, with_settings, within
 from sidcli.devices import check_name
 from sidcli.errors import UsageError
+from sidcli.formats.outputs import check_named
 from sidcli.progress import counted, duration
 from sidcli.settings import MEMORY, STRATEGIES, DistillConfig
+from sidcli.training.cards import Card, parse_card
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request, method_of
 
@@ -37,7 +39,7 @@ Guidance = Annotated[
     float | None, typer.Option(show_default="2; 0.5 with short; that of the objective", help="Guidance scale of the objective.")
 ]
 Images = Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", show_default="runs/TEACHER-gGUIDANCE", help="Run folder.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", show_default="runs/TEACHER-gGUIDANCE", help="Run folder.")]
 Resume = Annotated[Path | None, typer.Option(show_default="the newest", help="Checkpoint to continue from.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")]
 SaveEvery = Annotated[int, typer.Option(callback=within(1), help="Steps between checkpoints.")]
@@ -137,7 +139,7 @@ def distill(
     dry_run = dry_run or plan_for is not None
     if not dry_run:
         launch_processes(processes, device)
-    check_name(device)
+    card = check(output, device, plan_for)
     method = method_of(objective, config)
     if list_settings:
         from sidcli.cli.console import Console
@@ -150,8 +152,8 @@ def distill(
     stopped = ("checkpoints are kept", "the same command again, to go on")
     with open_console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", unused=()) as console:
         if dry_run:
-            request = Request.of(teacher or model, output, **asked, settings=settings)
-            plan_run(request, console, device, plan_for, processes, keep_checkpoints, eval_every)
+            request = Request.of(teacher or model, Path(output) if output else None, **asked, settings=settings)
+            plan_run(request, console, device, card, processes, keep_checkpoints, eval_every)
             return
         from sidcli.cli.console import DistillProgress
 
@@ -163,14 +165,23 @@ def distill(
         tell(result, console)
 
 
+def check(output: str | None, device: str, plan_for: str | None) -> Card | None:
+    """Return the GPU that a dry run plans for, if any. Raises UsageError for invalid values, before any file is read."""
+    check_name(device)
+    check_named(output)
+    if plan_for is not None and device == "cpu":
+        raise UsageError(f"--device cpu and --plan-for {plan_for} exclude each other", "leave --device out")
+    return None if plan_for is None else parse_card(plan_for)
+
+
 def plan_run(
-    request: Request, console: Console, device: str, plan_for: str | None, processes: int, keep: int, eval_every: int
+    request: Request, console: Console, device: str, card: Card | None, processes: int, keep: int, eval_every: int
 ) -> None:
     """Print the plan of a run."""
     request.check(True, bool(eval_every))
     request.prompts(console)
     request.images(console)
-    resolved, card = request.resolve(console, device, True, plan_for)
+    resolved, card = request.resolve(console, device, True, card)
     from sidcli.training import plan
 
     made = plan.make(resolved, request.folder, device, processes, console, keep, card)

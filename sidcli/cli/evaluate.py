@@ -26,7 +26,7 @@ from sidcli.environment import cache_folder
 from sidcli.errors import GateError
 from sidcli.evaluation.spec import PROTOCOLS, ModelSpec, check_protocol, limits
 from sidcli.files import check_new, check_writable
-from sidcli.formats.outputs import check_picture
+from sidcli.formats.outputs import check_named, check_picture
 from sidcli.metrics.catalog import METRICS as MEASURED
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ Untrained = Annotated[
     ),
 ]
 Processes = Annotated[int, typer.Option(callback=within(1), help="Processes on this machine that share the drawing.")]
-ImageFolder = Annotated[Path | None, typer.Option(help="Keep the generated images in this folder instead of the cache.")]
+ImageFolder = Annotated[str | None, typer.Option(help="Keep the generated images in this folder instead of the cache.")]
 Inception = Annotated[
     Path | None,
     typer.Option(rich_help_panel=NETWORKS, show_default="fetched once", help="Inception in TorchScript."),
@@ -195,15 +195,16 @@ def check(protocol: str, column: str | None, prompts: Path | None, device: str) 
     check_name(device)
 
 
-def check_places(report: Path | None, picture: Path | None, image_folder: Path | None, overwrite: bool) -> None:
+def check_places(report: Path | None, picture: Path | None, image_folder: str | None, overwrite: bool) -> None:
     """Raises UsageError or EnvironmentProblem for a path that cannot be written."""
     if picture:
         check_picture(picture)
     for file, option in ((report, "--report"), (picture, "--picture")):
         if file:
             check_new([file], option, overwrite)
+    check_named(image_folder, "--image-folder")
     if image_folder:
-        check_writable(image_folder, "--image-folder")
+        check_writable(Path(image_folder), "--image-folder")
     check_writable(cache_folder(), "cache with SID_CACHE_DIR")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,7 @@ Model = Annotated[
     str,
     typer.Argument(autocompletion=one_of("emoji"), help="A run folder, a student folder or file, emoji, or the authors' FILE.pkl."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="Folder to write.")]
 Format = Annotated[
     str,
     typer.Option("--format", autocompletion=one_of(*FORMATS), help="diffusers, single-file, onnx, openvino, torch-export or lora."),

@@ -39,6 +39,12 @@ def unnamed(prompts: Sequence[str], num: int, seed: int) -> Path:
     return next(Path(name) for name in names if not os.path.lexists(name))
 
 
+def check_named(output: str | os.PathLike[str] | None, option: str = "--output") -> None:
+    """Raises UsageError if the path of a folder is empty, or "-", which does not stand for stdout. None is allowed."""
+    if output is not None and os.fspath(output) in ("", "-"):
+        raise UsageError(f"{option} must be a folder, not {os.fspath(output)!r}", f"{option} FOLDER")
+
+
 @dataclass(frozen=True)
 class Places:
     """The files that `sid sample` writes: one for each image, and a contact sheet if the output is a folder."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from sidcli import objectives
 from sidcli.devices import pick_device
 from sidcli.distributed import count
 from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
-from sidcli.errors import UsageError
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
 from sidcli.models.drawing import sizes
@@ -44,6 +42,7 @@ from sidcli.objectives.base import TEACHER, Phase, Role
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint
+from sidcli.training.cards import CARDS, Card
 
 RESERVE = 0.06
 """Fraction of a GPU's memory reserved for memory use that the plan does not include, such as fragmentation."""
@@ -191,25 +190,6 @@ def size_of(values: Any) -> int:
     return sum(value.numel() for value in values)
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU with data sheet values: memory in GB (10^9 bytes), dense bf16 matrix throughput in TFLOP/s."""
-
-    title: str
-    memory: float
-    tflops: float
-
-
-CARDS = {
-    "rtx-3090": Card("RTX 3090", 24, 71),
-    "rtx-4090": Card("RTX 4090", 24, 165),
-    "rtx-5090": Card("RTX 5090", 32, 209),
-    "l4": Card("L4", 24, 121),
-    "l40s": Card("L40S", 48, 362),
-    "a100": Card("A100 80 GB", 80, 312),
-    "h100": Card("H100", 80, 989),
-    "h200": Card("H200", 141, 989),
-}
 LARGEST_PIECE = 32
 """Largest micro-batch that `choose` selects. Larger kernels are not faster."""
 PEAK_SHARE = 0.19
@@ -218,16 +198,6 @@ LAUNCH_SECONDS = 1.06e-3
 """Minimum seconds of a micro-batch per weight tensor of the UNet, measured on an H200: the time to launch its kernels."""
 RECOMPUTED, WITH_LORA = 1.5, 1.35
 """Factors by which recomputation in the backward pass, and LoRA layers, increase both the minimum time and the work."""
-
-
-def parse_card(text: str) -> Card:
-    """Return the GPU of a name in CARDS or of an amount of memory such as `24gb`. Raises UsageError for other text."""
-    if text.lower() in CARDS:
-        return CARDS[text.lower()]
-    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", text.lower())
-    if not amount or not float(amount[1]):
-        raise UsageError(f"unknown GPU {text!r}", f"an amount of memory such as 24gb, or one of {', '.join(CARDS)}")
-    return Card(f"a GPU of {float(amount[1]):g} GB", float(amount[1]), 0.0)
 
 
 def estimated_seconds(card: Card, config: DistillConfig, processes: int, flops_per_image: int, tensors: int) -> float:

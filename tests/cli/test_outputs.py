@@ -15,6 +15,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console as Terminal
 
+from sidcli import api
 from sidcli.cli import console
 from sidcli.cli.console import Console
 from sidcli.errors import EnvironmentProblem, UsageError, out_of_memory
@@ -141,6 +143,23 @@ def test_every_output_option_refuses_what_cannot_be_before_torch_is_imported(tmp
     for (arguments, wanted), line in zip(cases, said, strict=True):
         assert wanted in line, (arguments, line)
     assert tree(here) == before and not (tmp_path / "outside").exists()
+
+
+@pytest.mark.check(13)
+@pytest.mark.parametrize("output", ["", "-"])
+def test_a_folder_for_output_has_a_name(output: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, command in (
+        ("--output", ["distill", "-o", output]),
+        ("--output", ["distill", "--dry-run", "-o", output]),
+        ("--output", ["export", "emoji", "-o", output]),
+        ("--image-folder", ["eval", "emoji", "--image-folder", output]),
+    ):
+        assert sid(*command) == 2
+        assert capsys.readouterr().err == f"error: {option} must be a folder, not {output!r}; try: {option} FOLDER\n"
+    for call in (partial(api.distill, "emoji-teacher"), partial(api.export, "emoji")):
+        with pytest.raises(UsageError, match="--output must be a folder, not"):
+            call(output)
+    assert tree(here) == {}
 
 
 @pytest.mark.check(13)

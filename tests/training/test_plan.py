@@ -22,6 +22,7 @@ from sidcli.objectives.sid import SidSettings
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig
 from sidcli.training import checkpoint, plan
+from sidcli.training.cards import parse_card
 from tests import REPOSITORY, tiny
 
 
@@ -122,14 +123,24 @@ def test_a_plan_is_a_config_file(sd_folder: Path, config: DistillConfig, tmp_pat
 
 def test_a_gpu_is_planned_for_that_is_not_here(sd_folder: Path, config: DistillConfig) -> None:
     config = dataclasses.replace(config, teacher=str(sd_folder), precision="auto")
-    for device, card in (("cuda", None), ("auto", plan.parse_card("rtx-4090")), ("auto", plan.parse_card("24 GB"))):
+    for device, card in (("cuda", None), ("auto", parse_card("rtx-4090")), ("auto", parse_card("24 GB"))):
         made = plan.make(config, Path("run"), device, 1, Silence(), card=card)
         assert made.device == "cuda" and made.config.precision == "bf16" and "RTX 4090" in made.estimates
         assert any("fits" in line for line in made.lines()) == (card is not None)
     assert not plan.make(config, Path("run"), "cpu", 1, Silence()).estimates
-    with pytest.raises(UsageError, match="unknown GPU 'gtx'") as refused:
-        plan.parse_card("gtx")
+
+
+@pytest.mark.parametrize("text", ["gtx", "", "24", "-1gb", "nangb"])
+def test_a_gpu_that_is_not_known_is_refused_with_those_that_are(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--plan-for: unknown GPU '{text}'") as refused:
+        parse_card(text)
     assert "rtx-4090" in refused.value.hint
+
+
+@pytest.mark.parametrize("text", ["0gb", "0.0 GB", "10001gb", "9" * 400 + "gb"])
+def test_an_amount_of_memory_that_no_gpu_has_is_refused_with_its_limits(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--plan-for must be more than 0 GB and at most 10000 GB, not {text}"):
+        parse_card(text)
 
 
 def test_the_recipe_and_the_micro_batch_are_the_largest_that_fit(sd_folder: Path) -> None:
