@@ -162,6 +162,8 @@ MAY_CHANGE = frozenset(
 )
 """Fields that a continued run may change: its length, and where and in which parts a step is computed, but not its result."""
 
+TEACHER_DRAWS = "teacher"
+"""Value of the field `data` for images that the teacher draws."""
 SELECTS = {"prompts": "column", "data": "data_num"}
 """Fields that select a part of the content of another field."""
 

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -70,7 +70,7 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def work(self) -> str:
+    def title(self) -> str:
         """Title of the progress bar."""
         ...
 
@@ -103,7 +103,7 @@ class EncodedImages:
     """Number of images to use, from the first one on."""
     model: Model
     device: torch.device
-    work = "encode images"
+    title = "encode images"
     identity = ""
 
     @property
@@ -129,29 +129,30 @@ class EncodedImages:
         codec = self.model.codec.to(self.device)
         found, content = [torch.empty(0, *self.model.latent_shape)], hashlib.sha256()
         kept, skipped, converted = [], [], []
-        for index, (pixels, text) in zip(indices, in_threads(self._read, indices), strict=True):
+        for index, (pixels, mode, reason) in zip(indices, in_threads(self._read, indices), strict=True):
             advance(1)
+            name = self.images.name(index)
             latent = None if pixels is None else self._encoded(codec.encode, pixels)
             if pixels is None or latent is None:
-                skipped.append((self.images.name(index), text if pixels is None else "the VAE's output is not finite"))
+                skipped.append((name, reason or "the VAE's output is not finite"))
                 continue
             found.append(latent)
             kept.append(index)
             content.update(pixels.tobytes())
-            converted += [(self.images.name(index), text)] if text != "RGB" else []
+            converted += [(name, mode)] if mode != "RGB" else []
         return torch.cat(found), Unit(tuple(kept), content.hexdigest(), tuple(skipped), tuple(converted))
 
-    def _read(self, index: int) -> tuple[np.ndarray | None, str]:
-        """Return an image uint8 [H, W, 3] of the model's size with Pillow's mode of the file, or None with a reason."""
+    def _read(self, index: int) -> tuple[np.ndarray | None, str, str]:
+        """Return an image uint8 [H, W, 3] of the model's size, Pillow's mode of its file, and the reason if there is no image."""
         files, number = self.images.files, self.images.indices[index]
         try:
             pixels, mode = files.read_with_mode(number)
         except InputError as error:
-            return None, error.message.removeprefix(f"{files.name}/{files.members[number]} ")
+            return None, "", error.message.removeprefix(f"{files.name}/{files.members[number]} ")
         (height, width), (wanted_height, wanted_width) = pixels.shape[:2], self.model.size
         if ENLARGED * height < wanted_height or ENLARGED * width < wanted_width:
-            return None, f"{width} x {height} pixels, too small for {wanted_width} x {wanted_height}"
-        return crop_and_resize(pixels, wanted_height, wanted_width), mode
+            return None, mode, f"{width} x {height} pixels, too small for {wanted_width} x {wanted_height}"
+        return crop_and_resize(pixels, wanted_height, wanted_width), mode, ""
 
     def _encoded(self, encode: Callable[[Tensor], Tensor], pixels: np.ndarray) -> Tensor | None:
         """Return a latent [1, C, h, w], or None if it is not finite. Images are encoded one at a time: the result does not depend
@@ -179,7 +180,7 @@ class TeacherImages:
     batch_size: int
     precision: str
     draw: Callable[[Sequence[str], Tensor, Callable[[], None]], Tensor]
-    work = "teacher images to train on"
+    title = "teacher images to train on"
 
     @property
     def name(self) -> str:
@@ -209,8 +210,8 @@ class TeacherImages:
         for start in range(0, len(indices), self.batch_size):
             batch = indices[start : start + self.batch_size]
             noise = randomness.normal(self.model.latent_shape, TEACHER_SEED, "teacher image", 0, batch)
-            part = len(batch) / self.plan.steps
-            found.append(self.draw([self.caption(index) for index in batch], noise, lambda part=part: advance(part)))  # type: ignore[misc]
+            prompts = [self.caption(index) for index in batch]
+            found.append(self.draw(prompts, noise, partial(advance, len(batch) / self.plan.steps)))
         latents = torch.cat(found)
         finite = latents.isfinite().flatten(1).all(1)
         kept = tuple(index for index, good in zip(indices, finite.tolist(), strict=True) if good)
@@ -252,9 +253,7 @@ class Latents:
         unit = bisect_right(self.starts, number) - 1
         row = number - self.starts[unit]
         with readable(self.files[unit]), safe_open(self.files[unit], "pt") as content:
-            latent = content.get_slice("latents")[
-                row
-            ].clone()  # from the file, which stays mapped into memory, to a tensor of its own
+            latent = content.get_slice("latents")[row].clone()  # safetensors maps the file into memory
         return latent, self.source.caption(self.units[unit].kept[row])
 
     def notes(self, without_caption: Pairs = ()) -> list[str]:
@@ -296,7 +295,7 @@ def _computed(source: Source, files: dict[Path, range], listener: Listener) -> d
     """Compute units of images and write them to files."""
     units = {}
     if files:
-        with listener.progress(source.work, sum(map(len, files.values())), "images") as advance:
+        with listener.progress(source.title, sum(map(len, files.values())), "images") as advance:
             for file, part in files.items():
                 latents, units[file] = source.latents(part, advance)
                 _write(file, latents, units[file])

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli import objectives
+from sidcli.data.latents import TEACHER_IMAGES
 from sidcli.devices import pick_device
 from sidcli.distributed import count
 from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
@@ -36,11 +37,12 @@ from sidcli.models.drawing import sizes
 from sidcli.models.families import build
 from sidcli.models.loading import Description, describe, latent_shape
 from sidcli.models.overrides import Overrides
+from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
 from sidcli.models.unet import Cond, add_adapters, add_head, denoise
-from sidcli.objectives.base import TEACHER, Phase, Role
+from sidcli.objectives.base import TEACHER, Phase, Role, branches
 from sidcli.progress import Listener, Silence, counted, duration
-from sidcli.settings import DistillConfig
+from sidcli.settings import TEACHER_DRAWS, DistillConfig
 from sidcli.training import checkpoint
 from sidcli.training.cards import CARDS, Card
 
@@ -227,6 +229,8 @@ class Plan:
     main_memory: int
     peak: int
     flops_per_image: int
+    drawing_flops: int
+    """FLOP for the images that the teacher draws before the training; 0 if it draws none."""
     disk: int
     seconds: float | None
     estimates: dict[str, float]
@@ -254,6 +258,9 @@ class Plan:
                 f"{counted(c.steps, 'step')}, {counted(c.steps * c.batch_size, 'image')}, {self.flops_per_image / 1e12:.3g} TFLOP an image",
             )
         ]
+        if self.drawing_flops:
+            count = counted(c.data_num or TEACHER_IMAGES, "image")
+            rows += [("data", f"{count} that the teacher draws first, {self.drawing_flops / 1e12:.3g} TFLOP")]
         rows += [("time", f"{about(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
         if self.seconds is not None or not self.estimates:
             rows += [("time", about(self.seconds))]
@@ -286,12 +293,15 @@ def phases(config: DistillConfig, timesteps: int) -> list[Phase]:
     return objectives.find(config.objective.name)(config, timesteps).phases(config.steps - 1)
 
 
-def flops_per_image(config: DistillConfig, unet: Any, cond: Cond, timesteps: int = 1000) -> int:
-    """Return the model FLOP per image and step, without recomputation: for SiD 18 forward passes with guidance, 11 without."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(unet, 1, cond)
-    forwards = sum(one.forwards for phase in phases(config, timesteps) for one in phase.passes)
-    return counter.get_total_flops() * forwards
+def forwards_per_image(config: DistillConfig, timesteps: int) -> int:
+    """Return the forward passes per image and step, without recomputation: for SiD 18 with guidance, 11 without."""
+    return sum(one.forwards for phase in phases(config, timesteps) for one in phase.passes)
+
+
+def forwards_to_draw(config: DistillConfig, known: Description) -> int:
+    """Return the forward passes for the images that the teacher draws before the training; 0 if it draws none."""
+    plan = plan_for(known)
+    return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
 
 
 def condition(known: Description) -> Cond:
@@ -414,7 +424,9 @@ def make(
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace, peak = rate(output), sum(memory.values())
-    flops = flops_per_image(config, sizes.unet, cond, known.path.steps)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(sizes.unet, 1, cond)
+    flops = counter.get_total_flops() * forwards_per_image(config, known.path.steps)
     tensors = len(list(sizes.unet.parameters()))
     cards = [] if kind == "cpu" else [card] if card and card.tflops else list(CARDS.values())
     return Plan(
@@ -427,6 +439,7 @@ def make(
         main_memory=away,
         peak=peak,
         flops_per_image=flops,
+        drawing_flops=counter.get_total_flops() * forwards_to_draw(config, known),
         disk=(keep + 1) * sizes.state(config) + sizes.student,
         seconds=config.steps * config.batch_size / pace if pace else None,
         estimates={

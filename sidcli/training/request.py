@@ -17,7 +17,7 @@ from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
 from sidcli.models.overrides import check_guidance
-from sidcli.settings import MEMORY, PRESETS, DistillConfig, checked, preset_for, read_toml, strategy
+from sidcli.settings import MEMORY, PRESETS, TEACHER_DRAWS, DistillConfig, checked, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
     from sidcli.data.captioned import CaptionedImages
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 TRACKERS = ("tensorboard", "wandb")
-TEACHER_DRAWS = "teacher"
-"""Value of --data for images that the teacher draws."""
 
 
 @dataclass(frozen=True)

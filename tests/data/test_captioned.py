@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -122,6 +123,13 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError) as refused:
             open_captioned(str(tmp_path / name))
         assert name in refused.value.message and "damaged" in refused.value.message, name
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    for place in (tmp_path, tmp_path / "a.tar"):
+        with pytest.raises(InputError, match=r"a\.tar: not a regular file"):
+            open_captioned(str(place))
 
 
 @pytest.mark.parametrize(

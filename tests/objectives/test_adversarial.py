@@ -225,6 +225,12 @@ def test_the_plan_counts_the_head_and_the_passes_of_real_images(
     assert more / plain == pytest.approx((3 + 3 + 3 + 2 + 2) / (3 + 3 + 1 + 2))
     (_, _, sida), (_, _, sid) = sizes("sida", {"frozen_images": 0}), sizes("sid", {})
     assert sida / sid == pytest.approx((18 + 3) / 18)
+    drawn = dataclasses.replace(config, teacher=str(folder), objective=objectives.Sida.Settings(frozen_images=0))
+    drawn = dataclasses.replace(drawn, data="teacher", data_num=10)
+    made = plan.make(drawn, Path("run"), "cpu", 1, Silence())
+    assert made.drawing_flops * 21 == made.flops_per_image * 10 * 5 * 2
+    assert any("10 images that the teacher draws first" in line for line in made.lines())
+    assert not plan.make(dataclasses.replace(drawn, data="folder"), Path("run"), "cpu", 1, Silence()).drawing_flops
 
 
 def test_without_weight_the_gan_leaves_the_gradient_of_dmd2_as_it_is(model: Model, config: DistillConfig) -> None:
