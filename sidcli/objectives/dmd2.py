@@ -57,16 +57,14 @@ class Dmd2(OnSharedSamples):
         return Phase(FAKE, replace(inputs, real=True), forward, self.discriminating_gradient, (*passes, more))
 
     def discriminating_gradient(self, nets: Networks, outputs: Outputs, batch: Batch) -> tuple[Outputs, Values]:
-        """Return the gradient of the fake score's loss with `gan_fake` CHW times the discriminator's; CHW elements a latent has."""
+        """Return the gradients of the loss with the weight gan_fake CHW; CHW is the number of elements of a latent."""
         return discriminating_gradient(nets, outputs, batch, self.settings.gan_fake * outputs[0][0].numel())
 
     def generator_phase(self, step: int) -> Phase:
-        rows = branches(self.settings.guidance)
-        if not self.settings.needs_images:
-            passes = Pass(GENERATOR, 1, "weights"), Pass(FAKE, 1, "none"), Pass(TEACHER, rows, "none")
-            return self.generator_update(step, self.matching_gradient, passes)
-        passes = Pass(GENERATOR, 1, "weights"), Pass(FAKE, 1, "input"), Pass(TEACHER, rows, "none")
-        return self.generator_update(step, self.adversarial_gradient, passes, split=True)
+        gan = self.settings.needs_images
+        scores = Pass(FAKE, 1, "input" if gan else "none"), Pass(TEACHER, branches(self.settings.guidance), "none")
+        gradient = self.adversarial_gradient if gan else self.matching_gradient
+        return self.generator_update(step, gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=gan)
 
     def matching_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
         """Return the gradient (f_psi - f_phi) / mean |x - f_phi| (equations 7 and 8 of arXiv 2311.18828) and measurements.

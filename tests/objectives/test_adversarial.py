@@ -132,7 +132,10 @@ def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, 
     caught, values = _caught(built, role)
     flat = torch.cat([slope.flatten() for slope in slopes])
     assert (caught - flat).norm() < 1e-4 * flat.norm()
-    if name == "sida" and role == GENERATOR:
+    if role == FAKE:
+        logit = naive.nets["psi"].discriminator if name == "dmd2" else lambda found: found.mean(1)
+        assert values["discriminator_loss"] == pytest.approx(naive.discriminator_loss(draw, logit).item(), rel=1e-4)
+    elif name == "sida":
         assert values["generator_loss"] == pytest.approx(wanted.item(), rel=1e-4)
     without = dataclasses.replace(built.config.objective, **dict.fromkeys(built.config.objective.weights[-2:], 0.0))
     naive.config = dataclasses.replace(built.config, objective=without)
