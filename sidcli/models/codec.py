@@ -61,12 +61,13 @@ class Codec:
         return (mean - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents [B, C, h, w] to images float32 [B, 3, H, W] in 0..1."""
+        """Decode latents [B, C, h, w] to images float32 [B, 3, H, W] in 0..1. A value that is not finite becomes NaN."""
         value = latents / self.scale
         if self.shift:
             value = value + self.shift
-        images = self.vae.decode(value.to(self.vae.dtype)).sample.float()
-        return (images / 2 + 0.5).clamp(0, 1)
+        images = self.vae.decode(value.to(self.vae.dtype)).sample.float() / 2 + 0.5
+        # A clamp turns infinity into 1, and that of OpenVINO turns NaN into a number. The difference is 0 for finite values.
+        return images.clamp(0, 1) + (images - images)
 
 
 def to_bytes(images: Tensor, prompts: Sequence[str], seeds: Sequence[int], hint: str) -> np.ndarray:

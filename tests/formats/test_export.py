@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from sidcli import objectives
 from sidcli.data.prompts import open_prompts
 from sidcli.errors import GateError, InputError, UsageError
-from sidcli.formats import export, graph, lora, onnx, runtime, single_file_folder
+from sidcli.formats import export, graph, lora, onnx, openvino, runtime, single_file_folder
 from sidcli.formats.card import _method_tags
 from sidcli.formats.order import FORMATS, Order
 from sidcli.formats.outputs import check_export
 from sidcli.models import single_file
+from sidcli.models.codec import NotFinite
 from sidcli.models.loading import Model, describe, load
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Sampler, plan_for
@@ -619,6 +621,20 @@ def test_an_export_that_draws_values_that_are_not_finite_is_refused(form: str, p
     ) as refused:
         export.run(dataclasses.replace(plain, vae=vae), form, tmp_path / "out", Order(), True, lambda count: None)
     assert "fp32" in refused.value.hint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.check(10)
+def test_values_that_are_not_finite_are_refused_in_graphs_of_openvino_as_in_torch(tmp_path: Path) -> None:
+    _, student = tiny_students.make(tmp_path, "sd1")
+    vae = copy.deepcopy(student.vae)
+    broken = dataclasses.replace(student, vae=vae)
+    for value in (math.inf, math.nan):
+        vae.decoder.conv_out.bias.data.fill_(value)
+        with pytest.raises(NotFinite, match="with seed 0 has values that are not finite"):
+            export.picture(broken)
+    done = export.run(broken, "openvino", tmp_path / "out", Order(), False, lambda count: None)
+    with pytest.raises(NotFinite, match="with seed 0 has values that are not finite"):
+        openvino.draw(done.folder, broken, Order(), "a cat", 0)
 
 
 def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
