@@ -249,7 +249,7 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
     assert (made.fake_updates, made.lr_fake, made.lr_generator, made.fake_lora) == (1, 2e-5, 1e-6, 64)
     assert made.objective == objectives.Vsd.Settings()
     assert asked.notes == (
-        f"--objective vsd: the table [objective] of {file} is of dmd2 and is not used: guidance = 3.0",
+        f"--objective vsd: the table [objective] of {file} is of dmd2 and is not used: guidance = 3.0, gan = 0.0, gan_fake = 0.01",
         f"--objective vsd: settings of {file} that are defaults of dmd2 have other values: "
         "lr_generator = 1e-05 -> 1e-06, fake_updates = 10 -> 1, fake_lora = 0 -> 64",
     )
@@ -292,8 +292,8 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
 @pytest.mark.parametrize(
     ("content", "said", "hint"),
     [
-        ('name = "nope"', "name in [objective] must be one of sid, dmd2, vsd, not 'nope'", ""),
-        ("name = [3]", "name in [objective] must be one of sid, dmd2, vsd, not [3]", ""),
+        ('name = "nope"', "name in [objective] must be one of sid, sida, dmd2, vsd, not 'nope'", ""),
+        ("name = [3]", "name in [objective] must be one of sid, sida, dmd2, vsd, not [3]", ""),
         ("kapa1 = 2.0", "'kapa1' is not a setting of objective sid; did you mean 'kappa1'?", ""),
         ('kappa1 = "x"', "kappa1 must be float, not 'x'", ""),
         ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),
@@ -305,7 +305,7 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
         ),
         (
             'name = "vsd"\nkappa4 = 3.0',
-            "'kappa4' is not a setting of objective vsd, it is one of sid; vsd has",
+            "'kappa4' is not a setting of objective vsd, it is one of sid and sida; vsd has",
             "--guidance SCALE, or write guidance",
         ),
     ],

@@ -71,7 +71,9 @@ class Naive:
         )
 
     def encode(self, prompt: str) -> torch.Tensor:
-        ids = self.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(
+            prompt, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
         return self.text(ids).last_hidden_state.detach()
 
     def clean(self, net: str, x_t: torch.Tensor, t: int, prompt: str, kappa: float) -> torch.Tensor:

@@ -36,7 +36,7 @@ from sidcli.models.sources import find
 from sidcli.progress import Silence
 from sidcli.settings import read_toml
 from sidcli.training import checkpoint
-from tests import commands
+from tests import commands, tiny
 from tests.commands import Ended, in_a_child
 
 CPU = torch.device("cpu")
@@ -125,9 +125,9 @@ def malicious(tmp_path: Path, canary: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def good_file(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model in a single file that describes itself."""
-    model = load(find(str(sd_folder)))
+def good_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model in a single file that describes itself, with CLIP's vocabulary, which single files do not contain."""
+    model = load(find(str(tiny.write_sd(tmp_path_factory.mktemp("single") / "sd"))))
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     file = tmp_path_factory.mktemp("single") / "good.safetensors"
     single_file.write(file, networks, model.scheduler_config, {}, torch.float32)

@@ -184,7 +184,7 @@ def test_entries_that_the_unet_itself_computes_draw_as_in_stock_diffusers(restor
         resnet_out_scale_factor=1.5,
         mid_block_scale_factor=2,
         time_embedding_act_fn="silu",
-        cross_attention_dim=[32] * 4,
+        cross_attention_dim=[32] * 2,
     )
     ours = Sampler(load(find(str(restored["sd"]))), torch.device("cpu")).images(["a cat"], [5], Plan(2, 3.0))[0]
     pipe = StableDiffusionPipeline.from_pretrained(restored["sd"])

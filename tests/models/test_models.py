@@ -43,6 +43,8 @@ def test_guidance_runs_the_network_on_no_more_than_its_scales_need(sd: Model) ->
 def test_blocks_are_the_networks_own_and_features_are_those_of_the_middle(name: str, sd: Model) -> None:
     assert sd.unet.get_submodule(name) in blocks(sd.unet)
     x, cond = torch.randn(2, *sd.latent_shape), Cond(torch.randn(2, 77, sd.unet.config.cross_attention_dim))
-    found = features(sd.unet, x.requires_grad_(), torch.tensor([3, 5]), cond)
+    with features(sd.unet) as collected:
+        denoise(sd.unet, x.requires_grad_(), torch.tensor([3, 5]), cond)
+    (found,) = collected
     assert found.shape[:2] == (2, sd.unet.config.block_out_channels[-1]) and found.requires_grad
     assert not sd.unet.mid_block._forward_hooks
