@@ -95,7 +95,7 @@ def assert_same(alone: dict[str, torch.Tensor], together: dict[str, torch.Tensor
 def test_two_processes_of_small_pieces_train_what_one_trains(
     sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
 ) -> None:
-    together = distilled(command(sd_folder, tmp_path / "run", "--processes", "2", "--micro-batch", "2"), tmp_path / "run")
+    together = distilled_by_forks(command(sd_folder, tmp_path / "run", "--micro-batch", "2"), tmp_path / "run", 2)
     assert_same(alone, together, sd_folder)
 
 

@@ -38,6 +38,7 @@ from sidcli.formats.pictures import contact_sheet
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
 from tests import REPOSITORY
+from tests.commands import Running
 from tests.inprocess import sid
 from tests.killing import killed_at
 
@@ -255,12 +256,15 @@ def test_a_training_does_not_take_a_folder_of_something_else_for_its_own(
 
 @pytest.mark.check(17)
 def test_a_result_that_stdout_does_not_take_is_one_line_and_a_reader_that_has_left_none(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    words = f'{sys.executable} -m sidcli sample "a cat" -q --json -o'
-    script = f"set -o pipefail; {words} one.png >/dev/full; echo $?; {words} two.png | true; echo $?"
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["4", "0"]
-    (line,) = done.stderr.splitlines()
+    words, pipe = ["sample", "a cat", "-q", "--json", "-o"], tmp_path / "reader"
+    full = Running(*words, "one.png", cwd=tmp_path, stdout=Path("/dev/full"))
+    full.wait()
+    os.mkfifo(pipe)
+    left = Running(*words, "two.png", cwd=tmp_path, stdout=pipe)
+    pipe.open().close()
+    left.wait()
+    assert (full.returncode, left.returncode) == (4, 0) and not left.stderr.read_text()
+    (line,) = full.stderr.read_text().splitlines()
     error = json.loads(line)["error"]
     assert error["message"] == "stdout could not be written: No space left on device" and error["exit_code"] == 4
     assert "what went to files is complete" in error["hint"]

@@ -1,5 +1,7 @@
 """The codec and the UNet family on tiny pipelines."""
 
+import math
+
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ def test_a_codec_scales_and_shifts_latents_as_diffusers_does_and_undoes_it_when_
     sd.vae.register_to_config(shift_factor=0.25)
     torch.testing.assert_close(Codec(sd.vae).encode(images), (mean - 0.25) * sd.vae.config.scaling_factor)
     torch.testing.assert_close(codec.decode(codec.encode(images)), (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.check(10)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_decoded_value_that_is_not_finite_is_nan_and_the_others_stay(value: float, sd: Model) -> None:
+    whole = sd.codec.decode(torch.zeros(1, *sd.latent_shape))
+    sd.vae.decoder.conv_out.bias.data[1] = value
+    found = sd.codec.decode(torch.zeros(1, *sd.latent_shape))
+    assert found[:, 1].isnan().all() and torch.equal(found[:, ::2], whole[:, ::2])
 
 
 def test_guidance_runs_the_network_on_no_more_than_its_scales_need(sd: Model) -> None:
