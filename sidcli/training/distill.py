@@ -151,7 +151,8 @@ def run(
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             device = pick_device(device_name)
-            arithmetic, seconds_per_image = precision.choose(teacher, config, device, output / "run.json", listener)
+            before = resume.resolve().parent.parent if resume else output
+            arithmetic, seconds_per_image = precision.choose(teacher, config, device, before / "run.json", listener)
             engine = Engine(teacher, config, prompts, device, arithmetic)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
