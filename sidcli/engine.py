@@ -12,7 +12,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,16 +54,15 @@ class Arithmetic:
     def name(self) -> str:
         return ("bf16" if self.bf16 else "fp32") + (f", {self.attention} attention" if self.attention != "auto" else "")
 
-    @contextmanager
-    def context(self, device_type: str) -> Iterator[None]:
-        """Context for forward passes."""
-        with ExitStack() as stack:
-            if self.bf16:
-                # Each weight is used once per forward pass, so a cached bf16 copy would cost memory and save no time.
-                stack.enter_context(torch.autocast(device_type, torch.bfloat16, cache_enabled=False))
-            if self.attention == "math":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
+    def autocast(self, device_type: str) -> AbstractContextManager[Any]:
+        """Return a context for forward passes."""
+        # Each weight is used once per forward pass, so a cached bf16 copy would cost memory and save no time.
+        return torch.autocast(device_type, torch.bfloat16, cache_enabled=False) if self.bf16 else nullcontext()
+
+    def kernels(self) -> AbstractContextManager[Any]:
+        """Return a context for forward and backward passes together: a backward pass that recomputes activations runs the forward
+        pass again, and must use the same kernels."""
+        return sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext()
 
 
 FP32 = Arithmetic()
@@ -227,10 +226,13 @@ class Networks:
             leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
             value, measured = loss(x, *(y for ys in leaves for y in ys))
             inputs = [x, *(y for ys in leaves for y in ys)]
-            gradient, *pulls = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+            gradient, *pulls = torch.autograd.grad(value, inputs, allow_unused=True)
+            gradient = torch.zeros_like(x) if gradient is None else gradient
             for network, ys in zip(networks, outputs, strict=True):
                 own, pulls = pulls[: len(ys)], pulls[len(ys) :]
-                gradient = gradient + torch.autograd.grad(network(x) if split else ys, x, own)[0]
+                # An output that the loss does not depend on is left out: its backward pass would only carry zeros.
+                pairs = [(y, pull) for y, pull in zip(network(x) if split else ys, own, strict=True) if pull is not None]
+                gradient = gradient + torch.autograd.grad([y for y, _ in pairs], x, [pull for _, pull in pairs])[0]
         return gradient, {name: value.detach() for name, value in measured.items()}
 
     @contextmanager
@@ -338,7 +340,7 @@ class Engine:
         split = phase.split and self.config.split_backward
         self.nets.training = phase.role
         for batch, last in self._batches(phase, samples):
-            with self.distributed.gradients(role.call, last):
+            with self.distributed.gradients(role.call, last), self.arithmetic.kernels():
                 with torch.set_grad_enabled(not split):
                     output = phase.forward(self.nets, batch)
                 with torch.no_grad():
@@ -437,7 +439,7 @@ class Engine:
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the network's raw prediction in float32."""
-        with self.arithmetic.context(self.device.type):
+        with self.arithmetic.autocast(self.device.type):
             return denoise(net, x, t, cond).float()
 
     # The teacher and the state
@@ -445,13 +447,13 @@ class Engine:
     @torch.no_grad()
     def teacher_latents(self, plan: Plan, prompts: Sequence[str], noise: Tensor, stepped: Callable[[], None]) -> Tensor:
         """Return the latents float32 [B, C, h, w] that the teacher draws, on the CPU, in the precision of the run."""
-        with self.arithmetic.context(self.device.type):
+        with self.arithmetic.autocast(self.device.type), self.arithmetic.kernels():
             return self.sampler.latents(prompts, [noise.to(self.device)], plan, stepped).float().cpu()
 
     @torch.no_grad()
     def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
         """Return images of the teacher, uint8 [B, H, W, 3], in the precision of the run."""
-        with self.arithmetic.context(self.device.type):
+        with self.arithmetic.autocast(self.device.type), self.arithmetic.kernels():
             images = self.sampler.images(prompts, seeds, plan, advance)
         self.sampler.model.vae.to("cpu")  # training does not use the VAE
         return images

@@ -35,7 +35,8 @@ STRATEGIES: dict[str, float | None] = {"lsg": 2.0, "long": 2.0, "short": 0.5, "z
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """All settings that determine the result of `sid distill`. Two runs with equal fields give equal students.
+    """All settings that determine the result of `sid distill`. Two runs with equal fields that compute in the same precision give equal
+    students.
 
     The docstring of a field is the help text of its option.
     """

@@ -157,10 +157,12 @@ def run(
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
+                found = find_checkpoint(output, resume, config, inputs, listener)
                 if config.data:
                     engine.data = open_data(engine, images, inputs["teacher"], listener)
                     inputs["data"] = engine.data.digest
-                restore(engine, output, resume, inputs, listener)
+                if found:
+                    restore(engine, found, inputs, listener)
                 engine.distributed.wait()
                 if engine.distributed.is_main:
                     prepare_folder(engine, output, intervals, listener)
@@ -174,8 +176,7 @@ def run(
             with open_tracker(tracker if engine.distributed.is_main else None, output) as board:
                 loop = Loop(engine, output, intervals, writer, stop, listener, board)
                 seconds, record = loop.run()
-            cut = engine.sampler.truncated
-            if cut:
+            if cut := engine.sampler.truncated:
                 listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
             student = output / "student"
             finished = engine.student()
@@ -196,7 +197,8 @@ def open_data(engine: Engine, images: CaptionedImages | None, teacher: str, list
     source: Source
     if images is None:
         plan, count = plan_for(model), config.data_num or TEACHER_IMAGES
-        precision = f"{engine.arithmetic.name}, teacher in bf16 {config.teacher_bf16}"
+        # Not the kernels, which a measurement selects: an interrupted command may select others, and must find its images again.
+        precision = f"bf16 {engine.arithmetic.bf16}, teacher in bf16 {config.teacher_bf16}"
         draw = partial(engine.teacher_latents, plan)
         source = TeacherImages(model, teacher, plan, engine.prompts, count, config.micro_batch, precision, draw)
     else:
@@ -434,14 +436,16 @@ def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
         tracker.finish()
 
 
-def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str, str], listener: RunListener) -> None:
-    """Load the checkpoint `resume`, or the run's newest valid checkpoint, if its settings and inputs agree. Writes nothing.
+def find_checkpoint(
+    output: Path, resume: Path | None, config: DistillConfig, inputs: dict[str, str], listener: RunListener
+) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint `resume`, or the run's newest valid checkpoint, or None for a new run.
 
-    Raises InputError if they do not agree or the state does not fit the networks, UsageError if the checkpoint is beyond
-    config.steps.
+    Raises InputError if its settings or inputs do not agree, UsageError if it is beyond config.steps. `inputs` may lack the data,
+    which take long to prepare; `restore` compares them.
     """
     if (output / "run.json").exists():
-        record = read_json(output / "run.json", "remove it: it is written again")
+        record = read_json(output / "run.json", precision.RECORD_HINT)
         if record.get("format") != RUN_FORMAT:
             raise checkpoint.UnknownFormat(
                 f"{output} is a run folder of format {record.get('format')}; this version of sid has format {RUN_FORMAT}",
@@ -459,19 +463,29 @@ def restore(engine: Engine, output: Path, resume: Path | None, inputs: dict[str,
                 f"choose another --output for a new run; the student is complete: sid sample --model {output}",
             )
         if latest is None:
-            return
+            return None
         found = latest
-    changed = differences(found.config, engine.config, by_content=inputs)
-    changed += [f"{name}: contents changed" for name in inputs if found.inputs.get(name) != inputs[name]]
-    if found.step > engine.config.steps:
+    if found.step > config.steps:
         raise UsageError(
-            f"{found.folder} is beyond --steps {engine.config.steps}",
+            f"{found.folder} is beyond --steps {config.steps}",
             "more steps, an older checkpoint with --resume, or another --output",
         )
+    check_agreement(found, differences(found.config, config, {*inputs, "data"} if config.data else inputs), inputs)
+    return found
+
+
+def check_agreement(found: checkpoint.Checkpoint, changed: list[str], inputs: dict[str, str]) -> None:
+    """Raises InputError if settings `changed`, or if the contents of an input did."""
+    changed = changed + [f"{name}: contents changed" for name in inputs if found.inputs.get(name) != inputs[name]]
     if changed:
         raise InputError(
             f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
         )
+
+
+def restore(engine: Engine, found: checkpoint.Checkpoint, inputs: dict[str, str], listener: RunListener) -> None:
+    """Load a checkpoint. Writes nothing. Raises InputError if an input changed or the state does not fit the networks."""
+    check_agreement(found, [], inputs)
     try:
         engine.load(found.step, checkpoint.read(found))
     except (KeyError, RuntimeError, SafetensorError) as error:  # the hashes are valid, but the state is not of this run

@@ -21,6 +21,7 @@ from sidcli.settings import DistillConfig
 CANDIDATES = (FP32, Arithmetic(bf16=True), Arithmetic(bf16=True, attention="math"))
 IMAGES = 8
 """Maximum number of images in a measured pass."""
+RECORD_HINT = "restore it from a copy, because it holds the precision of the run; or choose another --output for a new run"
 REPEATS = 3
 """Passes per candidate; the fastest counts, because the first one also prepares kernels."""
 
@@ -35,13 +36,15 @@ def choose(
     """
     if config.precision != "auto" or device.type != "cpu":
         return default_arithmetic(config.precision, device), {}
-    before = read_json(record) if record.exists() else {}
+    before = read_json(record, RECORD_HINT) if record.exists() else {}
     if before.get("device") == "cpu" and isinstance(before.get("bf16"), bool):
         kept = Arithmetic(before["bf16"], "math" if before.get("attention") == "math" else "auto")
         return kept, before.get("seconds_per_image") or {}
     if count() > 1 or not has_bf16_units():
         return FP32, {}
-    measured = measure(teacher, min(config.micro_batch, IMAGES), listener)
+    # A run that recomputes activations may have no memory for those of several images.
+    images = 1 if config.gradient_checkpointing else min(config.micro_batch, IMAGES)
+    measured = measure(teacher, images, listener)
     return min(measured, key=lambda one: measured[one]), {one.name: round(value, 5) for one, value in measured.items()}
 
 
@@ -63,8 +66,9 @@ def measure(teacher: Model, images: int, listener: RunListener) -> dict[Arithmet
 
 def _pass(net: Any, inputs: tuple[Any, ...], arithmetic: Arithmetic, advance: Progress) -> float:
     begun = time.perf_counter()
-    with torch.enable_grad(), arithmetic.context("cpu"):
-        output = denoise(net, *inputs)
-    torch.autograd.grad(output.float().square().mean(), [value for value in net.parameters() if value.requires_grad])
+    with torch.enable_grad(), arithmetic.kernels():
+        with arithmetic.autocast("cpu"):
+            output = denoise(net, *inputs)
+        torch.autograd.grad(output.float().square().mean(), [value for value in net.parameters() if value.requires_grad])
     advance(1)
     return time.perf_counter() - begun

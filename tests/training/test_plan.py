@@ -79,7 +79,7 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
         return value
 
     x, t, cond = torch.randn(4, *sd.latent_shape), torch.full((4,), 500), engine.sampler.encode(["a cat"] * 4)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.arithmetic.context("cpu"):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.arithmetic.autocast("cpu"):
         alive = denoise(engine.roles["generator"].net, x, t, cond)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(sd.unet.config)

@@ -51,10 +51,12 @@ def test_a_continued_run_keeps_its_arithmetic(
     assert precision.choose(sd, auto, CPU, record, Silence())[0] == FP32, "a run of a GPU is measured anew on a CPU"
 
 
-def test_math_attention_computes_the_same_step_up_to_rounding(sd: Model, config: DistillConfig) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_math_attention_computes_the_same_step_up_to_rounding(recompute: bool, sd: Model, config: DistillConfig) -> None:
+    settings = dataclasses.replace(config, gradient_checkpointing=recompute)
     losses = []
     for arithmetic in (Arithmetic(bf16=True), Arithmetic(bf16=True, attention="math")):
-        engine = Engine(sd, config, open_prompts("general"), CPU, arithmetic)
+        engine = Engine(sd, settings, open_prompts("general"), CPU, arithmetic)
         losses.append(engine.train_step().numbers())
     for name in ("fake_loss", "generator_loss"):
         assert losses[1][name] == pytest.approx(losses[0][name], rel=0.05), name
