@@ -110,7 +110,10 @@ def _caption(content: bytes, place: str) -> str:
 
 
 def _of_table(file: Path) -> dict[str, str]:
-    """Return the captions in a table by image file. Raises InputError with file and line if the table is invalid."""
+    """Return the captions in a table by image file. Rows with neither a name nor a caption, as of blank lines, are skipped.
+
+    Raises InputError with file and line if the table is invalid.
+    """
     try:
         names = open_table(file, "file_name", MAX_TABLE)
     except UsageError:  # the table has other columns
@@ -122,8 +125,10 @@ def _of_table(file: Path) -> dict[str, str]:
         raise InputError(f"{file} has no column of captions, only {', '.join(names.columns)}", TABLE_HINT)
     captions: dict[str, str] = {}
     for (place, name), (_, text) in zip(names.texts, open_table(file, column, MAX_TABLE).texts, strict=True):
-        if not isinstance(name, str):
-            raise InputError(f"{place}: file_name is {name!r}, not a text", TABLE_HINT)
+        if name in (None, "") and text in (None, ""):
+            continue
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{place}: file_name is {name!r}, not {'a name' if name == '' else 'a text'}", TABLE_HINT)
         member = posixpath.normpath(name)
         if member in captions:
             raise InputError(f"{place} has another caption for {name}", "give each image one caption")

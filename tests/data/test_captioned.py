@@ -60,6 +60,25 @@ def test_captions_of_a_folder_come_from_its_table(tmp_path: Path, table: str) ->
     np.testing.assert_array_equal(found.files.read(found.indices[0]), np.asarray(picture(1)))
 
 
+@pytest.mark.parametrize(
+    ("table", "header", "row", "empty"),
+    [
+        ("metadata.jsonl", "", '{"file_name": "%s", "text": "%s"}\n', '{"file_name": null, "text": ""}\n'),
+        ("metadata.csv", "file_name,text\n", "%s,%s\n", ",\n"),
+    ],
+)
+def test_blank_rows_of_a_table_are_skipped_and_captions_without_a_name_are_refused(
+    tmp_path: Path, table: str, header: str, row: str, empty: str
+) -> None:
+    folder_of(tmp_path, "a.png", "b.png")
+    content = header + row % ("a.png", "a cat") + "\n \n" + empty + row % ("b.png", "a dog") + "\n\n"
+    (tmp_path / table).write_text(content)
+    assert pairs(open_captioned(str(tmp_path))) == {"a.png": "a cat", "b.png": "a dog"}
+    (tmp_path / table).write_text(content + row % ("", "a house"))
+    with pytest.raises(InputError, match=f"{table}:{content.count(chr(10)) + 1}: file_name is '', not a name"):
+        open_captioned(str(tmp_path))
+
+
 def test_captions_of_a_folder_come_from_the_texts_beside_its_images(tmp_path: Path) -> None:
     folder_of(tmp_path, "a.png", "b.png", "c.png", "d.png", "more/e.png")
     (tmp_path / "a.txt").write_bytes("\ufeffa café\r\n".encode())
