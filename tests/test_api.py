@@ -304,6 +304,21 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
         ),
         (
+            'name = "sida"\nguidance = 3.0',
+            "'guidance' is not a setting of objective sida, it is one of dmd2 and vsd; sida has",
+            "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sida, or write these",
+        ),
+        (
+            'name = "sida"\nguidance_strategy = "long"',
+            "'guidance_strategy' is not a setting of objective sida; ",
+            "--guidance-strategy NAME, which sets kappa1, kappa2, kappa3 and kappa4 of sida, or write these",
+        ),
+        (
+            'guidance_strategy = "long"',
+            "'guidance_strategy' is not a setting of objective sid; ",
+            "--guidance-strategy NAME, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
+        ),
+        (
             'name = "vsd"\nkappa4 = 3.0',
             "'kappa4' is not a setting of objective vsd, it is one of sid and sida; vsd has",
             "--guidance SCALE, or write guidance",

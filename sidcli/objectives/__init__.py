@@ -106,6 +106,7 @@ def _instead(setting: str, objective: type[Objective]) -> str:
     """Return a hint for a guidance setting of another objective, or ""."""
     if setting != "guidance_strategy" and setting not in {other.Settings.scale for other in OBJECTIVES.values()}:
         return ""
-    if objective is Sid:
-        return "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these"
+    if issubclass(objective, Sid):
+        options = "--guidance-strategy NAME" if setting == "guidance_strategy" else "--guidance SCALE"
+        return f"{options}, which sets kappa1, kappa2, kappa3 and kappa4 of {objective.Settings.name}, or write these"
     return f"--guidance SCALE, or write {objective.Settings.scale}"
