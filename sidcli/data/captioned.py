@@ -2,8 +2,8 @@
 
 - A folder has a table `metadata.jsonl` or `metadata.csv` with the columns file_name and text (the layout `imagefolder` of Hugging Face
   datasets), or a .txt beside each image.
-- A .tar file has a member KEY.txt for each member KEY.jpg (or another image format). Several files are a folder of .tar files, or a
-  text file with one path per line.
+- A .tar file has a member KEY.txt for each member KEY.jpg (or another image format). If it has several images of one key, the last is
+  used. Several files are a folder of .tar files, or a text file with one path per line.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import io
 import json
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from sidcli.data.imagefiles import READABLE, SUFFIXES, ImageFiles, open_images
+from sidcli.data.imagefiles import NOT_READ, READABLE, SUFFIXES, ImageFiles, about_not_read, by_suffix, open_images
 from sidcli.data.prompts import MAX_LINE_BYTES, one_line
 from sidcli.data.tables import COLUMNS, Table, numbered_lines, open_table
 from sidcli.errors import InputError, UsageError
@@ -40,7 +41,7 @@ Skipped = tuple[tuple[str, str], ...]
 class CaptionedImages:
     """Images with captions. `indices` are the positions in `files` of the images that have one, in order, `captions` their captions.
 
-    `skipped` are the images without a caption.
+    `skipped` are the images without a caption, and those of which a .tar file has another with the same key.
     """
 
     files: ImageFiles
@@ -76,13 +77,18 @@ def open_captioned(place: str) -> CaptionedImages:
     raise InputError(f"{place} is neither a folder nor a .tar file", HINT)
 
 
-def _with_captions(files: ImageFiles, captions: Mapping[str, str], reasons: Mapping[str, str]) -> CaptionedImages:
-    """Return the images that have a caption. `reasons` says why others have none, if there is more to say."""
+def _with_captions(
+    files: ImageFiles, captions: Mapping[str, str], reasons: Mapping[str, str], others: Skipped = ()
+) -> CaptionedImages:
+    """Return the images that have a caption. `reasons` says why others have none, if there is more to say.
+
+    `others` are images that are not in `files`, and why.
+    """
     indices = tuple(index for index, member in enumerate(files.members) if captions.get(member))
     if not indices:
         raise InputError(f"{files.name} has {counted(len(files), 'image')}, none with a caption", CAPTION_HINT)
     skipped = tuple((member, reasons.get(member, "no caption")) for member in files.members if not captions.get(member))
-    return CaptionedImages(files, indices, tuple(captions[files.members[index]] for index in indices), skipped)
+    return CaptionedImages(files, indices, tuple(captions[files.members[index]] for index in indices), (*others, *skipped))
 
 
 def _of_folder(folder: Path) -> CaptionedImages:
@@ -165,32 +171,49 @@ def _of_tars(place: str, paths: list[Path]) -> CaptionedImages:
         raise InputError(f"{place} lists no .tar file", HINT)
     found: dict[str, tuple[Path, _Part]] = {}
     captions, reasons, stamps = {}, {}, []
+    others: list[tuple[str, str]] = []
+    not_read: Counter[str] = Counter()
     for path in paths:
-        images, texts = _members(path)
+        held = _members(path)
         stamps.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
-        for key, (suffix, part) in images.items():
+        others += [(f"{path.name}/{name}", "another image of the same key") for name in held.replaced]
+        not_read += held.not_read
+        for key, (suffix, part) in held.images.items():
             member = f"{path.name}/{key}{suffix}"
             if member in found:
                 raise InputError(f"{place} lists two files named {path.name}", "give each .tar file its own name")
             found[member] = path, part
-            if key in texts:
+            if key in held.texts:
                 try:
-                    captions[member] = _caption(_content(path, texts[key], MAX_LINE_BYTES), member)
+                    captions[member] = _caption(_content(path, held.texts[key], MAX_LINE_BYTES), member)
                 except InputError as error:
                     reasons[member] = f"no caption: {error.message}"
     if not found:
-        raise InputError(f"{place} holds no {READABLE} image", HINT)
+        raise InputError(f"{place} holds no {READABLE} image" + (f", only {by_suffix(not_read)}" if not_read else ""), HINT)
     fingerprint = hashlib.sha256(json.dumps([stamps, list(found)]).encode()).hexdigest()
-    return _with_captions(ImageFiles(place, fingerprint, tuple(found), _Shards(found)), captions, reasons)
+    files = ImageFiles(place, fingerprint, tuple(found), _Shards(found), tuple(about_not_read(place, not_read)))
+    return _with_captions(files, captions, reasons, tuple(others))
 
 
-def _members(path: Path) -> tuple[dict[str, tuple[str, _Part]], dict[str, _Part]]:
-    """Return the images of a .tar file as {key: (suffix, part)} and its texts as {key: part}.
+@dataclass(frozen=True)
+class _Members:
+    """The members of a .tar file: images as {key: (suffix, part)} and texts as {key: part}.
+
+    `replaced` are the names of images with a later one of the same key, `not_read` the numbers of unsupported images by suffix.
+    """
+
+    images: dict[str, tuple[str, _Part]] = field(default_factory=dict)
+    texts: dict[str, _Part] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    not_read: Counter[str] = field(default_factory=Counter)
+
+
+def _members(path: Path) -> _Members:
+    """Return the images and texts of a .tar file. Of several with one key, the last is used, as when the file is unpacked.
 
     The key of a member is its path up to the first dot of its file name, as in webdataset. Raises InputError if the file is invalid.
     """
-    images: dict[str, tuple[str, _Part]] = {}
-    texts: dict[str, _Part] = {}
+    found = _Members()
     for member in _regular(path):
         place = PurePosixPath(posixpath.normpath(member.name))
         if not place.name or place.name.startswith("."):
@@ -199,10 +222,14 @@ def _members(path: Path) -> tuple[dict[str, tuple[str, _Part]], dict[str, _Part]
         key, suffix = str(place.with_name(stem)), f".{suffix.lower()}"
         part = _Part(member.offset_data, member.size)
         if suffix == ".txt":
-            texts[key] = part
+            found.texts[key] = part
         elif suffix in SUFFIXES:
-            images[key] = suffix, part
-    return images, texts
+            if key in found.images:
+                found.replaced.append(f"{key}{found.images[key][0]}")
+            found.images[key] = suffix, part
+        elif suffix in NOT_READ:
+            found.not_read[suffix] += 1
+    return found
 
 
 def _regular(path: Path) -> Iterator[tarfile.TarInfo]:

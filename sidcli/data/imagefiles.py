@@ -12,7 +12,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -134,11 +134,11 @@ def open_images(path: Path) -> ImageFiles:
     images = [entry for entry in found if entry.suffix in SUFFIXES]
     entries = _numbered(sorted(images, key=_order))
     suffixes = Counter(entry.suffix for entry in found if entry.suffix not in SUFFIXES)
-    not_read = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
     if not entries:
+        not_read = by_suffix(suffixes)
         raise InputError(f"{path} holds no image" + (f" that can be read, only {not_read}" if not_read else ""), HINT)
     _check_distinct(path, entries)
-    notes = [f"{path}: ignoring images that are not {READABLE}: {not_read}"] if not_read else []
+    notes = about_not_read(str(path), suffixes)
     if rest := len(images) - len(entries):
         notes.append(f"{path}: using {counted(len(entries), 'numbered image')}; ignoring {counted(rest, 'other image')}")
     for entry in entries:
@@ -146,6 +146,16 @@ def open_images(path: Path) -> ImageFiles:
             raise InputError(f"{path}/{entry.name} has {entry.size} bytes; images may have {MAX_BYTES}", "remove it")
     fingerprint = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     return ImageFiles(str(path), fingerprint, tuple(entry.name for entry in entries), opened, tuple(notes))
+
+
+def by_suffix(suffixes: Mapping[str, int]) -> str:
+    """Return numbers of files as text: 2 .avif, 1 .tiff."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
+
+
+def about_not_read(place: str, suffixes: Mapping[str, int]) -> list[str]:
+    """Return a message on the images of unsupported formats in a place, by suffix; none if there are none."""
+    return [f"{place}: ignoring images that are not {READABLE}: {by_suffix(suffixes)}"] if suffixes else []
 
 
 class _Entry(NamedTuple):

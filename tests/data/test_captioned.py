@@ -126,6 +126,26 @@ def test_a_link_or_a_sparse_file_in_a_shard_is_no_image(tmp_path: Path) -> None:
     assert pairs(open_captioned(str(file))).keys() == {"a.tar/0.png"}
 
 
+def test_a_second_image_of_a_key_and_an_unsupported_format_in_a_shard_are_counted_and_named(tmp_path: Path) -> None:
+    file = shard(tmp_path / "a.tar", {"k.png": encoded(0), "k.jpg": encoded(1), "k.txt": b"a cat", "x.png": encoded(2)})
+    shard(
+        tmp_path / "more.tar",
+        {"x.txt": b"a dog", "x.png": encoded(3), "y.tiff": b"II", "z.AVIF": b"", "w.tiff": b"", "w.txt": b"a"},
+    )
+    with tarfile.open(file, "a") as archive, tarfile.open(tmp_path / "more.tar") as more:
+        for member in more.getmembers():
+            archive.addfile(member, more.extractfile(member))
+    (tmp_path / "more.tar").unlink()
+    found = open_captioned(str(file))
+    assert pairs(found) == {"a.tar/k.jpg": "a cat", "a.tar/x.png": "a dog"}
+    assert found.skipped == tuple((name, "another image of the same key") for name in ("a.tar/k.png", "a.tar/x.png"))
+    for index, number in enumerate((1, 3)):
+        np.testing.assert_array_equal(found.files.read(found.indices[index]), np.asarray(picture(number)))
+    assert found.files.notes == (f"{file}: ignoring images that are not PNG, JPEG, WebP, BMP or GIF: 1 .avif, 2 .tiff",)
+    with pytest.raises(InputError, match=r"b\.tar holds no PNG, .* image, only 1 \.tiff"):
+        open_captioned(str(shard(tmp_path / "b.tar", {"0.tiff": b"II", "0.txt": b"a cat"})))
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     whole = shard(tmp_path / "a.tar", {"0.png": encoded(0), "0.txt": b"a cat", "1.png": encoded(1)}).read_bytes()
     negative = bytearray(whole)
