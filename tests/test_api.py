@@ -341,11 +341,11 @@ def test_the_guidance_scale_is_given_once() -> None:
     assert (table.kappa3, table.kappa4) == (2.0, 3.0), "one of the four scales of sid"
 
 
-def asked_for(**settings: object) -> Request:
-    """A request of sid with these guidance options, this `lr`, or these settings."""
-    shortcuts = [settings.pop(name, None) for name in ("guidance", "guidance_strategy", "lr")]
-    guidance, strategy, lr = shortcuts
-    return Request.of("emoji-teacher", None, None, guidance, strategy, {}, lr, None, "auto", None, settings)  # type: ignore[arg-type]
+def asked_for(**settings: Any) -> Request:
+    """A request with this objective (default: sid), config file, guidance options, `lr` or settings."""
+    names = ("objective", "guidance", "guidance_strategy", "lr", "config")
+    objective, guidance, strategy, lr, config = (settings.pop(name, None) for name in names)
+    return Request.of("emoji-teacher", None, objective, guidance, strategy, {}, lr, None, "auto", config, settings)
 
 
 KAPPAS = {f"kappa{index}": 1.5 for index in (1, 2, 3, 4)}
@@ -373,6 +373,23 @@ def test_a_setting_that_others_turn_off_is_noted() -> None:
         "note: --dropout 0.2 has no effect: no guidance uses the unconditional branch of the fake score",
     )
     assert not asked_for(renoise="fresh", student_steps=2, dropout=0.2).notes
+    assert asked_for(objective="dmd2", gan_fake=0.02).notes == (
+        "note: --set gan_fake=0.02 has no effect without a GAN; --set gan=0.001 adds it",
+    )
+    assert not asked_for(objective="dmd2", gan_fake=0.02, gan=0.001).notes
+
+
+def test_a_run_that_ends_before_the_adversarial_term_of_sida_joins_is_noted(tmp_path: Path) -> None:
+    def notes(**settings: object) -> tuple[str, ...]:
+        return asked_for(objective="sida", batch_size=16, **settings).notes
+
+    said = "note: the adversarial term joins after {} images, and the run has {}".format
+    assert notes(steps=20) == (said("320", "320"),)
+    assert notes(steps=100, gan_images=1590) == (said("1,600", "1,600"),)
+    assert not notes(steps=21) and not notes(steps=20, lsg_gan=0.0) and not asked_for(steps=1, batch_size=16).notes
+    file = tmp_path / "own.toml"
+    file.write_text('steps = 20\n[objective]\nname = "sida"\ngan_images = 4000\n')
+    assert asked_for(config=file, batch_size=16).notes == (said("4,000", "320"),)
 
 
 def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_path: Path) -> None:

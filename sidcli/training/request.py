@@ -131,14 +131,16 @@ class Request:
 
     def images(self, listener: Listener) -> CaptionedImages | None:
         """Return the images to train on; None if there are none or the teacher draws them. Raises InputError if they are invalid."""
-        place = self.config(self.recipe).data
-        if place in ("", TEACHER_DRAWS):
+        config = self.config(self.recipe)
+        if config.data in ("", TEACHER_DRAWS):
             return None
         from sidcli.data.captioned import open_captioned
 
-        images = open_captioned(place)
+        images = open_captioned(config.data)
         for note in images.files.notes:
             listener.note(note)
+        if config.data_num > (count := len(images)):
+            listener.note(f"--data-num {config.data_num}: only {count:,} {'image has' if count == 1 else 'images have'} a caption")
         return images
 
     def resolve(
@@ -189,7 +191,10 @@ def check_scales(
 
 
 def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each setting of the command line (`given`) that other settings turn off."""
+    """Return one sentence for each setting of the command line (`given`) that other settings turn off.
+
+    Another says that the run ends before the adversarial term of sida joins, wherever the settings that cause it are from.
+    """
     said, scores = [], settings["objective"]
     if "renoise" in given and settings.get("student_steps", DistillConfig.student_steps) == 1:
         said.append(f"note: --renoise {given['renoise']} has no effect on a student of one step; --student-steps N sets more")
@@ -197,6 +202,13 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
         said.append(
             f"note: --dropout {given['dropout']} has no effect: no guidance uses the unconditional branch of the fake score"
         )
+    if "gan_fake" in given and isinstance(scores, objectives.Dmd2.Settings) and not scores.gan:
+        said.append(f"note: --set gan_fake={given['gan_fake']} has no effect without a GAN; --set gan=0.001 adds it")
+    if isinstance(scores, objectives.Sida.Settings):
+        size = max(1, settings.get("batch_size", DistillConfig.batch_size))
+        joins, images = -(-scores.gan_images // size) * size, settings.get("steps", DistillConfig.steps) * size
+        if joins >= images and scores.lsg_gan:
+            said.append(f"note: the adversarial term joins after {joins:,} images, and the run has {images:,}")
     return said
 
 

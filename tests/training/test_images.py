@@ -110,6 +110,8 @@ def test_a_plan_checks_the_images_too(sd_folder: Path, tmp_path: Path, capsys: p
     command = ["distill", "--teacher", sd_folder, "--objective", "sida", "--dry-run", "--device", "cpu", "--data"]
     assert sid(*command, folder) == 0
     assert f'data = "{folder}"' in capsys.readouterr().out
+    assert sid(*command, folder, "--data-num", 2) == 0
+    assert "--data-num 2: only 1 image has a caption" in capsys.readouterr().err
     (folder / "0.txt").unlink()
     assert sid(*command, folder) == 3
     assert "has 1 image, none with a caption" in capsys.readouterr().err
