@@ -392,6 +392,20 @@ def test_a_run_that_ends_before_the_adversarial_term_of_sida_joins_is_noted(tmp_
     assert asked_for(config=file, batch_size=16).notes == (said("4,000", "320"),)
 
 
+def test_prompts_or_images_that_are_given_take_their_column_or_number_from_no_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('prompts = "a.csv"\ncolumn = "said"\ndata = "a"\ndata_num = 5\n[objective]\nname = "sida"\n')
+
+    def chosen(**settings: object) -> tuple[object, ...]:
+        request = asked_for(config=file, **settings)
+        config = request.config(request.recipe)
+        return config.prompts, config.column, config.data, config.data_num
+
+    assert chosen() == ("a.csv", "said", "a", 5)
+    assert chosen(data="b") == ("a.csv", "said", "b", 0) and chosen(data="b", data_num=3) == ("a.csv", "said", "b", 3)
+    assert chosen(prompts="b.csv") == ("b.csv", "", "a", 5) and chosen(prompts="b.csv", column="x") == ("b.csv", "x", "a", 5)
+
+
 def test_evaluate_returns_rows_with_intervals_and_the_table_of_the_command(tmp_path: Path) -> None:
     outcome = evaluate("emoji", ["clip", "accuracy"], num=20, listener=SILENT)
     assert outcome is not None

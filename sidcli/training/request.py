@@ -17,7 +17,7 @@ from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
 from sidcli.models.overrides import check_guidance
-from sidcli.settings import MEMORY, PRESETS, TEACHER_DRAWS, DistillConfig, checked, preset_for, read_toml, strategy
+from sidcli.settings import MEMORY, PRESETS, SELECTS, TEACHER_DRAWS, DistillConfig, checked, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
     from sidcli.data.captioned import CaptionedImages
@@ -318,8 +318,9 @@ def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: fl
     Raises UsageError if `lr` sets neither learning rate.
     """
     own = dict(settings)
-    if "prompts" in own and "column" not in own:
-        own["column"] = ""  # the column of a config file belongs to the prompts of that file
+    for whole, part in SELECTS.items():
+        if whole in own and part not in own:
+            own[part] = getattr(DistillConfig, part)  # that of a config file belongs to the prompts or images of that file
     if lr is not None:
         if {"lr_fake", "lr_generator"} <= own.keys():
             raise UsageError(f"--lr {lr:g} has no effect: --lr-fake and --lr-generator set both rates", "leave --lr out")
