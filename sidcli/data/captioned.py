@@ -32,7 +32,9 @@ MAX_TABLE = 1 << 30
 MAX_TAR = 1 << 50
 HINT = "give a folder of images with metadata.jsonl or a .txt beside each image, webdataset's .tar files, or teacher"
 TABLE_HINT = "give it the columns file_name and text"
-CAPTION_HINT = "give each image a caption: a row of metadata.jsonl with file_name and text, or a .txt of the same name"
+CAPTION_HINT = (
+    "give each image a caption: a row with file_name and text of metadata.jsonl in the folder itself, or a .txt of the same name"
+)
 Skipped = tuple[tuple[str, str], ...]
 """Pairs (name, reason) of images that are not used."""
 
