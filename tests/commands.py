@@ -29,7 +29,7 @@ from tests import REPOSITORY
 from tests.namespaces import mount_small_disk
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
+SERVER.set_forkserver_preload(["tests.conftest", __name__])
 LOADED = (console, distill, evaluate, export, scores)
 """What commands import only when they run; imported here so that no fork does."""
 describe(find("emoji-teacher"))  # its classes are imported at their first use, for which each fork would need a second

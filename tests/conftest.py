@@ -1,6 +1,8 @@
+# ruff: noqa: E402 (the environment and the modules that libraries find are set before they are imported)
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,13 @@ os.environ["COLUMNS"] = "100"
 # Two workers with two threads each would wait for each other on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# diffusers and peft import bitsandbytes if it is installed, which takes seconds. Tests that need it import it themselves.
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+import diffusers.quantizers  # noqa: F401
+import peft  # noqa: F401
 import torch
+
+del sys.modules["bitsandbytes"]
 
 from sidcli.evaluation import protocols
 from sidcli.models import sampler
@@ -22,7 +30,10 @@ from sidcli.settings import DistillConfig
 from tests import checks, tiny
 
 quiet_libraries()
-LONGEST = [f"test_{name}" for name in ("parallel", "reliability", "export", "distill", "plan", "metrics", "hub", "engine")]
+LONGEST = [
+    f"test_{name}"
+    for name in ("export", "distill", "parallel", "hub", "adversarial", "reliability", "evaluate", "outputs", "metrics", "hostile")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

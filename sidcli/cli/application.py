@@ -78,7 +78,7 @@ def main() -> None:
 
     A SidError or an option error prints one line and sets its exit code; other errors print a traceback and exit with 1.
     """
-    # The imports of a command create a million objects that live until its end. Collecting garbage among them takes a second.
+    # The imports of a command create half a million objects that live until its end. Collecting garbage among them takes a second.
     gc.set_threshold(50_000, 20, 20)
     install_handlers(_stop)
     prepare_streams()

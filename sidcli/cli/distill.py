@@ -18,7 +18,7 @@ from sidcli.errors import UsageError
 from sidcli.formats.outputs import check_named
 from sidcli.progress import counted, duration
 from sidcli.settings import MEMORY, STRATEGIES, DistillConfig
-from sidcli.training.cards import Card, parse_card
+from sidcli.training.gpus import Gpu, parse_gpu
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request, method_of
 
@@ -139,7 +139,7 @@ def distill(
     dry_run = dry_run or plan_for is not None
     if not dry_run:
         launch_processes(processes, device)
-    card = check(output, device, plan_for)
+    gpu = check(output, device, plan_for)
     method = method_of(objective, config)
     if list_settings:
         from sidcli.cli.console import Console
@@ -153,7 +153,7 @@ def distill(
     with open_console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", unused=()) as console:
         if dry_run:
             request = Request.of(teacher or model, Path(output) if output else None, **asked, settings=settings)
-            plan_run(request, console, device, card, processes, keep_checkpoints, eval_every)
+            plan_run(request, console, device, gpu, processes, keep_checkpoints, eval_every)
             return
         from sidcli.cli.console import DistillProgress
 
@@ -165,26 +165,24 @@ def distill(
         tell(result, console)
 
 
-def check(output: str | None, device: str, plan_for: str | None) -> Card | None:
+def check(output: str | None, device: str, plan_for: str | None) -> Gpu | None:
     """Return the GPU that a dry run plans for, if any. Raises UsageError for invalid values, before any file is read."""
     check_name(device)
     check_named(output)
     if plan_for is not None and device == "cpu":
         raise UsageError(f"--device cpu and --plan-for {plan_for} exclude each other", "leave --device out")
-    return None if plan_for is None else parse_card(plan_for)
+    return None if plan_for is None else parse_gpu(plan_for)
 
 
-def plan_run(
-    request: Request, console: Console, device: str, card: Card | None, processes: int, keep: int, eval_every: int
-) -> None:
+def plan_run(request: Request, console: Console, device: str, gpu: Gpu | None, processes: int, keep: int, eval_every: int) -> None:
     """Print the plan of a run."""
     request.check(True, bool(eval_every))
     request.prompts(console)
     request.images(console)
-    resolved, card = request.resolve(console, device, True, card)
+    resolved, gpu = request.resolve(console, device, True, gpu)
     from sidcli.training import plan
 
-    made = plan.make(resolved, request.folder, device, processes, console, keep, card)
+    made = plan.make(resolved, request.folder, device, processes, console, keep, gpu)
     console.result(made.lines(), made.as_dict())
 
 

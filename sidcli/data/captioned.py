@@ -249,9 +249,8 @@ def _regular(path: Path) -> Iterator[tarfile.TarInfo]:
                 archive.members = []  # type: ignore[attr-defined]
                 if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse():
                     yield member
-        if any(
-            _content(path, _Part(archive.offset, size), tarfile.BLOCKSIZE)
-        ):  # tarfile ends silently at a header without a checksum
+        # tarfile ends silently at a header without a checksum.
+        if any(_content(path, _Part(archive.offset, size), tarfile.BLOCKSIZE)):
             raise InputError(f"{path} is damaged: no valid header at byte {archive.offset}", "make the file again")
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is not an uncompressed .tar file or is damaged: {error}", "make it with tar -cf") from error

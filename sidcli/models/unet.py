@@ -90,10 +90,8 @@ class Head(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         while max(height, width) > 4:
-            kernel, stride = (
-                [4 if side > 4 else 3 for side in (height, width)],
-                [2 if side > 4 else 1 for side in (height, width)],
-            )
+            stride = [2 if side > 4 else 1 for side in (height, width)]
+            kernel = [step + 2 for step in stride]
             layers += [nn.Conv2d(channels, channels, kernel, stride, 1), nn.GroupNorm(groups, channels), nn.SiLU()]  # type: ignore[arg-type]
             height, width = height // stride[0], width // stride[1]
         layers += [nn.Conv2d(channels, channels, (height, width)), nn.GroupNorm(groups, channels), nn.SiLU()]

@@ -44,7 +44,7 @@ from sidcli.objectives.base import TEACHER, Phase, Role, branches
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
 from sidcli.training import checkpoint
-from sidcli.training.cards import CARDS, Card
+from sidcli.training.gpus import GPUS, Gpu
 
 RESERVE = 0.06
 """Fraction of a GPU's memory reserved for memory use that the plan does not include, such as fragmentation."""
@@ -202,13 +202,13 @@ RECOMPUTED, WITH_LORA = 1.5, 1.35
 """Factors by which recomputation in the backward pass, and LoRA layers, increase both the minimum time and the work."""
 
 
-def estimated_seconds(card: Card, config: DistillConfig, processes: int, flops_per_image: int, tensors: int) -> float:
+def estimated_seconds(gpu: Gpu, config: DistillConfig, processes: int, flops_per_image: int, tensors: int) -> float:
     """Return the seconds of a run, estimated from H200 measurements: the larger of arithmetic time and kernel launch time."""
     heavier = (RECOMPUTED if config.gradient_checkpointing else 1.0) * (
         WITH_LORA if config.fake_lora or config.student_lora else 1.0
     )
     pieces = config.steps * -(-config.batch_size // (config.micro_batch * processes))
-    arithmetic = config.micro_batch * flops_per_image * heavier / (PEAK_SHARE * card.tflops * 1e12)
+    arithmetic = config.micro_batch * flops_per_image * heavier / (PEAK_SHARE * gpu.tflops * 1e12)
     return pieces * max(arithmetic, LAUNCH_SECONDS * tensors * heavier)
 
 
@@ -235,7 +235,7 @@ class Plan:
     seconds: float | None
     estimates: dict[str, float]
     downloads: dict[str, int]
-    card: Card | None = None
+    card: Gpu | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -268,11 +268,11 @@ class Plan:
         rows += [("download", f"{name} {gigabytes(size)}") for name, size in self.downloads.items()]
         return [*tomli_w.dumps(dataclasses.asdict(c)).splitlines(), "", *(f"# {name:<13} {text}" for name, text in rows)]
 
-    def verdict(self, card: Card) -> str:
-        usable = (1 - RESERVE) * card.memory * 1e9
+    def verdict(self, gpu: Gpu) -> str:
+        usable = (1 - RESERVE) * gpu.memory * 1e9
         if self.peak <= usable:
-            return f"yes: {gigabytes(self.peak)} of {gigabytes(int(usable))} usable on {card.title}"
-        return f"no: {gigabytes(self.peak)} needed, {gigabytes(int(usable))} usable on {card.title}; try a smaller --memory recipe"
+            return f"yes: {gigabytes(self.peak)} of {gigabytes(int(usable))} usable on {gpu.title}"
+        return f"no: {gigabytes(self.peak)} needed, {gigabytes(int(usable))} usable on {gpu.title}; try a smaller --memory recipe"
 
 
 def about(seconds: float | None) -> str:
@@ -395,13 +395,13 @@ def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: C
 
 
 def make(
-    config: DistillConfig, output: Path, device: str, processes: int, listener: Listener, keep: int = 2, card: Card | None = None
+    config: DistillConfig, output: Path, device: str, processes: int, listener: Listener, keep: int = 2, gpu: Gpu | None = None
 ) -> Plan:
     """Return the plan of a run from the JSON files of the teacher. A GPU does not have to be present.
 
     Raises InputError if the files cannot be read, EnvironmentProblem if a library is missing.
     """
-    kind = "cuda" if card or device.startswith("cuda") else pick_device(device).type
+    kind = "cuda" if gpu or device.startswith("cuda") else pick_device(device).type
     if kind == "cuda" and config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16")
     check_libraries(config)
@@ -428,11 +428,11 @@ def make(
         forward(sizes.unet, 1, cond)
     flops = counter.get_total_flops() * forwards_per_image(config, known.path.steps)
     tensors = len(list(sizes.unet.parameters()))
-    cards = [] if kind == "cpu" else [card] if card and card.tflops else list(CARDS.values())
+    gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else list(GPUS.values())
     return Plan(
         config=config,
         output=str(output),
-        device=kind if card else device if device.startswith("cuda") else str(pick_device(device)),
+        device=kind if gpu else device if device.startswith("cuda") else str(pick_device(device)),
         processes=processes,
         parameters={"teacher": weights, **{name.replace("_", " "): trained for name, (_, trained) in sizes.roles.items()}},
         device_memory=memory,
@@ -444,27 +444,27 @@ def make(
         seconds=config.steps * config.batch_size / pace if pace else None,
         estimates={
             one.title: estimated_seconds(one, config, processes, flops, tensors)
-            for one in cards
-            if one is card or peak <= (1 - RESERVE) * one.memory * 1e9
+            for one in gpus
+            if one is gpu or peak <= (1 - RESERVE) * one.memory * 1e9
         },
         downloads=dict(known.source.missing),
-        card=card,
+        card=gpu,
     )
 
 
-def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener, card: Card | None = None) -> DistillConfig:
-    """Return the first candidate whose plan fits the free memory of the GPU, or of `card`, with the largest micro-batch that fits.
+def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener, gpu: Gpu | None = None) -> DistillConfig:
+    """Return the first candidate whose plan fits the free memory of the GPU, or of `gpu`, with the largest micro-batch that fits.
 
     If none fits, return the last candidate and send the listener a warning.
     """
-    if card:
-        free = (1 - RESERVE) * card.memory * 1e9
+    if gpu:
+        free = (1 - RESERVE) * gpu.memory * 1e9
     else:
         unused, total = torch.cuda.mem_get_info(pick_device(device))
         free = unused - RESERVE * total
 
     def needs(config: DistillConfig) -> int:
-        return make(config, Path(), device, 1, Silence(), card=card).peak
+        return make(config, Path(), device, 1, Silence(), gpu=gpu).peak
 
     for name, config in candidates.items():
         needed = needs(config)

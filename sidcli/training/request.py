@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sidcli.data.captioned import CaptionedImages
     from sidcli.data.prompts import Prompts
     from sidcli.progress import Listener
-    from sidcli.training.cards import Card
+    from sidcli.training.gpus import Gpu
 
 
 TRACKERS = ("tensorboard", "wandb")
@@ -144,9 +144,9 @@ class Request:
         return images
 
     def resolve(
-        self, listener: Listener, device: str, dry_run: bool = False, card: Card | None = None
-    ) -> tuple[DistillConfig, Card | None]:
-        """Return the settings for this device or for the GPU `card`, and that GPU.
+        self, listener: Listener, device: str, dry_run: bool = False, gpu: Gpu | None = None
+    ) -> tuple[DistillConfig, Gpu | None]:
+        """Return the settings for this device or for the GPU `gpu`, and that GPU.
 
         Raises UsageError or EnvironmentProblem for a device that is invalid or not available.
         """
@@ -156,13 +156,13 @@ class Request:
         begun = self.memory == "auto" and (self.folder / "config.toml").is_file()
         if begun:  # a continued run keeps its recipe, whatever memory is free now
             recipe = {name: value for name, value in read_toml(self.folder / "config.toml").items() if name in MEMORY["12gb"]}
-        planned_only = dry_run and (card is not None or device.startswith("cuda"))  # the GPU does not have to be present
+        planned_only = dry_run and (gpu is not None or device.startswith("cuda"))  # the GPU does not have to be present
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
-        if self.memory == "auto" and not begun and (on_gpu or card):
-            return plan.choose({name: self.config(recipe) for name, recipe in MEMORY.items()}, device, listener, card), card
-        return self.config(recipe), card
+        if self.memory == "auto" and not begun and (on_gpu or gpu):
+            return plan.choose({name: self.config(recipe) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
+        return self.config(recipe), gpu
 
 
 def check_values(settings: Mapping[str, Any], guidance: float | None, lr: float | None, images: int | None, memory: str) -> None:

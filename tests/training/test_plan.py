@@ -22,7 +22,7 @@ from sidcli.objectives.sid import SidSettings
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig
 from sidcli.training import checkpoint, plan
-from sidcli.training.cards import parse_card
+from sidcli.training.gpus import parse_gpu
 from tests import REPOSITORY, tiny
 
 
@@ -33,7 +33,7 @@ def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_device(made: plan.Plan) -> float:
-    """GB that a card would hold: all but this program itself."""
+    """GB that a GPU would hold: all but this program itself."""
     return (made.peak - made.device_memory.get("this program", 0)) / 1e9
 
 
@@ -55,7 +55,7 @@ def test_the_plan_of_sd15_is_what_a_gpu_used_and_fits_the_card_that_its_recipe_i
     assert made.config.micro_batch == measured["micro_batch"]
     assert on_device(made) == pytest.approx(measured["peak_gb"], rel=0.06)
     assert on_device(made) < (1 - plan.RESERVE) * limit
-    seconds = plan.estimated_seconds(plan.CARDS["h200"], made.config, 1, made.flops_per_image, 686)
+    seconds = plan.estimated_seconds(plan.GPUS["h200"], made.config, 1, made.flops_per_image, 686)
     assert seconds == pytest.approx(made.config.steps * 512 / measured["images_per_second_at_512"], rel=0.2)
 
 
@@ -123,24 +123,24 @@ def test_a_plan_is_a_config_file(sd_folder: Path, config: DistillConfig, tmp_pat
 
 def test_a_gpu_is_planned_for_that_is_not_here(sd_folder: Path, config: DistillConfig) -> None:
     config = dataclasses.replace(config, teacher=str(sd_folder), precision="auto")
-    for device, card in (("cuda", None), ("auto", parse_card("rtx-4090")), ("auto", parse_card("24 GB"))):
-        made = plan.make(config, Path("run"), device, 1, Silence(), card=card)
+    for device, gpu in (("cuda", None), ("auto", parse_gpu("rtx-4090")), ("auto", parse_gpu("24 GB"))):
+        made = plan.make(config, Path("run"), device, 1, Silence(), gpu=gpu)
         assert made.device == "cuda" and made.config.precision == "bf16" and "RTX 4090" in made.estimates
-        assert any("fits" in line for line in made.lines()) == (card is not None)
+        assert any("fits" in line for line in made.lines()) == (gpu is not None)
     assert not plan.make(config, Path("run"), "cpu", 1, Silence()).estimates
 
 
 @pytest.mark.parametrize("text", ["gtx", "", "24", "-1gb", "nangb"])
 def test_a_gpu_that_is_not_known_is_refused_with_those_that_are(text: str) -> None:
     with pytest.raises(UsageError, match=f"--plan-for: unknown GPU '{text}'") as refused:
-        parse_card(text)
+        parse_gpu(text)
     assert "rtx-4090" in refused.value.hint
 
 
 @pytest.mark.parametrize("text", ["0gb", "0.0 GB", "10001gb", "9" * 400 + "gb"])
 def test_an_amount_of_memory_that_no_gpu_has_is_refused_with_its_limits(text: str) -> None:
     with pytest.raises(UsageError, match=f"--plan-for must be more than 0 GB and at most 10000 GB, not {text}"):
-        parse_card(text)
+        parse_gpu(text)
 
 
 def test_the_recipe_and_the_micro_batch_are_the_largest_that_fit(sd_folder: Path) -> None:
@@ -148,10 +148,10 @@ def test_the_recipe_and_the_micro_batch_are_the_largest_that_fit(sd_folder: Path
     large, small = candidates = [dataclasses.replace(base, micro_batch=2, split_backward=split) for split in (False, True)]
 
     def chosen(fits: DistillConfig) -> DistillConfig:
-        """What is chosen for a card on which `fits` just fits."""
+        """What is chosen for a GPU on which `fits` just fits."""
         peak = plan.make(fits, Path("run"), "cuda", 1, Silence()).peak
-        card = plan.Card("card", 1.001 * peak / 1e9 / (1 - plan.RESERVE), 0.0)
-        return plan.choose(dict(zip(("large", "small"), candidates, strict=True)), "auto", Silence(), card)
+        gpu = plan.Gpu("a GPU", 1.001 * peak / 1e9 / (1 - plan.RESERVE), 0.0)
+        return plan.choose(dict(zip(("large", "small"), candidates, strict=True)), "auto", Silence(), gpu)
 
     assert chosen(dataclasses.replace(large, micro_batch=4)).micro_batch == 4
     assert chosen(small) == small

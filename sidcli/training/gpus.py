@@ -9,7 +9,7 @@ from sidcli.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A GPU with data sheet values: memory in GB (10^9 bytes), dense bf16 matrix throughput in TFLOP/s."""
 
     title: str
@@ -17,28 +17,28 @@ class Card:
     tflops: float
 
 
-CARDS = {
-    "rtx-3090": Card("RTX 3090", 24, 71),
-    "rtx-4090": Card("RTX 4090", 24, 165),
-    "rtx-5090": Card("RTX 5090", 32, 209),
-    "l4": Card("L4", 24, 121),
-    "l40s": Card("L40S", 48, 362),
-    "a100": Card("A100 80 GB", 80, 312),
-    "h100": Card("H100", 80, 989),
-    "h200": Card("H200", 141, 989),
+GPUS = {
+    "rtx-3090": Gpu("RTX 3090", 24, 71),
+    "rtx-4090": Gpu("RTX 4090", 24, 165),
+    "rtx-5090": Gpu("RTX 5090", 32, 209),
+    "l4": Gpu("L4", 24, 121),
+    "l40s": Gpu("L40S", 48, 362),
+    "a100": Gpu("A100 80 GB", 80, 312),
+    "h100": Gpu("H100", 80, 989),
+    "h200": Gpu("H200", 141, 989),
 }
 LARGEST_MEMORY = 10_000
 """Maximum of --plan-for in GB. A larger number is probably a typing error."""
 
 
-def parse_card(text: str) -> Card:
-    """Return the GPU of a name in CARDS or of an amount of memory such as `24gb`. Raises UsageError for other text."""
-    if text.lower() in CARDS:
-        return CARDS[text.lower()]
+def parse_gpu(text: str) -> Gpu:
+    """Return the GPU of a name in GPUS or of an amount of memory such as `24gb`. Raises UsageError for other text."""
+    if text.lower() in GPUS:
+        return GPUS[text.lower()]
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", text.lower())
     if not amount:
-        raise UsageError(f"--plan-for: unknown GPU {text!r}", f"an amount of memory such as 24gb, or one of {', '.join(CARDS)}")
+        raise UsageError(f"--plan-for: unknown GPU {text!r}", f"an amount of memory such as 24gb, or one of {', '.join(GPUS)}")
     memory = float(amount[1])
     if not 0 < memory <= LARGEST_MEMORY:
         raise UsageError(f"--plan-for must be more than 0 GB and at most {LARGEST_MEMORY} GB, not {text}", "such as 24gb")
-    return Card(f"a GPU of {memory:g} GB", memory, 0.0)
+    return Gpu(f"a GPU of {memory:g} GB", memory, 0.0)
