@@ -106,7 +106,7 @@ class TrainedNetwork:
         self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
         """Pairs (name, parameter) of the trained weights."""
         self.call, self.optimizer = distributed.prepare(net, self._optimizer())
-        self.average = {name: self._kept(value.detach().clone()) for name, value in self.weights} if role.average else {}
+        self.average = {name: self._average_place(value.detach().clone()) for name, value in self.weights} if role.average else {}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config, role = self.config, self.role
@@ -119,7 +119,7 @@ class TrainedNetwork:
             raise EnvironmentProblem("--optimizer adam8bit needs bitsandbytes", "pip install bitsandbytes") from error
         return AdamW8bit(values, lr=role.lr, betas=role.betas, eps=config.adam_eps, weight_decay=role.weight_decay)
 
-    def _kept(self, value: Tensor) -> Tensor:
+    def _average_place(self, value: Tensor) -> Tensor:
         return value.cpu() if self.config.offload_average else value
 
     def step(self, loss: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class TrainedNetwork:
     def update_average(self, update: int) -> None:
         """Apply average <- beta average + (1 - beta) weights, with `ema_beta` after `update` updates before this one."""
         beta = ema_beta(update * self.config.batch_size, self.config)
-        values = [self._kept(local(value.detach())) for _, value in self.weights]
+        values = [self._average_place(local(value.detach())) for _, value in self.weights]
         torch._foreach_lerp_([local(value) for value in self.average.values()], values, 1.0 - beta)
 
     def tensors(self, name: str, copy: bool) -> dict[str, dict[str, Tensor]]:
@@ -226,13 +226,13 @@ class Networks:
             leaves = [[y.detach().requires_grad_() for y in ys] for ys in outputs]
             value, measured = loss(x, *(y for ys in leaves for y in ys))
             inputs = [x, *(y for ys in leaves for y in ys)]
-            gradient, *pulls = torch.autograd.grad(value, inputs, allow_unused=True)
+            gradient, *output_gradients = torch.autograd.grad(value, inputs, allow_unused=True)
             gradient = torch.zeros_like(x) if gradient is None else gradient
             for network, ys in zip(networks, outputs, strict=True):
-                own, pulls = pulls[: len(ys)], pulls[len(ys) :]
+                own, output_gradients = output_gradients[: len(ys)], output_gradients[len(ys) :]
                 # An output that the loss does not depend on is left out: its backward pass would only carry zeros.
-                pairs = [(y, pull) for y, pull in zip(network(x) if split else ys, own, strict=True) if pull is not None]
-                gradient = gradient + torch.autograd.grad([y for y, _ in pairs], x, [pull for _, pull in pairs])[0]
+                pairs = [(y, grad) for y, grad in zip(network(x) if split else ys, own, strict=True) if grad is not None]
+                gradient = gradient + torch.autograd.grad([y for y, _ in pairs], x, [grad for _, grad in pairs])[0]
         return gradient, {name: value.detach() for name, value in measured.items()}
 
     @contextmanager
@@ -281,7 +281,7 @@ class Engine:
             for value in self.teacher.parameters():
                 value.data = value.data.bfloat16()
         for net in (self.teacher, *nets.values()):
-            self._arrange(net)
+            self._configure(net)
         self.roles = {name: TrainedNetwork(role, nets[name], config, self.distributed) for name, role in roles.items()}
         self.nets = Networks(self)
         self.empty = self.sampler.encode([""])
@@ -305,7 +305,7 @@ class Engine:
                 add_head(net)
         return net
 
-    def _arrange(self, net: Any) -> None:
+    def _configure(self, net: Any) -> None:
         """Apply gradient checkpointing and compilation as configured. They do not change the result of a network."""
         if self.config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
@@ -348,7 +348,7 @@ class Engine:
                 if split:
                     output = phase.forward(self.nets, batch)
                 # Gradients are averaged over the processes, but the loss is already normalized by the global batch.
-                torch.autograd.backward(parts(output), [slope * self.distributed.count for slope in parts(gradient)])
+                torch.autograd.backward(parts(output), [part * self.distributed.count for part in parts(gradient)])
             rows.append(torch.stack(list(values.values())))
             if keep:
                 outputs.append(output.detach())
@@ -362,14 +362,14 @@ class Engine:
 
     # Random inputs
 
-    def _pieces(self) -> list[range]:
+    def _micro_batches(self) -> list[range]:
         """Return this process's samples of the global batch, by micro-batch."""
         samples, size = self.distributed.share(range(self.config.batch_size)), self.config.micro_batch
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _batches(self, phase: Phase, samples: Sequence[Tensor]) -> Iterator[tuple[Batch, bool]]:
         """Yield the micro-batches of a phase, each with whether it is the last."""
-        pieces = self._pieces()
+        pieces = self._micro_batches()
         for index, piece in enumerate(pieces):
             batch = self._batch((phase.inputs, self.step, piece))
             if phase.inputs.reuse:
@@ -380,7 +380,7 @@ class Engine:
         """Return a micro-batch on the device, and start to draw the next micro-batch in a thread."""
         drawn = (self._drawn.pop(key, None) or self._drawer.submit(self.draw_batch, *key)).result()
         self._drawn.clear()
-        following = self._next(key)
+        following = self._next_key(key)
         self._drawn[following] = self._drawer.submit(self.draw_batch, *following)
         return self._on_device(drawn)
 
@@ -393,10 +393,10 @@ class Engine:
         cond = self.sampler.encode(drawn.prompts)
         return dataclasses.replace(drawn, latents=latents, noise=noise, t=t, cond=cond, samples=samples, real=real)
 
-    def _next(self, key: Key) -> Key:
+    def _next_key(self, key: Key) -> Key:
         """Return the key of the micro-batch that follows `key` in the order of `train_step`."""
         inputs, step, piece = key
-        pieces = self._pieces()
+        pieces = self._micro_batches()
         order = [(phase.inputs, piece) for phase in self.objective.phases(step) for piece in pieces]
         index = order.index((inputs, piece)) + 1
         if index < len(order):

@@ -204,7 +204,7 @@ YAML = b'model:\n  params:\n    linear_start: 0.00085\n    parameterization: "v"
 )
 def test_descriptions_beside_single_files(place: Path, content: bytes) -> None:
     (place / "beside.yaml").write_bytes(content)
-    survives(lambda: single_file.in_yaml(place / "beside.safetensors", "sd1"))
+    survives(lambda: single_file.prediction_in_yaml(place / "beside.safetensors", "sd1"))
 
 
 @fuzzed

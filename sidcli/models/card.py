@@ -12,7 +12,7 @@ from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.files import json_object, read_json
-from sidcli.models.compatibility import MAX_TIMESTEPS, OTHER_COPY, shown
+from sidcli.models.compatibility import MAX_TIMESTEPS, OTHER_COPY, value_text
 
 RENOISE = ("ddim", "fixed", "fresh")
 """Kinds of noise between the steps of a student."""
@@ -136,6 +136,6 @@ def _check(
 ) -> None:
     for key, (allowed, what) in rules.items():
         if key in values and not allowed(values[key]):
-            raise InputError(f"{place}: {prefix}{key} is {shown(values[key])}; it must be {what}", OTHER_COPY)
+            raise InputError(f"{place}: {prefix}{key} is {value_text(values[key])}; it must be {what}", OTHER_COPY)
         if key in required and key not in values:
             raise InputError(f"{place}: {prefix}{key} is missing; it must be {what}", OTHER_COPY)

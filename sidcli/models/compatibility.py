@@ -1,8 +1,8 @@
 """Check that sid computes a model's configuration as stock diffusers does. Any other entry raises InputError with its name.
 
 An entry is accepted if (1) the network's class implements it when the network is built from the configuration, (2) it only selects
-how diffusers samples, because sid samples with DDIM, or (3) it is in REQUIRED and has one of the values listed there. An entry that
-the installed diffusers knows but this file does not list is accepted only at its default value.
+how diffusers samples, because sid samples with DDIM, or (3) it is in SUPPORTED_VALUES and has one of the values listed there. An entry
+that the installed diffusers knows but this file does not list is accepted only at its default value.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SCHEDULERS = (
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """Entries of a scheduler's configuration that define the noise schedule."""
 # fmt: off
-BUILT: dict[str, frozenset[str]] = {
+ACCEPTED: dict[str, frozenset[str]] = {
     "unet": frozenset({
         "sample_size", "in_channels", "out_channels", "center_input_sample", "flip_sin_to_cos", "freq_shift", "down_block_types",
         "mid_block_type", "up_block_types", "only_cross_attention", "block_out_channels", "layers_per_block",
@@ -90,21 +90,21 @@ BETAS: dict[str, tuple[tuple[type, ...], str]] = {
     "beta_end": ((int, float), "number"),
 }
 
-LAYERS = {
+MAX_LAYERS = {
     "num_hidden_layers": 100,
     "layers_per_block": 10,
     "transformer_layers_per_block": 40,
     "reverse_transformer_layers_per_block": 40,
 }
 """Entry -> maximum number of layers: 3 times the largest published network. A mistyped number could exhaust the memory."""
-LEVELS = 16
+MAX_LEVELS = 16
 """Maximum length of a list in a configuration. Published networks have four levels."""
 
 LABELS = "class labels are an input that sid cannot give"
 EMBEDDINGS = "image embeddings are an input that sid cannot give"
 FLOW = "flow matching is not the diffusion that is distilled here"
 STATISTICS = "latents are only scaled by scaling_factor"
-REQUIRED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+SUPPORTED_VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     "unet": {
         "class_embed_type": ((None,), LABELS),
         "num_class_embeds": ((None,), LABELS),
@@ -156,7 +156,7 @@ def check_scheduler_class(name: str, found: Any) -> None:
     if found not in SCHEDULERS:
         reason = f": {FLOW}" if "Flow" in str(found) else ""
         raise InputError(
-            f"{name}: the scheduler {shown(found)} is not supported{reason}",
+            f"{name}: the scheduler {value_text(found)} is not supported{reason}",
             "use a model for DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and the like: a diffusion of discrete timesteps with betas",
         )
 
@@ -164,26 +164,26 @@ def check_scheduler_class(name: str, found: Any) -> None:
 def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None:
     """Raises InputError for the first entry of a component's configuration that sid does not support; `place` names the file."""
     kind = "text_encoder" if component.startswith("text_encoder") else component
-    for entry, (allowed, reason) in REQUIRED[kind].items():
+    for entry, (allowed, reason) in SUPPORTED_VALUES[kind].items():
         if entry in config and not any(config[entry] is value or config[entry] == value for value in allowed):
-            raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported: {reason}", OTHER_MODEL)
-    for entry, most in LAYERS.items():
-        if any(type(number) is int and number > most for number in flat(config.get(entry))):
-            raise InputError(f"{place}: {entry} is {shown(config[entry])}; {most} layers at most are built", OTHER_COPY)
-    for entry in BUILT.get(kind, ()):
-        if entry != "trained_betas" and isinstance(config.get(entry), list) and len(config[entry]) > LEVELS:
-            raise InputError(f"{place}: {entry} has {len(config[entry])} values, {LEVELS} at most are read", OTHER_COPY)
+            raise InputError(f"{place}: {entry} is {value_text(config[entry])}, which is not supported: {reason}", OTHER_MODEL)
+    for entry, most in MAX_LAYERS.items():
+        if any(type(number) is int and number > most for number in flattened(config.get(entry))):
+            raise InputError(f"{place}: {entry} is {value_text(config[entry])}; {most} layers at most are built", OTHER_COPY)
+    for entry in ACCEPTED.get(kind, ()):
+        if entry != "trained_betas" and isinstance(config.get(entry), list) and len(config[entry]) > MAX_LEVELS:
+            raise InputError(f"{place}: {entry} has {len(config[entry])} values, {MAX_LEVELS} at most are read", OTHER_COPY)
     if kind == "text_encoder":  # only the entries in families.TEXT_KEYS are read
         return
     for entry, default in defaults(component, config).items():
-        known = entry in BUILT[kind] or entry in REQUIRED[kind]
+        known = entry in ACCEPTED[kind] or entry in SUPPORTED_VALUES[kind]
         if not known and config.get(entry, default) not in (default, list(default) if isinstance(default, tuple) else default):
-            raise InputError(f"{place}: {entry} is {shown(config[entry])}, which is not supported", OTHER_MODEL)
+            raise InputError(f"{place}: {entry} is {value_text(config[entry])}, which is not supported", OTHER_MODEL)
 
 
-def flat(value: Any) -> list[Any]:
+def flattened(value: Any) -> list[Any]:
     """Return the values of nested lists as one list. A value that is not a list gives a list of length 1."""
-    return [one for inner in value for one in flat(inner)] if isinstance(value, list | tuple) else [value]
+    return [one for inner in value for one in flattened(inner)] if isinstance(value, list | tuple) else [value]
 
 
 def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +197,8 @@ def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_schedule(place: str, config: Mapping[str, Any]) -> None:
     """Raises InputError if the noise schedule is missing or invalid. The defaults of diffusers fit no Stable Diffusion model."""
-    steps, betas = whole({"num_train_timesteps": 1000} | dict(config), "num_train_timesteps", place), config.get("trained_betas")
+    steps = positive_integer({"num_train_timesteps": 1000} | dict(config), "num_train_timesteps", place)
+    betas = config.get("trained_betas")
     if steps > MAX_TIMESTEPS:
         raise InputError(f"{place}: num_train_timesteps is {steps}, more than {MAX_TIMESTEPS}", OTHER_COPY)
     if betas is not None:
@@ -208,30 +209,30 @@ def check_schedule(place: str, config: Mapping[str, Any]) -> None:
         if config.get(entry) is None:
             raise InputError(f"{place}: {entry} is missing: nothing says which noise the model was trained with", OTHER_COPY)
         if not isinstance(config[entry], kinds):
-            raise InputError(f"{place}: {entry} is {shown(config[entry])}; it must be a {what}", OTHER_COPY)
+            raise InputError(f"{place}: {entry} is {value_text(config[entry])}; it must be a {what}", OTHER_COPY)
         if entry != "beta_schedule" and not 0 <= config[entry] <= 1:
-            raise InputError(f"{place}: {entry} is {shown(config[entry])}; it must be between 0 and 1", OTHER_COPY)
+            raise InputError(f"{place}: {entry} is {value_text(config[entry])}; it must be between 0 and 1", OTHER_COPY)
 
 
-def whole(config: Mapping[str, Any], entry: str, place: str) -> int:
+def positive_integer(config: Mapping[str, Any], entry: str, place: str) -> int:
     """Return an entry that is a positive integer. Raises InputError, naming the entry, for any other value."""
     value = config.get(entry)
     if type(value) is not int or value < 1:
-        found = f"{entry} is {shown(value)}" if entry in config else f"{entry} is missing"
+        found = f"{entry} is {value_text(value)}" if entry in config else f"{entry} is missing"
         raise InputError(f"{place}: {found}; it must be a positive whole number", OTHER_COPY)
     return value
 
 
-def wholes(config: Mapping[str, Any], entry: str, place: str) -> list[int]:
+def positive_integers(config: Mapping[str, Any], entry: str, place: str) -> list[int]:
     """Return an entry that is a list of positive integers. Raises InputError, naming the entry, for any other value."""
     value = config.get(entry)
     if not isinstance(value, list | tuple) or not value or not all(type(one) is int and one > 0 for one in value):
-        found = f"{entry} is {shown(value)}" if entry in config else f"{entry} is missing"
+        found = f"{entry} is {value_text(value)}" if entry in config else f"{entry} is missing"
         raise InputError(f"{place}: {found}; it must be a list of positive whole numbers", OTHER_COPY)
     return list(value)
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as JSON text, truncated to 80 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -240,4 +241,4 @@ def shown(value: Any) -> str:
 def check_scale(place: str, config: Mapping[str, Any]) -> None:
     value = config.get("scaling_factor", 1.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise InputError(f"{place}: scaling_factor is {shown(value)}; it must be a positive number", OTHER_COPY)
+        raise InputError(f"{place}: scaling_factor is {value_text(value)}; it must be a positive number", OTHER_COPY)

@@ -36,7 +36,7 @@ DESCRIPTIONS = re.compile(
 WEIGHTS = re.compile(
     r"(?P<diffusers>diffusion_pytorch_)?model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors(\.index(\.(?P<indexed>\w+))?\.json)?"
 )
-PRECISIONS = ("", "fp32", "fp16", "bf16")
+VARIANTS = ("", "fp32", "fp16", "bf16")
 """Variants of the weights, in order of preference; "" is a file without a variant in its name."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -51,13 +51,13 @@ class Fetched:
     missing: tuple[tuple[str, int], ...] = ()
 
 
-def needed(names: Sequence[str]) -> list[str]:
+def required_files(names: Sequence[str]) -> list[str]:
     """Return the files of a repository that a pipeline needs: those that match DESCRIPTIONS and, for each network, the safetensors
-    files of the first variant in PRECISIONS that exists."""
+    files of the first variant in VARIANTS that exists."""
     chosen = [name for name in names if DESCRIPTIONS.fullmatch(name)]
     for network in NETWORKS:
         variants = weights_by_variant(network, [name.removeprefix(f"{network}/") for name in names])
-        found = next((variants[variant] for variant in PRECISIONS if variant in variants), [])
+        found = next((variants[variant] for variant in VARIANTS if variant in variants), [])
         chosen += [f"{network}/{file}" for file in found]
     return chosen
 
@@ -75,7 +75,7 @@ def weights_by_variant(network: str, files: Sequence[str]) -> dict[str, list[str
 def check_weights(place: str, network: str, files: Sequence[str]) -> None:
     """Raises InputError, naming the files found instead, if a network has no weights in a supported format and variant."""
     variants = weights_by_variant(network, files)
-    if not variants.keys().isdisjoint(PRECISIONS):
+    if not variants.keys().isdisjoint(VARIANTS):
         return
     if variants:
         raise InputError(
@@ -110,7 +110,7 @@ def is_complete(folder: Path) -> bool:
                 return False
             if part not in NETWORKS:
                 continue
-            names = needed([f"{part}/{file}" for file in files])
+            names = required_files([f"{part}/{file}" for file in files])
             shards = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names if ".safetensors.index." in name]
             wanted = {f"{part}/{shard}" for index_file in shards for shard in index_file["weight_map"].values()}
             if f"{part}/config.json" not in names or len(names) < 2 or not wanted <= set(names):
@@ -172,7 +172,7 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         info = with_retries(lambda: HfApi().model_info(repo, revision=revision or None, files_metadata=True))
         commit = str(info.sha)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        wanted = needed(list(sizes))
+        wanted = required_files(list(sizes))
         if "model_index.json" not in wanted:
             raise InputError(
                 f"{named} on the hub is not a diffusers pipeline: it has no model_index.json", "use the id of a pipeline"
@@ -193,12 +193,12 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
         if not descriptions_only:
             listener.note(f"downloading {named}: {counted(len(fresh), 'file')}, {total / 1e9:.2f} GB")
         with listener.progress("download", total, "bytes") as advance:
-            bar = counter(advance)
+            bar = byte_counter(advance)
             for file in fresh:
                 with_retries(partial(hf_hub_download, repo, file, revision=commit, tqdm_class=bar))
         # All files are in the cache now. This call records the commit of the revision, so that the cache is used next time.
         folder = Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=wanted, tqdm_class=counter(lambda count: None))
+            snapshot_download(repo, revision=revision or None, allow_patterns=wanted, tqdm_class=byte_counter(lambda count: None))
         )
         return Fetched(folder, repo, commit, tuple(missing.items()))
     except HFValidationError as error:
@@ -210,9 +210,9 @@ def download(repo: str, revision: str, listener: Listener, descriptions_only: bo
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         if not isinstance(error, LocalEntryNotFoundError):
             raise InputError(f"{repo} has no revision {revision!r}", "check the branch, tag or commit after @") from error
-        raise unreachable(named, error) from error
+        raise no_connection(named, error) from error
     except (connection_error(), OfflineModeIsEnabled, OSError) as error:
-        raise unreachable(named, error) from error
+        raise no_connection(named, error) from error
 
 
 def with_retries(ask: Callable[[], Answer]) -> Answer:
@@ -229,7 +229,7 @@ def with_retries(ask: Callable[[], Answer]) -> Answer:
     return ask()
 
 
-def unreachable(named: str, error: Exception) -> InputError:
+def no_connection(named: str, error: Exception) -> InputError:
     cause = error.__cause__ or error  # huggingface_hub wraps the error in a message about the connection
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     return InputError(
@@ -238,7 +238,7 @@ def unreachable(named: str, error: Exception) -> InputError:
     )
 
 
-def counter(advance: Callable[[int], None]) -> Any:
+def byte_counter(advance: Callable[[int], None]) -> Any:
     """Return a tqdm subclass for the hub's downloads. It displays nothing and passes the number of bytes to `advance`."""
     from tqdm import tqdm
 

@@ -54,7 +54,7 @@ class Place:
     key: str
     part: int | None = None
     """0, 1 or 2: the tensor is the q, k or v rows of one matrix in the file."""
-    turned: bool = False
+    transposed: bool = False
     """Whether the tensor is transposed in the file."""
     conv: bool = False
     """Whether the tensor is a matrix in the network and a 1x1 convolution in the file."""
@@ -65,7 +65,7 @@ class Place:
             return [3 * shape[0], *shape[1:]]
         if self.conv and len(shape) == 2:
             return [*shape, 1, 1]
-        return list(reversed(shape)) if self.turned else list(shape)
+        return list(reversed(shape)) if self.transposed else list(shape)
 
 
 Places = dict[str, Place]
@@ -159,7 +159,7 @@ def openclip_places(config: Mapping[str, Any]) -> Places:
         "embeddings.position_embedding.weight": "positional_embedding",
         "final_layer_norm.": "ln_final.",
     }
-    places = {"text_projection.weight": Place("text_projection", turned=True)}
+    places = {"text_projection.weight": Place("text_projection", transposed=True)}
     for layer in range(config["num_hidden_layers"]):
         ours, theirs = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
         inner = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}

@@ -35,12 +35,12 @@ from sidcli.models.compatibility import (
     check_scale,
     check_schedule,
     check_scheduler_class,
-    shown,
-    whole,
-    wholes,
+    positive_integer,
+    positive_integers,
+    value_text,
 )
 from sidcli.models.families import FAMILIES, build, clip_tokenizer, network_class, text_config
-from sidcli.models.hub import PICKLES, PRECISIONS, WEIGHTS, check_weights, weights_by_variant
+from sidcli.models.hub import PICKLES, VARIANTS, WEIGHTS, check_weights, weights_by_variant
 from sidcli.models.overrides import Overrides
 from sidcli.models.rehearsal import rehearse
 from sidcli.models.sources import PARTS, Source, find, graph_format, read_card
@@ -297,8 +297,8 @@ def _check_files(source: Source, names: Sequence[str]) -> None:
 def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> None:
     """Raises InputError if the inputs and outputs of a model's networks do not match each other."""
     unet, vae, text = networks["unet"], networks["vae"], networks["text_encoder"]
-    channels = whole(unet, "in_channels", places["unet"])
-    latent = whole({"latent_channels": 4} | vae, "latent_channels", places["vae"])
+    channels = positive_integer(unet, "in_channels", places["unet"])
+    latent = positive_integer({"latent_channels": 4} | vae, "latent_channels", places["vae"])
     if channels > latent:
         raise InputError(f"{name} takes {channels} channels in: an inpainting or editing model", OTHER_MODEL)
     if channels < latent:
@@ -311,11 +311,13 @@ def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str,
         )
     check_scale(places["vae"], vae)
     if "sample_size" in vae and _sides(vae) is None:
-        raise InputError(f"{places['vae']}: sample_size is {shown(vae['sample_size'])}, which is not an image size", OTHER_COPY)
+        raise InputError(
+            f"{places['vae']}: sample_size is {value_text(vae['sample_size'])}, which is not an image size", OTHER_COPY
+        )
     second = networks.get("text_encoder_2")
-    width = whole(text, "hidden_size", places["text_encoder"])
+    width = positive_integer(text, "hidden_size", places["text_encoder"])
     if second:
-        width += whole(second, "hidden_size", places["text_encoder_2"])
+        width += positive_integer(second, "hidden_size", places["text_encoder_2"])
     heard = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
     widths = set(heard) if isinstance(heard, list) else {heard}
     if widths != {width}:
@@ -326,14 +328,15 @@ def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str,
     if added != bool(second):
         have = "has no text_encoder_2" if added else "has a text_encoder_2"
         raise InputError(
-            f"{places['unet']}: addition_embed_type is {shown(unet.get('addition_embed_type'))}, but the model {have}", OTHER_COPY
+            f"{places['unet']}: addition_embed_type is {value_text(unet.get('addition_embed_type'))}, but the model {have}",
+            OTHER_COPY,
         )
     if second:
         pooled, each = (
-            whole(second, "projection_dim", places["text_encoder_2"]),
-            whole(unet, "addition_time_embed_dim", places["unet"]),
+            positive_integer(second, "projection_dim", places["text_encoder_2"]),
+            positive_integer(unet, "addition_time_embed_dim", places["unet"]),
         )
-        wanted = whole(unet, "projection_class_embeddings_input_dim", places["unet"])
+        wanted = positive_integer(unet, "projection_class_embeddings_input_dim", places["unet"])
         if wanted != pooled + 6 * each:
             raise InputError(
                 f"{places['unet']}: projection_class_embeddings_input_dim is {wanted}; prompt and image sizes give {pooled + 6 * each}"
@@ -370,7 +373,7 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
 
 def _size(overrides: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
     """Return height and width in pixels, from the overrides or the model, and set the UNet's sample_size to match."""
-    wholes(networks["vae"], "block_out_channels", places["vae"])
+    positive_integers(networks["vae"], "block_out_channels", places["vae"])
     factor = codec_factor(networks["vae"])
     wanted = (overrides.height, overrides.width)
     if not all(wanted):
@@ -391,7 +394,7 @@ def _sample_size(config: dict[str, Any], place: str) -> tuple[int, int]:
     sides, value = _sides(config), config.get("sample_size")
     if sides is None:
         raise InputError(
-            f"{place}: sample_size is {shown(value)}, which is not an image size", "pass --width and --height, in pixels"
+            f"{place}: sample_size is {value_text(value)}, which is not an image size", "pass --width and --height, in pixels"
         )
     if re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))) and type(value) is int and value < 64:
         return 64, 64  # diffusers before 0.9 wrote a wrong number, and stock pipelines correct it
@@ -460,7 +463,7 @@ def _network(known: Description, name: str) -> Any:
     # The libraries only warn when they initialize missing weights randomly and ignore weights that do not fit.
     net, report = network_class(name).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     misshaped = [f"{key} of shape {list(found)}, where {list(wanted)} belongs" for key, found, wanted in report["mismatched_keys"]]
-    spare = [key for key in report["unexpected_keys"] if not single_file.SPARE.search(key)]
+    spare = [key for key in report["unexpected_keys"] if not single_file.UNUSED.search(key)]
     for found, what in ((misshaped, "has"), (report["missing_keys"], "lacks"), (spare, "has no place for")):
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -479,7 +482,7 @@ def check_files(folder: Path) -> None:
         with single_file.opened(file) as content:
             for key in content.keys():  # noqa: SIM118 - not a mapping
                 kind = content.get_slice(key).get_dtype()
-                if kind not in single_file.FLOATS and not single_file.SPARE.search(key):
+                if kind not in single_file.FLOATS and not single_file.UNUSED.search(key):
                     raise InputError(
                         f"{file} holds {key} as {kind}, which is not a floating-point type",
                         "use the model in half precision or better",
@@ -509,7 +512,7 @@ def _tokenizer(source: Source, file: single_file.SingleFile | None, name: str, c
 def _stored(folder: Path, name: str) -> dict[str, Any]:
     """Return the `from_pretrained` options for a network's folder: only safetensors, of the preferred variant that exists."""
     variants = weights_by_variant(name, [file.name for file in folder.iterdir()])
-    variant = next(variant for variant in PRECISIONS if variant in variants)
+    variant = next(variant for variant in VARIANTS if variant in variants)
     return {"use_safetensors": True, "local_files_only": True, "variant": variant or None}
 
 

@@ -41,7 +41,7 @@ ARCHITECTURES = {
 }
 """(Family, prediction type) -> architecture in the model specification that programs write to headers (modelspec.*)."""
 
-OTHERS = (
+OTHER_KINDS = (
     (r"lora_|lycoris_|\.hada_|\.lokr_|\.oft_", "a LoRA: weights that change another model"),
     (r"^control_model\.|^controlnet_|^input_hint_block\.", "a ControlNet"),
     (r"motion_modules\.", "a motion module"),
@@ -64,7 +64,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1"
 """Start of the text file that git checks out in place of a large file if Git LFS did not fetch it."""
 MAX_YAML = 1 << 16
 """Maximum bytes of a .yaml next to a file. The published ones have 4 kB."""
-SPARE = re.compile(
+UNUSED = re.compile(
     r"(^|\.)(position_ids|text_projection|logit_scale|attn_mask)(\.|$)"
     r"|^(vision_model|visual_projection|transformer\.resblocks|loss|model_ema)\."
 )
@@ -72,7 +72,7 @@ SPARE = re.compile(
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
-FIRST = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
+FIRST_TENSORS = {"unet": "input_blocks.0.0.weight", "vae": "encoder.conv_in.weight"}
 """Component -> a tensor that is present if the component is. For text encoders it is the token embedding."""
 
 WANTED = "pass a whole checkpoint of Stable Diffusion 1, 2 or XL, or a diffusers folder"
@@ -108,7 +108,7 @@ class SingleFile:
                     tensor = file.get_tensor(place.key)
                 else:
                     tensor = file.get_slice(place.key)[place.part * shape[0] : (place.part + 1) * shape[0]].clone()
-                found[name] = (tensor.T.contiguous() if place.turned else tensor).reshape(shape)
+                found[name] = (tensor.T.contiguous() if place.transposed else tensor).reshape(shape)
         return found
 
     def index(self, component: str) -> dict[str, tuple[Place, list[int]]]:
@@ -120,7 +120,7 @@ class SingleFile:
             raise InputError(
                 f"the description of the {TITLES[component]} of {self.path} does not describe a network: {error}"
             ) from error
-        places = placed(self.family, component, network, self.prefixes[component])
+        places = places_in_file(self.family, component, network, self.prefixes[component])
         return {name: (places[name], list(tensor.shape)) for name, tensor in network.state_dict().items()}
 
 
@@ -147,10 +147,10 @@ def opened(path: Path) -> Iterator[Any]:
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", NOT_READ) from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {faulty(path)}{error}", hint) from error
+        raise InputError(f"{path} is not a whole safetensors file: {invalid_entry(path)}{error}", hint) from error
 
 
-def faulty(path: Path) -> str:
+def invalid_entry(path: Path) -> str:
     """Return `NAME: ` of the first tensor with an invalid header entry, or "". Errors of safetensors do not always name it."""
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError), path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -179,39 +179,39 @@ def read(path: Path, config: Path | None = None, prediction: str | None = None) 
     with opened(path) as file:
         metadata = dict(file.metadata() or {})
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    refuse_others(path, shapes)
+    check_kind(path, shapes)
     described = from_folder(config) if config else from_header(path, metadata)
-    family = family_of(described[0]["unet"]) if described else by_width(path, shapes)
+    family = family_of(described[0]["unet"]) if described else family_by_width(path, shapes)
     prefixes = prefixes_in(path, family, shapes)
-    said = prediction or announced(path, family, shapes, metadata)
+    stated = prediction or stated_prediction(path, family, shapes, metadata)
     zero_snr = "ztsnr" in shapes or metadata.get("ss_zero_terminal_snr") == "True"
     if described:
         configs, scheduler = described
-        scheduler |= {"prediction_type": settled(path, scheduler.get("prediction_type", "epsilon"), prediction, said)}
+        scheduler |= {"prediction_type": agreed_prediction(path, scheduler.get("prediction_type", "epsilon"), prediction, stated)}
         if zero_snr and scheduler["prediction_type"] == "v_prediction":
             scheduler |= {"rescale_betas_zero_snr": True}
     else:
-        predicted = said or default_prediction(path, family)
+        predicted = stated or default_prediction(path, family)
         published = describe(family, predicted, predicted == "v_prediction" and zero_snr)
         configs, scheduler = published.components, published.scheduler
-    found = SingleFile(path, family, configs, scheduler, metadata, prefixes, assumed=not (described or said))
+    found = SingleFile(path, family, configs, scheduler, metadata, prefixes, assumed=not (described or stated))
     for component in configs:
         check(found, component)
     return found
 
 
-def refuse_others(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    for pattern, kind in OTHERS:
+def check_kind(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    for pattern, kind in OTHER_KINDS:
         if any(re.search(pattern, name) for name in shapes):
             raise InputError(f"{path} seems to be {kind}", WANTED)
-    if UNET + FIRST["unet"] not in shapes:
-        raise InputError(f"{path} holds no UNet of Stable Diffusion: no tensor is named {UNET}{FIRST['unet']}", WANTED)
-    channels = shapes[UNET + FIRST["unet"]][1]
+    if UNET + FIRST_TENSORS["unet"] not in shapes:
+        raise InputError(f"{path} holds no UNet of Stable Diffusion: no tensor is named {UNET}{FIRST_TENSORS['unet']}", WANTED)
+    channels = shapes[UNET + FIRST_TENSORS["unet"]][1]
     if channels in CHANNELS:
         raise InputError(f"{path} seems to be {CHANNELS[channels]} model: its UNet takes {channels} channels instead of 4", WANTED)
 
 
-def by_width(path: Path, shapes: Mapping[str, Sequence[int]]) -> str:
+def family_by_width(path: Path, shapes: Mapping[str, Sequence[int]]) -> str:
     """Return the published family with the text width of the UNet's cross-attention. Raises InputError if there is none."""
     widths = {shape[-1] for name, shape in shapes.items() if name.startswith(UNET) and name.endswith(".attn2.to_k.weight")}
     if widths == {1280}:
@@ -230,7 +230,7 @@ def prefixes_in(path: Path, family: str, names: Iterable[str]) -> dict[str, str]
     prefixes: dict[str, str] = {}
     for component, candidates in PREFIXES[family].items():
         text = "token_embedding.weight" if (family, component) in OPENCLIP else "embeddings.token_embedding.weight"
-        there = [prefix for prefix in candidates if prefix + FIRST.get(component, text) in names]
+        there = [prefix for prefix in candidates if prefix + FIRST_TENSORS.get(component, text) in names]
         if there:
             prefixes[component] = there[0]
     missing = [TITLES[component] for component in PREFIXES[family] if component not in prefixes]
@@ -240,7 +240,7 @@ def prefixes_in(path: Path, family: str, names: Iterable[str]) -> dict[str, str]
     return prefixes
 
 
-def announced(path: Path, family: str, names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+def stated_prediction(path: Path, family: str, names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
     """Return the prediction type from the marker tensor, else from the .yaml next to the file or the header, or None if unknown.
 
     The marker has priority because programs use it, while a header can be outdated after a merge. Raises InputError if .yaml and
@@ -248,13 +248,13 @@ def announced(path: Path, family: str, names: Iterable[str], metadata: Mapping[s
     """
     if "v_pred" in names:
         return "v_prediction"
-    beside, header = in_yaml(path, family), in_header(metadata)
+    beside, header = prediction_in_yaml(path, family), prediction_in_header(metadata)
     if beside and header and beside != header:
         raise InputError(f"{path} says that it predicts {header}, the .yaml beside it says {beside}", DECIDE)
     return beside or header
 
 
-def in_header(metadata: Mapping[str, str]) -> str | None:
+def prediction_in_header(metadata: Mapping[str, str]) -> str | None:
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if metadata.get(key) in PREDICTIONS:
             return PREDICTIONS[metadata[key]]
@@ -265,7 +265,7 @@ def in_header(metadata: Mapping[str, str]) -> str | None:
     return next((kind for (family, kind), name in ARCHITECTURES.items() if family == "sd2" and name == architecture), None)
 
 
-def in_yaml(path: Path, family: str) -> str | None:
+def prediction_in_yaml(path: Path, family: str) -> str | None:
     """Return the prediction type from NAME.yaml, the original code's configuration, which programs look for next to a checkpoint.
 
     Returns None if there is no such configuration. Raises InputError if it cannot be read or configures another diffusion process.
@@ -301,10 +301,10 @@ def in_yaml(path: Path, family: str) -> str | None:
     return predicted
 
 
-def settled(path: Path, described: str, asked: str | None, said: str | None) -> str:
+def agreed_prediction(path: Path, described: str, asked: str | None, stated: str | None) -> str:
     """Return `asked` or else `described`. Raises InputError if the file itself says another prediction type and `asked` is None."""
-    if asked is None and said is not None and said != described:
-        raise InputError(f"{path} says that it predicts {said}, its description says {described}", DECIDE)
+    if asked is None and stated is not None and stated != described:
+        raise InputError(f"{path} says that it predicts {stated}, its description says {described}", DECIDE)
     return asked or described
 
 
@@ -329,20 +329,20 @@ def check(file: SingleFile, component: str) -> None:
                 f"{what} is not that of {FAMILIES[file.family].title}: {', '.join(missing[:3])}{more} missing", VARIANT
             )
         prefix = file.prefixes[component]
-        own = {key for key in content.keys() if key.startswith(prefix) and not SPARE.search(key.removeprefix(prefix))}  # noqa: SIM118
-        spare = sorted(own - {place.key for place, _ in index.values()})
-        if spare:
-            more = f" and {len(spare) - 3} more" if len(spare) > 3 else ""
-            raise InputError(f"{what} has no place for {', '.join(spare[:3])}{more}", VARIANT)
+        own = {key for key in content.keys() if key.startswith(prefix) and not UNUSED.search(key.removeprefix(prefix))}  # noqa: SIM118
+        unused = sorted(own - {place.key for place, _ in index.values()})
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            raise InputError(f"{what} has no place for {', '.join(unused[:3])}{more}", VARIANT)
         for place, shape in index.values():
             part, wanted = content.get_slice(place.key), place.shape(shape)
-            if trimmed(part.get_shape()) != trimmed(wanted):
+            if without_trailing_ones(part.get_shape()) != without_trailing_ones(wanted):
                 raise InputError(f"{what} has {place.key} of shape {part.get_shape()}, where {wanted} belongs", VARIANT)
             if part.get_dtype() not in FLOATS:
                 raise InputError(f"{what} is quantized: {place.key} is {part.get_dtype()}", WANTED)
 
 
-def trimmed(shape: Sequence[int]) -> list[int]:
+def without_trailing_ones(shape: Sequence[int]) -> list[int]:
     """Return a shape without trailing ones. A 1x1 convolution has them, a matrix does not; programs disagree on some tensors."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
@@ -365,7 +365,7 @@ def from_folder(folder: Path) -> Description:
 
     try:
         components = {name: content(name) for name in PREFIXES[family_of(content("unet"))]}
-        return checked(components, content("scheduler"), lambda name: str(place(name)))
+        return check_configs(components, content("scheduler"), lambda name: str(place(name)))
     except InputError as error:
         raise InputError(error.message, hint) from error
 
@@ -380,10 +380,10 @@ def from_header(path: Path, metadata: Mapping[str, str]) -> Description | None:
         scheduler = dict(found["scheduler"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the header of {path} is damaged: sid.config describes no model", VARIANT) from error
-    return checked(components, scheduler, lambda name: f"the header of {path}: {name}")
+    return check_configs(components, scheduler, lambda name: f"the header of {path}: {name}")
 
 
-def checked(components: Mapping[str, dict[str, Any]], scheduler: dict[str, Any], place: Callable[[str], str]) -> Description:
+def check_configs(components: Mapping[str, dict[str, Any]], scheduler: dict[str, Any], place: Callable[[str], str]) -> Description:
     """Return the configurations. Raises InputError, naming the entry, if sid does not support one of them."""
     for name, config in components.items():
         check_entries(name, place(name), config)
@@ -420,7 +420,7 @@ def write(
         raise InputError(f"{FAMILIES[family].title} consists of {', '.join(PREFIXES[family])}, not {', '.join(components)}")
     tensors: dict[str, Tensor] = {}
     for component, network in components.items():
-        tensors |= stored(family, component, network, dtype)
+        tensors |= file_tensors(family, component, network, dtype)
     scheduler = {key: value for key, value in scheduler_config.items() if key == "_class_name" or not key.startswith("_")}
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction == "v_prediction":
@@ -443,9 +443,9 @@ def write(
         save_tensors(tensors, temporary, header)
 
 
-def stored(family: str, component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def file_tensors(family: str, component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of a network under their keys in the file, on the CPU."""
-    places = placed(family, component, network, PREFIXES[family][component][0])
+    places = places_in_file(family, component, network, PREFIXES[family][component][0])
     found: dict[str, Tensor] = {}
     shared: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(network.state_dict().items(), key=lambda item: places[item[0]].part or 0):
@@ -453,11 +453,11 @@ def stored(family: str, component: str, network: nn.Module, dtype: torch.dtype) 
         if place.part is not None:
             shared.setdefault(place.key, []).append(tensor)
         else:
-            found[place.key] = (tensor.T if place.turned else tensor.reshape(place.shape(tensor.shape))).contiguous()
+            found[place.key] = (tensor.T if place.transposed else tensor.reshape(place.shape(tensor.shape))).contiguous()
     return found | {key: torch.cat(parts) for key, parts in shared.items()}
 
 
-def placed(family: str, component: str, network: nn.Module, prefix: str) -> dict[str, Place]:
+def places_in_file(family: str, component: str, network: nn.Module, prefix: str) -> dict[str, Place]:
     """Return the place of each tensor of a network. Raises InputError if the layout has no name for one."""
     places, found = places_of(family, component, configuration(network), prefix), {}
     for name in network.state_dict():

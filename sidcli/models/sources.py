@@ -14,7 +14,7 @@ from typing import Any
 from sidcli.errors import InputError
 from sidcli.files import NOT_READ, readable, sha256
 from sidcli.models import card
-from sidcli.models.hub import PARTS, PICKLES, fetch, needed
+from sidcli.models.hub import PARTS, PICKLES, fetch, required_files
 from sidcli.progress import Listener, Silence
 
 WEIGHTS = Path(__file__).parent.parent / "emoji" / "weights"
@@ -191,7 +191,7 @@ def fingerprint(source: Source) -> str:
     for folder in (source.base, source.path):  # files in `path` take precedence over those in `base`
         files |= {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()} if folder else {}
     names = sorted(files)
-    chosen = names if graph_format(source.path) else needed(names)
+    chosen = names if graph_format(source.path) else required_files(names)
     content = [(name, sha256(files[name])) for name in sorted(chosen)]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 

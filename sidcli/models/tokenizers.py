@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from sidcli.errors import InputError, first_line
 from sidcli.files import read_bytes, read_json
-from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, shown, whole
+from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, positive_integer, value_text
 from sidcli.models.families import MAX_TOKENS
 from sidcli.models.hub import has_vocabulary
 from sidcli.printable import with_article
@@ -52,7 +52,7 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str
         if found not in CLASSES and found not in UNSPECIFIC:
             raise InputError(f"{folder} holds {with_article(str(found))}, not a CLIPTokenizer", OTHER_MODEL)
         if not isinstance(length, int | float) or not length >= 3:
-            raise InputError(f"{folder}: model_max_length is {shown(length)}; it must be a number of tokens", OTHER_COPY)
+            raise InputError(f"{folder}: model_max_length is {value_text(length)}; it must be a number of tokens", OTHER_COPY)
     if not has_vocabulary(files):
         raise InputError(f"{folder} has no vocabulary: neither tokenizer.json nor both vocab.json and merges.txt", OTHER_COPY)
     try:
@@ -97,7 +97,7 @@ def check_merges(tokenizer: Any, place: str) -> None:
 def check_tokenizer(tokenizer: Any, place: str, text_config: Mapping[str, Any], text_place: str) -> None:
     """Raises InputError if the vocabulary or the begin and end tokens do not match the text encoder. Sets model_max_length to the
     smaller maximum length of both."""
-    words, rows = tokenizer.get_vocab(), whole(text_config, "vocab_size", text_place)
+    words, rows = tokenizer.get_vocab(), positive_integer(text_config, "vocab_size", text_place)
     last = max(words, key=words.__getitem__)
     if words[last] >= rows:
         raise InputError(f"{place} has a token {last!r} with the id {words[last]}; {text_place} has vocab_size {rows}", OTHER_COPY)
@@ -108,5 +108,7 @@ def check_tokenizer(tokenizer: Any, place: str, text_config: Mapping[str, Any], 
         raise InputError(f"{place} does not put its begin and end marks around a prompt", OTHER_COPY)
     for entry, mark in {"bos_token_id": begin, "eos_token_id": end}.items():
         if text_config.get(entry) not in (None, mark, PUBLISHED_MARKS[entry]):
-            raise InputError(f"{place} has the mark {mark}; {text_place} has {entry} {shown(text_config[entry])}", OTHER_COPY)
-    tokenizer.model_max_length = int(min(tokenizer.model_max_length, whole(text_config, "max_position_embeddings", text_place)))
+            raise InputError(f"{place} has the mark {mark}; {text_place} has {entry} {value_text(text_config[entry])}", OTHER_COPY)
+    tokenizer.model_max_length = int(
+        min(tokenizer.model_max_length, positive_integer(text_config, "max_position_embeddings", text_place))
+    )

@@ -55,7 +55,7 @@ TRANSIENT = 3
 """Number of gradients of the largest activation's size that exist at the same time in a backward pass."""
 
 
-class Attention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """Stand-in for fused attention, which saves its inputs and output for the backward pass, but not the attention matrix."""
 
     @staticmethod
@@ -65,7 +65,7 @@ class Attention(torch.autograd.Function):
         return made
 
 
-class Autocast(TorchFunctionMode):
+class MetaAutocast(TorchFunctionMode):
     """Emulates the dtypes of torch.autocast to bf16 on the meta device, which autocast does not support.
 
     On CUDA, autocast also runs normalization and softmax in float32, and their float32 inputs are saved for the backward pass.
@@ -132,7 +132,9 @@ class Activations:
         ]
         hooks = [part.register_forward_pre_hook(self.enter) for part in blocks]
         hooks += [part.register_forward_hook(self.leave) for part in blocks]
-        attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
+        attention = mock.patch(
+            "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v)
+        )
         with attention, torch.autograd.graph.saved_tensors_hooks(self.keep, lambda value: value):
             yield
         for hook in hooks:
@@ -175,7 +177,7 @@ def _activations(
         if not trained:
             net.requires_grad_(False)
     meter = Activations(net, config.gradient_checkpointing)
-    with meter.counted(), Autocast(device_type) if config.precision == "bf16" else nullcontext():
+    with meter.counted(), MetaAutocast(device_type) if config.precision == "bf16" else nullcontext():
         forward(net, rows, cond)
     return meter.total, TRANSIENT * meter.widest
 
@@ -188,11 +190,11 @@ def forward(net: Any, rows: int, cond: Cond) -> None:
     denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
-def size_of(values: Any) -> int:
+def count_weights(values: Any) -> int:
     return sum(value.numel() for value in values)
 
 
-LARGEST_PIECE = 32
+MAX_MICRO_BATCH = 32
 """Largest micro-batch that `choose` selects. Larger kernels are not faster."""
 PEAK_SHARE = 0.19
 """Fraction of the data sheet bf16 throughput that the engine reached on an H200, without counting recomputation as work."""
@@ -261,9 +263,9 @@ class Plan:
         if self.drawing_flops:
             count = counted(c.data_num or TEACHER_IMAGES, "image")
             rows += [("data", f"{count} that the teacher draws first, {self.drawing_flops / 1e12:.3g} TFLOP")]
-        rows += [("time", f"{about(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
+        rows += [("time", f"{about_seconds(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
         if self.seconds is not None or not self.estimates:
-            rows += [("time", about(self.seconds))]
+            rows += [("time", about_seconds(self.seconds))]
         rows += [("disk", f"{gigabytes(self.disk)} for checkpoints and the student")]
         rows += [("download", f"{name} {gigabytes(size)}") for name, size in self.downloads.items()]
         return [*tomli_w.dumps(dataclasses.asdict(c)).splitlines(), "", *(f"# {name:<13} {text}" for name, text in rows)]
@@ -275,11 +277,11 @@ class Plan:
         return f"no: {gigabytes(self.peak)} needed, {gigabytes(int(usable))} usable on {gpu.title}; try a smaller --memory recipe"
 
 
-def about(seconds: float | None) -> str:
+def about_seconds(seconds: float | None) -> str:
     return "not known until the run has taken some steps" if seconds is None else f"about {duration(seconds)}"
 
 
-def rate(output: Path) -> float | None:
+def recorded_rate(output: Path) -> float | None:
     """Return the images per second of the last record in the run folder, or None."""
     try:
         last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
@@ -304,7 +306,7 @@ def forwards_to_draw(config: DistillConfig, known: Description) -> int:
     return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
 
 
-def condition(known: Description) -> Cond:
+def meta_cond(known: Description) -> Cond:
     """Return the cond of one prompt on the meta device."""
     texts = [known.networks[name] for name in known.texts]
     states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
@@ -330,7 +332,7 @@ class Sizes:
     def of(cls, known: Description, config: DistillConfig) -> Sizes:
         with torch.device("meta"):
             nets = {name: build(name, settings) for name, settings in known.networks.items()}
-            weights = size_of(nets["unet"].parameters())
+            weights = count_weights(nets["unet"].parameters())
             roles = {}
             for name, role in objectives.find(config.objective.name)(config, known.path.steps).roles.items():
                 net = copy.deepcopy(nets["unet"]).requires_grad_(not role.lora)
@@ -338,9 +340,9 @@ class Sizes:
                     add_adapters(net, role.lora)
                 if role.head:
                     add_head(net)
-                roles[name] = role, size_of(value for value in net.parameters() if value.requires_grad)
-        text = sum(size_of(nets[name].parameters()) for name in known.texts)
-        return cls(nets["unet"], weights, roles, text, size_of(nets["vae"].parameters()))
+                roles[name] = role, count_weights(value for value in net.parameters() if value.requires_grad)
+        text = sum(count_weights(nets[name].parameters()) for name in known.texts)
+        return cls(nets["unet"], weights, roles, text, count_weights(nets["vae"].parameters()))
 
     def state(self, config: DistillConfig) -> int:
         """Return the size of a checkpoint in bytes."""
@@ -352,7 +354,7 @@ class Sizes:
         return 4 * (self.weights + self.text + self.vae)
 
 
-def described(config: DistillConfig, listener: Listener) -> Description:
+def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     """Return the teacher's description after a check against the settings. Reads no weights."""
     source = find(config.teacher, listener, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
@@ -368,7 +370,7 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
     """
     check_libraries(config)
     check_split(config.batch_size, count())
-    sizes = Sizes.of(described(config, listener), config)
+    sizes = Sizes.of(describe_teacher(config, listener), config)
     checkpoint.check_room(output / "checkpoints", sizes.state(config), keep, sizes.student)
 
 
@@ -407,9 +409,9 @@ def make(
     check_libraries(config)
     check_split(config.batch_size, processes)
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
-    known = described(config, listener)
+    known = describe_teacher(config, listener)
     sizes = Sizes.of(known, config)
-    cond, weights = condition(known), sizes.weights
+    cond, weights = meta_cond(known), sizes.weights
     moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())
     averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {
@@ -423,7 +425,7 @@ def make(
     }
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
-    pace, peak = rate(output), sum(memory.values())
+    pace, peak = recorded_rate(output), sum(memory.values())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(sizes.unet, 1, cond)
     flops = counter.get_total_flops() * forwards_per_image(config, known.path.steps)
@@ -470,7 +472,7 @@ def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener
         needed = needs(config)
         if needed >= free:
             continue
-        while config.micro_batch < min(LARGEST_PIECE, config.batch_size):
+        while config.micro_batch < min(MAX_MICRO_BATCH, config.batch_size):
             larger = dataclasses.replace(config, micro_batch=min(2 * config.micro_batch, config.batch_size))
             if (more := needs(larger)) >= free:
                 break

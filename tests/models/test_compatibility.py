@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 
 from sidcli.errors import InputError
 from sidcli.models import compatibility
-from sidcli.models.compatibility import BUILT, PIPELINES, REQUIRED, SCHEDULERS
+from sidcli.models.compatibility import ACCEPTED, PIPELINES, SCHEDULERS, SUPPORTED_VALUES
 from sidcli.models.drawing import Plan
 from sidcli.models.loading import describe, load
 from sidcli.models.overrides import Overrides
@@ -60,8 +60,8 @@ def refusal(folder: Path, overrides: Overrides | None = None) -> str:
 )
 def test_every_entry_that_diffusers_knows_is_either_computed_or_required_to_do_nothing(component: str, kind: type) -> None:
     parameters = set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs"}
-    assert parameters <= BUILT[component] | set(REQUIRED[component])
-    assert BUILT[component].isdisjoint(REQUIRED[component])
+    assert parameters <= ACCEPTED[component] | set(SUPPORTED_VALUES[component])
+    assert ACCEPTED[component].isdisjoint(SUPPORTED_VALUES[component])
 
 
 def test_pipelines_are_those_of_diffusers() -> None:

@@ -14,7 +14,7 @@ import pytest
 from sidcli.errors import InputError
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.models.families import clip_tokenizer
-from sidcli.models.hub import check_weights, is_complete, needed
+from sidcli.models.hub import check_weights, is_complete, required_files
 from tests import REPOSITORY
 from tests.commands import process as sid
 from tests.hub_server import COMMIT, Hub, Trouble
@@ -118,8 +118,12 @@ def test_a_copy_in_the_cache_without_a_shard_is_not_complete(variant: str, sd_fo
 def test_of_several_variants_the_plain_one_is_read_then_full_precision_then_half() -> None:
     files = [f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp32", ".fp16", ".bf16", ".non_ema")]
     for first in range(4):
-        assert needed(files[first:]) == [files[first]]
-    assert needed(files[4:]) == needed(["unet/model.safetensors", "text_encoder/diffusion_pytorch_model.safetensors"]) == []
+        assert required_files(files[first:]) == [files[first]]
+    assert (
+        required_files(files[4:])
+        == required_files(["unet/model.safetensors", "text_encoder/diffusion_pytorch_model.safetensors"])
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +239,7 @@ INFO = "models/someone/sd"
 def test_a_hub_in_trouble_is_asked_a_few_times_and_what_arrived_is_not_asked_for_again(
     trouble: dict[str, list[Trouble]], said: str | None, repository: Path, tmp_path: Path
 ) -> None:
-    wanted = needed(sorted(str(file.relative_to(repository)) for file in repository.rglob("*")))
+    wanted = required_files(sorted(str(file.relative_to(repository)) for file in repository.rglob("*")))
     with Hub({"someone/sd": repository}, troubles=trouble).running() as hub:
         first = fetch(hub, tmp_path, "someone/sd", HF_HUB_DOWNLOAD_TIMEOUT="1")
         arrived = {file for file in wanted if any((tmp_path / "hub").glob(f"models--*/snapshots/*/{file}"))}

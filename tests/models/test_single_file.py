@@ -155,7 +155,7 @@ def test_text_encoders_of_older_transformers_get_the_same_names(pipes: dict[str,
 
     for family in ("sd1", "sd2"):
         text = pipes[family].text_encoder
-        new, old = (single_file.stored(family, "text_encoder", network, torch.float32) for network in (text, Wrapped(text)))
+        new, old = (single_file.file_tensors(family, "text_encoder", network, torch.float32) for network in (text, Wrapped(text)))
         assert equal(new, old)
         assert set(new) <= set(load_file(files[family]))
 
@@ -242,7 +242,7 @@ def shapes(family: str) -> dict[str, list[int]]:
     for component, config in FAMILIES[family].components.items():
         with torch.device("meta"):
             network = build(component, config)
-        places = single_file.placed(family, component, network, ldm.PREFIXES[family][component][0])
+        places = single_file.places_in_file(family, component, network, ldm.PREFIXES[family][component][0])
         found |= {places[name].key: places[name].shape(tensor.shape) for name, tensor in network.state_dict().items()}
     return found
 
@@ -575,7 +575,7 @@ def test_descriptions_have_the_published_parameter_counts_and_every_tensor_has_a
         with torch.device("meta"):
             network = build(component, config)
         parameters[component] = sum(parameter.numel() for parameter in network.parameters())
-        found = single_file.placed(family, component, network, ldm.PREFIXES[family][component][0])
+        found = single_file.places_in_file(family, component, network, ldm.PREFIXES[family][component][0])
         assert found.keys() == network.state_dict().keys()
         places += [(place.key, place.part) for place in found.values()]
     assert parameters == counts

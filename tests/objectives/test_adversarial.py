@@ -154,7 +154,7 @@ def _caught(built: Engine, role: str) -> tuple[Tensor, dict[str, float]]:
     phase = phase_of(built, role)
     samples: list[Tensor] = []
     if phase.inputs.reuse:
-        batches = [built._batch((inputs(built, GENERATOR), 0, piece)) for piece in built._pieces()]
+        batches = [built._batch((inputs(built, GENERATOR), 0, piece)) for piece in built._micro_batches()]
         samples = [built.nets.generate(batch).detach() for batch in batches]
     found: list[Tensor] = []
     step = built.roles[role].optimizer.register_step_pre_hook(
@@ -217,7 +217,7 @@ def test_the_plan_counts_the_head_and_the_passes_of_real_images(
         objective = objectives.settings({"name": name, **settings})
         given = dataclasses.replace(config, teacher=str(folder), objective=objective, fake_lora=lora)
         made = plan.make(given, Path("run"), "cpu", 1, Silence())
-        found = plan.Sizes.of(plan.described(given, Silence()), given)
+        found = plan.Sizes.of(plan.describe_teacher(given, Silence()), given)
         return found, found.state(given), made.flops_per_image
 
     built = engine(model, config, "dmd2", WITH_GAN["dmd2"], fake_lora=lora)

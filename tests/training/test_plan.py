@@ -161,7 +161,7 @@ def test_what_a_run_cannot_have_is_told_from_descriptions_alone(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(config, teacher=str(sd_folder))
-    size = plan.Sizes.of(plan.described(config, Silence()), config)
+    size = plan.Sizes.of(plan.describe_teacher(config, Silence()), config)
     engine = Engine(load(find(str(sd_folder))), config, open_prompts("general"), torch.device("cpu"))
     assert size.state(config) == engine.state_bytes
     plan.check(config, tmp_path / "run", 2, Silence())
