@@ -22,7 +22,7 @@ import torch
 
 del sys.modules["bitsandbytes"]
 
-from sidcli.evaluation import protocols
+from sidcli.evaluation import emoji_reference
 from sidcli.models import sampler
 from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sources import find
@@ -105,7 +105,7 @@ def few_teacher_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def few_reference_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emoji protocol compares with 600 scenes instead of 10,000, whose features each test would compute again."""
-    monkeypatch.setattr(protocols, "REFERENCE_SCENES", 600)
+    monkeypatch.setattr(emoji_reference, "SCENES", 600)
 
 
 @pytest.fixture

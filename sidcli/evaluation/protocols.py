@@ -30,6 +30,7 @@ from sidcli.data.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_
 from sidcli.data.prompts import open_prompts, read_list
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
+from sidcli.evaluation import emoji_reference
 from sidcli.files import sha256, size_of
 from sidcli.metrics.clip import PREFIX, Clip, Embeddings, Similarity
 from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, InceptionFeatures
@@ -39,7 +40,6 @@ from sidcli.metrics.weights import INCEPTION, fetch
 from sidcli.models.sources import WEIGHTS
 from sidcli.progress import Listener, counted
 
-REFERENCE_SCENES = 10_000
 QUICK_NUM = 300
 """Default number of images per model if the number of captions is unlimited."""
 GENERAL = "general"
@@ -167,6 +167,8 @@ class Protocol:
     prepared: str = ""
     held_out: Captions | None = None
     bare: Captions | None = None
+    statistics: Statistics | None = None
+    """Statistics of the reference's features for the FID, if they are known without its images."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -195,12 +197,13 @@ def emoji(networks: Networks) -> Protocol:
     return Protocol(
         "emoji",
         captions(False),
-        Collection(SceneSet(world.REFERENCE_SEED), REFERENCE_SCENES),
+        Collection(SceneSet(world.REFERENCE_SEED), emoji_reference.SCENES),
         EmojiExtractors(networks),
         QUICK_NUM,
         held_out=captions(True),
         bare=Captions("emoji world, nouns alone", f"emoji {world.digest()} bare", bare_captions),
-        facts={"reference": f"{REFERENCE_SCENES} scenes of the emoji world", "world": world.digest()},
+        statistics=emoji_reference.shipped(emoji_reference.SCENES),
+        facts={"reference": f"{emoji_reference.SCENES} scenes of the emoji world", "world": world.digest()},
     )
 
 

@@ -174,7 +174,9 @@ class Evaluation:
 
     @property
     def reference(self) -> Collection | None:
-        compared = any(metric in NEEDS_REFERENCE for metric in self.metrics)
+        """The reference images, None if no metric of the table compares with their features."""
+        known = ("fid", "fid_infinity") if self.protocol.statistics else ()
+        compared = any(metric in NEEDS_REFERENCE and metric not in known for metric in self.metrics)
         return self.protocol.reference if compared and isinstance(self.protocol.reference, Collection) else None
 
     def check_width(self, features: np.ndarray) -> None:
@@ -315,6 +317,8 @@ class Evaluation:
         found = {"features": given} if isinstance(given, Statistics) else {}
         if self.reference is not None:
             found |= {name: statistics(self.compared(name)) for name in self.extractors if name in ("features", "dino")}
+        if self.protocol.statistics:
+            found["features"] = self.protocol.statistics
         if self.teacher and "fid_teacher" in self.metrics:
             found["teacher"] = statistics(self.collection(self.teacher).features(self.extractors["features"]))
         return found

@@ -30,6 +30,8 @@ from sidcli.models.sources import WEIGHTS, check_links
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+CLASSIFIER = WEIGHTS / "classifier.safetensors"
+"""The classifier of the emoji world."""
 DINO_SIZE = 224
 IMAGENET = (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32))
 
@@ -99,10 +101,9 @@ class EmojiFeatures:
     reads_captions = False
 
     def __init__(self) -> None:
-        file = WEIGHTS / "classifier.safetensors"
         self.net = Classifier().eval()
-        self.net.load_state_dict(load_file(file))
-        self.name = f"emoji classifier {sha256(file)[:12]}"
+        self.net.load_state_dict(load_file(CLASSIFIER))
+        self.name = f"emoji classifier {sha256(CLASSIFIER)[:12]}"
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:
