@@ -298,7 +298,7 @@ def distill(
     from sidcli.training import distill as driver
     from sidcli.training import plan
 
-    plan.check(resolved, request.folder, intervals.keep, listener)
+    plan.check(resolved, request.folder, intervals.checkpoints, listener)
     if "prompts" not in request.own and resolved.prompts in BUILT_IN:
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
     known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)

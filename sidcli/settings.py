@@ -264,7 +264,7 @@ SHORTCUTS |= {
     name: f"give --{name.replace('_', '-')}, which is an option of the command only"
     for name in (
         *("output", "device", "processes", "resume", "tracker", "save_every", "save_minutes", "keep_checkpoints"),
-        *("sample_every", "eval_every"),
+        *("sample_every", "eval_every", "keep_best"),
     )
 }
 """Options of `sid distill` that are no settings -> hint for a config file that has a key of this name."""

@@ -49,6 +49,9 @@ SampleEvery = Annotated[int, typer.Option(callback=within(1), help="Steps betwee
 EvalEvery = Annotated[
     int, typer.Option(callback=within(0), help="Steps between quick measurements against the teacher's own images; 0: none.")
 ]
+KeepBest = Annotated[
+    bool, typer.Option("--keep-best", help="Write the student of the best measurement of --eval-every, not of the last step.")
+]
 Tracker = Annotated[Literal["tensorboard", "wandb"] | None, typer.Option(help="Log to this program too, if installed.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings, memory, time and disk, and stop.")]
 PlanFor = Annotated[
@@ -115,6 +118,7 @@ def distill(
     keep_checkpoints: KeepCheckpoints = 2,
     sample_every: SampleEvery = 50,
     eval_every: EvalEvery = 0,
+    keep_best: KeepBest = False,
     tracker: Tracker = None,
     dry_run: DryRun = False,
     plan_for: PlanFor = None,
@@ -140,6 +144,7 @@ def distill(
     if not dry_run:
         launch_processes(processes, device)
     gpu = check(output, device, plan_for)
+    intervals = Intervals(save_every, sample_every, 60 * save_minutes, eval=eval_every, keep=keep_checkpoints, keep_best=keep_best)
     method = method_of(objective, config)
     if list_settings:
         from sidcli.cli.console import Console
@@ -153,11 +158,10 @@ def distill(
     with open_console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", unused=()) as console:
         if dry_run:
             request = Request.of(teacher or model, Path(output) if output else None, **asked, settings=settings)
-            plan_run(request, console, device, gpu, processes, keep_checkpoints, eval_every)
+            plan_run(request, console, device, gpu, processes, intervals)
             return
         from sidcli.cli.console import DistillProgress
 
-        intervals = Intervals(save_every, sample_every, 60 * save_minutes, eval=eval_every, keep=keep_checkpoints)
         where: dict[str, Any] = {"output": output, "device": device, "resume": resume, "tracker": tracker, "intervals": intervals}
         command = shlex.join(["sid", *sys.argv[1:]])
         with DistillProgress(console) as listener:
@@ -174,15 +178,15 @@ def check(output: str | None, device: str, plan_for: str | None) -> Gpu | None:
     return None if plan_for is None else parse_gpu(plan_for)
 
 
-def plan_run(request: Request, console: Console, device: str, gpu: Gpu | None, processes: int, keep: int, eval_every: int) -> None:
+def plan_run(request: Request, console: Console, device: str, gpu: Gpu | None, processes: int, intervals: Intervals) -> None:
     """Print the plan of a run."""
-    request.check(True, bool(eval_every))
+    request.check(True, bool(intervals.eval))
     request.prompts(console)
     request.images(console)
     resolved, gpu = request.resolve(console, device, True, gpu)
     from sidcli.training import plan
 
-    made = plan.make(resolved, request.folder, device, processes, console, keep, gpu)
+    made = plan.make(resolved, request.folder, device, processes, console, intervals.checkpoints, gpu)
     console.result(made.lines(), made.as_dict())
 
 

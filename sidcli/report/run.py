@@ -23,12 +23,16 @@ from sidcli.models import card
 from sidcli.objectives import OBJECTIVES
 from sidcli.progress import counted, duration, plural
 from sidcli.report.charts import evenly, number
+from sidcli.report.decay import worsening
 from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
 from sidcli.settings import flat
 
 FRAMES = 24
 PROXIES: Mapping[str, tuple[str, bool | None]] = {
     **{f"proxy_{name}": (f"{metric.label}, proxy", metric.lower_is_better) for name, metric in METRICS.items()},
+    "proxy_saturation": ("Saturation, times the teacher's", None),
+    "proxy_contrast": ("Contrast, times the teacher's", None),
+    "proxy_diversity": ("Diversity at one prompt, times the teacher's", None),
     "ratio": ("Ratio", None),
     "sample_std": ("Spread of the latents", None),
 }
@@ -36,7 +40,8 @@ COSTS: Mapping[str, tuple[str, bool | None]] = {
     "images_per_second": ("Images per second", False),
     "memory_gb": ("Peak memory, GB", True),
 }
-COUNTS = ("step", "images", "seconds", "skipped", "skipped_in_row")
+NOT_DRAWN = ("step", "images", "seconds", "skipped", "skipped_in_row", "proxy_cmmd_low", "proxy_cmmd_high")
+"""Numbers of metrics.jsonl that are no curves."""
 LOOK = "Look at the pictures and the proxies; proxies are measured on few images and compare steps of this run only."
 RATIO = "The ratio is |y_teacher - y_fake| / |y_teacher - x|: how far the two denoisers differ, relative to what the teacher changes in x."
 
@@ -54,7 +59,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         student = _json(folder / "student" / "sid.json", card.read_file)
-        return cls(folder, _toml(folder / "config.toml"), _json(folder / "run.json"), student, _records(folder / "metrics.jsonl"))
+        return cls(folder, _toml(folder / "config.toml"), _json(folder / "run.json"), student, records(folder / "metrics.jsonl"))
 
     @property
     def teacher(self) -> str:
@@ -100,13 +105,13 @@ def run_sections(folder: Path) -> tuple[Section, ...]:
 
 
 def _sections(run: Run) -> tuple[Section, ...]:
-    keys = dict.fromkeys(key for record in run.records.values() for key in record if key not in COUNTS)
+    keys = dict.fromkeys(key for record in run.records.values() for key in record if key not in NOT_DRAWN)
     curves = {key: [(step, record[key]) for step, record in run.records.items() if key in record] for key in keys}
     losses = {key: (key.replace("_", " ").capitalize(), None) for key in curves if key not in PROXIES and key not in COSTS}
     sections = (
         _overview(run),
         _timeline(run.folder / "samples"),
-        _curves("Progress", PROXIES, curves, (_reading(run), *_goal(run), *([RATIO] if "ratio" in curves else []))),
+        _curves("Progress", PROXIES, curves, (_reading(run), *_decay(run), *_goal(run), *([RATIO] if "ratio" in curves else []))),
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
         _curves("Speed and memory", COSTS, curves, from_zero=True),
         _commands(run),
@@ -121,6 +126,15 @@ def _reading(run: Run) -> str:
     """Return a note that explains how to read the losses of the run's objective, and what to look at instead."""
     objective = OBJECTIVES.get(str(flat(run.config).get("objective", "sid")))
     return f"{objective.reads} {LOOK}" if objective else LOOK
+
+
+def _decay(run: Run) -> tuple[str, ...]:
+    """Return notes on a student that got worse, and on a student that is not that of the last step."""
+    said, kept = worsening(run.records), run.record.get("student")
+    notes = [f"Warning: {said}."] if said else []
+    if isinstance(kept, dict) and kept.get("step") != run.done:
+        notes.append(f"The student is that of step {kept.get('step')}: {kept.get('reason')}.")
+    return tuple(notes)
 
 
 def _goal(run: Run) -> tuple[str, ...]:
@@ -273,7 +287,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return pairs
 
 
-def _records(file: Path) -> dict[float, dict[str, float]]:
+def records(file: Path) -> dict[float, dict[str, float]]:
     """Return the records of metrics.jsonl by step.
 
     Lines that are not a JSON object with a step, and values that are not finite numbers, are skipped.

@@ -86,8 +86,10 @@ def check_room(root: Path, size: int, keep: int = KEEP, more: int = 0) -> None:
     )
 
 
-def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP) -> Path:
-    """Write checkpoint `step` under `root`, then remove all but the newest `keep`. Returns its folder.
+def write(
+    root: Path, step: int, files: Files, config: dict[str, Any], inputs: dict[str, str], keep: int = KEEP, best: int | None = None
+) -> Path:
+    """Write checkpoint `step` under `root`, then remove all but the newest `keep` and that of step `best`. Returns its folder.
 
     Raises EnvironmentProblem if writing fails, for example because the disk is full.
     """
@@ -101,7 +103,7 @@ def write(root: Path, step: int, files: Files, config: dict[str, Any], inputs: d
             entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         manifest = {"format": FORMAT, "step": step, "config": config, "inputs": inputs, "files": entries}
         write_json(folder / "manifest.json", manifest | {"sha256": _digest(manifest)})
-    for old in sorted(numbered(root), reverse=True)[keep:]:
+    for old in sorted(set(numbered(root)) - {best}, reverse=True)[keep:]:
         shutil.rmtree(root / folder_name(old))
     return target
 
@@ -195,6 +197,8 @@ class Writer:
         self.error: BaseException | None = None
         self.seconds = 0.0
         """Seconds for which the training has waited."""
+        self.best: int | None = None
+        """Step of a checkpoint that is kept beside the newest ones."""
 
     def __enter__(self) -> Writer:
         return self
@@ -209,10 +213,11 @@ class Writer:
     def write(self, step: int, files: Files) -> None:
         """Start to write tensors, which must not change afterwards. Raises the error of the previous write, if any."""
         self.finish()
+        best = self.best
 
         def work() -> None:
             try:
-                write(self.root, step, files, self.config, self.inputs, self.keep)
+                write(self.root, step, files, self.config, self.inputs, self.keep, best)
             except BaseException as error:
                 self.error = error
 

@@ -49,8 +49,9 @@ from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import fingerprint
 from sidcli.progress import RunListener, counted
+from sidcli.report.decay import best, worsening
 from sidcli.report.page import write
-from sidcli.report.run import run_page
+from sidcli.report.run import records, run_page
 from sidcli.settings import DistillConfig, differences
 from sidcli.training import checkpoint, precision
 from sidcli.training.intervals import Intervals
@@ -178,14 +179,22 @@ def run(
                 seconds, record = loop.run()
             if cut := engine.sampler.truncated:
                 listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
-            student = output / "student"
-            finished = engine.student()
-            if engine.distributed.is_main:
-                write_student(student, finished, student_card(engine, prompts))
-                complete_record(output, engine, loop.trained)
-                write(run_page(output), output / "report.html")
-            engine.distributed.wait()
-    return Result(output, student, engine.step, engine.step - began_at, engine.images, seconds, writer.seconds, record)
+            step = engine.step
+            write_results(loop, prompts, step)
+    student, shown = output / "student", step * config.batch_size
+    return Result(output, student, step, step - began_at, shown, seconds, writer.seconds, record)
+
+
+def write_results(loop: Loop, prompts: Prompts, step: int) -> None:
+    """Write the student, complete the record of a run of `step` steps, and write the report."""
+    engine, output = loop.engine, loop.output
+    reason = loop.return_to_best() if loop.intervals.keep_best else "the last step"
+    student = engine.student()
+    if engine.distributed.is_main:
+        write_student(output / "student", student, student_card(engine, prompts))
+        complete_record(output, {"steps": step, "images": step * engine.config.batch_size}, loop.trained, engine.step, reason)
+        write(run_page(output), output / "report.html")
+    engine.distributed.wait()
 
 
 def open_data(engine: Engine, images: CaptionedImages | None, teacher: str, listener: RunListener) -> Latents:
@@ -228,12 +237,17 @@ class Loop:
         self.painter = Painter(engine, output / "samples", listener)
         self.proxy: Proxy | None = None
         self.record: dict[str, Any] = {}
+        self.evaluations = records(output / "metrics.jsonl") if engine.distributed.is_main else {}
+        """Numbers of metrics.jsonl by step, of which those of --eval-every are kept up to date; empty in other processes."""
+        self.warned = False
         self.returned = False
         self.saved, self.begun = engine.step, time.monotonic()
         self.saved_at = self.begun
         self.trained = trained_seconds(output / "metrics.jsonl") if engine.distributed.is_main else 0.0
         """Training time of the whole run in seconds, as of the last record, without time lost to an interruption."""
         self.trained_before = self.trained
+        if intervals.keep_best and (top := best(self.evaluations)):
+            writer.best = top.step
 
     def run(self) -> tuple[float, dict[str, Any]]:
         """Run the loop. Returns its seconds and the last record. Raises Interrupted after saving, SidError if it diverges."""
@@ -283,6 +297,8 @@ class Loop:
                 if paint:
                     write(run_page(self.output), self.output / "report.html")
             student.vae.to("cpu")  # training does not use the VAE
+        if evaluate and self.intervals.keep_best:
+            self.keep_best()
         stopped, _ = self.poll_stop()
         if stopped:
             self.save_and_interrupt(stopped)
@@ -310,9 +326,44 @@ class Loop:
         with self.listener.progress("evaluate", PROXY_IMAGES, "images") as advance:
             found = self.proxy.measure(student, student_plan_of(self.engine.config), advance)
         self.write({"step": self.engine.step, **found})
+        self.evaluations[self.engine.step] = found
         self.listener.note(
             f"step {self.engine.step}: CMMD to the teacher {found['proxy_cmmd']:.4f}, CLIP score {found['proxy_clip']:.4f}"
         )
+        said = worsening(self.evaluations)
+        if said and not self.warned:
+            instead = "" if self.intervals.keep_best else " and --keep-best, which writes the best student instead of the last,"
+            self.listener.note(f"warning: {said}; lower learning rates{instead} are for a new run")
+        self.warned = said is not None
+
+    def keep_best(self) -> None:
+        """Save this step, and keep its checkpoint, if its evaluation is the best so far. Only the main process knows evaluations."""
+        top, engine = best(self.evaluations), self.engine
+        if self.agreed(engine.step if top and top.step == engine.step else 0):
+            self.writer.best = engine.step
+            self.save()
+
+    def agreed(self, number: int) -> int:
+        """Return the number that the main process gives, in every process. The others give 0."""
+        distributed = self.engine.distributed
+        return int(distributed.sum(torch.tensor(float(number), device=distributed.device)))
+
+    def return_to_best(self) -> str:
+        """Load the checkpoint of the best evaluation, if it is not the last step. Returns the reason for the loaded step."""
+        engine, top = self.engine, best(self.evaluations)
+        found, folder = None, self.output / "checkpoints"
+        if engine.distributed.is_main and top and top.step != engine.step:
+            try:
+                found = checkpoint.verify(folder / checkpoint.folder_name(top.step))
+            except InputError as error:
+                self.listener.note(f"the student is that of the last step: {error.message}")
+        step = self.agreed(found.step if found else 0)
+        if step:
+            engine.load(step, checkpoint.read(found or checkpoint.verify(folder / checkpoint.folder_name(step))))
+            self.listener.note(f"the student is that of step {step}, which has the lowest CMMD to the teacher")
+        if top is None:
+            return "the last step"
+        return f"lowest CMMD to the teacher, {top.cmmd:.4f}" if top.step == engine.step else "the last step"
 
     def report(self, result: Measurements, rate: float) -> None:
         """Append one line to metrics.jsonl. A value that is not finite becomes null."""
@@ -360,6 +411,7 @@ class Loop:
         self.returned, self.saved = True, found.step
         if self.engine.distributed.is_main:
             drop_records_after(self.output / "metrics.jsonl", found.step, bool(self.intervals.eval))
+            self.evaluations = records(self.output / "metrics.jsonl")
         self.listener.note(
             f"{skipped:g} updates of a network in a row were not finite at step {step}; back to step {found.step}, once"
         )
@@ -506,7 +558,7 @@ def prepare_folder(engine: Engine, output: Path, intervals: Intervals, listener:
     for folder in checkpoint.set_aside(checkpoints, engine.step):
         listener.note(f"set aside: {folder}; delete it if you do not need it")
     if engine.step < engine.config.steps:
-        checkpoint.check_room(checkpoints, engine.state_bytes, intervals.keep)
+        checkpoint.check_room(checkpoints, engine.state_bytes, intervals.checkpoints)
 
 
 def drop_records_after(metrics: Path, step: int, evaluates: bool) -> None:
@@ -552,12 +604,13 @@ def trained_seconds(metrics: Path) -> float:
     return max((seconds for seconds in found if isinstance(seconds, float)), default=0.0)
 
 
-def complete_record(output: Path, engine: Engine, seconds: float) -> None:
-    """Add the time of completion, steps, training images per network and seconds of training to run.json."""
+def complete_record(output: Path, done: dict[str, int], seconds: float, student: int, reason: str) -> None:
+    """Add to run.json: time of completion, steps and training images per network, seconds of training, the step of the student and
+    the reason for it."""
     file = output / "run.json"
     record = read_json(file)
-    done = {"steps": engine.step, "images": engine.images, "seconds": round(seconds, 1)}
-    write_json(file, record | done | {"finished": record["finished"] or now()})
+    record |= done | {"seconds": round(seconds, 1), "student": {"step": student, "reason": reason}}
+    write_json(file, record | {"finished": record["finished"] or now()})
 
 
 def write_record(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidcli.errors import UsageError
+
 KEEP = 2
 """Default number of checkpoints to keep."""
 
@@ -21,3 +23,14 @@ class Intervals:
     """0: no evaluation."""
     keep: int = KEEP
     """Checkpoints to keep."""
+    keep_best: bool = False
+    """Also keep the checkpoint of the best evaluation, and write the student from it."""
+
+    def __post_init__(self) -> None:
+        if self.keep_best and not self.eval:
+            raise UsageError("--keep-best selects by the measurements of --eval-every, which is 0", "--eval-every 50")
+
+    @property
+    def checkpoints(self) -> int:
+        """Largest number of checkpoints that stay on disk."""
+        return self.keep + self.keep_best

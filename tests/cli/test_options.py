@@ -30,6 +30,7 @@ OPTIONS = {
         "--keep-checkpoints",
         "--sample-every",
         "--eval-every",
+        "--keep-best",
         "--tracker",
         "--dry-run",
         "--plan-for",
