@@ -1,4 +1,4 @@
-"""A ComfyUI workflow for a single file. A KSampler node would start at a noise level that the student was not trained at."""
+"""A ComfyUI workflow for a single file or a LoRA. A KSampler node would start at a noise level that the student was not trained at."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def workflow(
     seed: int,
     prediction: str = "epsilon",
     zero_snr: bool = False,
+    lora: str = "",
 ) -> dict[str, Any]:
     """Return a workflow of core nodes for ComfyUI's editor: Euler without guidance, from sigmas[0] through the other sigmas to 0.
+
+    `lora` is the name of a LoRA file to apply to the checkpoint.
 
     ComfyUI guesses the prediction type of a Stable Diffusion 2 model from its weights and assumes epsilon for every
     Stable Diffusion 1 model; the node ModelSamplingDiscrete sets the prediction type. ManualSigmas reads plain decimal
@@ -30,10 +33,11 @@ def workflow(
     steps = ", ".join([*(f"{sigma:.6f}" for sigma in sigmas), "0"])
     sampling = "eps" if prediction == "epsilon" else prediction
     sources = [("model", 2, 0), ("positive", 3, 0), ("negative", 4, 0), ("sampler", 6, 0), ("sigmas", 7, 0), ("latent_image", 5, 0)]
+    loader = [(0, "LoraLoaderModelOnly", [lora, 1.0], [("model", 1, 0)], ["MODEL"])] if lora else []
     return graph(
         # column, type, widget values, inputs as (name, number of the source node, output of the source node), outputs
         (0, "CheckpointLoaderSimple", [checkpoint], [], ["MODEL", "CLIP", "VAE"]),
-        (1, "ModelSamplingDiscrete", [sampling, zero_snr], [("model", 1, 0)], ["MODEL"]),
+        (1, "ModelSamplingDiscrete", [sampling, zero_snr], [("model", 11 if lora else 1, 0)], ["MODEL"]),
         (1, "CLIPTextEncode", [prompt], [("clip", 1, 1)], ["CONDITIONING"]),
         (1, "CLIPTextEncode", [""], [("clip", 1, 1)], ["CONDITIONING"]),
         (0, "EmptyLatentImage", [width, height, 1], [], ["LATENT"]),
@@ -43,6 +47,7 @@ def workflow(
         (2, "SamplerCustom", [True, seed, "fixed", 1.0], sources, ["output", "denoised_output"]),
         (3, "VAEDecode", [], [("samples", 8, 0), ("vae", 1, 2)], ["IMAGE"]),
         (4, "SaveImage", ["sid"], [("images", 9, 0)], []),
+        *loader,
     )
 
 

@@ -1,8 +1,12 @@
-"""Export of the difference student - teacher as a LoRA that stock diffusers loads into the teacher, with the share that is kept."""
+"""Export of the difference student - teacher as a LoRA that stock diffusers loads into the teacher, with the share that is kept.
+
+A second file holds the same LoRA under kohya's names, for ComfyUI and AUTOMATIC1111.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,14 @@ import torch
 from torch import Tensor
 
 from sidcli.errors import InputError, UsageError
-from sidcli.formats.card import call, grid_of, sides, write_card
+from sidcli.files import save_tensors, write_json
+from sidcli.formats import single_file_folder
+from sidcli.formats.card import PROMPT, call, grid_of, sides, write_card
+from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler
 from sidcli.formats.order import DTYPES, Order
 from sidcli.models.families import FAMILIES, family_of
+from sidcli.models.ldm import locate, places_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 from sidcli.printable import printable
@@ -33,6 +41,15 @@ pipe.load_lora_weights("FOLDER")
 
 The LoRA has rank {rank} and keeps {kept:.2%} of the difference between student and teacher (squared norm over all parameters of the
 UNet). What it cannot hold counts as lost: biases, and the scales of norms."""
+FILE = "student-lora.safetensors"
+"""The LoRA under kohya's names."""
+COMFYUI = """
+
+- **ComfyUI** 0.7.0 or newer: put `{file}` into `models/loras` and the teacher's single file into `models/checkpoints`, and open
+  `comfyui_workflow.json`. It uses the sigmas that this model was trained for, {sigmas}.
+- **AUTOMATIC1111, Forge** (not tested): `{file}` has kohya's names."""
+BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""Model family -> name of its base model in the header of a LoRA (ss_base_model_version)."""
 LIKE = {
     ("sd1", "epsilon"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
     ("sd1", "v_prediction"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -50,9 +67,10 @@ def fits(name: str, value: Tensor) -> bool:
 
 
 def size(unet: Any, rank: int) -> int:
-    """Return the number of parameters in a LoRA of this UNet, which may be on the meta device."""
+    """Return the number of parameters in both files of a LoRA of this UNet, which may be on the meta device."""
     shapes = [(len(value), value.numel() // len(value)) for name, value in unet.named_parameters() if fits(name, value)]
-    return sum(min(rank, *shape) * sum(shape) for shape in shapes)
+    ranks = [min(rank, *shape) for shape in shapes]
+    return sum((own + max(ranks)) * sum(shape) for own, shape in zip(ranks, shapes, strict=True))
 
 
 def check_teacher(student: Any, teacher: Any) -> None:
@@ -103,6 +121,31 @@ def layers(student: Any, teacher: Any, rank: int) -> tuple[dict[str, Tensor], fl
     return weights, 1.0 - lost / total if total else 1.0
 
 
+def kohya(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of `layers` under the names of kohya's sd-scripts, which ComfyUI and AUTOMATIC1111 read.
+
+    A layer has `.lora_down.weight`, `.lora_up.weight` and `.alpha`, equal to its rank, so that programs scale it by 1. All layers have
+    the same rank, because diffusers assigns the alpha of a layer of another rank wrongly; zeros fill up smaller ones. Layers are
+    named as in diffusers for Stable Diffusion 1 and 2, and as in the original code for SDXL.
+    """
+    family = family_of(config)
+    rank = max(len(value) for name, value in weights.items() if name.endswith(".lora_A.weight"))
+    places = places_of(family, "unet", config, "")
+    found: dict[str, Tensor] = {}
+    for name, down in weights.items():
+        layer = name.removesuffix(".lora_A.weight")
+        if layer == name:
+            continue
+        place = locate(places, f"{layer}.") if family == "sdxl" else None
+        key = "lora_unet_" + (place.key if place else f"{layer}.").removesuffix(".").replace(".", "_")
+        up, missing = weights[f"{layer}.lora_B.weight"], rank - len(down)
+        down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], 1)
+        found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        found[f"{key}.alpha"] = torch.tensor(float(rank), dtype=down.dtype)
+    return found
+
+
 def merged(model: Model, teacher: Model, rank: int) -> Model:
     """Return the student with the LoRA merged into the teacher's UNet; this is the model that a user of the LoRA runs."""
     weights, _ = layers(model.unet, teacher.unet, rank)
@@ -122,7 +165,13 @@ def write(folder: Path, model: Model, order: Order) -> None:
     teacher = _teacher(order)
     weights, kept = layers(model.unet, teacher.unet, order.rank)
     kind = stock(model)
-    kind.save_lora_weights(folder, unet_lora_layers={name: value.to(order.torch_dtype) for name, value in weights.items()})
+    weights = {name: value.to(order.torch_dtype) for name, value in weights.items()}
+    kind.save_lora_weights(folder, unet_lora_layers=weights)
+    header = {"ss_network_module": "networks.lora", "ss_base_model_version": BASES[family_of(model.unet.config)]}
+    named = kohya(weights, model.unet.config)
+    rank = next(len(value) for name, value in named.items() if name.endswith(".lora_down.weight"))
+    header |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    save_tensors(named, folder / FILE, header)
     student_scheduler(model.scheduler_config, int(model.card["t_init"])).save_pretrained(folder / "scheduler")
     loader, places = _loader(teacher, order)
     usage = USAGE.format(
@@ -133,8 +182,20 @@ def write(folder: Path, model: Model, order: Order) -> None:
         rank=order.rank,
         kept=kept,
     )
+    if single_file_folder.is_readable(model):
+        usage += write_workflow(folder, model, teacher)
     facts = {"rank": order.rank, "kept": round(kept, 6), "teacher": teacher.source.origin}
     write_card(folder, model, model.card | {"format": "lora", "dtype": order.dtype, "lora": facts}, usage)
+
+
+def write_workflow(folder: Path, model: Model, teacher: Model) -> str:
+    """Write a ComfyUI workflow that applies the LoRA to the teacher, and return Markdown that explains it."""
+    levels, (height, width) = single_file_folder.sigmas(model), model.size
+    checkpoint = teacher.source.path.name if teacher.source.is_file else "TEACHER.safetensors"
+    zero_snr = single_file_folder.has_zero_snr(model)
+    steps = workflow(checkpoint, levels, width, height, PROMPT, 0, model.path.prediction, zero_snr, lora=FILE)
+    write_json(folder / "comfyui_workflow.json", steps)
+    return COMFYUI.format(file=FILE, sigmas=", ".join(f"{level:.6f}" for level in [*levels, 0]))
 
 
 def _loader(teacher: Model, order: Order) -> tuple[str, str]:

@@ -81,6 +81,15 @@ def has_zero_snr(known: Model | Description) -> bool:
     )
 
 
+def is_readable(model: Model) -> bool:
+    """Return whether programs that read single files can run the model: whether it has CLIP's vocabulary and their noise schedule."""
+    try:
+        has_zero_snr(model)
+    except InputError:
+        return False
+    return model.tokenizers[0].get_vocab() == clip_tokenizer().get_vocab()
+
+
 def write(folder: Path, model: Model, order: Order) -> None:
     """Write a student as a single file, with a ComfyUI workflow and a model card.
 
