@@ -296,15 +296,16 @@ def distill(
     from sidcli.data.prompts import BUILT_IN
     from sidcli.models.loading import open_model
     from sidcli.training import distill as driver
-    from sidcli.training import plan
+    from sidcli.training import initial, plan
 
     plan.check(resolved, request.folder, intervals.checkpoints, listener)
     if "prompts" not in request.own and resolved.prompts in BUILT_IN:
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
     known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)
     loaded = open_model(request.teacher, listener, known)
+    start = initial.open_initial(resolved.init, loaded, listener) if resolved.init else None
     return driver.run(
-        loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command, pictures
+        loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command, pictures, start
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -256,11 +256,18 @@ Key = tuple[Inputs, int, range]
 class Engine:
     """The networks, optimizers and weight averages of one distillation. A step is a pure function of the state and the step number.
 
+    `start` are the initial weights of the student; by default those of the teacher.
     Raises UsageError if the batch does not split evenly over the processes, EnvironmentProblem if an optional library is missing.
     """
 
     def __init__(
-        self, teacher: Model, config: DistillConfig, prompts: Prompts, device: torch.device, arithmetic: Arithmetic | None = None
+        self,
+        teacher: Model,
+        config: DistillConfig,
+        prompts: Prompts,
+        device: torch.device,
+        arithmetic: Arithmetic | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ):
         self.config, self.prompts = config, prompts
         self.data: Latents | None = None
@@ -277,6 +284,8 @@ class Engine:
         self.teacher = self.sampler.unet
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
+        if start is not None:
+            nets[GENERATOR].load_state_dict(start)
         if config.teacher_bf16 and self.arithmetic.bf16:
             for value in self.teacher.parameters():
                 value.data = value.data.bfloat16()

@@ -67,6 +67,8 @@ class DistillConfig:
     """Smallest timestep of the scores."""
     t_max: int = 980
     """Exclusive upper timestep of the scores."""
+    init: str = ""
+    """Model that the student starts from: a student, a run folder, a LoRA file, or "A - B", a difference to add to the teacher."""
     steps: int = 10000
     """Training steps."""
     batch_size: int = 512
@@ -140,6 +142,7 @@ class DistillConfig:
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
             "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
             "student-lora": (0 <= self.student_lora <= 1024, "at least 0 and at most 1024"),
+            "init": (not (self.init and self.student_lora), "left out with --student-lora, which starts at the teacher"),
             "shard": (not (self.shard and (self.offload_average or self.offload_optimizer)), "off where state is offloaded"),
         }
         for name, values in CHOICES.items():

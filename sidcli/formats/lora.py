@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidcli.errors import InputError, UsageError
+from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import save_tensors, write_json
 from sidcli.formats import single_file_folder
 from sidcli.formats.card import PROMPT, call, grid_of, sides, write_card
@@ -26,6 +26,7 @@ from sidcli.models.ldm import locate, places_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 from sidcli.printable import printable
+from sidcli.progress import Listener
 
 USAGE = """```python
 import torch
@@ -159,6 +160,29 @@ def merged(model: Model, teacher: Model, rank: int) -> Model:
             value = values[f"{layer}.weight"]
             value.data += (up.flatten(1) @ down.flatten(1)).view_as(value)
     return model.with_unet(unet)
+
+
+def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]:
+    """Return the weights of the teacher's UNet with a LoRA file merged into them; diffusers reads its names.
+
+    Raises InputError if the file has no LoRA that fits the UNet.
+    """
+    kind, unet = stock(teacher), copy.deepcopy(teacher.unet)
+    try:
+        found, alphas = kind.lora_state_dict(str(file), unet_config=unet.config, local_files_only=True)
+        others = sorted({name.split(".")[0] for name in found} - {kind.unet_name})
+        if len(others) == len({name.split(".")[0] for name in found}):
+            raise ValueError("it changes no UNet")
+        kind.load_lora_into_unet(found, alphas, unet)
+        unet.fuse_lora(safe_fusing=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(
+            f"{file} is not a LoRA for this teacher: {first_line(error)}", "pass a LoRA of its model family"
+        ) from error
+    unet.unload_lora()
+    if others:
+        listener.note(f"note: {file} also changes {' and '.join(others)}, which stay as they are in the teacher")
+    return dict(unet.state_dict())
 
 
 def write(folder: Path, model: Model, order: Order) -> None:

@@ -54,6 +54,7 @@ from sidcli.report.page import write
 from sidcli.report.run import records, run_page
 from sidcli.settings import DistillConfig, differences
 from sidcli.training import checkpoint, precision
+from sidcli.training.initial import Initial
 from sidcli.training.intervals import Intervals
 from sidcli.training.launch import install_handlers, restore_handlers
 from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
@@ -138,10 +139,11 @@ def run(
     tracker: str | None = None,
     command: str = "",
     images: CaptionedImages | None = None,
+    initial: Initial | None = None,
 ) -> Result:
     """Distill `teacher` into output/student, or continue the run in `output`. `command` is recorded in run.json.
 
-    `images` are those of `config.data`, or None if there are none or the teacher draws them.
+    `images` are those of `config.data`, or None if there are none or the teacher draws them. `initial` is that of `config.init`.
 
     Raises InputError if the settings of a continued run changed or another version of sid wrote it, Interrupted on a signal after
     saving, EnvironmentProblem if the folder is in use or the disk is too small, SidError if the loss stops being finite or another
@@ -154,10 +156,11 @@ def run(
             device = pick_device(device_name)
             before = resume.resolve().parent.parent if resume else output
             arithmetic, seconds_per_image = precision.choose(teacher, config, device, before / "run.json", listener)
-            engine = Engine(teacher, config, prompts, device, arithmetic)
+            engine = Engine(teacher, config, prompts, device, arithmetic, initial.weights if initial else None)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
+                inputs |= {"init": initial.digest} if initial else {}
                 found = find_checkpoint(output, resume, config, inputs, listener)
                 if config.data:
                     engine.data = open_data(engine, images, inputs["teacher"], listener)

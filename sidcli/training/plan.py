@@ -43,7 +43,7 @@ from sidcli.models.unet import Cond, add_adapters, add_head, denoise
 from sidcli.objectives.base import TEACHER, Phase, Role, branches
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
-from sidcli.training import checkpoint
+from sidcli.training import checkpoint, initial
 from sidcli.training.gpus import GPUS, Gpu
 
 RESERVE = 0.06
@@ -370,7 +370,10 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
     """
     check_libraries(config)
     check_split(config.batch_size, count())
-    sizes = Sizes.of(describe_teacher(config, listener), config)
+    teacher = describe_teacher(config, listener)
+    if config.init:
+        initial.check(config.init, teacher, listener)
+    sizes = Sizes.of(teacher, config)
     checkpoint.check_room(output / "checkpoints", sizes.state(config), keep, sizes.student)
 
 
@@ -410,6 +413,8 @@ def make(
     check_split(config.batch_size, processes)
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     known = describe_teacher(config, listener)
+    if config.init:
+        initial.check(config.init, known, listener)
     sizes = Sizes.of(known, config)
     cond, weights = meta_cond(known), sizes.weights
     moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())

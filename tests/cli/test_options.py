@@ -17,6 +17,7 @@ OPTIONS = {
         "--data",
         "--data-num",
         "--guidance",
+        "--init",
         "--steps",
         "--images",
         "--batch-size",

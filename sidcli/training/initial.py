@@ -1,0 +1,99 @@
+"""`--init`: the weights that a student starts from, in place of those of the teacher.
+
+NAME      a student, a run folder, or another model of the teacher's architecture
+FILE      a LoRA on the teacher, under the names of diffusers or kohya, or the folder of an exported LoRA
+A - B     the teacher's weights plus the difference of two models, for example of a student and its own teacher
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sidcli.errors import InputError, first_line
+from sidcli.files import sha256
+from sidcli.formats import lora
+from sidcli.models.loading import Description, Model, describe, load
+from sidcli.models.sources import find, fingerprint
+from sidcli.progress import Listener
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+HINT = "--init takes a student, a run folder, a LoRA file, or A - B; all of the teacher's architecture"
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights of the UNet by name, and a digest of the files that they are from."""
+
+    weights: Mapping[str, Tensor]
+    digest: str
+
+
+def lora_file(name: str) -> Path | None:
+    """Return the file of a LoRA, or None if the name is that of something else. Raises InputError for a damaged file."""
+    path = Path(name).expanduser()
+    path = path / LORA_FILE if path.is_dir() else path
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return path if any(".lora" in key or "lora_" in key for key in file.keys()) else None  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {first_line(error)}", "download it again") from error
+
+
+def names(init: str) -> list[str]:
+    """Return the names of the models in `init`: two for a difference, which has a minus sign between spaces, else one."""
+    first, minus, second = init.partition(" - ")
+    return [first.strip(), second.strip()] if minus and not Path(init).expanduser().exists() else [init]
+
+
+def check(init: str, teacher: Description, listener: Listener) -> None:
+    """Raises InputError if a model is not found or is of another architecture than the teacher. Reads no weights."""
+    for name in names(init):
+        if lora_file(name):
+            continue
+        known = describe(find(name, listener, descriptions_only=True), None, listener)
+        ours, theirs = (_architecture(one) for one in (teacher, known))
+        other = next((entry for entry in ours if ours[entry] != theirs.get(entry)), None)
+        if other:
+            raise InputError(
+                f"--init {name}: its UNet is not that of the teacher: {other} is {theirs.get(other)}, not {ours[other]}", HINT
+            )
+
+
+def _architecture(known: Description) -> dict[str, Any]:
+    """Return the entries of a UNet's configuration that determine its weights."""
+    config = known.networks["unet"]
+    return {key: config.get(key) for key in ("block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block")}
+
+
+def open_initial(init: str, teacher: Model, listener: Listener) -> Initial:
+    """Return the weights that `init` describes.
+
+    Raises InputError if a model is not found, or if its weights do not fit the teacher's UNet.
+    """
+    listener.note(f"the student starts from {init}")
+    found = [_weights(name, teacher, listener) for name in names(init)]
+    own = teacher.unet.state_dict()
+    for name, one in zip(names(init), found, strict=True):
+        wrong = next((key for key, value in own.items() if one.weights.get(key, value[..., :0]).shape != value.shape), None)
+        if wrong:
+            raise InputError(f"--init {name}: {wrong} does not fit the teacher's UNet", HINT)
+    if len(found) == 1:
+        return found[0]
+    (first, second), digest = found, hashlib.sha256(" ".join(one.digest for one in found).encode()).hexdigest()
+    return Initial({key: value + (first.weights[key] - second.weights[key]) for key, value in own.items()}, digest)
+
+
+def _weights(name: str, teacher: Model, listener: Listener) -> Initial:
+    if file := lora_file(name):
+        return Initial(lora.applied(teacher, file, listener), sha256(file))
+    source = find(name, listener)
+    return Initial(load(source, None, listener).unet.state_dict(), fingerprint(source))

@@ -1,0 +1,132 @@
+"""`--init`: a student starts from another student, a LoRA, or the difference of two models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sidcli import api
+from sidcli.errors import InputError, SidError, UsageError
+from sidcli.formats import export, lora
+from sidcli.formats.diffusers_folder import write_student
+from sidcli.formats.order import Order
+from sidcli.models.loading import Description, Model, describe, load
+from sidcli.models.sources import find
+from sidcli.progress import Silence
+from sidcli.settings import DistillConfig
+from sidcli.training.initial import check, open_initial
+from tests import tiny, tiny_families, tiny_students
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model, Path]:
+    """A teacher, a student of it, and the student's folder."""
+    folder = tmp_path_factory.mktemp("pair")
+    teacher, student = tiny_students.make(folder, "sd1")
+    write_student(folder / "student", student, student.card)
+    return teacher, student, folder / "student"
+
+
+def known(teacher: Model) -> Description:
+    return describe(teacher.source)
+
+
+def test_a_run_starts_from_the_weights_of_a_student_and_its_record_names_it(
+    pair: tuple[Model, Model, Path], tmp_path: Path
+) -> None:
+    teacher, student, folder = pair
+    options = {"steps": 1, "batch_size": 2, "lr": 1e-12, "precision": "fp32", "prompts": "general"}
+    result = api.distill(teacher.source.path, tmp_path / "run", init=folder, listener=Quiet(), **options)
+    trained = load(find(str(result.run))).unet.state_dict()
+    assert all(torch.allclose(value, trained[name], atol=1e-6) for name, value in student.unet.state_dict().items())
+    assert any(not torch.allclose(value, trained[name], atol=1e-3) for name, value in teacher.unet.state_dict().items())
+    assert json.loads((result.run / "student" / "sid.json").read_text())["config"]["init"] == str(folder)
+
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    api.distill(teacher.source.path, tmp_path / "run", init=moved, listener=Quiet(), **options | {"steps": 2})
+    with pytest.raises(InputError, match="init: contents changed"):
+        api.distill(teacher.source.path, tmp_path / "run", init=teacher.source.path, listener=Quiet(), **options | {"steps": 3})
+    with pytest.raises(InputError, match="init: .* -> "):
+        api.distill(teacher.source.path, tmp_path / "run", listener=Quiet(), **options | {"steps": 3})
+
+
+class Quiet(Silence):
+    def started(self, step: int, steps: int) -> None: ...
+
+    def stepped(self, record: dict[str, object]) -> None: ...
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_lora_starts_at_the_teacher_with_it_merged_under_the_names_of_diffusers(family: str, tmp_path: Path) -> None:
+    teacher, student = tiny_students.make(tmp_path, family)
+    export.run(student, "lora", tmp_path / "lora", Order(rank=4, teacher=teacher), False, lambda count: None)
+    check(str(tmp_path / "lora"), known(teacher), Silence())
+    wanted = lora.merged(student, teacher, 4).unet.state_dict()
+    found = open_initial(str(tmp_path / "lora"), teacher, Silence())
+    assert found.weights.keys() == wanted.keys()
+    assert all(torch.allclose(value, wanted[name], atol=1e-5) for name, value in found.weights.items())
+
+
+def test_a_lora_with_kohyas_names_is_read_too_and_what_it_changes_beside_the_unet_is_said(
+    pair: tuple[Model, Model, Path], tmp_path: Path
+) -> None:
+    teacher, _, _ = pair
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.randn(2, 8), f"{layer}.lora_B.weight": torch.randn(8, 2)}
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    texts = {f"{text}.lora_down.weight": torch.randn(2, 16), f"{text}.lora_up.weight": torch.randn(16, 2)}
+    texts[f"{text}.alpha"] = torch.tensor(2.0)
+    save_file(lora.kohya(weights, teacher.unet.config) | texts, tmp_path / "other.safetensors")
+    notes: list[str] = []
+
+    class Notes(Silence):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    found = open_initial(str(tmp_path / "other.safetensors"), teacher, Notes()).weights
+    for name, value in teacher.unet.state_dict().items():
+        added = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"] if name == f"{layer}.weight" else 0
+        assert torch.allclose(found[name], value + added, atol=1e-5)
+    assert any("also changes text_encoder" in note for note in notes)
+
+
+def test_a_difference_of_two_models_is_added_to_the_teacher(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
+    teacher, student, folder = pair
+    other = dataclasses.replace(teacher, unet=tiny_students.student_of(teacher).unet)
+    with torch.no_grad():
+        for value in other.unet.parameters():
+            value.mul_(0.5)
+    found = open_initial(f"{folder} - {teacher.source.path}", other, Silence()).weights
+    for name, value in found.items():
+        wanted = other.unet.state_dict()[name] + student.unet.state_dict()[name] - teacher.unet.state_dict()[name]
+        assert torch.allclose(value, wanted, atol=1e-6)
+
+
+def test_what_does_not_fit_the_teacher_is_refused_before_a_weight_is_read(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
+    teacher = known(pair[0])
+    wide = tiny_students.write_teacher(tmp_path / "xl", "sdxl")
+    with pytest.raises(InputError, match="its UNet is not that of the teacher: cross_attention_dim is 40, not 16"):
+        check(str(wide), teacher, Silence())
+    with pytest.raises(InputError, match="no model 'nowhere'"):
+        check("nowhere", teacher, Silence())
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(InputError, match=r"cut\.safetensors is not a whole safetensors file"):
+        check(str(tmp_path / "cut.safetensors"), teacher, Silence())
+    with pytest.raises(UsageError, match="--init must be left out with --student-lora"):
+        DistillConfig(init="emoji", student_lora=4)
+
+
+def test_a_lora_of_another_model_is_refused(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
+    large = tiny_families.write_sd2(tmp_path / "sd2")
+    teacher = load(find(str(large)))
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.zeros(2, 8), f"{layer}.lora_B.weight": torch.zeros(8, 2)}
+    save_file(lora.kohya(weights, tiny.SD15_UNET | {"layers_per_block": 2}), tmp_path / "small.safetensors")
+    with pytest.raises(SidError, match=r"small\.safetensors is not a LoRA for this teacher"):
+        open_initial(str(tmp_path / "small.safetensors"), teacher, Silence())
