@@ -52,4 +52,8 @@ def printable(text: str, keep: str = "") -> str:
 def json_text(content: Any, indent: int | None = None, only_ascii: bool = False) -> str:
     """Return JSON that keeps letters of every script, unless `only_ascii`, and escapes control characters and lone surrogates."""
     text = json.dumps(content, ensure_ascii=only_ascii, indent=indent)
-    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    lines = (
+        line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+        for line in text.split("\n")
+    )
+    return "\n".join(lines)
