@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -12,10 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
+from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import NoReturn
+from unittest.mock import patch
 
 import torch
+from diffusers.utils import hub_utils
+from huggingface_hub import constants
 
 from sidcli.cli import console, main
 from sidcli.evaluation import run as evaluate
@@ -33,6 +38,28 @@ SERVER.set_forkserver_preload(["tests.conftest", __name__])
 LOADED = (console, distill, evaluate, export, scores)
 """What commands import only when they run; imported here so that no fork does."""
 describe(find("emoji-teacher"))  # its classes are imported at their first use, for which each fork would need a second
+
+
+def _fork(_: bytes, command: Sequence[bytes | str], kept: Sequence[int]) -> int:
+    """Run `python -c CODE` in a fork with these open files, in the place of a new process."""
+    if child := os.fork():
+        return child
+    first = 3
+    for number in sorted(kept):
+        os.closerange(first, number)
+        first = number + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+    try:
+        exec(command[-1])  # until this process ends
+    finally:
+        os._exit(0)
+
+
+def start_server() -> None:
+    """Start the server as a fork of this process, which must not have computed a gradient yet: PyTorch computes none in a fork of a
+    process that has. A new process would need 14 seconds for the imports."""
+    with patch.object(util, "spawnv_passfds", _fork):
+        forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -74,8 +101,7 @@ def sid(*arguments: object, cwd: Path | None = None, **environment: str) -> Ende
 class Running:
     """A `sid` command that runs beside this process, in a session of its own. It is used like subprocess.Popen.
 
-    It is a fork of a server that has every library in memory. This process cannot be forked for a training: PyTorch computes no gradients
-    in a fork of a process that has computed some.
+    It is a fork of a server that has every library in memory.
     """
 
     def __init__(
@@ -126,14 +152,38 @@ def from_server(*arguments: object, cwd: Path | None = None, **environment: str)
     return Ended(running.returncode, *said, nan, nan)
 
 
+def in_server(work: Callable[..., object], *arguments: object, **environment: str) -> Ended:
+    """Call a function of a module in a fork of the server."""
+    with tempfile.TemporaryDirectory() as name:
+        streams = [Path(name, stream) for stream in ("stdout", "stderr")]
+        process = SERVER.Process(target=_working, args=(work, arguments, dict(os.environ) | environment, *map(str, streams)))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return Ended(process.exitcode, *(stream.read_text(errors="replace") for stream in streams), nan, nan)
+
+
+def _working(work: Callable[..., object], arguments: Sequence[object], settings: dict[str, str], *streams: str) -> None:
+    _take(settings)
+    _run(lambda: work(*arguments), *(os.open(stream, os.O_WRONLY | os.O_CREAT) for stream in streams))
+
+
+def _take(settings: dict[str, str]) -> None:
+    """Replace the environment. The hub's library reads it when it is imported; it is told to read it again."""
+    os.environ.clear()
+    os.environ.update(settings)
+    importlib.reload(constants)
+    hub_utils.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+
+
 def _served(words: list[str], cwd: str, disk: int, settings: dict[str, str], stdout: str, stderr: str, teacher_steps: int) -> None:
     """A child of the server."""
     os.setsid()
     if disk:
         mount_small_disk(Path(cwd), disk)
-    os.environ.clear()
+    _take(settings)
     sampler.TEACHER_STEPS = teacher_steps
-    _run(_command(words, Path(cwd), settings), *(os.open(stream, os.O_WRONLY) for stream in (stdout, stderr)))
+    _run(_command(words, Path(cwd), {}), *(os.open(stream, os.O_WRONLY) for stream in (stdout, stderr)))
 
 
 def process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

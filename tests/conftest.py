@@ -44,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.user_properties += [("check", number) for mark in item.iter_markers("check") for number in mark.args]
 
 
+def pytest_collection_finish() -> None:
+    if commands := sys.modules.get("tests.commands"):
+        commands.start_server()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lines = checks.table(
         [report for kind in ("passed", "failed", "error", "skipped", "") for report in terminalreporter.getreports(kind)]

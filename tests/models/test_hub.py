@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from sidcli.cli import main
 from sidcli.errors import InputError
 from sidcli.formats.diffusers_folder import save_tokenizer
 from sidcli.models.families import clip_tokenizer
 from sidcli.models.hub import check_weights, is_complete, required_files
 from tests import REPOSITORY
-from tests.commands import process as sid
+from tests.commands import from_server as sid
+from tests.commands import in_server
 from tests.hub_server import COMMIT, Hub, Trouble
+from tests.namespaces import leave_network, skip_without
 
 STALE = ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pipeline.py")
 
@@ -50,7 +53,8 @@ except SidError as error:
 
 
 def fetch(hub: Hub, home: Path, model: str, offline: str = "0", **more: str) -> subprocess.CompletedProcess[str]:
-    """A download in a process of its own, since the hub's library reads its settings when it is imported."""
+    """A download in a process of its own: the hub's library reads its settings when it is imported. Commands run in forks that read them
+    again."""
     env = os.environ | environment(hub, home, offline) | more
     return subprocess.run([sys.executable, "-c", FETCH, model], capture_output=True, text=True, env=env)
 
@@ -261,44 +265,24 @@ def test_a_hub_in_trouble_is_asked_a_few_times_and_what_arrived_is_not_asked_for
     assert not list((tmp_path / "hub").rglob("*.incomplete"))
 
 
-WATCHED = """
-import json, sys
-sys.addaudithook(lambda event, given: print("ASKED", event, given[1:], file=sys.stderr)
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto") else None)
-from sidcli.cli import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["sid", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        print("ENDED", end.code or 0, file=sys.stderr, flush=True)
-"""
-"""Several commands in one process that says whenever it asks for a name or a connection."""
-
-
-def watched(commands: list[list[str]], cwd: Path, home: Path, *wrapper: str) -> list[str]:
-    """What every command said on stderr, each ending with its exit code."""
-    settings = {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-    }
-    done = subprocess.run(
-        [*wrapper, sys.executable, "-c", WATCHED, json.dumps(commands)],
-        cwd=cwd,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-    )
-    return re.findall(r"(.*?ENDED \d+)\n", done.stderr, re.DOTALL)
+def watched(commands: list[list[str]], cwd: Path, network: bool) -> None:
+    """Several commands in one process that says whenever it asks for a name or a connection, and how each command ended."""
+    if not network:
+        leave_network()
+    os.chdir(cwd)
+    asking = ("socket.connect", "socket.getaddrinfo", "socket.sendto")
+    sys.addaudithook(lambda event, given: print("ASKED", event, given[1:], file=sys.stderr) if event in asking else None)
+    for arguments in commands:
+        sys.argv = ["sid", *arguments]
+        try:
+            main()
+        except SystemExit as end:
+            print("ENDED", end.code or 0, file=sys.stderr, flush=True)
 
 
 @pytest.mark.check(15)
 def test_a_model_in_the_cache_works_without_a_network_and_nobody_is_asked(repository: Path, tmp_path: Path) -> None:
-    alone = ("unshare", "-Urn")
-    if subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody be without a network")
+    skip_without("-Urn")
     home = tmp_path / "home"
     with Hub({"someone/sd": repository}).running() as hub:
         assert fetch(hub, home, "someone/sd").returncode == 0
@@ -310,7 +294,8 @@ def test_a_model_in_the_cache_works_without_a_network_and_nobody_is_asked(reposi
         ["export", "run", "-o", "exported"],
         ["sample", "a cat", "--model", "me/mine", "-o", "other.png"],
     ]
-    *cached, missing = watched(commands, tmp_path, home, *alone)
+    done = in_server(watched, commands, tmp_path, False, HF_HOME=str(home), HF_HUB_OFFLINE="0")
+    *cached, missing = re.findall(r"(.*?ENDED \d+)\n", done.stderr, re.DOTALL)
     assert [said.split()[-1] for said in cached] == ["0"] * 4, cached
     assert "ASKED" not in "".join(cached)
     assert missing.endswith("ENDED 3") and 1 <= missing.count("ASKED") <= 3, missing
@@ -341,14 +326,8 @@ def test_a_token_opens_the_hub_and_is_written_and_shown_nowhere(repository: Path
     ]
     commands.append(["sample", "a cat", "--model", "someone/other"])
     with Hub({"someone/sd": repository}, token=TOKEN, troubles={"models/someone/other": [500] * 99}).running() as hub:
-        settings = environment(hub, home, "0") | {"PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(
-            [sys.executable, "-c", WATCHED, json.dumps(commands)],
-            cwd=here,
-            env=os.environ | settings | {"HF_TOKEN": TOKEN, "SID_DEBUG": "1"},
-            capture_output=True,
-            text=True,
-        )
+        settings = environment(hub, home, "0") | {"HF_TOKEN": TOKEN, "SID_DEBUG": "1"}
+        done = in_server(watched, commands, here, True, **settings)
         assert re.findall(r"ENDED (\d+)", done.stderr) == ["0", "0", "0", "3"], done.stderr
         assert "Traceback" in done.stderr and TOKEN not in done.stdout + done.stderr
         hub.token = "another"
