@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,15 @@ def from_server(*arguments: object, cwd: Path | None = None, **environment: str)
     said = running.communicate()
     assert running.returncode is not None
     return Ended(running.returncode, *said, nan, nan)
+
+
+def together(count: int, *arguments: object, cwd: Path) -> list[Running]:
+    """Start `sid ARGUMENTS` in so many forks of the server, with the variables that a launcher would set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [Running(*arguments, cwd=cwd, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
 
 
 def in_server(work: Callable[..., object], *arguments: object, **environment: str) -> Ended:

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
-from sidcli.errors import UsageError
+from sidcli.errors import SidError, UsageError
 from sidcli.models.loading import Model
 from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint, launch
-from tests.commands import Running
+from tests.commands import together
 
 SETTINGS = ["--prompts", "general", "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--device", "cpu", "--precision", "fp32"]
 # Where a gradient is all but zero, Adam's step has a rounding error's sign; a large epsilon makes steps follow gradients.
@@ -53,13 +53,8 @@ def distilled(arguments: list[str], output: Path) -> dict[str, torch.Tensor]:
 
 
 def distilled_by_forks(arguments: list[str], output: Path, count: int = 1) -> dict[str, torch.Tensor]:
-    """The same in forks of a server that has imported everything, with the variables that a launcher would set."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    group |= {"LOCAL_WORLD_SIZE": str(count)}
-    words = arguments[2:]  # without `-m sidcli`
-    processes = [Running(*words, cwd=output.parent, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    """The same in forks, without a launcher."""
+    processes = together(count, *arguments[2:], cwd=output.parent)  # without `-m sidcli`
     for process in processes:
         _, said = process.communicate()
         assert process.returncode == 0, said
@@ -106,13 +101,17 @@ def test_two_processes_with_sharded_networks_train_what_one_trains(
     assert_same(alone, together, sd_folder)
 
 
-@pytest.mark.parametrize("more", [["--micro-batch", "2"], ["--shard"]], ids=["small pieces", "sharded"])
-def test_two_processes_train_the_discriminator_that_one_trains(sd_folder: Path, tmp_path: Path, more: list[str]) -> None:
-    gan = ["--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.01", "--data", "teacher", "--data-num", "4"]
+GAN = ["--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.01", "--data", "teacher", "--data-num", "4"]
+
+
+def test_two_processes_with_sharded_networks_and_small_pieces_train_the_discriminator_that_one_trains(
+    sd_folder: Path, tmp_path: Path
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = distilled_by_forks(command(sd_folder, one, *gan), one)
+    alone = distilled_by_forks(command(sd_folder, one, *GAN), one)
     assert any("discriminator." in name for name in alone)
-    assert_same(alone, distilled_by_forks(command(sd_folder, two, *gan, *more), two, 2), sd_folder)
+    together = distilled_by_forks(command(sd_folder, two, *GAN, "--micro-batch", "2", "--shard"), two, 2)
+    assert_same(alone, together, sd_folder)
 
 
 def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
@@ -155,9 +154,39 @@ def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path,
 
 
 @pytest.mark.check(2)
-@pytest.mark.parametrize(
-    "victim", ["the other", *(pytest.param(name, marks=pytest.mark.soak) for name in ("the launcher", "the leader"))]
-)
+def test_when_a_process_of_a_group_is_killed_the_other_ends_and_the_checkpoints_are_whole(sd_folder: Path, tmp_path: Path) -> None:
+    words = command(sd_folder, tmp_path / "run", "--steps", "100000", "--save-every", "1")[2:]
+    leader, other = together(2, *words, cwd=tmp_path)
+    while 2 not in checkpoint.numbered(tmp_path / "run" / "checkpoints"):
+        assert leader.poll() is None and other.poll() is None
+        time.sleep(0.05)
+    os.kill(other.pid, signal.SIGKILL)
+    _, said = leader.communicate()
+    assert other.wait() == -signal.SIGKILL and leader.returncode == 1 and "Traceback" not in said, said
+    assert [line for line in said.splitlines() if line.startswith("error: ")], said
+    found, problems = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.step >= 2 and not problems
+
+
+@pytest.mark.check(2)
+def test_a_launcher_says_which_signal_killed_one_of_its_processes_and_how_to_go_on() -> None:
+    def kill_one() -> None:
+        while not (team := psutil.Process().children()[before:]):
+            time.sleep(0.001)
+        team[0].kill()
+
+    before = len(psutil.Process().children())
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(SidError, match="a process of this command was killed by SIGKILL") as told:
+        launch.launch(2, ["--version"])
+    killer.join()
+    assert told.value.hint == "run the same command to continue" and len(psutil.Process().children()) == before
+
+
+@pytest.mark.check(2)
+@pytest.mark.soak  # two tests above show what each part of it does
+@pytest.mark.parametrize("victim", ["the other", "the launcher", "the leader"])
 def test_whichever_process_is_killed_the_others_end_too_and_the_checkpoints_are_whole(
     sd_folder: Path, tmp_path: Path, victim: str
 ) -> None:

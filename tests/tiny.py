@@ -80,9 +80,9 @@ def write_sd(folder: Path, prediction: str = "epsilon", size: int = 8) -> Path:
     return _write(folder, prediction, size, (16, 16, 32, 32), clip_tokenizer())
 
 
-def write_two_levels(folder: Path, prediction: str = "epsilon") -> Path:
+def write_two_levels(folder: Path, prediction: str = "epsilon", size: int = 8) -> Path:
     """The same with two levels and the small vocabulary of the emoji world, which trains and is written twice as fast."""
-    return _write(folder, prediction, 8, (16, 32), CLIPTokenizer.from_pretrained(WEIGHTS / "teacher" / "tokenizer"))
+    return _write(folder, prediction, size, (16, 32), CLIPTokenizer.from_pretrained(WEIGHTS / "teacher" / "tokenizer"))
 
 
 def _write(folder: Path, prediction: str, size: int, widths: tuple[int, ...], tokenizer: CLIPTokenizer) -> Path:

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Shape
@@ -178,11 +178,21 @@ class Protocol:
 
 def scenes(count: int, held_out: bool = False) -> list[world.Scene]:
     """Return the scenes that the captions of the emoji protocol describe."""
-    return [world.scene(world.PROMPT_SEED, index, held_out) for index in range(count)]
+    return [_scene(index, held_out) for index in range(count)]
 
 
 def emoji_captions(count: int, held_out: bool = False) -> list[str]:
-    return [world.caption(scene, world.PROMPT_SEED, index, "eval", 1.0).text for index, scene in enumerate(scenes(count, held_out))]
+    return [_caption(index, held_out) for index in range(count)]
+
+
+@cache  # each metric of each model asks for all of them
+def _scene(index: int, held_out: bool) -> world.Scene:
+    return world.scene(world.PROMPT_SEED, index, held_out)
+
+
+@cache
+def _caption(index: int, held_out: bool) -> str:
+    return world.caption(_scene(index, held_out), world.PROMPT_SEED, index, "eval", 1.0).text
 
 
 def bare_captions(count: int) -> list[str]:

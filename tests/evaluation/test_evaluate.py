@@ -32,7 +32,8 @@ from sidcli.models.drawing import Plan, png_info
 from sidcli.models.sources import find
 from sidcli.progress import Progress, Silence, silent
 from sidcli.report.page import Table, render
-from tests.commands import sid
+from tests import REPOSITORY
+from tests.commands import sid, together
 
 CPU = torch.device("cpu")
 NETWORKS = Networks(CPU, Silence())
@@ -770,8 +771,14 @@ def test_eval_fails_with_exit_code_5_beyond_a_gate_after_printing_its_table(tmp_
 def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     asked = ["eval", "emoji", "--accuracy", "--clip", "--num", "24", "--json"]
     one = sid(*asked, cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "one"))
-    two = sid(*asked, "--processes", "2", cwd=tmp_path, SID_CACHE_DIR=str(tmp_path / "two"))
-    assert two.returncode == 0, two.stderr
-    assert [row["metrics"] for row in json.loads(one.stdout)["models"]] == [
-        row["metrics"] for row in json.loads(two.stdout)["models"]
-    ]
+    processes = together(2, *asked, cwd=tmp_path)
+    (table, said), (nothing, _) = (process.communicate() for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert nothing == "", "one process speaks"
+    assert [row["metrics"] for row in json.loads(one.stdout)["models"]] == [row["metrics"] for row in json.loads(table)["models"]]
+
+
+def test_processes_of_an_evaluation_are_started_and_their_exit_code_is_that_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(77)")
+    done = sid("eval", "emoji", "--accuracy", "--processes", "2", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    assert done.returncode == 77 and done.stdout == "", done.stderr

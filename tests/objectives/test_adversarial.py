@@ -37,13 +37,13 @@ class Stripes:
     digest = name = "stripes"
 
     def at(self, seed: int, position: int) -> tuple[Tensor, str]:
-        return torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(position)), f"a striped image number {position}"
+        return torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(position)), f"a striped image number {position}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline whose middle block has maps of 2 x 2."""
-    return tiny.write_sd(tmp_path_factory.mktemp("adversarial") / "sd", size=16)
+    return tiny.write_two_levels(tmp_path_factory.mktemp("adversarial") / "sd", size=4)
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_the_head_is_the_published_one_for_maps_of_eight_and_fits_others(model: 
         assert Head(8, height, width, 2)(torch.randn(3, 8, height, width)).shape == (3,)
     add_head(model.unet)
     with features(model.unet) as found:
-        model.unet(torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), torch.randn(2, 77, 32))
+        model.unet(torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 77, 32))
     assert found[0].shape == (2,)
 
 
