@@ -72,6 +72,24 @@ def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | No
     return distill.run(load(find(str(folder))), config, prompts, output, "cpu", intervals, more.get("resume"), listener or Silent())
 
 
+FINISHED: list[Path] = []
+"""The run of `whole`, made by the first test that asks for it, under the settings that all tests have."""
+
+
+@pytest.fixture
+def whole(sd_folder: Path, config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that nobody disturbed, to be read."""
+    if not FINISHED:
+        FINISHED.append(run(sd_folder, config, tmp_path_factory.mktemp("whole") / "run").run)
+    return FINISHED[0]
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
 def state(output: Path, step: int) -> dict[str, torch.Tensor]:
     folder = output / "checkpoints" / checkpoint.folder_name(step)
     return {f"{file.stem}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
@@ -80,9 +98,8 @@ def state(output: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.check(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_run_stopped_at_half_and_continued_equals_one_that_was_not(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path, number: int
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, whole: Path, number: int
 ) -> None:
-    whole = run(sd_folder, config, tmp_path / "whole")
     with pytest.raises(Interrupted) as stopped:
         run(sd_folder, config, tmp_path / "halves", KillAt(1, number), save=100)
     assert stopped.value.exit_code == 128 + number
@@ -90,49 +107,44 @@ def test_a_run_stopped_at_half_and_continued_equals_one_that_was_not(
     continued = Silent()
     run(sd_folder, config, tmp_path / "halves", continued)
     assert "continuing from step 1" in continued.notes
-    one, two = state(whole.run, 4), state(tmp_path / "halves", 4)
+    one, two = state(whole, 4), state(tmp_path / "halves", 4)
     assert one.keys() == two.keys() and len(one) > 1000
     assert all(torch.equal(one[name], two[name]) for name in one)
-    first, second = (run / "checkpoints" / "step-00000004" / "manifest.json" for run in (whole.run, tmp_path / "halves"))
+    first, second = (run / "checkpoints" / "step-00000004" / "manifest.json" for run in (whole, tmp_path / "halves"))
     assert first.read_bytes() == second.read_bytes()
     steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
 
-def test_the_student_equals_sid_sample_in_stock_diffusers(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    result = run(sd_folder, config, tmp_path / "run")
-    pipe = StableDiffusionPipeline.from_pretrained(result.student)
+def test_the_student_equals_sid_sample_in_stock_diffusers(whole: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(whole / "student")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(3)
     theirs = np.asarray(pipe("a cat", num_inference_steps=1, guidance_scale=0, generator=generator).images[0])
-    model = load(find(str(tmp_path / "run")))
+    model = load(find(str(whole)))
     sampler, plan = Sampler(model, torch.device("cpu")), plan_for(model)
     ours = sampler.decode(sampler.latents(["a cat"], sampler.noise([3]), plan), ["a cat"], [3])[0]
     assert np.abs(theirs.astype(int) - ours.astype(int)).max() <= 1
     assert theirs.std() > 1
 
 
-def test_the_student_is_the_average_and_differs_from_the_teacher(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    result = run(sd_folder, config, tmp_path / "run")
-    student = load_file(result.student / "unet" / "diffusion_pytorch_model.safetensors")
-    average = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "average.safetensors")
+def test_the_student_is_the_average_and_differs_from_the_teacher(sd_folder: Path, whole: Path) -> None:
+    student = load_file(whole / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+    average = load_file(whole / "checkpoints" / "step-00000004" / "average.safetensors")
     teacher = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(student[name], average[name]) for name in student)
     assert any(not torch.equal(student[name], teacher[name]) for name in student)
 
 
-def test_a_run_folder_holds_what_the_readme_promises(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    run(sd_folder, config, tmp_path / "run")
-    assert read_toml(tmp_path / "run" / "config.toml") == dataclasses.asdict(config)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+def test_a_run_folder_holds_what_the_readme_promises(sd_folder: Path, config: DistillConfig, whole: Path) -> None:
+    assert read_toml(whole / "config.toml") == dataclasses.asdict(config)
+    record = json.loads((whole / "run.json").read_text())
     assert record["teacher"]["origin"] == str(sd_folder) and record["prompts"]["name"] == "general"
     samples = [*(f"{n:08d}.png" for n in (0, 2, 4)), "prompts.json", "teacher.png"]
-    assert sorted(file.name for file in (tmp_path / "run" / "samples").iterdir()) == samples
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert (
-        "How to run the student" in page and json.loads((tmp_path / "run/samples/prompts.json").read_text())["prompts"][0] in page
-    )
-    assert not list((tmp_path / "run").rglob(".tmp-*"))
+    assert sorted(file.name for file in (whole / "samples").iterdir()) == samples
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert "How to run the student" in page and json.loads((whole / "samples/prompts.json").read_text())["prompts"][0] in page
+    assert not list(whole.rglob(".tmp-*"))
 
 
 class Heard(Silent):
@@ -314,28 +326,26 @@ def test_a_signal_while_the_teacher_draws_for_eval_every_is_heard_before_it_has_
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away_by_the_next(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, finished: Path
 ) -> None:
-    run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / ".tmp-1-abcd-step-00000003").mkdir()
-    (tmp_path / "run" / "samples" / ".tmp-1-abcd-00000002.png").write_bytes(b"half")
-    run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run")
-    assert not list((tmp_path / "run").rglob(".tmp-*"))
+    (finished / "checkpoints" / ".tmp-1-abcd-step-00000003").mkdir()
+    (finished / "samples" / ".tmp-1-abcd-00000002.png").write_bytes(b"half")
+    run(sd_folder, dataclasses.replace(config, steps=5), finished)
+    assert not list(finished.rglob(".tmp-*"))
 
 
 @pytest.mark.check(9)
 def test_a_changed_setting_is_refused_by_name_and_more_steps_are_not(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, finished: Path
 ) -> None:
-    run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
     for change in ({"lr_fake": 2e-3}, {"seed": 1}, {"prediction_type": "epsilon"}):
         ((name, value),) = change.items()
         with pytest.raises(InputError, match=rf"{name}: {getattr(config, name)} -> {value}$") as refused:
-            run(sd_folder, dataclasses.replace(config, **change), tmp_path / "run")
+            run(sd_folder, dataclasses.replace(config, **change), finished)
         assert refused.value.exit_code == 3
-    assert run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run").step == 3
+    assert run(sd_folder, dataclasses.replace(config, steps=5), finished).step == 5
     with pytest.raises(UsageError, match="is beyond --steps 1"):
-        run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
+        run(sd_folder, dataclasses.replace(config, steps=1), finished)
 
 
 @pytest.mark.check(9)
@@ -361,34 +371,32 @@ def test_prompts_and_teachers_are_compared_by_their_content(
 
 
 def test_what_another_version_has_written_is_refused_and_not_begun_anew(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, finished: Path
 ) -> None:
-    run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
-    record = tmp_path / "run" / "run.json"
+    record = finished / "run.json"
     whole = record.read_text()
     record.write_text(whole.replace('"format": 1', '"format": 9'))
     with pytest.raises(checkpoint.UnknownFormat, match="a run folder of format 9; this version of sid has format 1"):
-        run(sd_folder, config, tmp_path / "run")
+        run(sd_folder, config, finished)
     record.write_text(whole)
-    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    folder = finished / "checkpoints" / "step-00000004"
     rewritten(folder, format=9)
     with pytest.raises(checkpoint.UnknownFormat, match="checkpoint format 9"):
-        run(sd_folder, config, tmp_path / "run")
+        run(sd_folder, config, finished)
     rewritten(folder, format=checkpoint.FORMAT, config={**dataclasses.asdict(config), "future": 3})
     with pytest.raises(InputError, match="future: 3 -> a setting that this version of sid does not know"):
-        run(sd_folder, config, tmp_path / "run")
+        run(sd_folder, config, finished)
     for objective in ({"name": "dmd2", "guidance": 3.0}, "dmd2"):
         rewritten(folder, config={**dataclasses.asdict(config), "objective": objective})
         with pytest.raises(InputError, match=r"made with other settings: objective: dmd2 -> sid$"):
-            run(sd_folder, config, tmp_path / "run")
+            run(sd_folder, config, finished)
 
 
 def test_a_run_continues_from_a_checkpoint_of_format_3_and_ends_the_same(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, finished: Path
 ) -> None:
-    run(sd_folder, config, tmp_path / "run")
-    end = state(tmp_path / "run", 4)
-    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    end = state(finished, 4)
+    folder = finished / "checkpoints" / "step-00000002"
     shutil.rmtree(folder.with_name("step-00000004"))
     (folder / "optimizer_fake_score.safetensors").rename(folder / "optimizer_fake.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -399,33 +407,31 @@ def test_a_run_continues_from_a_checkpoint_of_format_3_and_ends_the_same(
     del saved["objective"], saved["student_lora"]
     rewritten(folder, format=3, config=saved, files=files)
     listener = Silent()
-    run(sd_folder, config, tmp_path / "run", listener)
+    run(sd_folder, config, finished, listener)
     assert "continuing from step 2" in listener.notes
-    assert all(torch.equal(value, end[name]) for name, value in state(tmp_path / "run", 4).items())
+    assert all(torch.equal(value, end[name]) for name, value in state(finished, 4).items())
 
 
 def test_a_run_continued_from_an_older_checkpoint_sets_the_newer_ones_aside_and_ends_the_same(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, finished: Path
 ) -> None:
-    run(sd_folder, config, tmp_path / "run", save=1)
-    end = state(tmp_path / "run", 4)
-    checkpoints = tmp_path / "run" / "checkpoints"
+    end = state(finished, 4)
+    checkpoints = finished / "checkpoints"
     with pytest.raises(Interrupted):
-        run(sd_folder, dataclasses.replace(config, steps=6), tmp_path / "run", KillAt(5), save=9)
+        run(sd_folder, dataclasses.replace(config, steps=6), finished, KillAt(5), save=9)
     listener = Silent()
     resume = checkpoints / "step-00000004"
-    run(sd_folder, dataclasses.replace(config, steps=6), tmp_path / "run", listener, resume=resume)
+    run(sd_folder, dataclasses.replace(config, steps=6), finished, listener, resume=resume)
     assert any(note.startswith("set aside: ") and "step-00000005" in note for note in listener.notes)
-    assert all(torch.equal(value, end[name]) for name, value in state(tmp_path / "run", 4).items())
-    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(torch.equal(value, end[name]) for name, value in state(finished, 4).items())
+    lines = [json.loads(line)["step"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.check(6)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_resuming_that_one_is_refused(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, whole: Path
 ) -> None:
-    whole = run(sd_folder, config, tmp_path / "whole", save=1)
     run(sd_folder, dataclasses.replace(config, steps=3), tmp_path / "run", save=1)
     broken = tmp_path / "run" / "checkpoints" / "step-00000003"
     (broken / "average.safetensors").write_bytes(b"")
@@ -438,7 +444,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_resuming_tha
         f"skipped: {broken / 'average.safetensors'} is damaged or missing"
     ]
     assert "continuing from step 2" in listener.notes
-    one, two = state(whole.run, 4), state(tmp_path / "run", 4)
+    one, two = state(whole, 4), state(tmp_path / "run", 4)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -500,9 +506,8 @@ def test_a_signal_before_the_first_step_leaves_without_one(sd_folder: Path, conf
 
 @pytest.mark.check(4)
 def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is_made_by_the_next(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(sd_folder, config, tmp_path / "whole")
     real = distill.Painter.paint
 
     def paint(self: distill.Painter, student: Model) -> None:
@@ -517,8 +522,8 @@ def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is
     assert checkpoint.numbered(tmp_path / "run" / "checkpoints") == [2] and not picture.exists()
     monkeypatch.undo()
     run(sd_folder, config, tmp_path / "run")
-    assert picture.read_bytes() == (whole.run / "samples" / "00000002.png").read_bytes()
-    one, two = state(whole.run, 4), state(tmp_path / "run", 4)
+    assert picture.read_bytes() == (whole / "samples" / "00000002.png").read_bytes()
+    one, two = state(whole, 4), state(tmp_path / "run", 4)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -547,12 +552,11 @@ def test_a_link_in_a_run_folder_is_not_written_through(sd_folder: Path, config: 
 
 
 def test_a_finished_run_started_again_does_nothing_and_says_the_same(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, finished: Path
 ) -> None:
-    first = run(sd_folder, config, tmp_path / "run")
-    again = run(sd_folder, config, tmp_path / "run")
-    assert (again.step, again.student) == (first.step, first.student)
-    assert first.step == config.steps and again.images == config.steps * config.batch_size
+    again = run(sd_folder, config, finished)
+    assert (again.taken, again.step, again.student) == (0, config.steps, finished / "student")
+    assert again.images == config.steps * config.batch_size
 
 
 @pytest.mark.check(12)
@@ -634,20 +638,19 @@ def test_a_warm_up_that_leaves_no_step_to_the_student_is_refused(config: Distill
 
 @pytest.mark.parametrize("damage", ["removed", "damaged"])
 def test_a_student_whose_checkpoints_are_gone_is_never_replaced_by_a_new_training(
-    sd_folder: Path, config: DistillConfig, tmp_path: Path, damage: str
+    sd_folder: Path, config: DistillConfig, finished: Path, damage: str
 ) -> None:
-    done = run(sd_folder, config, tmp_path / "run")
-    before = done.student.joinpath("unet/diffusion_pytorch_model.safetensors").read_bytes()
-    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+    before = (finished / "student/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    for folder in (finished / "checkpoints").iterdir():
         if damage == "removed":
             shutil.rmtree(folder)
         else:
             (folder / "manifest.json").write_text("{")
     for settings in (config, dataclasses.replace(config, seed=1)):
         with pytest.raises(InputError, match="holds a student, but no checkpoint") as refused:
-            run(sd_folder, settings, tmp_path / "run")
+            run(sd_folder, settings, finished)
         assert "choose another --output" in refused.value.hint
-    assert done.student.joinpath("unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert (finished / "student/unet/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
 def test_a_few_step_student_runs_in_stock_diffusers(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
@@ -705,15 +708,13 @@ def test_running_out_of_memory_keeps_the_last_checkpoint_and_names_the_switches_
     assert found is not None and found.step == 2 and not problems
 
 
-def test_a_damaged_card_is_refused_with_its_file(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    result = run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
+def test_a_damaged_card_is_refused_with_its_file(finished: Path) -> None:
     for content in ("{", "[]"):
-        (result.student / "sid.json").write_text(content)
+        (finished / "student" / "sid.json").write_text(content)
         with pytest.raises(InputError, match=r"sid\.json"):
-            load(find(str(result.student)))
+            load(find(str(finished / "student")))
 
 
-def test_a_student_cannot_be_distilled_again(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
-    result = run(sd_folder, dataclasses.replace(config, steps=1), tmp_path / "run")
+def test_a_student_cannot_be_distilled_again(config: DistillConfig, tmp_path: Path, whole: Path) -> None:
     with pytest.raises(InputError, match="student already"):
-        run(result.student, config, tmp_path / "again")
+        run(whole / "student", config, tmp_path / "again")
