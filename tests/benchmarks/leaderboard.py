@@ -1,0 +1,158 @@
+"""Train each objective on the emoji teacher with equal FLOPs and several seeds, measure every student, and write one table and one picture.
+
+    python tests/benchmarks/leaderboard.py --tflops 350 --seeds 0 1 2
+
+A cell is one objective with one seed: `sid distill`, as many steps as the FLOPs allow according to `sid distill --dry-run`, and `sid eval`.
+FLOPs include those of the images that the teacher draws before a training. Each cell is a line of results/leaderboard.jsonl as soon as it
+is measured, and is not measured again; an interrupted run continues. Objectives that train on images use scenes of the emoji world, which
+the script writes, and stand in a block of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from sidcli.emoji import world
+
+RESULTS = Path(__file__).parent / "results"
+SCENES, SCENE_SEED = 2_000, 17
+"""Scenes to train on, and their seed, which no other set uses."""
+METRICS = ("fid", "fid_teacher", "clip", "noun", "color", "bare_noun", "composition", "coverage")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: an objective with its options. `real`: it trains on scenes, and not only on prompts and the teacher."""
+
+    name: str
+    options: tuple[str, ...]
+    real: bool = False
+
+
+ENTRIES = (
+    Entry("sid", ("--objective", "sid")),
+    Entry("sid, long guidance", ("--objective", "sid", "--guidance-strategy", "long")),
+    Entry("sid, two LoRAs of rank 64", ("--objective", "sid", "--student-lora", "64", "--fake-lora", "64", "--lr", "3e-4")),
+    Entry("dmd2, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1")),
+    Entry("dmd2, five fake-score updates", ("--objective", "dmd2", "--fake-updates", "5")),
+    Entry("vsd", ("--objective", "vsd")),
+    Entry("regression", ("--objective", "regression", "--data", "teacher", "--data-num", "500")),
+    Entry("sida", ("--objective", "sida"), real=True),
+    Entry("dmd2 with GAN, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.001"), real=True),
+)
+
+
+def sid(*arguments: object) -> dict[str, Any]:
+    """Run one `sid` command with --json. Its progress goes to the terminal."""
+    words = [sys.executable, "-m", "sidcli", *map(str, arguments), "--json"]
+    return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def write_scenes(folder: Path) -> Path:
+    """Write the scenes and their captions as an image folder, if it is not there yet."""
+    if not (folder / "metadata.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for index in range(SCENES):
+            scene = world.scene(SCENE_SEED, index)
+            Image.fromarray(world.render(scene)).save(folder / f"{index:06d}.png")
+            text = world.caption(scene, SCENE_SEED, index, "train").text
+            lines.append(json.dumps({"file_name": f"{index:06d}.png", "text": text}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def steps_of(options: Sequence[str], batch: int, flops: float) -> tuple[int, dict[str, Any]]:
+    """Return the steps that `flops` allow, and the plan of a run."""
+    plan = sid("distill", "--teacher", "emoji-teacher", *options, "--batch-size", batch, "--steps", 1_000_000, "--dry-run")
+    left = flops - plan["drawing_flops"]
+    if left <= 0:
+        raise SystemExit(
+            f"{' '.join(options)}: the teacher's images take {plan['drawing_flops'] / 1e12:.0f} TFLOP; --tflops is less"
+        )
+    return max(1, round(left / (plan["flops_per_image"] * batch))), plan
+
+
+def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure one student, and return its row."""
+    options = [*entry.options, *(["--data", str(write_scenes(given.runs / "scenes"))] if entry.real else [])]
+    steps, plan = steps_of(options, given.batch_size, given.tflops * 1e12)
+    run = given.runs / f"{''.join(c if c.isalnum() else '-' for c in entry.name)}-{seed}"
+    common = ["--teacher", "emoji-teacher", "--batch-size", given.batch_size, "--steps", steps, "--seed", seed, "-o", run]
+    trained = sid("distill", *options, *common)
+    wanted = ["--fid", "--clip", "--accuracy", "--composition", "--prdc"]
+    row = sid("eval", "emoji-teacher", run, *wanted, "--num", given.num)["models"][-1]
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return {
+        "objective": entry.name,
+        "images used": "scenes" if entry.real else "none",
+        "seed": seed,
+        "steps": steps,
+        "images": trained["images"],
+        "tflops": round((steps * given.batch_size * plan["flops_per_image"] + plan["drawing_flops"]) / 1e12, 2),
+        "seconds": record["seconds"],
+        "memory_gb": trained["last"]["memory_gb"],
+        "hardware": record["hardware"],
+        "n": row["n"],
+        "options": " ".join(options[: len(entry.options)]),
+        **{name: row["metrics"][name]["value"] for name in METRICS if name in row["metrics"]},
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table as Markdown: the mean over seeds and the range, objectives without images first."""
+    lines = ["| objective | images | seeds | steps | emoji-FID | FID to teacher | CLIP | noun | bare noun | coverage |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    names = dict.fromkeys(row["objective"] for row in sorted(rows, key=lambda row: (row["images used"] != "none", row["fid"])))
+    for name in names:
+        own = [row for row in rows if row["objective"] == name]
+
+        def shown(metric: str, decimals: int, unit: str = "", own: Sequence[dict[str, Any]] = own) -> str:
+            values = [(100 if unit else 1) * row[metric] for row in own]
+            spread = f" [{min(values):.{decimals}f}, {max(values):.{decimals}f}]" if len(values) > 1 else ""
+            return f"{mean(values):.{decimals}f}{unit}{spread}"
+
+        cells = [name, own[0]["images used"], str(len(own)), str(own[0]["steps"]), shown("fid", 1), shown("fid_teacher", 1)]
+        cells += [shown("clip", 3), shown("noun", 1, "%"), shown("bare_noun", 1, "%"), shown("coverage", 2)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tflops", type=float, default=350.0, help="of one training; 350 are 1,600 images of sid with guidance")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--num", type=int, default=1000, help="images of a measurement")
+    parser.add_argument("--only", nargs="+", help="names of objectives; by default all")
+    parser.add_argument("--runs", type=Path, default=Path("runs/leaderboard"))
+    given = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / "leaderboard.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    chosen = [entry for entry in ENTRIES if given.only is None or entry.name in given.only]
+    for seed in given.seeds:
+        for entry in chosen:
+            if any((row["objective"], row["seed"]) == (entry.name, seed) for row in rows):
+                continue
+            rows.append(cell(entry, seed, given))
+            with file.open("a", encoding="utf-8") as results:
+                results.write(json.dumps(rows[-1]) + "\n")
+            print(table(rows), flush=True)
+    students = [given.runs / f"{''.join(c if c.isalnum() else '-' for c in entry.name)}-{given.seeds[0]}" for entry in chosen]
+    sid("eval", "emoji-teacher", *students, "--clip", "--num", 12, "--picture", RESULTS / "leaderboard.png", "--overwrite")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
