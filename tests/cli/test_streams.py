@@ -11,22 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from sidcli.cli import main
 from sidcli.printable import can_show, prepare_streams
 from tests import REPOSITORY
+from tests.commands import in_server
 from tests.inprocess import sid
 
-EACH = """
-import json, sys
-from sidcli.cli import main
-codes = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["sid", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        codes.append(end.code or 0)
-open("codes.json", "w").write(json.dumps(codes))
-"""
 COMMANDS = [
     ["--version"],
     ["sample", "a cat", "-o", "cat.png"],
@@ -39,18 +29,40 @@ COMMANDS = [
 ]
 
 
+def each(commands: list[list[str]], closed: list[int], cwd: Path) -> None:
+    """Run commands in a process that was begun with closed streams, which Python knows as None."""
+    os.chdir(cwd)
+    for number in closed:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    codes = []
+    for arguments in commands:
+        sys.argv = ["sid", *arguments]
+        try:
+            main()
+        except SystemExit as end:
+            codes.append(end.code or 0)
+    Path("codes.json").write_text(json.dumps(codes))
+
+
 @pytest.mark.check(17)
-@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
-def test_closed_streams_change_neither_the_work_nor_the_exit_codes(tmp_path: Path, closed: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    script = f'exec "$@" {closed}'
-    command = ["bash", "-c", script, "bash", sys.executable, "-c", EACH, json.dumps(COMMANDS)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize("closed", [[1], [0, 1, 2]], ids=["stdout", "all"])
+def test_closed_streams_change_neither_the_work_nor_the_exit_codes(tmp_path: Path, closed: list[int]) -> None:
+    done = in_server(each, COMMANDS, closed, tmp_path)
     assert "Traceback" not in done.stderr + done.stdout
     assert json.loads((tmp_path / "codes.json").read_text()) == [0, 0, 0, 0, 0, 0, 0, 2], done.stderr
     names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")}
     assert names >= {"cat.png", "two/000000.png", "two/000001.png", "two/sheet.png"}
     assert (tmp_path / "student" / "model_index.json").is_file()
+
+
+@pytest.mark.check(17)
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["sample"], 2)])
+def test_a_process_begun_with_closed_streams_ends_with_its_code(arguments: list[str], code: int, closed: str) -> None:
+    command = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-m", "sidcli", *arguments]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and done.stdout == ""
 
 
 @contextmanager
