@@ -147,6 +147,14 @@ def storage(value: Tensor) -> int:
 
 COUNTED: dict[Any, tuple[int, int]] = {}
 """Results of `activations`, by everything that determines them."""
+TRAINED: dict[Any, int] = {}
+"""Results of `trained_weights` for networks with adapters or a head."""
+FLOPS: dict[Any, int] = {}
+"""Results of `forward_flops`."""
+
+
+def shapes_of(cond: Cond) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(value.shape)) for name, value in {"states": cond.states, **cond.added}.items())
 
 
 def activations(
@@ -157,9 +165,8 @@ def activations(
     `cond` is the cond of one prompt. `lora` is the rank of adapters; with adapters, `trained` applies to the adapters only. Under
     autocast the bf16 copies of weights count as part of the graph that uses them. Equal passes are counted once per process.
     """
-    shapes = tuple((name, tuple(value.shape)) for name, value in {"states": cond.states, **cond.added}.items())
     settings = config.teacher_bf16, config.precision, config.gradient_checkpointing
-    key = repr(dict(unet.config)), rows, settings, shapes, trained, device_type, lora
+    key = repr(dict(unet.config)), rows, settings, shapes_of(cond), trained, device_type, lora
     if key not in COUNTED:
         COUNTED[key] = _activations(unet, rows, config, cond, trained, device_type, lora)
     return COUNTED[key]
@@ -190,8 +197,34 @@ def forward(net: Any, rows: int, cond: Cond) -> None:
     denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
+def forward_flops(unet: Any, cond: Cond) -> int:
+    """Return the operations of a forward pass of one latent. Equal passes are counted once per process."""
+    key = repr(dict(unet.config)), shapes_of(cond)
+    if key not in FLOPS:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            forward(unet, 1, cond)
+        FLOPS[key] = counter.get_total_flops()
+    return FLOPS[key]
+
+
 def count_weights(values: Any) -> int:
     return sum(value.numel() for value in values)
+
+
+def trained_weights(unet: Any, role: Role) -> int:
+    """Return the number of weights of a UNet that are trained in a role: all, or those of its adapters and its head."""
+    if not role.lora and not role.head:
+        return count_weights(unet.parameters())
+    key = repr(dict(unet.config)), role.lora, role.head
+    if key not in TRAINED:
+        with torch.device("meta"):
+            net = copy.deepcopy(unet).requires_grad_(not role.lora)
+            if role.lora:
+                add_adapters(net, role.lora)
+            if role.head:
+                add_head(net)
+        TRAINED[key] = count_weights(value for value in net.parameters() if value.requires_grad)
+    return TRAINED[key]
 
 
 MAX_MICRO_BATCH = 32
@@ -332,15 +365,9 @@ class Sizes:
     def of(cls, known: Description, config: DistillConfig) -> Sizes:
         with torch.device("meta"):
             nets = {name: build(name, settings) for name, settings in known.networks.items()}
-            weights = count_weights(nets["unet"].parameters())
-            roles = {}
-            for name, role in objectives.find(config.objective.name)(config, known.path.steps).roles.items():
-                net = copy.deepcopy(nets["unet"]).requires_grad_(not role.lora)
-                if role.lora:
-                    add_adapters(net, role.lora)
-                if role.head:
-                    add_head(net)
-                roles[name] = role, count_weights(value for value in net.parameters() if value.requires_grad)
+        weights = count_weights(nets["unet"].parameters())
+        asked = objectives.find(config.objective.name)(config, known.path.steps).roles
+        roles = {name: (role, trained_weights(nets["unet"], role)) for name, role in asked.items()}
         text = sum(count_weights(nets[name].parameters()) for name in known.texts)
         return cls(nets["unet"], weights, roles, text, count_weights(nets["vae"].parameters()))
 
@@ -431,9 +458,8 @@ def make(
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace, peak = recorded_rate(output), sum(memory.values())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(sizes.unet, 1, cond)
-    flops = counter.get_total_flops() * forwards_per_image(config, known.path.steps)
+    once = forward_flops(sizes.unet, cond)
+    flops = once * forwards_per_image(config, known.path.steps)
     tensors = len(list(sizes.unet.parameters()))
     gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else list(GPUS.values())
     return Plan(
@@ -446,7 +472,7 @@ def make(
         main_memory=away,
         peak=peak,
         flops_per_image=flops,
-        drawing_flops=counter.get_total_flops() * forwards_to_draw(config, known),
+        drawing_flops=once * forwards_to_draw(config, known),
         disk=(keep + 1) * sizes.state(config) + sizes.student,
         seconds=config.steps * config.batch_size / pace if pace else None,
         estimates={

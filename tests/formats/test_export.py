@@ -35,7 +35,7 @@ from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find
 from sidcli.settings import DistillConfig
 from sidcli.training import distill
-from tests import REPOSITORY, tiny, tiny_families, tiny_students
+from tests import REPOSITORY, tiny, tiny_students
 from tests.cards import Card, is_near, options, ours
 from tests.commands import SERVER
 from tests.inprocess import sid
@@ -666,7 +666,7 @@ def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_lora_is_taken_from_a_teacher_that_needs_to_be_described(config: DistillConfig, tmp_path: Path) -> None:
-    folder = tiny_families.write_sd2(tmp_path / "teacher")
+    folder = tiny_students.write_teacher(tmp_path / "teacher", "sd2")
     model = load(find(str(folder)))
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     file = tmp_path / "bare.safetensors"

@@ -52,7 +52,7 @@ def test_a_run_starts_from_the_weights_of_a_student_and_its_record_names_it(
     api.distill(teacher.source.path, tmp_path / "run", init=moved, listener=Quiet(), **options | {"steps": 2})
     with pytest.raises(InputError, match="init: contents changed"):
         api.distill(teacher.source.path, tmp_path / "run", init=teacher.source.path, listener=Quiet(), **options | {"steps": 3})
-    with pytest.raises(InputError, match="init: .* -> "):
+    with pytest.raises(InputError, match=r"init: .* -> "):
         api.distill(teacher.source.path, tmp_path / "run", listener=Quiet(), **options | {"steps": 3})
 
 
