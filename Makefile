@@ -20,7 +20,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Long tests: nineteen more runs killed twice each, every graph format of every family, 10,000 invalid files for every reader.
+# Long tests: nineteen more runs killed twice each, every format of every family in every type, 10,000 invalid files for every reader.
 soak: .venv/ready
 	$(BIN)/python -m pytest -m soak --durations 0
 	SID_FUZZ_CASES=10000 $(BIN)/python -m pytest --durations 0 tests/test_fuzz.py

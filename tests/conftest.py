@@ -32,7 +32,7 @@ from tests import checks, tiny
 quiet_libraries()
 LONGEST = [
     f"test_{name}"
-    for name in ("export", "distill", "parallel", "hub", "adversarial", "reliability", "evaluate", "outputs", "metrics", "hostile")
+    for name in ("export", "parallel", "distill", "hostile", "reliability", "evaluate", "hub", "outputs", "cli", "engine", "api")
 ]
 
 
