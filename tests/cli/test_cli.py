@@ -2,12 +2,13 @@
 
 import inspect
 import json
+import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sidcli.formats.order import FORMATS
 from sidcli.models.loading import load
 from sidcli.models.sources import find
 from sidcli.settings import CHOICES, STRATEGIES, DistillConfig
+from tests.commands import Running
 from tests.commands import from_server as sid
 from tests.inprocess import sid as in_process
 
@@ -344,14 +346,14 @@ def test_export_verifies_itself_against_sample(tmp_path: Path) -> None:
 
 @pytest.mark.check(20)
 def test_an_export_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sidcli", "export", "emoji", "--format", "onnx", "-o", "graphs"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as export:
-        while not any(tmp_path.glob(".tmp-*")) and export.poll() is None:
+    export = Running("export", "emoji", "--format", "onnx", "-o", "graphs", cwd=tmp_path)
+    while not any(tmp_path.glob(".tmp-*")) and export.poll() is None:
+        time.sleep(0.05)
+    while export.poll() is None:  # a callback inside a library can lose what a signal raises; people ask again
+        os.kill(export.pid, signal.SIGTERM)
+        until = time.monotonic() + 10
+        while export.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
-        while export.poll() is None:  # a callback inside a library can lose what a signal raises; people ask again
-            export.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                export.wait(timeout=10)
     assert export.returncode == 143
     assert list(tmp_path.iterdir()) == []
 
