@@ -55,6 +55,7 @@ OPTIONS = {
         "--lr --learning-rate",
         "--lr-fake",
         "--lr-generator",
+        "--lr-decay",
         "--ema-images",
         "--fake-warmup",
         "--fake-updates",
