@@ -431,7 +431,7 @@ class Engine:
             drops = (randomness.uniform(seed, "caption dropout", turn, samples) < inputs.dropout).tolist()
             prompts = emptied(prompts, drops)
         visits = 1
-        if inputs.reuse:
+        if inputs.reuse or inputs.source != "prompts":
             visits = 0
         elif config.student_steps > 1:
             visits = int(randomness.integers(1, config.student_steps + 1, seed, "exit", step, [0]))
@@ -440,13 +440,16 @@ class Engine:
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
         t = randomness.integers(*inputs.t_range, seed, f"{inputs.stream} timestep", turn, samples)
         batch = Batch(prompts, latents, noise, t, config.batch_size)
-        if not inputs.real:
+        if inputs.source == "prompts" and not inputs.real:
             return batch
         assert self.data is not None
-        images, captions = zip(*(self.data.at(seed, turn * config.batch_size + sample) for sample in samples), strict=True)
+        positions = [turn * config.batch_size + sample for sample in samples]
+        images, captions = zip(*(self.data.at(seed, position) for position in positions), strict=True)
         # A discriminator must not recognize generated images by their empty captions, so the same samples have one.
         real = dataclasses.replace(batch, prompts=emptied(captions, drops), latents=[], samples=torch.stack(images))
-        return dataclasses.replace(batch, real=real)
+        if inputs.source == "pairs":
+            return dataclasses.replace(real, latents=[torch.stack([self.data.noise(seed, position) for position in positions])])
+        return real if inputs.source == "images" else dataclasses.replace(batch, real=real)
 
     # Networks
 

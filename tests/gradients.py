@@ -25,14 +25,14 @@ def gradient(built: Engine, phase: str = "generator") -> Tensor:
     return torch.cat(caught)
 
 
-def perturbed(built: Engine) -> Engine:
-    """With a fake score that differs from the teacher: at the start both agree and the generator's gradient vanishes.
+def perturbed(built: Engine, role: str = "fake_score") -> Engine:
+    """With a network that differs from the teacher. A fake score that agrees with it has no gradient for the generator.
 
     The noise is drawn on the CPU, so that it is the same on every device.
     """
     torch.manual_seed(1)
     with torch.no_grad():
-        for value in built.roles["fake_score"].net.parameters():
+        for value in built.roles[role].net.parameters():
             noise = 0.01 * torch.randn(value.shape)
             if value.requires_grad:
                 assign(value, full(value) + noise.to(value.device))

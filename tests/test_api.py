@@ -115,6 +115,9 @@ def test_distill_runs_in_a_thread_too_where_no_signal_can_be_handled(sd_folder: 
         ({"objective": "sida"}, "objective sida trains on images, and --data is not given"),
         ({"objective": "dmd2", "gan": 0.1}, "objective dmd2 trains on images, and --data is not given"),
         ({"objective": "sida", "data": "teacher", "compile": "on"}, "--compile on does not support the discriminator"),
+        ({"objective": "regression"}, "objective regression trains on images, and --data is not given"),
+        ({"objective": "regression", "data": "a"}, "--data a: objective regression trains on images with the noise from which"),
+        ({"objective": "regression", "data": "teacher", "student_steps": 4}, "trains a one-step student, and --student-steps is 4"),
         ({"objective": "sida", "data": "teacher", "steps": 9}, "sida trains the student from step 11 on, and --steps is 9"),
         ({"objective": "sida", "data": "nowhere"}, "cannot read the images nowhere"),
         ({"data_num": -1}, "--data-num must be at least 0"),
@@ -292,20 +295,20 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
 @pytest.mark.parametrize(
     ("content", "said", "hint"),
     [
-        ('name = "nope"', "name in [objective] must be one of sid, sida, dmd2, vsd, not 'nope'", ""),
-        ("name = [3]", "name in [objective] must be one of sid, sida, dmd2, vsd, not [3]", ""),
+        ('name = "nope"', "name in [objective] must be one of sid, sida, dmd2, vsd, regression, not 'nope'", ""),
+        ("name = [3]", "name in [objective] must be one of sid, sida, dmd2, vsd, regression, not [3]", ""),
         ("kapa1 = 2.0", "'kapa1' is not a setting of objective sid; did you mean 'kappa1'?", ""),
         ('kappa1 = "x"', "kappa1 must be float, not 'x'", ""),
         ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),
         (
             "guidance = 3.0",
-            "'guidance' is not a setting of objective sid, it is one of dmd2 and vsd; "
+            "'guidance' is not a setting of objective sid, it is one of dmd2, vsd and regression; "
             "sid has kappa1, kappa2, kappa3, kappa4, alpha, dropout",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
         ),
         (
             'name = "sida"\nguidance = 3.0',
-            "'guidance' is not a setting of objective sida, it is one of dmd2 and vsd; sida has",
+            "'guidance' is not a setting of objective sida, it is one of dmd2, vsd and regression; sida has",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sida, or write these",
         ),
         (
@@ -377,6 +380,12 @@ def test_a_setting_that_others_turn_off_is_noted() -> None:
         "note: --set gan_fake=0.02 has no effect without a GAN; --set gan=0.001 adds it",
     )
     assert not asked_for(objective="dmd2", gan_fake=0.02, gan=0.001).notes
+    pairs: dict[str, object] = {"objective": "regression", "data": "teacher"}
+    assert asked_for(**pairs, fake_lora=8, t_min=50).notes == (
+        "note: --fake-lora 8 has no effect on objective regression",
+        "note: --t-min 50 has no effect on objective regression",
+    )
+    assert not asked_for(**pairs, lr=1e-4).notes
 
 
 def test_a_run_that_ends_before_the_adversarial_term_of_sida_joins_is_noted(tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ def test_memory_options_do_not_change_the_gradient_of_a_step(
     assert (other - plain).norm() < 1e-5 * plain.norm()
 
 
+SYMBOLS = {"psi": "fake_score", "theta": "generator"}
+
+
 class Naive:
     """The two losses of SiD-LSG, sample by sample in float64, straight from the equations of arXiv 2406.01561."""
 
@@ -60,9 +63,8 @@ class Naive:
         self.nets = {
             name: copy.deepcopy(net).double().requires_grad_(True)
             for name, net in (
-                ("psi", built.roles["fake_score"].net),
                 ("phi", built.teacher),
-                ("theta", built.roles["generator"].net),
+                *((name, built.roles[role].net) for name, role in SYMBOLS.items() if role in built.roles),
             )
         }
         self.text, self.tokenizer = copy.deepcopy(model.text_encoders[0]).double(), model.tokenizers[0]

@@ -79,7 +79,7 @@ def assert_same(alone: dict[str, torch.Tensor], together: dict[str, torch.Tensor
     """Equal up to rounding: measured on the way each network has gone, and on the optimizers' state, which has the gradients' size."""
     assert together.keys() == alone.keys()
     start = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
-    for file in ("generator", "average", "fake_score", "optimizer_fake_score", "optimizer_generator"):
+    for file in {name.partition("/")[0] for name in alone}:
         names = sorted(name for name in alone if name.startswith(f"{file}/") and not name.endswith(".step"))
         one, other = (torch.cat([values[name].flatten().double() for name in names]) for values in (alone, together))
         begun = [start.get(name.partition("/")[2], torch.zeros_like(alone[name])).flatten().double() for name in names]
@@ -112,6 +112,17 @@ def test_two_processes_with_sharded_networks_and_small_pieces_train_the_discrimi
     assert any("discriminator." in name for name in alone)
     together = distilled_by_forks(command(sd_folder, two, *GAN, "--micro-batch", "2", "--shard"), two, 2)
     assert_same(alone, together, sd_folder)
+
+
+ON_IMAGES = [("regression", ["--micro-batch", "2"])]
+
+
+@pytest.mark.parametrize(("name", "more"), ON_IMAGES)
+def test_two_processes_train_on_the_images_on_which_one_trains(sd_folder: Path, tmp_path: Path, name: str, more: list[str]) -> None:
+    method = ["--objective", name, "--data", "teacher", "--data-num", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = distilled_by_forks(command(sd_folder, one, *method), one)
+    assert_same(alone, distilled_by_forks(command(sd_folder, two, *method, *more), two, 2), sd_folder)
 
 
 def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:

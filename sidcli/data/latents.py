@@ -205,13 +205,16 @@ class TeacherImages:
     def caption(self, index: int) -> str:
         return self.prompts.at(TEACHER_SEED, index)
 
+    def noise(self, indices: Sequence[int]) -> Tensor:
+        """Return the noise [n, C, h, w] from which the teacher draws the images."""
+        return randomness.normal(self.shape, TEACHER_SEED, "teacher image", 0, indices)
+
     def latents(self, indices: range, advance: Progress) -> tuple[Tensor, Unit]:
         found = []
         for start in range(0, len(indices), self.batch_size):
             batch = indices[start : start + self.batch_size]
-            noise = randomness.normal(self.model.latent_shape, TEACHER_SEED, "teacher image", 0, batch)
             prompts = [self.caption(index) for index in batch]
-            found.append(self.draw(prompts, noise, partial(advance, len(batch) / self.plan.steps)))
+            found.append(self.draw(prompts, self.noise(batch), partial(advance, len(batch) / self.plan.steps)))
         latents = torch.cat(found)
         finite = latents.isfinite().flatten(1).all(1)
         kept = tuple(index for index, good in zip(indices, finite.tolist(), strict=True) if good)
@@ -248,13 +251,23 @@ class Latents:
 
     def at(self, seed: int, position: int) -> tuple[Tensor, str]:
         """Return the latent [C, h, w] and the caption at a position. Each pass over the images uses a new permutation."""
-        epoch, offset = divmod(position, len(self))
-        number = int(permutation(len(self), seed, "image order", epoch)[offset])
-        unit = bisect_right(self.starts, number) - 1
-        row = number - self.starts[unit]
+        unit, row = self._place(seed, position)
         with readable(self.files[unit]), safe_open(self.files[unit], "pt") as content:
             latent = content.get_slice("latents")[row].clone()  # safetensors maps the file into memory
         return latent, self.source.caption(self.units[unit].kept[row])
+
+    def noise(self, seed: int, position: int) -> Tensor:
+        """Return the noise [C, h, w] from which the teacher drew the image at a position."""
+        assert isinstance(self.source, TeacherImages)
+        unit, row = self._place(seed, position)
+        return self.source.noise([self.units[unit].kept[row]])[0]
+
+    def _place(self, seed: int, position: int) -> tuple[int, int]:
+        """Return the number of the unit, and the row in it, of the image at a position."""
+        epoch, offset = divmod(position, len(self))
+        number = int(permutation(len(self), seed, "image order", epoch)[offset])
+        unit = bisect_right(self.starts, number) - 1
+        return unit, number - self.starts[unit]
 
     def notes(self, without_caption: Pairs = ()) -> list[str]:
         """Return a line that counts and names the images that are not used, and one for those that were converted to RGB."""

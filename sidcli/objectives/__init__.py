@@ -13,11 +13,12 @@ from sidcli.errors import UsageError
 from sidcli.numeric import plain
 from sidcli.objectives.base import Objective, Settings
 from sidcli.objectives.dmd2 import Dmd2
+from sidcli.objectives.regression import Regression
 from sidcli.objectives.sid import Sid
 from sidcli.objectives.sida import Sida
 from sidcli.objectives.vsd import Vsd
 
-OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "sida": Sida, "dmd2": Dmd2, "vsd": Vsd}
+OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "sida": Sida, "dmd2": Dmd2, "vsd": Vsd, "regression": Regression}
 
 
 def find(name: object) -> type[Objective]:
@@ -98,7 +99,8 @@ def _elsewhere(setting: str, name: str) -> str:
     """Return the end of an error message: which objectives have the setting, and the closest name among the settings of `name`."""
     owners = [other for other, objective in OBJECTIVES.items() if setting in names(objective)]
     close = difflib.get_close_matches(setting, names(OBJECTIVES[name]), 1, 0.5)
-    owner = f", it is one of {' and '.join(owners)}" if owners else ""
+    listed = " and ".join([", ".join(owners[:-1]), *owners[-1:]] if len(owners) > 1 else owners)
+    owner = f", it is one of {listed}" if owners else ""
     return owner + (f"; did you mean {close[0]!r}?" if close else f"; {name} has {', '.join(names(OBJECTIVES[name]))}")
 
 

@@ -33,11 +33,23 @@ class Settings:
     """Settings that are the weight of a term of a loss: at least 0, like all whole numbers."""
     scale: ClassVar[str] = "guidance"
     """The setting that is the guidance scale of the teacher, after which run folders are named."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether the images must be the teacher's own, because a phase uses the noise from which they were drawn."""
 
     @property
     def needs_images(self) -> bool:
-        """Whether a phase with these settings has `Inputs.real`, so that the run needs images (`--data`)."""
+        """Whether a phase with these settings uses images, so that the run needs them (`--data`)."""
         return False
+
+    @property
+    def discriminates(self) -> bool:
+        """Whether a discriminator reads the images."""
+        return self.needs_images
+
+    @property
+    def drawing_guidance(self) -> float | None:
+        """Guidance scale at which the teacher draws the images of `--data teacher`; None: its default."""
+        return None
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
@@ -84,6 +96,9 @@ class Inputs:
     """Use the samples of the previous phase instead of new noise. That phase must train the generator with the same `position`."""
     real: bool = False
     """Also draw real images, those of batch `turn` over the whole run."""
+    source: Literal["prompts", "images", "pairs"] = "prompts"
+    """What the batch consists of: prompts; or the images of batch `turn`, as `samples`, with their captions as prompts; or pairs,
+    which are images with the noise from which the teacher drew them, as `latents`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,7 @@ class Batch:
     """Number of samples in the global batch. Losses are sums over the elements of a sample and means over the global batch."""
     cond: Any = None
     samples: Tensor | None = None
-    """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them."""
+    """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them; images, if they are its source."""
     real: Batch | None = None
     """If the phase has `Inputs.real`: B real images as `samples`, their captions as `prompts` and `cond`, the same `noise` and `t`."""
 
@@ -222,6 +237,10 @@ class Objective(ABC):
     """The same for the emoji teacher, whose preset replaces the defaults above."""
     emoji_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of the objective that have other defaults for the emoji teacher, because its runs are short."""
+    is_one_step: ClassVar[bool] = False
+    """Whether the student can have one step only."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Settings of the run that have no effect on this objective."""
     reads: ClassVar[str]
     """Sentence for reports that explains how to read the losses."""
 
@@ -256,6 +275,19 @@ class Objective(ABC):
 def generate(nets: Networks, batch: Batch) -> Tensor:
     """Return the generator's samples x [B, C, h, w]."""
     return nets.generate(batch)
+
+
+def distance(x: Tensor, target: Tensor, huber: float, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the distance of x to a target with respect to x, and the distance, a scalar.
+
+    The distance is the square d^2 of each difference d or, with `huber` = c > 0, the pseudo-Huber distance sqrt(d^2 + c^2) - c. It is
+    summed over the elements of a sample and averaged over the global batch.
+    """
+    difference = x - target
+    if not huber:
+        return difference * (2.0 / batch.size), difference.square().sum() / batch.size
+    root = (difference.square() + huber**2).sqrt()
+    return difference / (root * batch.size), (root - huber).sum() / batch.size
 
 
 def spread(x: Tensor, batch: Batch) -> Tensor:

@@ -208,7 +208,8 @@ def open_data(engine: Engine, images: CaptionedImages | None, teacher: str, list
     config, model = engine.config, engine.sampler.model
     source: Source
     if images is None:
-        plan, count = plan_for(model), config.data_num or TEACHER_IMAGES
+        plan = plan_for(model, guidance=config.objective.drawing_guidance)
+        count = config.data_num or TEACHER_IMAGES
         # Not the kernels, which a measurement selects: an interrupted command may select others, and must find its images again.
         precision = f"bf16 {engine.arithmetic.bf16}, teacher in bf16 {config.teacher_bf16}"
         draw = partial(engine.teacher_latents, plan)

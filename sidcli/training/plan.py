@@ -335,7 +335,7 @@ def forwards_per_image(config: DistillConfig, timesteps: int) -> int:
 
 def forwards_to_draw(config: DistillConfig, known: Description) -> int:
     """Return the forward passes for the images that the teacher draws before the training; 0 if it draws none."""
-    plan = plan_for(known)
+    plan = plan_for(known, guidance=config.objective.drawing_guidance)
     return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
 
 

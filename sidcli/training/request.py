@@ -86,7 +86,7 @@ class Request:
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
         own = with_shortcuts(own, start, lr, images)
         used = start | MEMORY.get(memory, {}) | own
-        notes = [*about_replaced(replaced, used, config), *without_effect(used, {**own, **others})]
+        notes = [*about_replaced(replaced, used, config), *without_effect(used, {**settings, **others})]
         return cls(teacher, start, own, memory, folder, tuple(notes))
 
     @property
@@ -195,8 +195,10 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
 
     Another says that the run ends before the adversarial term of sida joins, wherever the settings that cause it are from.
     """
-    said, scores = [], settings["objective"]
-    if "renoise" in given and settings.get("student_steps", DistillConfig.student_steps) == 1:
+    scores = settings["objective"]
+    unused = [name for name in objectives.find(scores.name).unused if name in given]
+    said = [f"note: --{name.replace('_', '-')} {given[name]} has no effect on objective {scores.name}" for name in unused]
+    if "renoise" in given and "renoise" not in unused and settings.get("student_steps", DistillConfig.student_steps) == 1:
         said.append(f"note: --renoise {given['renoise']} has no effect on a student of one step; --student-steps N sets more")
     if "dropout" in given and isinstance(scores, objectives.Sid.Settings) and scores.kappa1 == scores.kappa2 == scores.kappa3 == 1:
         said.append(
@@ -214,8 +216,13 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
 
 def check_objective(config: DistillConfig) -> None:
     """Raises UsageError if the objective would never train the student, lacks the images that it needs, or does not use those given."""
-    name = config.objective.name
-    if (first := objectives.find(name).first_step(config)) >= config.steps:
+    name, method = config.objective.name, objectives.find(config.objective.name)
+    if method.is_one_step and config.student_steps > 1:
+        raise UsageError(
+            f"objective {name} trains a one-step student, and --student-steps is {config.student_steps}",
+            "leave --student-steps out, or choose another --objective",
+        )
+    if (first := method.first_step(config)) >= config.steps:
         raise UsageError(
             f"objective {name} trains the student from step {first + 1} on, and --steps is {config.steps}",
             "more --steps, or other settings; --list-settings prints them",
@@ -223,14 +230,21 @@ def check_objective(config: DistillConfig) -> None:
     if config.objective.needs_images and not config.data:
         raise UsageError(
             f"objective {name} trains on images, and --data is not given",
-            "--data FOLDER or --data FILE.tar; --data teacher lets the teacher draw them",
+            "--data teacher"
+            if config.objective.needs_pairs
+            else "--data FOLDER or --data FILE.tar; --data teacher lets the teacher draw them",
+        )
+    if config.objective.needs_pairs and config.data != TEACHER_DRAWS:
+        raise UsageError(
+            f"--data {config.data}: objective {name} trains on images with the noise from which the teacher drew them",
+            f"--data {TEACHER_DRAWS}",
         )
     if config.data and not config.objective.needs_images:
         raise UsageError(
             f"--data {config.data}: objective {name} trains on prompts alone",
             "leave it out, or train on images with --objective sida, or --objective dmd2 --set gan=0.001",
         )
-    if config.objective.needs_images and config.compile == "on":
+    if config.objective.discriminates and config.compile == "on":
         raise UsageError(f"--compile on does not support the discriminator of objective {name}", "--compile off")
     if config.data_num and not config.data:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")

@@ -41,14 +41,19 @@ def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | No
     )
 
 
-@pytest.fixture
-def drawn(config: DistillConfig) -> DistillConfig:
-    return dataclasses.replace(config, objective=SIDA, data="teacher", data_num=3, steps=3)
+METHODS: dict[str, tuple[Any, str, set[str]]] = {
+    "sida": (SIDA, "SiDA (arXiv 2410.14919)", {"discriminator_loss", "adversarial_loss"}),
+    "regression": (objectives.Regression.Settings(), "Regression on", {"generator_loss"}),
+}
+"""Settings, start of the method in the card, and measurements that are positive in each step."""
 
 
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_on_the_teachers_images_goes_on_from_a_checkpoint_bit_for_bit(
-    sd_folder: Path, drawn: DistillConfig, tmp_path: Path
+    sd_folder: Path, config: DistillConfig, tmp_path: Path, name: str
 ) -> None:
+    objective, method, positive = METHODS[name]
+    drawn = dataclasses.replace(config, objective=objective, data="teacher", data_num=3, steps=3)
     heard = Heard()
     whole = run(sd_folder, drawn, tmp_path / "whole", heard)
     with pytest.raises(Interrupted):
@@ -65,9 +70,9 @@ def test_a_run_on_the_teachers_images_goes_on_from_a_checkpoint_bit_for_bit(
     record = json.loads((whole.run / "run.json").read_text())["data"]
     assert record["images"] == 3 and record["name"].endswith("5 steps, guidance 7.5") and len(record["digest"]) == 64
     card = read_card(find(str(whole.run)))
-    assert card["data"] == f"3 images of {record['name']}" and card["method"].startswith("SiDA (arXiv 2410.14919)")
+    assert card["data"] == f"3 images of {record['name']}" and card["method"].startswith(method)
     measured = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["discriminator_loss"] > 0 and line["adversarial_loss"] > 0 for line in measured)
+    assert len(measured) == 3 and all(line[key] > 0 for line in measured for key in positive)
 
 
 def test_a_run_continues_with_the_same_images_in_another_place_and_refuses_others(
@@ -115,3 +120,17 @@ def test_a_plan_checks_the_images_too(sd_folder: Path, tmp_path: Path, capsys: p
     (folder / "0.txt").unlink()
     assert sid(*command, folder) == 3
     assert "has 1 image, none with a caption" in capsys.readouterr().err
+
+
+def test_the_teacher_draws_the_pairs_of_regression_at_the_guidance_scale_of_the_run(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"batch_size": 2, "device": "cpu", "data": "teacher", "data_num": 2, "guidance": 3.0}
+    done = api.distill(sd_folder, tmp_path / "run", objective="regression", steps=1, **settings, listener=api.SILENT)
+    assert json.loads((done.run / "run.json").read_text())["data"]["name"].endswith("5 steps, guidance 3")
+    command = ["distill", "--teacher", sd_folder, "--objective", "regression", "--data", "teacher", "--dry-run", "--device", "cpu"]
+    assert sid(*command, "--guidance", 1) == 0
+    half = capsys.readouterr().out
+    assert sid(*command, "--guidance", 2) == 0
+    drawing = [float(out.split("the teacher draws first, ")[1].split(" TFLOP")[0]) for out in (half, capsys.readouterr().out)]
+    assert drawing[1] == pytest.approx(2 * drawing[0], rel=0.01)
