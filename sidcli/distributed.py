@@ -86,6 +86,11 @@ class Distributed:
             for part in (*blocks, net):
                 fully_shard(part)
 
+    def reshard(self, net: nn.Module) -> None:
+        """Drop the full weights that a forward pass without a backward pass leaves behind. Call it before the weights are changed."""
+        if hasattr(net, "reshard"):  # a method of the class that FSDP2 gives to a sharded module
+            net.reshard()  # type: ignore[operator]
+
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return the module to call in forward passes whose gradients are averaged over the processes, and its optimizer."""
         if self.accelerator is None or self.sharded:

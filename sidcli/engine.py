@@ -170,6 +170,34 @@ class TrainedNetwork:
         _load_optimizer(self.optimizer, files[f"optimizer_{name}"])
 
 
+class Follower:
+    """The exponential average of a trained network, as a network that an objective can run. It is not trained itself."""
+
+    def __init__(self, role: Role, net: Any, followed: TrainedNetwork, distributed: Distributed):
+        self.role, self.net, self.followed, self.distributed = role, net, followed, distributed
+        if not role.lora:
+            distributed.split(net, blocks(net))
+        self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
+        for _, value in self.weights:
+            value.requires_grad_(False)
+
+    def update(self) -> None:
+        """Apply average <- decay average + (1 - decay) weights of the followed network."""
+        self.distributed.reshard(self.net)
+        values = [local(value.detach()) for _, value in self.followed.weights]
+        torch._foreach_lerp_([local(value) for _, value in self.weights], values, 1.0 - self.role.decay)
+
+    def tensors(self, name: str, copy: bool) -> dict[str, dict[str, Tensor]]:
+        """Return the state as {file: {name: tensor}}, full tensors on the CPU; see `Engine.tensors`."""
+        return {name: {key: whole(value, copy) for key, value in self.weights}}
+
+    def load(self, name: str, files: dict[str, dict[str, Tensor]]) -> None:
+        """Load the state from `tensors`. Raises KeyError or RuntimeError if names or shapes differ."""
+        self.distributed.reshard(self.net)
+        for key, value in self.weights:
+            assign(value, files[name][key])
+
+
 class Networks:
     """The networks for an objective; implements `objectives.base.Networks`."""
 
@@ -181,8 +209,10 @@ class Networks:
     def _call(self, role: str) -> nn.Module:
         if role == TEACHER:
             return self._engine.teacher
+        if role in self._engine.followers:
+            return self._engine.followers[role].net
         trained = self._engine.roles[role]
-        return trained.call if role == self.training else trained.net
+        return trained.call if role == self.training and torch.is_grad_enabled() else trained.net
 
     def generate(self, batch: Batch) -> Tensor:
         engine, net = self._engine, self._call(GENERATOR)
@@ -289,17 +319,26 @@ class Engine:
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
         if start is not None:
-            nets[GENERATOR].load_state_dict(start)
+            for name, role in roles.items():
+                if GENERATOR in (name, role.follows):
+                    nets[name].load_state_dict(start)
         if config.teacher_bf16 and self.arithmetic.bf16:
             for value in self.teacher.parameters():
                 value.data = value.data.bfloat16()
         for net in (self.teacher, *nets.values()):
             self._configure(net)
-        self.roles = {name: TrainedNetwork(role, nets[name], config, self.distributed) for name, role in roles.items()}
+        self.roles = {
+            name: TrainedNetwork(role, nets[name], config, self.distributed) for name, role in roles.items() if not role.follows
+        }
+        self.followers = {
+            name: Follower(role, nets[name], self.roles[role.follows], self.distributed)
+            for name, role in roles.items()
+            if role.follows
+        }
         self.nets = Networks(self)
         self.empty = self.sampler.encode([""])
         self.skipped = torch.zeros((), device=self.device)
-        self.skipped_in_row = {name: torch.zeros((), device=self.device) for name in roles}
+        self.skipped_in_row = {name: torch.zeros((), device=self.device) for name in self.roles}
         self.step = 0
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._drawn: dict[Key, Future[Batch]] = {}
@@ -371,6 +410,9 @@ class Engine:
         self.skipped_in_row[phase.role] = (self.skipped_in_row[phase.role] + broken) * broken
         if role.role.average:
             role.update_average(phase.update)
+        for follower in self.followers.values():
+            if follower.followed is role:
+                follower.update()
         return dict(zip(values, totals, strict=True)), outputs
 
     # Random inputs
@@ -492,8 +534,13 @@ class Engine:
     def state_bytes(self) -> int:
         """Size of `tensors()` in bytes, except for some scalars."""
         return state_bytes(
-            self.config, [(trained.role, sum(value.numel() for _, value in trained.weights)) for trained in self.roles.values()]
+            self.config, [(net.role, sum(value.numel() for _, value in net.weights)) for net in self._stored.values()]
         )
+
+    @property
+    def _stored(self) -> dict[str, TrainedNetwork | Follower]:
+        """The networks whose state a checkpoint stores."""
+        return {**self.roles, **self.followers}
 
     def tensors(self, copy: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return the state as {file: {name: tensor}}, full tensors on the CPU. If it is sharded, every process must call this.
@@ -501,14 +548,14 @@ class Engine:
         With `copy` the next step does not change the tensors, even if the networks are on the CPU.
         """
         files: dict[str, dict[str, Tensor]] = {}
-        for name, trained in self.roles.items():
-            files |= trained.tensors(name, copy)
+        for name, net in self._stored.items():
+            files |= net.tensors(name, copy)
         return files
 
     def load(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
         """Load the state from `tensors()` with the same config. Raises KeyError or RuntimeError if names or shapes differ."""
-        for name, trained in self.roles.items():
-            trained.load(name, files)
+        for name, net in self._stored.items():
+            net.load(name, files)
         for skipped in self.skipped_in_row.values():
             skipped.zero_()
         self.step = step
@@ -530,7 +577,9 @@ def emptied(captions: Sequence[str], drops: Sequence[bool]) -> list[str]:
 
 
 def optimizer_bytes(config: DistillConfig, role: Role, trained: int) -> int:
-    """Return the bytes of the optimizer's moments for `trained` weights."""
+    """Return the bytes of the optimizer's moments for `trained` weights. A network that follows another has none."""
+    if role.follows:
+        return 0
     if config.optimizer == "adam8bit":  # keeps both moments even if beta1 is 0
         return 2 * trained
     return (8 if role.betas[0] else 4) * trained

@@ -295,20 +295,20 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
 @pytest.mark.parametrize(
     ("content", "said", "hint"),
     [
-        ('name = "nope"', "name in [objective] must be one of sid, sida, dmd2, vsd, regression, not 'nope'", ""),
-        ("name = [3]", "name in [objective] must be one of sid, sida, dmd2, vsd, regression, not [3]", ""),
+        ('name = "nope"', "name in [objective] must be one of sid, sida, dmd2, vsd, regression, lcm, not 'nope'", ""),
+        ("name = [3]", "name in [objective] must be one of sid, sida, dmd2, vsd, regression, lcm, not [3]", ""),
         ("kapa1 = 2.0", "'kapa1' is not a setting of objective sid; did you mean 'kappa1'?", ""),
         ('kappa1 = "x"', "kappa1 must be float, not 'x'", ""),
         ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),
         (
             "guidance = 3.0",
-            "'guidance' is not a setting of objective sid, it is one of dmd2, vsd and regression; "
+            "'guidance' is not a setting of objective sid, it is one of dmd2, vsd, regression and lcm; "
             "sid has kappa1, kappa2, kappa3, kappa4, alpha, dropout",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
         ),
         (
             'name = "sida"\nguidance = 3.0',
-            "'guidance' is not a setting of objective sida, it is one of dmd2, vsd and regression; sida has",
+            "'guidance' is not a setting of objective sida, it is one of dmd2, vsd, regression and lcm; sida has",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sida, or write these",
         ),
         (
@@ -384,6 +384,10 @@ def test_a_setting_that_others_turn_off_is_noted() -> None:
     assert asked_for(**pairs, fake_lora=8, t_min=50).notes == (
         "note: --fake-lora 8 has no effect on objective regression",
         "note: --t-min 50 has no effect on objective regression",
+    )
+    assert asked_for(objective="lcm", data="a", t_init=500, renoise="ddim", student_steps=1).notes == (
+        "note: --t-init 500 has no effect on objective lcm",
+        "note: --renoise ddim has no effect on objective lcm",
     )
     assert not asked_for(**pairs, lr=1e-4).notes
 

@@ -19,3 +19,13 @@ def exit_grid(t_init: int, steps: int) -> tuple[int, ...]:
 def trailing_grid(timesteps: int, steps: int) -> tuple[int, ...]:
     """Return `steps` evenly spaced timesteps from T - 1, where x_t is only noise, down to T / steps - 1; T is `timesteps`."""
     return tuple(round(timesteps * (steps - index) / steps) - 1 for index in range(steps))
+
+
+def consistency_grid(t_init: int, solver_steps: int, steps: int) -> tuple[int, ...]:
+    """Return the timesteps of multistep consistency sampling from `t_init`, those of LCMScheduler in diffusers.
+
+    The timesteps of the solver are k - 1, 2 k - 1, ..., t_init with k = (t_init + 1) / solver_steps. The grid has `steps` evenly
+    spaced ones of them. Four of 50 steps from t_init 999 are 999, 759, 499, 259.
+    """
+    k = (t_init + 1) // solver_steps
+    return tuple(k * (solver_steps - index * solver_steps // steps) - 1 for index in range(steps))

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from sidcli.diffusion.grids import Renoise, trailing_grid
-from sidcli.diffusion.path import Path
+from sidcli.diffusion.path import Path, Timestep
+
+SCALING, SPREAD = 10.0, 0.5
+"""Factor of the timesteps, and standard deviation of the data, in the consistency function."""
 
 NoiseAt = Callable[[int], Tensor]
 """Index of a denoising step -> standard normal noise [B, C, h, w]."""
@@ -57,6 +60,32 @@ def few_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[i
     z = noise_at(0)
     _, sigma = path.scale(grid[0])
     return denoise_along(denoise, sigma * z, path, grid, renoise, noise_at)
+
+
+def consistent(clean: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
+    """Return the consistency function c_skip x_t + c_out x of a clean prediction x at timestep t (arXiv 2303.01469, 2310.04378).
+
+    c_skip = d^2 / (s^2 + d^2) and c_out = s / sqrt(s^2 + d^2) with d = 0.5 and s = 10 t, as in LCMScheduler of diffusers. It is x_t
+    at t = 0, and almost x at other timesteps.
+    """
+    scaled = SCALING * (t if isinstance(t, int) else t.double().view(-1, 1, 1, 1))
+    square = scaled**2 + SPREAD**2
+    skip, out = SPREAD**2 / square, scaled / square**0.5
+    if isinstance(skip, Tensor):
+        skip, out = skip.float(), out.float()
+    return skip * x_t + out * clean
+
+
+def consistency_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[int]) -> Tensor:
+    """Return the output of multistep consistency sampling (algorithm 1 of arXiv 2303.01469), as LCMScheduler of diffusers computes it.
+
+    The input at grid[0] is noise_at(0) itself. Before each other step, noise_at(its index) is added to the last prediction.
+    """
+    x = x_t = noise_at(0)
+    for visit, t in enumerate(grid):
+        x_t = path.noised(x, noise_at(visit), t) if visit else x_t
+        x = consistent(path.clean(denoise(x_t, every(t, x_t)).float(), x_t, t), x_t, t)
+    return x
 
 
 def many_steps(denoise: Denoiser, noise: Tensor, path: Path, steps: int) -> Tensor:

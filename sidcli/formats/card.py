@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sidcli.diffusion.grids import exit_grid
 from sidcli.files import write_json
+from sidcli.models.drawing import Plan, is_consistency, student_plan
 from sidcli.models.loading import Description, Model
 from sidcli.printable import printable
 from sidcli.progress import counted
@@ -50,19 +50,12 @@ def terms_of(model: Model | Description) -> dict[str, str]:
     return {key: str(known[key]) for key in TERMS if known.get(key)} or license_of(model.source.folder)
 
 
-def grid_of(card: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the timesteps of a student; `card` is the content of its sid.json."""
-    return exit_grid(int(card["t_init"]), int(card.get("student_steps", 1)))
+def has_stock_sampler(card: Mapping[str, Any]) -> bool:
+    """Return whether diffusers has a scheduler that draws as the student does. `card` is the content of the student's sid.json.
 
-
-def is_deterministic(card: Mapping[str, Any]) -> bool:
-    """Return whether a student adds no new noise between steps. Stock schedulers and samplers cannot run other students."""
-    return card.get("renoise", "ddim") == "ddim" or len(grid_of(card)) == 1
-
-
-def visits(grid: Sequence[int]) -> dict[str, Any]:
-    """Return the arguments that make a stock pipeline use the student's timesteps."""
-    return {"num_inference_steps": 1} if len(grid) == 1 else {"timesteps": list(grid)}
+    No scheduler adds new noise between the steps of a student, except for that of consistency sampling.
+    """
+    return is_consistency(card) or card.get("renoise", "ddim") == "ddim" or student_plan(card).steps == 1
 
 
 def sides(model: Model) -> dict[str, int]:
@@ -74,9 +67,9 @@ def sides(model: Model) -> dict[str, int]:
     return {} if height == width else {"height": height, "width": width}
 
 
-def call(grid: Sequence[int], size: Mapping[str, int]) -> str:
+def call(plan: Plan, size: Mapping[str, int]) -> str:
     """Return Python code that calls a stock pipeline `pipe`."""
-    arguments = {**visits(grid), **size, "guidance_scale": 0}
+    arguments = {**plan.in_diffusers, **size, "guidance_scale": 0}
     return f'pipe("{PROMPT}", {", ".join(f"{name}={value}" for name, value in arguments.items())})'
 
 
@@ -94,20 +87,20 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
     origin = card.get("teacher", {}).get("origin", "unknown")
     base = origin.removeprefix("hub:") if origin.startswith("hub:") else None
     is_lora = card["format"] == "lora"
-    grid, library = grid_of(card), LIBRARIES.get(card["format"])
-    steps = "one-step" if len(grid) == 1 else "few-step"
+    plan, library = student_plan(card), LIBRARIES.get(card["format"])
+    steps = "one-step" if plan.steps == 1 else "few-step"
     terms: dict[str, Any] = dict(terms_of(dataclasses.replace(model, card=dict(card))))
-    in_diffusers = library == "diffusers" and is_deterministic(card)
+    in_diffusers = library == "diffusers" and has_stock_sampler(card)
     data = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if is_lora else "finetune") if base else None,
         library_name=library,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "distillation", steps, *_method_tags(card), *(["lora"] * is_lora)],
-        inference={"parameters": visits(grid) | {"guidance_scale": 0}} if in_diffusers else None,
+        inference={"parameters": plan.in_diffusers | {"guidance_scale": 0}} if in_diffusers else None,
         **terms,
     )
-    title = f"{'One' if len(grid) == 1 else len(grid)}-step {'LoRA' if is_lora else 'text-to-image model'}"
+    title = f"{'One' if plan.steps == 1 else plan.steps}-step {'LoRA' if is_lora else 'text-to-image model'}"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
@@ -137,9 +130,11 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
         "Method": card.get("method", "unknown"),
         "Format": f"{card['format']}, {card['dtype']}",
         "Image size": f"{width} x {height} pixels",
-        "Timesteps": ", ".join(map(str, grid_of(card))),
+        "Timesteps": ", ".join(map(str, student_plan(card).grid)),
         "Prediction": model.path.prediction,
     }
+    if is_consistency(card):
+        facts["Sampling"] = f"multistep consistency sampling, in up to {counted(card['solver_steps'], 'step')}"
     if "kappa1" in config:
         facts["Guidance scales in training (kappa 1 to 4)"] = ", ".join(f"{config[f'kappa{index}']:g}" for index in (1, 2, 3, 4))
     if "steps_trained" in card and "batch_size" in config:

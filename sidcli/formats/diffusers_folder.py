@@ -2,7 +2,8 @@
 guidance_scale=0.
 
 The scheduler makes this possible: EulerDiscreteScheduler over the first t_init + 1 betas with trailing spacing starts at t_init
-with sigma_t_init z and takes one step to the clean latent. This equals the computation of the one-step student.
+with sigma_t_init z and takes one step to the clean latent. This equals the computation of the one-step student. A student that draws
+by multistep consistency sampling gets LCMScheduler.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from transformers import CLIPTokenizer
 
 from sidcli.files import atomic_folder, read_json, write_json
-from sidcli.formats.card import PROMPT, call, grid_of, is_deterministic, sides, visits, write_card
+from sidcli.formats.card import PROMPT, call, has_stock_sampler, sides, write_card
 from sidcli.formats.order import DTYPES, Order
-from sidcli.models.drawing import Plan
+from sidcli.models.compatibility import SCHEDULE
+from sidcli.models.drawing import Plan, is_consistency, student_plan
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 
@@ -32,8 +40,10 @@ pipe = {pipeline}.from_pretrained("FOLDER"{options})
 {call}.images[0].save("cat.png")
 ```
 
-`FOLDER` is this folder or its id on the hub. Keep the scheduler: its first timestep is the one this model was
-trained at. Keep `guidance_scale=0`: the model needs no guidance at inference."""
+`FOLDER` is this folder or its id on the hub. Keep the scheduler: {keep}.
+Keep `guidance_scale=0`: the model needs no guidance at inference."""
+KEEP = "its first timestep is the one this model was\ntrained at"
+KEEP_CONSISTENCY = "this model was trained for its timesteps\nand its sampling. It draws in 1 to {most} steps"
 OWN_NOISE = """```bash
 sid sample "{prompt}" --model FOLDER
 ```
@@ -69,6 +79,25 @@ def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscr
     return EulerDiscreteScheduler(beta_schedule=kind, beta_start=begin, beta_end=end, **options)
 
 
+def consistency_scheduler(teacher_config: dict[str, Any], solver_steps: int) -> LCMScheduler:
+    """Return the scheduler of multistep consistency sampling over the noise schedule of the teacher."""
+    schedule = {key: teacher_config[key] for key in SCHEDULE if key in teacher_config}
+    return LCMScheduler(
+        **schedule,
+        prediction_type=teacher_config.get("prediction_type", "epsilon"),
+        original_inference_steps=solver_steps,
+        clip_sample=False,
+        steps_offset=1,  # no effect; pipelines warn about any other value
+    )
+
+
+def scheduler_of(model: Model) -> Any:
+    """Return the scheduler of diffusers that draws as a student does."""
+    if is_consistency(model.card):
+        return consistency_scheduler(model.scheduler_config, int(model.card["solver_steps"]))
+    return student_scheduler(model.scheduler_config, int(model.card["t_init"]))
+
+
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Save a tokenizer as tokenizer.json, and also as vocab.json and merges.txt, which other programs read."""
     tokenizer.save_pretrained(folder)
@@ -79,15 +108,14 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def write_student(path: Path, model: Model, card: dict[str, Any], dtype: str = "fp32") -> None:
-    """Write `model` with its truncated scheduler as a pipeline folder. `path` is written completely or not at all."""
+    """Write `model` with its scheduler as a pipeline folder. `path` is written completely or not at all."""
     with atomic_folder(path) as folder:
         write(folder, dataclasses.replace(model, card=card), Order(dtype))
 
 
 def write(folder: Path, model: Model, order: Order) -> None:
-    """Write a student's pipeline with its truncated scheduler to an empty folder."""
-    scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
-    write_pipeline(folder, model, scheduler, model.card, order)
+    """Write a student's pipeline with its scheduler to an empty folder."""
+    write_pipeline(folder, model, scheduler_of(model), model.card, order)
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
@@ -105,7 +133,7 @@ def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) 
     """Draw one image, uint8 [H, W, 3], with a stock pipeline that contains a student."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return np.asarray(pipe(prompt, **visits(plan.grid), guidance_scale=0, generator=generator, **options).images[0])
+    return np.asarray(pipe(prompt, **plan.in_diffusers, guidance_scale=0, generator=generator, **options).images[0])
 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
@@ -147,12 +175,13 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
 
 def usage(model: Model, card: dict[str, Any], order: Order) -> str:
     """Return Markdown that explains how to run a student's folder."""
-    if not is_deterministic(card):
+    if not has_stock_sampler(card):
         return OWN_NOISE.format(prompt=PROMPT, renoise=card["renoise"])
     options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"
     return USAGE.format(
         imports="import torch\n" if options else "",
         pipeline=stock(model).__name__,
         options=options + (f', variant="{order.variant}"' if order.variant else ""),
-        call=call(grid_of(card), sides(model)),
+        call=call(student_plan(card), sides(model)),
+        keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else KEEP,
     )

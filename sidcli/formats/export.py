@@ -21,9 +21,10 @@ from sidcli import __version__
 from sidcli.errors import GateError, InputError, UsageError
 from sidcli.files import atomic_folder, check_space, sha256
 from sidcli.formats import lora, single_file_folder
-from sidcli.formats.card import is_deterministic, provenance, terms_of
+from sidcli.formats.card import has_stock_sampler, provenance, terms_of
 from sidcli.formats.order import DEFAULT_RANK, FORMATS, Order
 from sidcli.models import official_pkl
+from sidcli.models.drawing import is_consistency
 from sidcli.models.families import build
 from sidcli.models.loading import Description, Model, describe_model, open_model
 from sidcli.models.overrides import Overrides
@@ -58,10 +59,16 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
     name, nets = known.source.name, networks(known)
     if not known.is_student:
         raise InputError(f"{name} is not a student", "export a run folder, its student/, or `emoji`")
-    if not is_deterministic(known.card):
+    if not has_stock_sampler(known.card):
         raise InputError(
             f"{name} adds {known.card['renoise']} noise between its steps, which no other program does",
             "draw with `sid sample`, or distill with --renoise ddim",
+        )
+    if is_consistency(known.card) and not FORMATS[format_name].has_scheduler:
+        able = " or ".join(other for other, form in FORMATS.items() if form.has_scheduler)
+        raise InputError(
+            f"{name} draws by multistep consistency sampling, which --format {format_name} does not include",
+            f"use --format {able}, or draw with `sid sample`",
         )
     if FORMATS[format_name].in_diffusers and any(side % 8 for side in known.size):
         raise InputError(

@@ -17,10 +17,11 @@ from torch import Tensor
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import save_tensors, write_json
 from sidcli.formats import single_file_folder
-from sidcli.formats.card import PROMPT, call, grid_of, sides, write_card
+from sidcli.formats.card import PROMPT, call, sides, write_card
 from sidcli.formats.comfyui import workflow
-from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler
+from sidcli.formats.diffusers_folder import run_pipeline, scheduler_of, stock
 from sidcli.formats.order import DTYPES, Order
+from sidcli.models.drawing import is_consistency, student_plan
 from sidcli.models.families import FAMILIES, family_of
 from sidcli.models.ldm import locate, places_of
 from sidcli.models.loading import Model
@@ -30,15 +31,15 @@ from sidcli.progress import Listener
 
 USAGE = """```python
 import torch
-from diffusers import EulerDiscreteScheduler, {pipeline}
+from diffusers import {scheduler}, {pipeline}
 
 pipe = {pipeline}.{loader}
-pipe.scheduler = EulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler")
+pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("FOLDER")
 {call}.images[0].save("cat.png")
 ```
 
-`FOLDER` is this folder or its id on the hub.{places} Keep this folder's scheduler: its first timestep is the one this model was trained at.
+`FOLDER` is this folder or its id on the hub.{places} Keep this folder's scheduler: {keep}.
 
 The LoRA has rank {rank} and keeps {kept:.2%} of the difference between student and teacher (squared norm over all parameters of the
 UNet). What it cannot hold counts as lost: biases, and the scales of norms."""
@@ -51,6 +52,8 @@ COMFYUI = """
 - **AUTOMATIC1111, Forge** (not tested): `{file}` has kohya's names."""
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """Model family -> name of its base model in the header of a LoRA (ss_base_model_version)."""
+KEEP = "its first timestep is the one this model was trained at"
+KEEP_CONSISTENCY = "this model was trained for its timesteps and its sampling"
 LIKE = {
     ("sd1", "epsilon"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
     ("sd1", "v_prediction"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -196,17 +199,20 @@ def write(folder: Path, model: Model, order: Order) -> None:
     rank = next(len(value) for name, value in named.items() if name.endswith(".lora_down.weight"))
     header |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     save_tensors(named, folder / FILE, header)
-    student_scheduler(model.scheduler_config, int(model.card["t_init"])).save_pretrained(folder / "scheduler")
+    scheduler = scheduler_of(model)
+    scheduler.save_pretrained(folder / "scheduler")
     loader, places = _loader(teacher, order)
     usage = USAGE.format(
         pipeline=kind.__name__,
+        scheduler=type(scheduler).__name__,
+        keep=KEEP_CONSISTENCY if is_consistency(model.card) else KEEP,
         loader=loader,
         places=places,
-        call=call(grid_of(model.card), _sides(model, teacher)),
+        call=call(student_plan(model.card), _sides(model, teacher)),
         rank=order.rank,
         kept=kept,
     )
-    if single_file_folder.is_readable(model):
+    if single_file_folder.is_readable(model) and not is_consistency(model.card):
         usage += write_workflow(folder, model, teacher)
     facts = {"rank": order.rank, "kept": round(kept, 6), "teacher": teacher.source.origin}
     write_card(folder, model, model.card | {"format": "lora", "dtype": order.dtype, "lora": facts}, usage)
@@ -255,7 +261,7 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
         networks |= {"text_encoder_2": teacher.text_encoders[1], "tokenizer_2": teacher.tokenizers[1]}
     else:
         networks |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = stock(model)(**networks, scheduler=student_scheduler(model.scheduler_config, int(model.card["t_init"])))
+    pipe = stock(model)(**networks, scheduler=scheduler_of(model))
     pipe.load_lora_weights(folder)
     return run_pipeline(pipe, plan_for(model), prompt, seed, **_sides(model, teacher))
 

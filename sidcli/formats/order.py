@@ -27,22 +27,24 @@ class Format:
     """An export format: one value of --format.
 
     `module` is the name of a module in sidcli.formats with write() and draw(). `packages` are the packages that the format needs
-    and that sid does not depend on. `in_diffusers` is True if a stock pipeline draws with the export.
+    and that sid does not depend on. `in_diffusers` is True if a stock pipeline draws with the export, `has_scheduler` if the export
+    includes the scheduler with which it does.
     """
 
     module: str
     dtypes: tuple[str, ...] = tuple(DTYPES)
     packages: tuple[str, ...] = ()
     in_diffusers: bool = False
+    has_scheduler: bool = False
 
 
 FORMATS = {
-    "diffusers": Format("diffusers_folder", in_diffusers=True),
+    "diffusers": Format("diffusers_folder", in_diffusers=True, has_scheduler=True),
     "single-file": Format("single_file_folder", in_diffusers=True),
     "onnx": Format("onnx", ("fp32", "fp16"), ("onnx", "onnxscript", "onnxruntime")),
     "openvino": Format("openvino", ("fp32", "fp16"), ("onnx", "onnxscript", "openvino")),
     "torch-export": Format("torch_export"),
-    "lora": Format("lora", packages=("peft",), in_diffusers=True),
+    "lora": Format("lora", packages=("peft",), in_diffusers=True, has_scheduler=True),
 }
 
 

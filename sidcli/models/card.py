@@ -16,6 +16,8 @@ from sidcli.models.compatibility import MAX_TIMESTEPS, OTHER_COPY, value_text
 
 RENOISE = ("ddim", "fixed", "fresh")
 """Kinds of noise between the steps of a student."""
+SAMPLERS = ("lcm",)
+"""Samplers of students that have one of their own: multistep consistency sampling, as LCMScheduler of diffusers computes it."""
 KINDS = ("student", "teacher")
 GRAPHS = ("onnx", "openvino", "torch-export")
 MAX_SIDE = 1 << 16
@@ -48,6 +50,8 @@ CARD: dict[str, Rule] = {
     "t_init": _whole(1, MAX_TIMESTEPS - 1),
     "student_steps": _whole(1, MAX_TIMESTEPS - 1),
     "renoise": _one_of(RENOISE),
+    "sampler": _one_of(SAMPLERS),
+    "solver_steps": _whole(1, MAX_TIMESTEPS),
     "guidance": NUMBER,
     "teacher": TEXTS,
     "config": OBJECT,
@@ -116,6 +120,8 @@ def _checked(card: dict[str, Any], place: str) -> dict[str, Any]:
         raise InputError(
             f"{place}: student_steps is {card['student_steps']}; it must be at most t_init, {card['t_init']}", OTHER_COPY
         )
+    if is_student and "sampler" in card:
+        _check_sampler(card, place)
     if "graph" in card:
         graph = card["graph"]
         _check(graph, GRAPH, place, tuple(GRAPH), "graph.")
@@ -129,6 +135,16 @@ def _checked(card: dict[str, Any], place: str) -> dict[str, Any]:
     _check(config, CONFIG | OBJECTIVE, place, prefix="config.")  # older versions wrote the objective's settings to `config`
     _check(config.get("objective", {}), OBJECTIVE, place, prefix="config.objective.")
     return card
+
+
+def _check_sampler(card: Mapping[str, Any], place: str) -> None:
+    """Raises InputError if the steps of consistency sampling do not fit the timesteps."""
+    _check(card, CARD, place, ("solver_steps",))
+    most, timesteps = card["solver_steps"], card["t_init"] + 1
+    if timesteps % most:
+        raise InputError(f"{place}: solver_steps is {most}; it must divide t_init + 1, {timesteps}", OTHER_COPY)
+    if card.get("student_steps", 1) > most:
+        raise InputError(f"{place}: student_steps is {card['student_steps']}; it must be at most solver_steps, {most}", OTHER_COPY)
 
 
 def _check(

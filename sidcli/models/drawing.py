@@ -5,14 +5,14 @@ Imports no torch, so that exported graphs draw without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import PngImagePlugin
 
-from sidcli.diffusion.grids import Renoise, exit_grid
+from sidcli.diffusion.grids import Renoise, consistency_grid, exit_grid
 from sidcli.errors import InputError, UsageError
 from sidcli.models.overrides import check_sampling
 from sidcli.models.sources import Source
@@ -22,17 +22,26 @@ from sidcli.progress import Progress, counted, silent
 
 @dataclass(frozen=True)
 class Plan:
-    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise DDIM with guidance."""
+    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise DDIM with guidance.
+
+    With `consistency`, the generator uses multistep consistency sampling (`diffusion.sampling.consistency_steps`).
+    """
 
     steps: int
     guidance: float = 0.0
     grid: tuple[int, ...] = ()
     renoise: Renoise = "ddim"
+    consistency: bool = field(default=False, repr=False)  # the text of a plan names cached images
 
     @property
     def noises(self) -> int:
         """Number of noise tensors per image: one, or one per step if each step adds fresh noise."""
         return self.steps if self.grid and self.renoise == "fresh" else 1
+
+    @property
+    def in_diffusers(self) -> dict[str, Any]:
+        """Arguments that make a stock pipeline of diffusers take the steps of this generator with the scheduler of its export."""
+        return {"num_inference_steps": self.steps} if self.steps == 1 or self.consistency else {"timesteps": list(self.grid)}
 
     def describe(self) -> str:
         if not self.grid:
@@ -40,20 +49,43 @@ class Plan:
         return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
 
 
-def student_plan(card: dict[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model") -> Plan:
+def student_plan(
+    card: Mapping[str, Any], steps: int | None = None, guidance: float | None = None, name: str = "this model"
+) -> Plan:
     """Return the plan of a student from its card with the user's steps and guidance.
 
     Raises UsageError for values that the student does not support.
     """
     check_sampling(steps, guidance)
     own = int(card.get("student_steps", 1))
+    if is_consistency(card):
+        return _consistency_plan(card, steps or own, guidance, name)
     if steps is not None and steps > own:
         at_most = "is a one-step model" if own == 1 else f"was trained for at most {own} steps"
         raise UsageError(f"{name} {at_most}; --steps {steps} is not possible", "leave --steps out")
-    if guidance not in (None, 0, 1):
-        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
+    _check_guidance(guidance)
     wanted = steps or own
     return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
+
+
+def is_consistency(card: Mapping[str, Any]) -> bool:
+    """Return whether a card is that of a student that draws by multistep consistency sampling."""
+    return card.get("sampler") == "lcm"
+
+
+def _consistency_plan(card: Mapping[str, Any], steps: int, guidance: float | None, name: str) -> Plan:
+    """Return the plan of a student that draws in any number of steps up to that of the solver of its training."""
+    most = int(card["solver_steps"])
+    if steps > most:
+        raise UsageError(f"{name} draws in at most {counted(most, 'step')}; --steps {steps} is not possible", f"--steps {most}")
+    _check_guidance(guidance)
+    grid = consistency_grid(int(card["t_init"]), most, steps)
+    return Plan(steps, grid=grid, renoise="fresh", consistency=True)
+
+
+def _check_guidance(guidance: float | None) -> None:
+    if guidance not in (None, 0, 1):
+        raise UsageError(f"a student has its guidance built in; --guidance {guidance:g} is not possible")
 
 
 class NotFinite(InputError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sidcli.diffusion.grids import exit_grid
-from sidcli.diffusion.sampling import few_steps, many_steps
+from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan, student_plan
@@ -64,6 +64,8 @@ class Sampler:
             stepped()
             return predicted
 
+        if plan.consistency:
+            return consistency_steps(predict, noise.__getitem__, self.model.path, plan.grid)
         if plan.grid:
             return few_steps(predict, noise.__getitem__, self.model.path, plan.grid, plan.renoise)
         return many_steps(predict, noise[0], self.model.path, plan.steps)

@@ -19,7 +19,7 @@ from sidcli.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEACHER, FAKE, GENERATOR = "teacher", "fake_score", "generator"
+TEACHER, FAKE, GENERATOR, TARGET = "teacher", "fake_score", "generator", "target"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,23 @@ class Settings:
                 raise UsageError(f"{setting.name} must be at least 0, not {value}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(Settings):
+    """Settings of an objective that trains the student on images without a discriminator."""
+
+    @property
+    def needs_images(self) -> bool:
+        return True
+
+    @property
+    def discriminates(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True)
 class Role:
-    """A trained network. It starts as a copy of the teacher, or with `lora` as adapters of that rank on the teacher's weights."""
+    """A trained network, or with `follows` the average of one. It starts as a copy of the teacher, or with `lora` as adapters of that
+    rank on the teacher's weights."""
 
     lr: float
     lora: int = 0
@@ -79,6 +93,10 @@ class Role:
     """Maximum norm of the gradient of all weights of the network; 0: no limit."""
     head: bool = False
     """Whether the network has a discriminator head on its middle block, which is trained and saved with it."""
+    follows: str = ""
+    """Trained network of which this network is the exponential average. It starts equal to it and is not trained itself."""
+    decay: float = 0.0
+    """Weight of the old average at each update of the followed network."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +240,12 @@ class RunConfig(Protocol):
     @property
     def fake_updates(self) -> int: ...
     @property
+    def t_init(self) -> int: ...
+    @property
+    def student_steps(self) -> int: ...
+    @property
+    def renoise(self) -> str: ...
+    @property
     def objective(self) -> Any: ...
 
 
@@ -263,9 +287,15 @@ class Objective(ABC):
         return dataclasses.replace(role, lr=config.lr_generator, lora=config.student_lora, stream="generator lora", average=True)
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """How the student draws: entries of its card, sid.json."""
+        config = self.config
+        return {"t_init": config.t_init, "student_steps": config.student_steps, "renoise": config.renoise}
+
+    @property
     @abstractmethod
     def roles(self) -> dict[str, Role]:
-        """Trained networks by name."""
+        """Trained networks, and those that follow one, by name."""
 
     @abstractmethod
     def phases(self, step: int) -> list[Phase]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 from sidcli.objectives.base import (
     GENERATOR,
     Batch,
+    ImageSettings,
     Inputs,
     Networks,
     Objective,
     Pass,
     Phase,
     Role,
-    Settings,
     Values,
     distance,
     generate,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegressionSettings(Settings):
+class RegressionSettings(ImageSettings):
     name: str = "regression"
     guidance: float = 7.5
     """Guidance scale at which the teacher draws the images."""
@@ -37,14 +37,6 @@ class RegressionSettings(Settings):
     """Constant c of the pseudo-Huber distance sqrt(d^2 + c^2) - c; 0: the squared distance d^2."""
     weights = ("huber",)
     needs_pairs = True
-
-    @property
-    def needs_images(self) -> bool:
-        return True
-
-    @property
-    def discriminates(self) -> bool:
-        return False
 
     @property
     def drawing_guidance(self) -> float | None:

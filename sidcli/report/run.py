@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from sidcli.diffusion.grids import exit_grid
 from sidcli.errors import InputError
 from sidcli.files import read_json
 from sidcli.metrics.catalog import METRICS
 from sidcli.models import card
+from sidcli.models.drawing import student_plan
 from sidcli.objectives import OBJECTIVES
 from sidcli.progress import counted, duration, plural
 from sidcli.report.charts import evenly, number
@@ -233,9 +233,9 @@ def _commands(run: Run) -> Commands | None:
     t_init, steps = _whole(run.student, "t_init"), run.student_steps
     if t_init is None:
         return None
-    visits = "num_inference_steps=1"
-    if steps > 1:
-        visits = f"timesteps={list(exit_grid(t_init, steps))}"
+    own = {name: run.student[name] for name in ("sampler", "solver_steps") if name in run.student}
+    plan = student_plan({"t_init": t_init, "student_steps": steps, **own})
+    visits = ", ".join(f"{name}={value}" for name, value in plan.in_diffusers.items())
     code = (
         "from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(run.folder / 'student'))})\n"

@@ -34,7 +34,6 @@ from sidcli.data.captioned import CaptionedImages
 from sidcli.data.latents import TEACHER_IMAGES, EncodedImages, Latents, Source, TeacherImages, prepare
 from sidcli.data.prompts import EmojiPrompts, Prompts
 from sidcli.devices import cores, pick_device, processor
-from sidcli.diffusion.grids import exit_grid
 from sidcli.distributed import count
 from sidcli.emoji import world
 from sidcli.engine import Engine, Measurements, check_teacher
@@ -44,7 +43,7 @@ from sidcli.formats.card import provenance
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.outputs import check_run
 from sidcli.formats.pictures import grid, save_png
-from sidcli.models.drawing import Drawer, NotFinite, Plan, draw
+from sidcli.models.drawing import Drawer, NotFinite, Plan, draw, student_plan
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import fingerprint
@@ -328,7 +327,7 @@ class Loop:
         """Measure the proxy metrics of the current student and append them to metrics.jsonl as a separate line."""
         self.proxy = self.proxy or self.open_proxy()
         with self.listener.progress("evaluate", PROXY_IMAGES, "images") as advance:
-            found = self.proxy.measure(student, student_plan_of(self.engine.config), advance)
+            found = self.proxy.measure(student, student_plan(self.engine.objective.sampling), advance)
         self.write({"step": self.engine.step, **found})
         self.evaluations[self.engine.step] = found
         self.listener.note(
@@ -669,9 +668,7 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
     card = {
         "kind": "student",
         "method": engine.objective.method,
-        "t_init": config.t_init,
-        "student_steps": config.student_steps,
-        "renoise": config.renoise,
+        **engine.objective.sampling,
         "teacher": provenance(engine.sampler.model),
         "steps_trained": engine.step,
         "images": engine.images,
@@ -702,7 +699,7 @@ class Painter:
 
     def paint(self, student: Model) -> None:
         engine = self.engine
-        self.draw("samples", Sampler(student, engine.device), student_plan_of(engine.config), f"{engine.step:08d}")
+        self.draw("samples", Sampler(student, engine.device), student_plan(engine.objective.sampling), f"{engine.step:08d}")
         if engine.step and not self.has_teacher:
             self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher")
             self.has_teacher = True
@@ -735,9 +732,3 @@ def sample_prompts(engine: Engine, file: Path) -> list[str]:
 def prompts_for(engine: Engine, first: int, count: int) -> list[str]:
     """Return prompts for samples and proxy metrics, from positions before those that are used for training."""
     return [engine.prompts.at(engine.config.seed, -1 - index) for index in range(first, first + count)]
-
-
-def student_plan_of(config: DistillConfig) -> Plan:
-    """Return the sampling plan of the student in training."""
-    grid_of_steps = exit_grid(config.t_init, config.student_steps)
-    return Plan(config.student_steps, grid=grid_of_steps, renoise=config.renoise)  # type: ignore[arg-type]

@@ -2,11 +2,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 
+from sidcli.diffusion.grids import consistency_grid
 from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.path import DiscretePath, FlowPath, Prediction
-from sidcli.diffusion.sampling import few_steps, many_steps
+from sidcli.diffusion.sampling import consistency_steps, consistent, every, few_steps, many_steps
 from sidcli.errors import InputError
 from sidcli.models.loading import read_path
 
@@ -117,3 +118,40 @@ def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional_predic
     conditional, unconditional = torch.randn(2, 3), torch.randn(2, 3)
     torch.testing.assert_close(guided(conditional, unconditional, 1.0), conditional)
     torch.testing.assert_close(guided(conditional, unconditional, 0.0), unconditional)
+
+
+@pytest.mark.parametrize("solver_steps", [1, 7, 50, 1000])
+def test_consistency_sampling_visits_the_timesteps_of_diffusers(solver_steps: int) -> None:
+    scheduler = LCMScheduler(**SD, original_inference_steps=solver_steps)
+    k = 1000 // solver_steps
+    for steps in {1, 2, 3, 4, 8, 49, solver_steps} & set(range(1, solver_steps + 1)):
+        scheduler.set_timesteps(steps)
+        assert consistency_grid(k * solver_steps - 1, solver_steps, steps) == tuple(scheduler.timesteps.tolist())
+    assert consistency_grid(999, 50, 4) == (999, 759, 499, 259)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_consistency_sampling_equals_that_of_diffusers(prediction: str, steps: int) -> None:
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x + t.view(-1, 1, 1, 1) / 500)
+
+    scheduler = LCMScheduler(**SD, prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    draws, x_t = torch.Generator().manual_seed(0), torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(1))
+    wanted, noises = x_t, [x_t]
+    for t in scheduler.timesteps:
+        wanted = scheduler.step(network(wanted, every(int(t), wanted)), int(t), wanted, generator=draws).prev_sample
+    again = torch.Generator().manual_seed(0)
+    noises += [torch.randn(x_t.shape, generator=again) for _ in range(steps)]
+    found = consistency_steps(network, noises.__getitem__, path(prediction), consistency_grid(999, 50, steps))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_consistency_function_is_the_identity_at_timestep_0() -> None:
+    x, x_t = torch.randn(2, 3, 4, 8, 8)
+    assert torch.equal(consistent(x, x_t, 0), x_t)
+    found = consistent(x, x_t, torch.tensor([0, 1, 999]))
+    assert torch.equal(found[0], x_t[0])
+    torch.testing.assert_close(found[1], (0.25 * x_t[1] + 10 * 100.25**0.5 * x[1]) / 100.25)
+    torch.testing.assert_close(found[1], consistent(x[1:2], x_t[1:2], 1)[0])

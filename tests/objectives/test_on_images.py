@@ -1,5 +1,6 @@
 """Objectives that train the student on images without a discriminator, against float64 versions of their equations."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import load
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
-from sidcli.objectives.base import GENERATOR, Batch
+from sidcli.objectives.base import GENERATOR, TARGET, Batch
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig
+from sidcli.training import plan
 from tests.gradients import gradient, perturbed
 from tests.test_engine import Naive, inputs, phase_of, snapshot
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, dict[str, Any]] = {"regression": {}}
+SETTINGS: dict[str, dict[str, Any]] = {"regression": {}, "lcm": {"huber": 0.1}}
 """Settings of each objective here under which every term has a visible part in the gradient."""
 
 
@@ -45,7 +47,12 @@ def engine(folder: Path, config: DistillConfig, name: str, settings: dict[str, A
     given = dataclasses.replace(config, objective=objective, **more)
     built = Engine(load(find(str(folder))), given, open_prompts("general"), CPU)
     built.data = Pairs()  # type: ignore[assignment]
-    return perturbed(built, GENERATOR)
+    perturbed(built, GENERATOR)
+    with torch.no_grad():
+        for follower in built.followers.values():
+            for _, value in follower.weights:
+                value += 0.01 * torch.randn(value.shape)
+    return built
 
 
 def drawn(built: Engine, samples: range = range(4)) -> Batch:
@@ -54,6 +61,11 @@ def drawn(built: Engine, samples: range = range(4)) -> Batch:
 
 class OnImages(Naive):
     """The losses, image by image and element by element."""
+
+    def __init__(self, built: Engine):
+        super().__init__(built, built.sampler.model)
+        target = built.followers[TARGET].net if built.followers else built.roles[GENERATOR].net
+        self.nets["target"] = copy.deepcopy(target).double()
 
     def distance(self, x: Tensor, target: Tensor) -> Tensor:
         c = self.config.objective.huber
@@ -72,10 +84,35 @@ class OnImages(Naive):
         ]
         return torch.stack(images).sum() / len(images)
 
+    def consistency(self, net: str, x_t: Tensor, t: int, prompt: str) -> Tensor:
+        """c_skip(t) x_t + c_out(t) x0 with the scalings of the published code."""
+        skip, out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5
+        return skip * x_t + out * self.clean(net, x_t, t, prompt, 1.0)
+
+    def lcm(self, draw: Batch) -> Tensor:
+        """d(f_theta(x_t, c, t), f_target(x_t - k, c, t - k)), and DDIM with guidance between both points."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        assert draw.samples is not None
+        for i, prompt in enumerate(draw.prompts):
+            x, noise, k = draw.samples[i : i + 1].double(), draw.noise[i : i + 1].double(), 1000 // s.solver_steps
+            t = k - 1 + k * int(draw.t[i])
+            before = t - k if t > k else 0
+            x_t = self.abar[t].sqrt() * x + (1 - self.abar[t]).sqrt() * noise
+            with torch.no_grad():
+                end = self.clean("phi", x_t, t, prompt, s.guidance)
+                direction = (x_t - self.abar[t].sqrt() * end) / (1 - self.abar[t]).sqrt()
+                earlier = self.abar[before].sqrt() * end + (1 - self.abar[before]).sqrt() * direction
+                target = self.consistency("target", earlier, before, prompt)
+            total = total + self.distance(self.consistency("theta", x_t, t, prompt), target)
+        return total / len(draw.prompts)
+
 
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("regression", {}, "sd"),
     ("regression", {"huber": 0.3}, "v"),
+    ("lcm", {}, "sd"),
+    ("lcm", {"huber": 0.0, "target": 0.0, "guidance": 1.0}, "sd"),
+    ("lcm", {"huber": 0.2, "solver_steps": 2, "guidance": 3.0}, "v"),
 ]
 
 
@@ -84,8 +121,9 @@ def test_the_loss_and_its_gradient_equal_the_equation(
     sd_folder: Path, v_folder: Path, config: DistillConfig, name: str, settings: dict[str, Any], kind: str
 ) -> None:
     built = engine(sd_folder if kind == "sd" else v_folder, config, name, settings)
-    naive = OnImages(built, built.sampler.model)
-    wanted = getattr(naive, name)(drawn(built))
+    naive, draw = OnImages(built), drawn(built)
+    assert settings.get("solver_steps") != 2 or set(draw.t.tolist()) == {0, 1}
+    wanted = getattr(naive, name)(draw)
     wanted.backward()
     slopes = torch.cat([value.grad.flatten() for value in naive.nets["theta"].parameters() if value.grad is not None])
     found = gradient(built)
@@ -147,6 +185,78 @@ def test_a_batch_is_of_other_images_in_each_step_and_the_same_in_parts(sd_folder
     for field in ("samples", "noise", "t"):
         assert torch.equal(torch.cat([getattr(half, field) for half in halves]), getattr(first, field))
     assert first.real is None
+
+
+# LCM
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_target_network_is_the_average_of_the_student_after_each_update(
+    sd_folder: Path, config: DistillConfig, lora: int
+) -> None:
+    built = engine(sd_folder, config, "lcm", {"target": 0.75}, student_lora=lora)
+    before, _ = snapshot(built), built.train_step()
+    after = snapshot(built)
+    assert after["target"].keys() == after["generator"].keys()
+    for name, value in after["target"].items():
+        torch.testing.assert_close(value, 0.75 * before["target"][name] + 0.25 * after["generator"][name])
+    assert any(not torch.equal(value, before["generator"][name]) for name, value in after["generator"].items())
+    target = built.followers[TARGET].net
+    assert not any(value.requires_grad for value in target.parameters())
+    shared = {value.data_ptr() for value in built.teacher.parameters()} & {value.data_ptr() for value in target.parameters()}
+    assert bool(shared) == bool(lora)
+    assert "optimizer_target" not in after
+
+
+def test_the_target_network_starts_as_the_student_does(sd_folder: Path, config: DistillConfig) -> None:
+    model, given = load(find(str(sd_folder))), dataclasses.replace(config, objective=objectives.Lcm.Settings())
+    start = {name: value + 0.1 for name, value in model.unet.state_dict().items()}
+    built = Engine(model, given, open_prompts("general"), CPU, start=start)
+    for file in ("generator", "target", "average"):
+        assert all(torch.equal(value, start[name]) for name, value in built.tensors()[file].items())
+
+
+def test_a_student_that_is_its_own_target_needs_no_other_network(sd_folder: Path, config: DistillConfig) -> None:
+    built = engine(sd_folder, config, "lcm", {"target": 0.0})
+    assert not built.followers and set(built.tensors()) == {"generator", "average", "optimizer_generator"}
+    with_target = engine(sd_folder, config, "lcm", {})
+    sizes = [sum(value.numel() for _, value in built.roles[GENERATOR].weights), with_target.state_bytes - built.state_bytes]
+    assert sizes[1] == 4 * sizes[0]
+
+
+def test_the_plan_counts_the_target_network(sd_folder: Path, config: DistillConfig) -> None:
+    for target in (0.0, 0.95):
+        objective = objectives.settings({"name": "lcm", "target": target})
+        given = dataclasses.replace(config, teacher=str(sd_folder), objective=objective, data="folder")
+        made = plan.make(given, Path("run"), "cpu", 1, Silence())
+        sizes = plan.Sizes.of(plan.describe_teacher(given, Silence()), given)
+        assert ("target" in made.parameters) == bool(target) and made.device_memory.get("target", 0) == bool(
+            target
+        ) * 4 * sizes.weights
+        assert sizes.state(given) == engine(sd_folder, config, "lcm", {"target": target}).state_bytes
+        assert plan.forwards_per_image(given, 1000) == 3 + 2 + 1
+
+
+def test_a_student_of_lcm_learns_the_guided_step_of_the_teacher(sd_folder: Path, config: DistillConfig) -> None:
+    settings = {"solver_steps": 1, "huber": 0.0, "guidance": 7.5}  # the step ends at timestep 0, where the target is its end
+    built = engine(sd_folder, dataclasses.replace(config, lr_generator=3e-3), "lcm", settings)
+    losses = [engine_values(built)[0]["generator_loss"] for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_lcm_refuses_steps_that_its_solver_does_not_have(config: DistillConfig) -> None:
+    def lcm(steps: int = 1, **settings: Any) -> None:
+        given = dataclasses.replace(config, objective=objectives.settings({"name": "lcm", **settings}), student_steps=steps)
+        objectives.Lcm(given, 1000)
+
+    lcm(50)
+    with pytest.raises(UsageError, match="--student-steps 51: a student of lcm draws in at most solver_steps, 50"):
+        lcm(51)
+    for number in (0, 1001):
+        with pytest.raises(UsageError, match=f"solver_steps must be at least 1 and at most 1000, .* not {number}"):
+            lcm(solver_steps=number)
+    with pytest.raises(UsageError, match="target must be at least 0 and below 1, not 1"):
+        lcm(target=1.0)
 
 
 # Regression

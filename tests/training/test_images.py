@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from sidcli import api, objectives
 from sidcli.data.captioned import open_captioned
@@ -44,6 +46,7 @@ def run(folder: Path, config: DistillConfig, output: Path, listener: Silent | No
 METHODS: dict[str, tuple[Any, str, set[str]]] = {
     "sida": (SIDA, "SiDA (arXiv 2410.14919)", {"discriminator_loss", "adversarial_loss"}),
     "regression": (objectives.Regression.Settings(), "Regression on", {"generator_loss"}),
+    "lcm": (objectives.Lcm.Settings(), "Latent consistency distillation (LCM", {"generator_loss"}),
 }
 """Settings, start of the method in the card, and measurements that are positive in each step."""
 
@@ -134,3 +137,29 @@ def test_the_teacher_draws_the_pairs_of_regression_at_the_guidance_scale_of_the_
     assert sid(*command, "--guidance", 2) == 0
     drawing = [float(out.split("the teacher draws first, ")[1].split(" TFLOP")[0]) for out in (half, capsys.readouterr().out)]
     assert drawing[1] == pytest.approx(2 * drawing[0], rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_student_of_lcm_draws_in_diffusers_in_the_number_of_steps_of_the_run(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: int
+) -> None:
+    folder = images(tmp_path / "set", 2)
+    command = ["distill", "--teacher", sd_folder, "--objective", "lcm", "--data", folder, "--steps", 2, "--batch-size", 2]
+    more = ["--student-lora", lora, "--lr", "1e-3", "--device", "cpu", "-o", tmp_path / "run", "--quiet"]
+    assert sid(*command, *more) == 0
+    card = read_card(find(str(tmp_path / "run")))
+    assert {name: card[name] for name in ("t_init", "student_steps", "renoise", "sampler", "solver_steps")} == {
+        "t_init": 999,
+        "student_steps": 4,
+        "renoise": "fresh",
+        "sampler": "lcm",
+        "solver_steps": 50,
+    }
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "student")
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(3)
+    theirs = np.asarray(pipe("a cat", num_inference_steps=4, guidance_scale=0, generator=generator).images[0])
+    ours = api.sample("a cat", tmp_path / "run", seed=3, device="cpu", listener=api.SILENT).images[0]
+    assert np.abs(theirs.astype(int) - np.asarray(ours).astype(int)).max() <= 2
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "num_inference_steps=4, guidance_scale=0" in page
