@@ -122,10 +122,8 @@ class TrainedNetwork:
     def _average_place(self, value: Tensor) -> Tensor:
         return value.cpu() if self.config.offload_average else value
 
-    def step(self, loss: Tensor, factor: float = 1.0) -> Tensor:
+    def step(self, loss: Tensor) -> Tensor:
         """Update the weights unless the loss or a gradient is not finite. Returns 1 if the update was skipped, else 0.
-
-        `factor` multiplies the learning rate.
 
         With `Adam` the device makes this decision, so the host does not wait.
         """
@@ -136,8 +134,6 @@ class TrainedNetwork:
             squares = norms.square().sum()
             norm = (self.distributed.sum(squares) if self.distributed.sharded and not self.role.lora else squares).sqrt()
             torch._foreach_mul_(gradients, (self.role.clip / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * self.role.lr
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(inner, Adam):
             inner.found_inf = broken
@@ -405,7 +401,7 @@ class Engine:
             if keep:
                 outputs.append(output.detach())
         totals = self.distributed.sum(sum(rows[1:], rows[0]))
-        broken = role.step(totals[0], lr_factor(self.step, self.config))
+        broken = role.step(totals[0])
         self.skipped += broken
         self.skipped_in_row[phase.role] = (self.skipped_in_row[phase.role] + broken) * broken
         if role.role.average:
@@ -628,12 +624,6 @@ def _load_optimizer(optimizer: Any, tensors: dict[str, Tensor]) -> None:
             assign(state[entry], saved)
         else:  # the 8-bit optimizer counts steps in an int, and creates its state in its first step
             state[entry] = saved.item() if saved.ndim == 0 else saved.to(value.device)
-
-
-def lr_factor(step: int, config: DistillConfig) -> float:
-    """Return the factor of the learning rates in a step: 1, and over the last `lr_decay` x `steps` steps linearly from 1 to 0."""
-    length = config.lr_decay * config.steps
-    return min(1.0, (config.steps - step) / (length + 1)) if length else 1.0
 
 
 def ema_beta(images: int, config: DistillConfig) -> float:

@@ -79,8 +79,6 @@ class DistillConfig:
     """Learning rate of the fake score."""
     lr_generator: float = 1e-6
     """Learning rate of the generator."""
-    lr_decay: float = 0.0
-    """Share of the steps, at the end, in which the learning rates fall linearly to zero."""
     adam_eps: float = 1e-8
     """Adam epsilon of both optimizers."""
     ema_images: float = 50_000.0
@@ -135,7 +133,6 @@ class DistillConfig:
             "t-init": (self.t_init >= 1, "at least 1 and below the number of timesteps of the teacher, which is mostly 1000"),
             "lr-fake": (0 < self.lr_fake < math.inf, "positive"),
             "lr-generator": (0 < self.lr_generator < math.inf, "positive"),
-            "lr-decay": (0 <= self.lr_decay <= 1, "at least 0 and at most 1"),
             "adam-eps": (0 < self.adam_eps < math.inf, "positive"),
             "ema-images": (0 <= self.ema_images < math.inf, "at least 0"),
             "ema-rampup": (0 < self.ema_rampup < math.inf, "positive"),
@@ -333,9 +330,7 @@ def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collect
     now = flat(dataclasses.asdict(given))
     by_content = {*by_content, *(SELECTS[name] for name in by_content if name in SELECTS)}
     saved = flat(dataclasses.asdict(DistillConfig(objective=type(given.objective)()))) | flat(saved)
-    # The decay of the learning rates depends on the number of steps.
-    may_change = MAY_CHANGE - {"steps"} if saved["lr_decay"] or now["lr_decay"] else MAY_CHANGE
-    changed = [name for name in now if name not in (*may_change, *by_content) and saved[name] != now[name]]
+    changed = [name for name in now if name not in (*MAY_CHANGE, *by_content) and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now and saved["objective"] == now["objective"]]
     return [
         f"{name}: {saved[name]} -> {now.get(name, 'a setting that this version of sid does not know')}"

@@ -11,13 +11,13 @@ from diffusers import DDPMScheduler
 from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.grids import exit_grid
 from sidcli.diffusion.sampling import few_steps
-from sidcli.engine import Engine, ema_beta, lr_factor
+from sidcli.engine import Engine, ema_beta
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
 from sidcli.models.unet import Cond
 from sidcli.objectives.base import Batch, Inputs, Phase
 from sidcli.objectives.sid import SidSettings
-from sidcli.settings import MEMORY, DistillConfig, differences, strategy
+from sidcli.settings import MEMORY, DistillConfig, strategy
 from tests.gradients import gradient, perturbed
 
 CPU = torch.device("cpu")
@@ -203,25 +203,6 @@ def test_no_prompt_and_no_noise_is_used_twice_in_successive_updates(sd: Model, c
     noises = [noise.flatten()[0].item() for draw in draws for noise in (*draw.latents[0], *draw.noise)]
     assert len(draws) == 6 and len(set(noises)) == len(noises)
     assert len({prompt for draw in draws for prompt in draw.prompts}) > 20
-
-
-def test_the_learning_rates_fall_linearly_to_zero_over_the_last_steps(sd: Model, config: DistillConfig) -> None:
-    decaying = dataclasses.replace(config, steps=8, lr_decay=0.5)
-    assert [lr_factor(step, decaying) for step in range(8)] == pytest.approx([1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
-    assert {lr_factor(step, config) for step in range(config.steps)} == {1.0}
-    assert lr_factor(0, dataclasses.replace(config, steps=8, lr_decay=1.0)) < 1
-    built = engine(sd, dataclasses.replace(config, steps=4, lr_decay=1.0))
-    for step in range(4):
-        built.train_step()
-        rates = {group["lr"] for role in built.roles.values() for group in role.optimizer.param_groups}
-        assert list(rates) == pytest.approx([config.lr_fake * (4 - step) / 5])
-
-
-def test_a_run_whose_learning_rates_decay_cannot_change_its_number_of_steps(config: DistillConfig) -> None:
-    longer = dataclasses.replace(config, steps=2 * config.steps)
-    assert differences(dataclasses.asdict(config), longer) == []
-    decaying = [dataclasses.replace(one, lr_decay=0.5) for one in (config, longer)]
-    assert differences(dataclasses.asdict(decaying[0]), decaying[1]) == [f"steps: {config.steps} -> {longer.steps}"]
 
 
 def test_the_average_starts_as_the_generator_and_settles_at_the_published_rate() -> None:

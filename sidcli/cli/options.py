@@ -77,7 +77,7 @@ COMMON = (
 )
 PANELS = {
     METHOD: (
-        *("student_steps", "renoise", "t_init", "t_min", "t_max", "lr_fake", "lr_generator", "lr_decay", "ema_images"),
+        *("student_steps", "renoise", "t_init", "t_min", "t_max", "lr_fake", "lr_generator", "ema_images"),
         *("fake_warmup", "fake_updates", "fake_lora", "student_lora"),
     ),
     "Objective sid": SID_SETTINGS,

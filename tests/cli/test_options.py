@@ -55,7 +55,6 @@ OPTIONS = {
         "--lr --learning-rate",
         "--lr-fake",
         "--lr-generator",
-        "--lr-decay",
         "--ema-images",
         "--fake-warmup",
         "--fake-updates",
