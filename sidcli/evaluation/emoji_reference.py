@@ -5,32 +5,32 @@ python -m sidcli.evaluation.emoji_reference    (write them, after the classifier
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import torch
+from safetensors import safe_open
 
 from sidcli.emoji import world
-from sidcli.files import atomic_file, sha256
+from sidcli.files import atomic_file, save_tensors, sha256
 from sidcli.metrics.features import CLASSIFIER, EmojiFeatures
 from sidcli.metrics.fid import Statistics, statistics
 from sidcli.models.sources import WEIGHTS
 
 SCENES = 10_000
-FILE = WEIGHTS / "reference.npz"
+FILE = WEIGHTS / "reference.safetensors"
 PIECE = 100
 
 
-def key(scenes: int) -> dict[str, Any]:
+def key(scenes: int) -> dict[str, str]:
     """Return everything that the statistics depend on."""
-    return {"scenes": scenes, "world": world.digest(), "classifier": sha256(CLASSIFIER)}
+    return {"scenes": str(scenes), "world": world.digest(), "classifier": sha256(CLASSIFIER)}
 
 
 def shipped(scenes: int) -> Statistics | None:
     """Return the shipped statistics, None if they are of another number of scenes, other scenes or another classifier."""
-    with np.load(FILE, allow_pickle=False) as content:
-        if {name: content[name].item() for name in key(scenes)} != key(scenes):
+    with safe_open(FILE, "np") as content:
+        if content.metadata() != key(scenes):
             return None
-        return Statistics(content["mean"], content["covariance"], scenes)
+        return Statistics(content.get_tensor("mean"), content.get_tensor("covariance"), scenes)
 
 
 def compute(scenes: int) -> Statistics:
@@ -42,8 +42,9 @@ def compute(scenes: int) -> Statistics:
 
 def main() -> None:
     found = compute(SCENES)
-    with atomic_file(FILE) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, mean=found.mean, covariance=found.covariance, **key(SCENES))
+    tensors = {"mean": torch.from_numpy(found.mean), "covariance": torch.from_numpy(found.covariance)}
+    with atomic_file(FILE) as temporary:
+        save_tensors(tensors, temporary, key(SCENES))
 
 
 if __name__ == "__main__":

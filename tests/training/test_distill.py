@@ -31,7 +31,7 @@ from sidcli.progress import silent
 from sidcli.report.page import Commands
 from sidcli.report.run import run_sections
 from sidcli.settings import DistillConfig, flat, read_toml
-from sidcli.training import checkpoint, distill
+from sidcli.training import checkpoint, distill, proxy
 from tests import REPOSITORY
 from tests.inprocess import sid
 from tests.training.test_checkpoint import rewritten
@@ -279,6 +279,7 @@ def test_eval_every_measures_the_student_beside_the_teachers_cached_images_and_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill, "PROXY_IMAGES", 6)
+    monkeypatch.setattr(proxy, "DIVERSITY_IMAGES", 2)
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", steps=2, batch_size=2, micro_batch=2, precision="fp32")
     teacher = load(find("emoji-teacher"))
     arguments = (open_prompts("emoji"), tmp_path / "run", "cpu", distill.Intervals(save=1, sample=5, log=1, eval=1), None)

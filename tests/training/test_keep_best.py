@@ -15,13 +15,13 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import load
 from sidcli.models.sources import find
 from sidcli.settings import DistillConfig
-from sidcli.training import checkpoint, distill
+from sidcli.training import checkpoint, distill, proxy
 from tests.training.test_distill import Silent
 
 CONFIG = DistillConfig(
     teacher="emoji-teacher",
     prompts="emoji",
-    steps=6,
+    steps=5,
     batch_size=2,
     micro_batch=2,
     lr_fake=1e-4,
@@ -47,27 +47,28 @@ def test_a_run_that_gets_worse_is_noticed_and_keep_best_writes_the_student_from_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill, "PROXY_IMAGES", 8)
+    monkeypatch.setattr(proxy, "DIVERSITY_IMAGES", 3)
     output = tmp_path / "run"
-    notes = run(output, dataclasses.replace(CONFIG, steps=4), keep_best=True)
+    notes = run(output, dataclasses.replace(CONFIG, steps=3), keep_best=True)
     notes += run(output, keep_best=True)
     warnings = [note for note in notes if note.startswith("warning: the student has been getting worse since step ")]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     values = {line["step"]: line["proxy_cmmd"] for line in lines if line.get("proxy_cmmd") is not None and line["step"]}
     best = min(values, key=lambda step: values[step])
-    assert warnings and best < 4 and list(values) == [1, 2, 3, 4, 5, 6]
-    assert sorted(checkpoint.numbered(output / "checkpoints")) == [best, 6]
+    assert warnings and best < 3 and list(values) == [1, 2, 3, 4, 5]
+    assert sorted(checkpoint.numbered(output / "checkpoints")) == [best, 5]
     kept = load_file(output / "checkpoints" / checkpoint.folder_name(best) / "average.safetensors")
     student = student_of(output)
     assert all(torch.equal(kept[name], value) for name, value in student.items())
     record, card = json.loads((output / "run.json").read_text()), json.loads((output / "student" / "sid.json").read_text())
-    assert record["student"]["step"] == best and "lowest CMMD" in record["student"]["reason"] and record["steps"] == 6
+    assert record["student"]["step"] == best and "lowest CMMD" in record["student"]["reason"] and record["steps"] == 5
     assert card["steps_trained"] == best
     page = (output / "report.html").read_text()
     assert "getting worse" in page and f"The student is that of step {best}" in page
 
     run(output)
     assert not torch.equal(student_of(output)["conv_in.weight"], student["conv_in.weight"]), "without the option, the last step"
-    assert json.loads((output / "run.json").read_text())["student"] == {"step": 6, "reason": "the last step"}
+    assert json.loads((output / "run.json").read_text())["student"] == {"step": 5, "reason": "the last step"}
 
 
 def test_keep_best_needs_measurements() -> None:
