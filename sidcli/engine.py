@@ -596,8 +596,10 @@ def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillCo
     """Raises InputError if the teacher is a student, UsageError if the settings need more timesteps than its schedule has."""
     if is_student:
         raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
-    for option, value, most in (("--t-init", config.t_init, timesteps - 1), ("--t-max", config.t_max, timesteps)):
-        if value > most:
+    unused = objectives.find(config.objective.name).unused
+    for field, value, most in (("t_init", config.t_init, timesteps - 1), ("t_max", config.t_max, timesteps)):
+        if value > most and field not in unused:
+            option = f"--{field.replace('_', '-')}"
             raise UsageError(f"{option} must be at most {most}, as the teacher's schedule has {timesteps} timesteps, not {value}")
 
 

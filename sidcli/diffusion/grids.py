@@ -28,4 +28,5 @@ def consistency_grid(t_init: int, solver_steps: int, steps: int) -> tuple[int, .
     spaced ones of them. Four of 50 steps from t_init 999 are 999, 759, 499, 259.
     """
     k = (t_init + 1) // solver_steps
-    return tuple(k * (solver_steps - index * solver_steps // steps) - 1 for index in range(steps))
+    # Floating point as in diffusers, whose rounding decides some timesteps, such as those of 22 of 30 steps.
+    return tuple(k * (solver_steps - int(index * (solver_steps / steps))) - 1 for index in range(steps))

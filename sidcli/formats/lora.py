@@ -146,7 +146,7 @@ def kohya(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
         down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
         up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], 1)
         found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        found[f"{key}.alpha"] = torch.tensor(float(rank), dtype=down.dtype)
+        found[f"{key}.alpha"] = torch.tensor(float(rank))
     return found
 
 
@@ -172,11 +172,12 @@ def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]
     """
     kind, unet = stock(teacher), copy.deepcopy(teacher.unet)
     try:
-        found, alphas = kind.lora_state_dict(str(file), unet_config=unet.config, local_files_only=True)
+        options = {"unet_config": unet.config, "local_files_only": True, "return_lora_metadata": True}
+        found, alphas, metadata = kind.lora_state_dict(str(file), **options)
         others = sorted({name.split(".")[0] for name in found} - {kind.unet_name})
         if len(others) == len({name.split(".")[0] for name in found}):
             raise ValueError("it changes no UNet")
-        kind.load_lora_into_unet(found, alphas, unet)
+        kind.load_lora_into_unet(found, alphas, unet, metadata=metadata)
         unet.fuse_lora(safe_fusing=True)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(

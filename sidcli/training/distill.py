@@ -56,7 +56,7 @@ from sidcli.training import checkpoint, precision
 from sidcli.training.initial import Initial
 from sidcli.training.intervals import Intervals
 from sidcli.training.launch import install_handlers, restore_handlers
-from sidcli.training.proxy import PROXY_IMAGES, Proxy, TeacherDrawer
+from sidcli.training.proxy import DIVERSITY_IMAGES, PROXY_IMAGES, Proxy, TeacherDrawer
 
 RUN_FORMAT = 1
 GRID_IMAGES = 8
@@ -155,7 +155,7 @@ def run(
             device = pick_device(device_name)
             before = resume.resolve().parent.parent if resume else output
             arithmetic, seconds_per_image = precision.choose(teacher, config, device, before / "run.json", listener)
-            engine = Engine(teacher, config, prompts, device, arithmetic, initial.weights if initial else None)
+            engine = Engine(teacher, config, prompts, device, arithmetic, initial.take() if initial else None)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
@@ -249,7 +249,10 @@ class Loop:
         self.trained = trained_seconds(output / "metrics.jsonl") if engine.distributed.is_main else 0.0
         """Training time of the whole run in seconds, as of the last record, without time lost to an interruption."""
         self.trained_before = self.trained
-        if intervals.keep_best and (top := best(self.evaluations)):
+        there = set(checkpoint.numbered(output / "checkpoints")) | {engine.step}
+        self.candidates = {step: values for step, values in self.evaluations.items() if step in there}
+        """The evaluations whose student can be written: those with a checkpoint."""
+        if intervals.keep_best and (top := best(self.candidates)):
             writer.best = top.step
 
     def run(self) -> tuple[float, dict[str, Any]]:
@@ -317,7 +320,7 @@ class Loop:
 
     def open_proxy(self) -> Proxy:
         engine = self.engine
-        with self.listener.progress("teacher images for --eval-every", PROXY_IMAGES, "images") as advance:
+        with self.listener.progress("teacher images for --eval-every", PROXY_IMAGES + DIVERSITY_IMAGES, "images") as advance:
             proxy = Proxy(engine, prompts_for(engine, GRID_IMAGES, PROXY_IMAGES), advance)
         self.listener.note(f"the teacher's CLIP score on the {PROXY_IMAGES} prompts of --eval-every: {proxy.goal:.4f}")
         write_json(self.output / "proxy.json", {"images": PROXY_IMAGES, "teacher_clip": round(proxy.goal, 5)})
@@ -326,22 +329,22 @@ class Loop:
     def evaluate(self, student: Model) -> None:
         """Measure the proxy metrics of the current student and append them to metrics.jsonl as a separate line."""
         self.proxy = self.proxy or self.open_proxy()
-        with self.listener.progress("evaluate", PROXY_IMAGES, "images") as advance:
+        with self.listener.progress("evaluate", PROXY_IMAGES + DIVERSITY_IMAGES, "images") as advance:
             found = self.proxy.measure(student, student_plan(self.engine.objective.sampling), advance)
         self.write({"step": self.engine.step, **found})
-        self.evaluations[self.engine.step] = found
+        self.evaluations[self.engine.step] = self.candidates[self.engine.step] = found
         self.listener.note(
             f"step {self.engine.step}: CMMD to the teacher {found['proxy_cmmd']:.4f}, CLIP score {found['proxy_clip']:.4f}"
         )
         said = worsening(self.evaluations)
         if said and not self.warned:
-            instead = "" if self.intervals.keep_best else " and --keep-best, which writes the best student instead of the last,"
-            self.listener.note(f"warning: {said}; lower learning rates{instead} are for a new run")
+            instead = "" if self.intervals.keep_best else ", or use --keep-best, which writes the best student instead of the last"
+            self.listener.note(f"warning: {said}; start a new run with lower learning rates{instead}")
         self.warned = said is not None
 
     def keep_best(self) -> None:
         """Save this step, and keep its checkpoint, if its evaluation is the best so far. Only the main process knows evaluations."""
-        top, engine = best(self.evaluations), self.engine
+        top, engine = best(self.candidates), self.engine
         if self.agreed(engine.step if top and top.step == engine.step else 0):
             self.writer.best = engine.step
             self.save()
@@ -353,7 +356,7 @@ class Loop:
 
     def return_to_best(self) -> str:
         """Load the checkpoint of the best evaluation, if it is not the last step. Returns the reason for the loaded step."""
-        engine, top = self.engine, best(self.evaluations)
+        engine, top = self.engine, best(self.candidates)
         found, folder = None, self.output / "checkpoints"
         if engine.distributed.is_main and top and top.step != engine.step:
             try:
@@ -413,8 +416,11 @@ class Loop:
         self.engine.load(found.step, checkpoint.read(found))
         self.returned, self.saved = True, found.step
         if self.engine.distributed.is_main:
-            drop_records_after(self.output / "metrics.jsonl", found.step, bool(self.intervals.eval))
+            drop_records_after(
+                self.output / "metrics.jsonl", found.step, is_measured(found.step, self.intervals, self.engine.config)
+            )
             self.evaluations = records(self.output / "metrics.jsonl")
+            self.candidates = {step: values for step, values in self.candidates.items() if step in self.evaluations}
         self.listener.note(
             f"{skipped:g} updates of a network in a row were not finite at step {step}; back to step {found.step}, once"
         )
@@ -557,11 +563,16 @@ def prepare_folder(engine: Engine, output: Path, intervals: Intervals, listener:
     """
     checkpoints = output / "checkpoints"
     clear_leftovers(output)
-    drop_records_after(output / "metrics.jsonl", engine.step, bool(intervals.eval))
+    drop_records_after(output / "metrics.jsonl", engine.step, is_measured(engine.step, intervals, engine.config))
     for folder in checkpoint.set_aside(checkpoints, engine.step):
         listener.note(f"set aside: {folder}; delete it if you do not need it")
     if engine.step < engine.config.steps:
         checkpoint.check_room(checkpoints, engine.state_bytes, intervals.checkpoints)
+
+
+def is_measured(step: int, intervals: Intervals, config: DistillConfig) -> bool:
+    """Return whether --eval-every measures the student of a step."""
+    return bool(intervals.eval) and (step % intervals.eval == 0 or step == config.steps)
 
 
 def drop_records_after(metrics: Path, step: int, evaluates: bool) -> None:

@@ -8,6 +8,7 @@ A - B     the teacher's weights plus the difference of two models, for example o
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sidcli.errors import InputError, first_line
+from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import sha256
 from sidcli.formats import lora
 from sidcli.models.loading import Description, Model, describe, load
@@ -27,19 +28,24 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 HINT = "--init takes a student, a run folder, a LoRA file, or A - B; all of the teacher's architecture"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Initial:
     """Weights of the UNet by name, and a digest of the files that they are from."""
 
     weights: Mapping[str, Tensor]
     digest: str
 
+    def take(self) -> Mapping[str, Tensor]:
+        """Return the weights, which this object then no longer holds: a training must not keep them in memory."""
+        weights, self.weights = self.weights, {}
+        return weights
+
 
 def lora_file(name: str) -> Path | None:
     """Return the file of a LoRA, or None if the name is that of something else. Raises InputError for a damaged file."""
-    path = Path(name).expanduser()
-    path = path / LORA_FILE if path.is_dir() else path
-    if path.suffix.lower() != ".safetensors" or not path.is_file():
+    path = Path(os.path.expanduser(name))
+    path = path / LORA_FILE if os.path.isdir(path) else path
+    if path.suffix.lower() != ".safetensors" or not os.path.isfile(path):
         return None
     try:
         with safe_open(path, "pt") as file:
@@ -51,7 +57,10 @@ def lora_file(name: str) -> Path | None:
 def names(init: str) -> list[str]:
     """Return the names of the models in `init`: two for a difference, which has a minus sign between spaces, else one."""
     first, minus, second = init.partition(" - ")
-    return [first.strip(), second.strip()] if minus and not Path(init).expanduser().exists() else [init]
+    found = [init] if not minus or os.path.exists(os.path.expanduser(init)) else [first.strip(), second.strip()]
+    if "" in found:
+        raise UsageError(f"--init {init!r} lacks the name of a model", HINT)
+    return found
 
 
 def check(init: str, teacher: Description, listener: Listener) -> None:
@@ -65,6 +74,10 @@ def check(init: str, teacher: Description, listener: Listener) -> None:
         if other:
             raise InputError(
                 f"--init {name}: its UNet is not that of the teacher: {other} is {theirs.get(other)}, not {ours[other]}", HINT
+            )
+        if known.path.prediction != teacher.path.prediction:
+            raise InputError(
+                f"--init {name} predicts {known.path.prediction}, and the teacher predicts {teacher.path.prediction}", HINT
             )
 
 

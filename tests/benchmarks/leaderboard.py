@@ -47,6 +47,7 @@ ENTRIES = (
     Entry("dmd2, five fake-score updates", ("--objective", "dmd2", "--fake-updates", "5")),
     Entry("vsd", ("--objective", "vsd")),
     Entry("regression", ("--objective", "regression", "--data", "teacher", "--data-num", "500")),
+    Entry("lcm, teacher's images", ("--objective", "lcm", "--data", "teacher", "--data-num", "500")),
     Entry("sida", ("--objective", "sida"), real=True),
     Entry("dmd2 with GAN, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.001"), real=True),
 )
@@ -83,11 +84,21 @@ def steps_of(options: Sequence[str], batch: int, flops: float) -> tuple[int, dic
     return max(1, round(left / (plan["flops_per_image"] * batch))), plan
 
 
+def budget(given: argparse.Namespace) -> dict[str, float]:
+    """Return the settings that rows of one table share."""
+    return {"budget": given.tflops, "batch_size": given.batch_size, "n": given.num}
+
+
+def folder_of(entry: Entry, seed: int, given: argparse.Namespace) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in entry.name)
+    return given.runs / f"{name}-{given.tflops:g}-{given.batch_size}-{seed}"
+
+
 def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train and measure one student, and return its row."""
     options = [*entry.options, *(["--data", str(write_scenes(given.runs / "scenes"))] if entry.real else [])]
     steps, plan = steps_of(options, given.batch_size, given.tflops * 1e12)
-    run = given.runs / f"{''.join(c if c.isalnum() else '-' for c in entry.name)}-{seed}"
+    run = folder_of(entry, seed, given)
     common = ["--teacher", "emoji-teacher", "--batch-size", given.batch_size, "--steps", steps, "--seed", seed, "-o", run]
     trained = sid("distill", *options, *common)
     wanted = ["--fid", "--clip", "--accuracy", "--composition", "--prdc"]
@@ -103,7 +114,7 @@ def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "seconds": record["seconds"],
         "memory_gb": trained["last"]["memory_gb"],
         "hardware": record["hardware"],
-        "n": row["n"],
+        **budget(given),
         "options": " ".join(options[: len(entry.options)]),
         **{name: row["metrics"][name]["value"] for name in METRICS if name in row["metrics"]},
     }
@@ -140,6 +151,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / "leaderboard.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = [row for row in rows if row.items() >= budget(given).items()]
     chosen = [entry for entry in ENTRIES if given.only is None or entry.name in given.only]
     for seed in given.seeds:
         for entry in chosen:
@@ -149,7 +161,7 @@ def main() -> None:
             with file.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(rows[-1]) + "\n")
             print(table(rows), flush=True)
-    students = [given.runs / f"{''.join(c if c.isalnum() else '-' for c in entry.name)}-{given.seeds[0]}" for entry in chosen]
+    students = [folder_of(entry, given.seeds[0], given) for entry in chosen]
     sid("eval", "emoji-teacher", *students, "--clip", "--num", 12, "--picture", RESULTS / "leaderboard.png", "--overwrite")
     print(table(rows))
 

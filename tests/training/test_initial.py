@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from sidcli import api
 from sidcli.errors import InputError, SidError, UsageError
 from sidcli.formats import export, lora
-from sidcli.formats.diffusers_folder import write_student
+from sidcli.formats.diffusers_folder import stock, write_student
 from sidcli.formats.order import Order
 from sidcli.models.loading import Description, Model, describe, load
 from sidcli.models.sources import find
@@ -96,6 +98,19 @@ def test_a_lora_with_kohyas_names_is_read_too_and_what_it_changes_beside_the_une
     assert any("also changes text_encoder" in note for note in notes)
 
 
+def test_the_alpha_in_the_header_of_a_lora_scales_it(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
+    teacher, _, _ = pair
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    adapted = copy.deepcopy(teacher.unet)
+    adapted.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False))
+    weights = get_peft_model_state_dict(adapted)
+    header = {"unet_lora_adapter_metadata": adapted.peft_config["default"].to_dict()}
+    stock(teacher).save_lora_weights(tmp_path, unet_lora_layers=weights, **header)
+    found = open_initial(str(tmp_path), teacher, Silence()).weights[f"{name}.weight"]
+    added = 4 * weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
+    assert torch.allclose(found, teacher.unet.state_dict()[f"{name}.weight"] + added, atol=1e-5)
+
+
 def test_a_difference_of_two_models_is_added_to_the_teacher(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
     teacher, student, folder = pair
     other = dataclasses.replace(teacher, unet=tiny_students.student_of(teacher).unet)
@@ -113,6 +128,11 @@ def test_what_does_not_fit_the_teacher_is_refused_before_a_weight_is_read(pair: 
     wide = tiny_students.write_teacher(tmp_path / "xl", "sdxl")
     with pytest.raises(InputError, match="its UNet is not that of the teacher: cross_attention_dim is 40, not 16"):
         check(str(wide), teacher, Silence())
+    with pytest.raises(UsageError, match="lacks the name of a model"):
+        check("emoji - ", teacher, Silence())
+    v = tiny_students.write_teacher(tmp_path / "v", "sd1", "v_prediction")
+    with pytest.raises(InputError, match="predicts v_prediction, and the teacher predicts epsilon"):
+        check(str(v), teacher, Silence())
     with pytest.raises(InputError, match="no model 'nowhere'"):
         check("nowhere", teacher, Silence())
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)

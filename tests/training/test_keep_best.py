@@ -74,3 +74,9 @@ def test_a_run_that_gets_worse_is_noticed_and_keep_best_writes_the_student_from_
 def test_keep_best_needs_measurements() -> None:
     with pytest.raises(UsageError, match="--keep-best selects by the measurements of --eval-every, which is 0"):
         distill.Intervals(keep_best=True)
+
+
+def test_the_measurements_of_a_step_are_dropped_only_if_they_are_made_again() -> None:
+    intervals, config = distill.Intervals(eval=50), dataclasses.replace(CONFIG, steps=300)
+    assert [distill.is_measured(step, intervals, config) for step in (0, 50, 130, 300)] == [True, True, False, True]
+    assert not distill.is_measured(50, distill.Intervals(), config)
