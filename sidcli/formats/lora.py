@@ -174,8 +174,8 @@ def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]
     try:
         options = {"unet_config": unet.config, "local_files_only": True, "return_lora_metadata": True}
         found, alphas, metadata = kind.lora_state_dict(str(file), **options)
-        others = sorted({name.split(".")[0] for name in found} - {kind.unet_name})
-        if len(others) == len({name.split(".")[0] for name in found}):
+        changed = {name.split(".")[0] for name in found}
+        if kind.unet_name not in changed:
             raise ValueError("it changes no UNet")
         kind.load_lora_into_unet(found, alphas, unet, metadata=metadata)
         unet.fuse_lora(safe_fusing=True)
@@ -184,7 +184,7 @@ def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]
             f"{file} is not a LoRA for this teacher: {first_line(error)}", "pass a LoRA of its model family"
         ) from error
     unet.unload_lora()
-    if others:
+    if others := sorted(changed - {kind.unet_name}):
         listener.note(f"note: {file} also changes {' and '.join(others)}, which stay as they are in the teacher")
     return dict(unet.state_dict())
 

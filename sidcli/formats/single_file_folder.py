@@ -87,6 +87,10 @@ def is_readable(model: Model) -> bool:
         has_zero_snr(model)
     except InputError:
         return False
+    return has_clip_vocabulary(model)
+
+
+def has_clip_vocabulary(model: Model) -> bool:
     return model.tokenizers[0].get_vocab() == clip_tokenizer().get_vocab()
 
 
@@ -96,7 +100,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
     Raises InputError if the model does not use CLIP's vocabulary or Stable Diffusion's schedule, because programs that read single
     files support nothing else.
     """
-    if model.tokenizers[0].get_vocab() != clip_tokenizer().get_vocab():
+    if not has_clip_vocabulary(model):
         raise InputError(
             f"{model.source.name} has a tokenizer of its own; programs that read single files use CLIP's", "use --format diffusers"
         )

@@ -19,6 +19,8 @@ from sidcli.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+FAKE_OPTIONS = ("lr_fake", "fake_lora", "fake_warmup", "fake_updates")
+"""Settings of a run that concern the fake score alone."""
 TEACHER, FAKE, GENERATOR, TARGET = "teacher", "fake_score", "generator", "target"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidcli.errors import UsageError
 from sidcli.objectives.base import (
+    FAKE_OPTIONS,
     GENERATOR,
     TARGET,
     TEACHER,
@@ -52,7 +53,7 @@ class Lcm(Objective):
     title = "Latent consistency distillation (LCM, arXiv 2310.04378)"
     defaults: ClassVar = {"student_steps": 4}
     emoji_settings: ClassVar = {"guidance": 3.0}
-    unused = ("lr_fake", "fake_lora", "fake_warmup", "fake_updates", "t_init", "t_min", "t_max", "renoise")
+    unused = (*FAKE_OPTIONS, "t_init", "t_min", "t_max", "renoise")
     reads = "The loss of LCM compares the student with its own average, and does not show progress."
 
     def __init__(self, config: RunConfig, timesteps: int):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.objectives.base import (
+    FAKE_OPTIONS,
     GENERATOR,
     Batch,
     ImageSettings,
@@ -51,7 +52,7 @@ class Regression(Objective):
     defaults: ClassVar = {"lr_generator": 1e-5}
     emoji_settings: ClassVar = {"guidance": 3.0}
     is_one_step = True
-    unused = ("lr_fake", "fake_lora", "fake_warmup", "fake_updates", "t_min", "t_max")
+    unused = (*FAKE_OPTIONS, "t_min", "t_max")
     reads = "The loss of regression is the distance of the student's images to the teacher's; it falls."
 
     @property

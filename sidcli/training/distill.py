@@ -352,7 +352,7 @@ class Loop:
     def agreed(self, number: int) -> int:
         """Return the number that the main process gives, in every process. The others give 0."""
         distributed = self.engine.distributed
-        return int(distributed.sum(torch.tensor(float(number), device=distributed.device)))
+        return int(distributed.sum(torch.tensor(number, dtype=torch.float64, device=distributed.device)))
 
     def return_to_best(self) -> str:
         """Load the checkpoint of the best evaluation, if it is not the last step. Returns the reason for the loaded step."""

@@ -382,10 +382,12 @@ class Sizes:
 
 
 def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
-    """Return the teacher's description after a check against the settings. Reads no weights."""
+    """Return the teacher's description after a check against the settings and the model of `--init`. Reads no weights."""
     source = find(config.teacher, listener, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
     check_teacher(source.name, known.card.get("kind") == "student", known.path.steps, config)
+    if config.init:
+        initial.check(config.init, known, listener)
     return known
 
 
@@ -397,10 +399,7 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
     """
     check_libraries(config)
     check_split(config.batch_size, count())
-    teacher = describe_teacher(config, listener)
-    if config.init:
-        initial.check(config.init, teacher, listener)
-    sizes = Sizes.of(teacher, config)
+    sizes = Sizes.of(describe_teacher(config, listener), config)
     checkpoint.check_room(output / "checkpoints", sizes.state(config), keep, sizes.student)
 
 
@@ -440,8 +439,6 @@ def make(
     check_split(config.batch_size, processes)
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     known = describe_teacher(config, listener)
-    if config.init:
-        initial.check(config.init, known, listener)
     sizes = Sizes.of(known, config)
     cond, weights = meta_cond(known), sizes.weights
     moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())

@@ -1,6 +1,6 @@
 """Train each objective on the emoji teacher with equal FLOPs and several seeds, measure every student, and write one table and one picture.
 
-    python tests/benchmarks/leaderboard.py --tflops 350 --seeds 0 1 2
+    python tests/benchmarks/leaderboard.py --tflops 60 --seeds 0 1 2
 
 A cell is one objective with one seed: `sid distill`, as many steps as the FLOPs allow according to `sid distill --dry-run`, and `sid eval`.
 FLOPs include those of the images that the teacher draws before a training. Each cell is a line of results/leaderboard.jsonl as soon as it
@@ -141,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=float, default=350.0, help="of one training; 350 are 1,600 images of sid with guidance")
+    parser.add_argument("--tflops", type=float, default=60.0, help="of one training; 58 are the 4,800 images of `make demo`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--num", type=int, default=1000, help="images of a measurement")
