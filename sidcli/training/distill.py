@@ -1,14 +1,10 @@
-"""`sid distill`: the training loop around the engine (train, log, sample, save, stop) and the run folder that it writes.
-
-runs/NAME/  config.toml  run.json  metrics.jsonl  samples/  checkpoints/  student/
-"""
+"""`sid distill`: the training loop around the engine: train, log, evaluate, sample, save, stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import platform
 import re
 import resource
 import sys
@@ -16,50 +12,51 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import numpy as np
 import psutil
-import tomli_w
 import torch
-from safetensors import SafetensorError
 
-from sidcli import __version__
 from sidcli.data.captioned import CaptionedImages
 from sidcli.data.latents import TEACHER_IMAGES, EncodedImages, Latents, Source, TeacherImages, prepare
-from sidcli.data.prompts import EmojiPrompts, Prompts
-from sidcli.devices import cores, pick_device, processor
+from sidcli.data.prompts import Prompts
+from sidcli.devices import pick_device
 from sidcli.distributed import count
-from sidcli.emoji import world
 from sidcli.engine import Engine, Measurements, check_teacher
-from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
-from sidcli.files import append_line, atomic_file, clear_leftovers, locked, read_json, write_json
-from sidcli.formats.card import provenance
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, out_of_memory
+from sidcli.files import append_line, locked, write_json
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.outputs import check_run
-from sidcli.formats.pictures import grid, save_png
-from sidcli.models.drawing import Drawer, NotFinite, Plan, draw, student_plan
+from sidcli.models.drawing import NotFinite, student_plan
 from sidcli.models.loading import Model
-from sidcli.models.sampler import Sampler, plan_for
+from sidcli.models.sampler import plan_for
 from sidcli.models.sources import fingerprint
 from sidcli.progress import RunListener, counted
 from sidcli.report.decay import best, worsening
 from sidcli.report.page import write
 from sidcli.report.run import records, run_page
-from sidcli.settings import DistillConfig, differences
+from sidcli.settings import DistillConfig
 from sidcli.training import checkpoint, precision
 from sidcli.training.initial import Initial
 from sidcli.training.intervals import Intervals
 from sidcli.training.launch import install_handlers, restore_handlers
-from sidcli.training.proxy import DIVERSITY_IMAGES, PROXY_IMAGES, Proxy, TeacherDrawer
+from sidcli.training.proxy import DIVERSITY_IMAGES, PROXY_IMAGES, Proxy
+from sidcli.training.run_folder import (
+    complete_record,
+    drop_records_after,
+    find_checkpoint,
+    is_measured,
+    prepare_folder,
+    restore,
+    student_card,
+    trained_seconds,
+    write_record,
+)
+from sidcli.training.samples import GRID_IMAGES, Painter, prompts_for
 
-RUN_FORMAT = 1
-GRID_IMAGES = 8
 SKIPPED_LIMIT = 3
 """Consecutive skipped updates of one network at which the run returns to a checkpoint."""
 
@@ -497,102 +494,6 @@ def open_tracker(name: str | None, output: Path) -> Iterator[Tracker | None]:
         tracker.finish()
 
 
-def find_checkpoint(
-    output: Path, resume: Path | None, config: DistillConfig, inputs: dict[str, str], listener: RunListener
-) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint `resume`, or the run's newest valid checkpoint, or None for a new run.
-
-    Raises InputError if its settings or inputs do not agree, UsageError if it is beyond config.steps. `inputs` may lack the data,
-    which take long to prepare; `restore` compares them.
-    """
-    if (output / "run.json").exists():
-        record = read_json(output / "run.json", precision.RECORD_HINT)
-        if record.get("format") != RUN_FORMAT:
-            raise checkpoint.UnknownFormat(
-                f"{output} is a run folder of format {record.get('format')}; this version of sid has format {RUN_FORMAT}",
-                f"continue with the sid that wrote it ({record.get('sid')}), or choose another --output for a new run",
-            )
-    if resume:
-        found = checkpoint.verify(resume)
-    else:
-        latest, problems = checkpoint.latest(output / "checkpoints")
-        for problem in problems:
-            listener.note(f"skipped: {problem}")
-        if latest is None and (output / "student").exists():
-            raise InputError(
-                f"{output} holds a student, but no checkpoint that its training can continue from",
-                f"choose another --output for a new run; the student is complete: sid sample --model {output}",
-            )
-        if latest is None:
-            return None
-        found = latest
-    if found.step > config.steps:
-        raise UsageError(
-            f"{found.folder} is beyond --steps {config.steps}",
-            "more steps, an older checkpoint with --resume, or another --output",
-        )
-    check_agreement(found, differences(found.config, config, {*inputs, "data"} if config.data else inputs), inputs)
-    return found
-
-
-def check_agreement(found: checkpoint.Checkpoint, changed: list[str], inputs: dict[str, str]) -> None:
-    """Raises InputError if settings `changed`, or if the contents of an input did."""
-    changed = changed + [f"{name}: contents changed" for name in inputs if found.inputs.get(name) != inputs[name]]
-    if changed:
-        raise InputError(
-            f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
-        )
-
-
-def restore(engine: Engine, found: checkpoint.Checkpoint, inputs: dict[str, str], listener: RunListener) -> None:
-    """Load a checkpoint. Writes nothing. Raises InputError if an input changed or the state does not fit the networks."""
-    check_agreement(found, [], inputs)
-    try:
-        engine.load(found.step, checkpoint.read(found))
-    except (KeyError, RuntimeError, SafetensorError) as error:  # the hashes are valid, but the state is not of this run
-        raise InputError(
-            f"{found.folder} holds no state of this run: {type(error).__name__} {error}", "continue from another checkpoint"
-        ) from error
-    listener.note(f"continuing from step {found.step}")
-
-
-def prepare_folder(engine: Engine, output: Path, intervals: Intervals, listener: RunListener) -> None:
-    """Prepare the run folder to continue at the engine's step: remove later records and rename later checkpoints.
-
-    Raises EnvironmentProblem if the disk lacks space for the checkpoints that follow.
-    """
-    checkpoints = output / "checkpoints"
-    clear_leftovers(output)
-    drop_records_after(output / "metrics.jsonl", engine.step, is_measured(engine.step, intervals, engine.config))
-    for folder in checkpoint.set_aside(checkpoints, engine.step):
-        listener.note(f"set aside: {folder}; delete it if you do not need it")
-    if engine.step < engine.config.steps:
-        checkpoint.check_room(checkpoints, engine.state_bytes, intervals.checkpoints)
-
-
-def is_measured(step: int, intervals: Intervals, config: DistillConfig) -> bool:
-    """Return whether --eval-every measures the student of a step."""
-    return bool(intervals.eval) and (step % intervals.eval == 0 or step == config.steps)
-
-
-def drop_records_after(metrics: Path, step: int, evaluates: bool) -> None:
-    """Remove the lines of metrics.jsonl for steps that will be repeated, and lines that a crash truncated.
-
-    With `evaluates`, also remove the proxy metrics of `step`, which are measured again before the next step.
-    """
-    if metrics.exists():
-        kept = []
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                if record["step"] < step or (record["step"] == step and not (evaluates and "proxy_clip" in record)):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        with atomic_file(metrics) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
 def introduction(engine: Engine, output: Path) -> list[str]:
     """Return lines that describe a run before it starts: output, steps, batch, device and precision."""
     config, processes = engine.config, engine.distributed.count
@@ -604,142 +505,3 @@ def introduction(engine: Engine, output: Path) -> list[str]:
         f"output: {output}; progress: {output / 'report.html'}",
         f"{counted(config.steps, 'step')} of {counted(config.batch_size, 'image')} ({split}), {engine.device}, {engine.arithmetic.name}",
     ]
-
-
-def now() -> str:
-    """Return the current date and time in UTC as in ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def trained_seconds(metrics: Path) -> float:
-    """Return the training time in seconds at the last record of metrics.jsonl; 0 if no record has it."""
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    found = [json.loads(line).get("seconds") for line in lines]
-    return max((seconds for seconds in found if isinstance(seconds, float)), default=0.0)
-
-
-def complete_record(output: Path, done: dict[str, int], seconds: float, student: int, reason: str) -> None:
-    """Add to run.json: time of completion, steps and training images per network, seconds of training, the step of the student and
-    the reason for it."""
-    file = output / "run.json"
-    record = read_json(file)
-    record |= done | {"seconds": round(seconds, 1), "student": {"step": student, "reason": reason}}
-    write_json(file, record | {"finished": record["finished"] or now()})
-
-
-def write_record(
-    output: Path,
-    teacher: Model,
-    config: DistillConfig,
-    engine: Engine,
-    prompts: Prompts,
-    command: str,
-    seconds_per_image: dict[str, float],
-) -> None:
-    """Write config.toml, which repeats the run with `--config`, and run.json: start time, hardware, versions, command and the
-    arithmetic with the measurements that chose it.
-
-    The run.json of a finished run without remaining steps is not changed.
-    """
-    file = output / "run.json"
-    before = read_json(file) if engine.step and file.exists() else {}
-    with atomic_file(output / "config.toml") as temporary:
-        temporary.write_text(tomli_w.dumps(dataclasses.asdict(config)), encoding="utf-8")
-    if engine.step == config.steps and before.get("finished"):
-        return
-    libraries = ("torch", "diffusers", "transformers")
-    write_json(
-        file,
-        {
-            "format": RUN_FORMAT,
-            "sid": __version__,
-            "started": before.get("started") or now(),
-            "finished": None,
-            "command": command,
-            "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
-            "teacher": provenance(teacher),
-            "prompts": {"name": prompts.name, "digest": prompts.digest},
-            **({"data": {"name": data.name, "images": len(data), "digest": data.digest}} if (data := engine.data) else {}),
-            "device": str(engine.device),
-            "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else processor(),
-            "processor": processor(),
-            "cores": cores(),
-            "threads": torch.get_num_threads(),
-            "processes": engine.distributed.count,
-            "bf16": engine.arithmetic.bf16,
-            "attention": engine.arithmetic.attention,
-            "seconds_per_image": seconds_per_image,
-        },
-    )
-
-
-def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
-    """Return the content of the student's sid.json: how it samples and how it was made."""
-    config = engine.config
-    card = {
-        "kind": "student",
-        "method": engine.objective.method,
-        **engine.objective.sampling,
-        "teacher": provenance(engine.sampler.model),
-        "steps_trained": engine.step,
-        "images": engine.images,
-        "prompts": prompts.name,
-        "config": dataclasses.asdict(config),
-        "sid": __version__,
-    }
-    world = engine.sampler.model.card.get("world")
-    data = {"data": f"{counted(len(engine.data), 'image')} of {engine.data.name}"} if engine.data else {}
-    return card | data | ({"world": world} if world else {})
-
-
-class Painter:
-    """Draws samples of the same prompts and noise in each call, so that steps can be compared, and the teacher's samples once,
-    after step 0.
-
-    The teacher's samples take as many forward passes as hundreds of training steps of a small batch, so the first step does not
-    wait for them.
-    """
-
-    def __init__(self, engine: Engine, folder: Path, listener: RunListener):
-        self.engine, self.folder, self.listener = engine, folder, listener
-        self.texts = sample_prompts(engine, folder / "prompts.json")
-        # A new run in an existing folder may have another teacher.
-        self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
-        if engine.distributed.is_main:
-            write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
-
-    def paint(self, student: Model) -> None:
-        engine = self.engine
-        self.draw("samples", Sampler(student, engine.device), student_plan(engine.objective.sampling), f"{engine.step:08d}")
-        if engine.step and not self.has_teacher:
-            self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher")
-            self.has_teacher = True
-
-    def draw(self, what: str, drawer: Drawer, plan: Plan, name: str) -> None:
-        size = min(GRID_IMAGES, self.engine.config.micro_batch)
-        with self.listener.progress(what, GRID_IMAGES, "images") as advance:
-            batches = list(draw(drawer, plan, self.texts, range(GRID_IMAGES), size, advance))
-        save_png(grid([np.concatenate(batches)]), self.folder / f"{name}.png")
-
-
-def sample_prompts(engine: Engine, file: Path) -> list[str]:
-    """Return the prompts of the samples: those that a continued run has used so far, else those of `prompts_for`.
-
-    Captions of the emoji world are changed to correct English ("fries", not "a fries"), because they are not used for training.
-    """
-    known = read_json(file).get("prompts") if engine.step and file.exists() else None
-    if isinstance(known, list) and len(known) == GRID_IMAGES and all(isinstance(text, str) for text in known):
-        return known
-    if isinstance(engine.prompts, EmojiPrompts):
-        positions = [-1 - index for index in range(GRID_IMAGES)]
-        scenes = [world.scene(world.PROMPT_SEED, position) for position in positions]
-        return [
-            world.shown_caption(scene, engine.config.seed, position, "train")
-            for scene, position in zip(scenes, positions, strict=True)
-        ]
-    return prompts_for(engine, 0, GRID_IMAGES)
-
-
-def prompts_for(engine: Engine, first: int, count: int) -> list[str]:
-    """Return prompts for samples and proxy metrics, from positions before those that are used for training."""
-    return [engine.prompts.at(engine.config.seed, -1 - index) for index in range(first, first + count)]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sidcli.training import checkpoint
-from sidcli.training.distill import Intervals
+from sidcli.training.intervals import Intervals
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("loading", "first picture", "step", "saving", "teacher's images for --eval-every", "step, two processes")

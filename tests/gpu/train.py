@@ -24,7 +24,7 @@ from sidcli.models.loading import load, quiet_libraries
 from sidcli.models.sources import find
 from sidcli.objectives.sid import SidSettings
 from sidcli.settings import PRESETS, DistillConfig
-from sidcli.training.distill import student_card
+from sidcli.training.run_folder import student_card
 from tests.gpu.graphs import attach
 from tests.gpu.record import append
 from tests.gpu.speed import PRECISION

@@ -31,7 +31,7 @@ from sidcli.progress import silent
 from sidcli.report.page import Commands
 from sidcli.report.run import run_sections
 from sidcli.settings import DistillConfig, flat, read_toml
-from sidcli.training import checkpoint, distill, proxy
+from sidcli.training import checkpoint, distill, proxy, samples
 from tests import REPOSITORY
 from tests.inprocess import sid
 from tests.training.test_checkpoint import rewritten
@@ -140,8 +140,8 @@ def test_a_run_folder_holds_what_the_readme_promises(sd_folder: Path, config: Di
     assert read_toml(whole / "config.toml") == dataclasses.asdict(config)
     record = json.loads((whole / "run.json").read_text())
     assert record["teacher"]["origin"] == str(sd_folder) and record["prompts"]["name"] == "general"
-    samples = [*(f"{n:08d}.png" for n in (0, 2, 4)), "prompts.json", "teacher.png"]
-    assert sorted(file.name for file in (whole / "samples").iterdir()) == samples
+    names = [*(f"{n:08d}.png" for n in (0, 2, 4)), "prompts.json", "teacher.png"]
+    assert sorted(file.name for file in (whole / "samples").iterdir()) == names
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "How to run the student" in page and json.loads((whole / "samples/prompts.json").read_text())["prompts"][0] in page
     assert not list(whole.rglob(".tmp-*"))
@@ -173,16 +173,16 @@ def test_the_first_step_does_not_wait_for_the_teachers_samples_and_drawing_them_
     teachers = [(count, text) for what, count, text in heard.drawn if what == "teacher samples"]
     # Eight images in micro-batches of four, each of five steps and the decoder.
     assert len(teachers) == 2 * 6 and teachers[2][1] == "step 3/5"
-    assert sum(count for count, _ in teachers) == pytest.approx(distill.GRID_IMAGES)
+    assert sum(count for count, _ in teachers) == pytest.approx(samples.GRID_IMAGES)
     students = [count for what, count, _ in heard.drawn if what == "samples"]
-    assert sum(students) == pytest.approx(3 * distill.GRID_IMAGES)
+    assert sum(students) == pytest.approx(3 * samples.GRID_IMAGES)
 
 
 def test_a_continued_run_keeps_the_prompts_of_its_samples(sd_folder: Path, config: DistillConfig, tmp_path: Path) -> None:
     run(sd_folder, dataclasses.replace(config, steps=2), tmp_path / "run")
     file = tmp_path / "run" / "samples" / "prompts.json"
-    of_before = [f"a fries number {index}" for index in range(distill.GRID_IMAGES)]
-    file.write_text(json.dumps({"prompts": of_before, "seeds": list(range(distill.GRID_IMAGES))}))
+    of_before = [f"a fries number {index}" for index in range(samples.GRID_IMAGES)]
+    file.write_text(json.dumps({"prompts": of_before, "seeds": list(range(samples.GRID_IMAGES))}))
     run(sd_folder, config, tmp_path / "run")
     assert json.loads(file.read_text())["prompts"] == of_before
 
@@ -190,7 +190,7 @@ def test_a_continued_run_keeps_the_prompts_of_its_samples(sd_folder: Path, confi
 def test_samples_of_the_emoji_world_have_correct_captions() -> None:
     config = DistillConfig(teacher="emoji-teacher", prompts="emoji", batch_size=2, micro_batch=2, precision="fp32")
     engine = Engine(load(find("emoji-teacher")), config, open_prompts("emoji"), torch.device("cpu"))
-    trained, shown = distill.prompts_for(engine, 0, distill.GRID_IMAGES), distill.sample_prompts(engine, Path("none"))
+    trained, shown = samples.prompts_for(engine, 0, samples.GRID_IMAGES), samples.sample_prompts(engine, Path("none"))
     assert trained[:3] == ["a fries on a gray background", "bread on gray", "a heart on a gray background"]
     assert shown == ["fries on a gray background", *trained[1:]]
 
@@ -509,14 +509,14 @@ def test_a_signal_before_the_first_step_leaves_without_one(sd_folder: Path, conf
 def test_a_signal_while_the_student_is_painted_saves_the_step_and_the_picture_is_made_by_the_next(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = distill.Painter.paint
+    real = samples.Painter.paint
 
-    def paint(self: distill.Painter, student: Model) -> None:
+    def paint(self: samples.Painter, student: Model) -> None:
         if self.engine.step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
         real(self, student)
 
-    monkeypatch.setattr(distill.Painter, "paint", paint)
+    monkeypatch.setattr(samples.Painter, "paint", paint)
     with pytest.raises(Interrupted, match="interrupted; saved step 2 of 4"):
         run(sd_folder, config, tmp_path / "run", save=100)
     picture = tmp_path / "run" / "samples" / "00000002.png"

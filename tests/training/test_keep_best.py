@@ -15,7 +15,7 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import load
 from sidcli.models.sources import find
 from sidcli.settings import DistillConfig
-from sidcli.training import checkpoint, distill, proxy
+from sidcli.training import checkpoint, distill, proxy, run_folder
 from tests.training.test_distill import Silent
 
 CONFIG = DistillConfig(
@@ -78,5 +78,5 @@ def test_keep_best_needs_measurements() -> None:
 
 def test_the_measurements_of_a_step_are_dropped_only_if_they_are_made_again() -> None:
     intervals, config = distill.Intervals(eval=50), dataclasses.replace(CONFIG, steps=300)
-    assert [distill.is_measured(step, intervals, config) for step in (0, 50, 130, 300)] == [True, True, False, True]
-    assert not distill.is_measured(50, distill.Intervals(), config)
+    assert [run_folder.is_measured(step, intervals, config) for step in (0, 50, 130, 300)] == [True, True, False, True]
+    assert not run_folder.is_measured(50, distill.Intervals(), config)
