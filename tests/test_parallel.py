@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
+from sidcli.environment import Group
 from sidcli.errors import SidError, UsageError
 from sidcli.models.loading import Model
 from sidcli.settings import DistillConfig
@@ -133,29 +134,70 @@ def test_two_processes_train_on_the_images_on_which_one_trains(
     assert_same(alone, distilled_by_forks(command(sd_folder, two, *method, *more), two, 2), sd_folder)
 
 
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+# Its CPU mode starts one process unless MPI is there; the launcher for GPUs starts two anywhere, and --device cpu does the rest.
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29617"]
+
+
+def test_accelerate_launch_sets_the_variables_from_which_a_process_knows_its_group() -> None:
+    tell = "import sys; from sidcli.environment import group; sys.stdout.write(f'{group()}\\n')"
+    launch = [*ACCELERATE, "--no_python", sys.executable, "-c", tell]
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [str(Group(rank, 2, rank, 2)) for rank in range(2)]
+
+
+@pytest.mark.soak  # the test above and those of forks show what each part of it does
 def test_accelerate_launch_starts_the_same_run(sd_folder: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
     output = tmp_path / "run"
-    # Its CPU mode starts one process unless MPI is there; the launcher for GPUs starts two anywhere, and --device cpu does the rest.
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "29617", "-m"]
-    assert_same(alone, distilled(launch + command(sd_folder, output)[1:], output), sd_folder)
+    assert_same(alone, distilled([*ACCELERATE, "-m", *command(sd_folder, output)[1:]], output), sd_folder)
 
 
 @pytest.mark.check(4)
-@pytest.mark.parametrize(
-    ("number", "who"),
-    [(signal.SIGTERM, "the launcher"), pytest.param(signal.SIGUSR1, "one of the processes", marks=pytest.mark.soak)],
-)
+def test_a_signal_to_one_process_of_a_group_saves_and_stops_all(sd_folder: Path, tmp_path: Path) -> None:
+    group = together(2, *command(sd_folder, tmp_path / "run", "--steps", "100000")[2:], cwd=tmp_path)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert all(process.poll() is None for process in group)
+        time.sleep(0.05)
+    os.kill(group[1].pid, signal.SIGUSR1)
+    said = [process.communicate()[1] for process in group]
+    assert [process.returncode for process in group] == [128 + signal.SIGUSR1] * 2, said
+    assert "saved" in said[0] and "".join(said).count("error:") == 1
+    assert checkpoint.numbered(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.check(4)
+def test_a_launcher_forwards_a_signal_to_each_of_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"  # in the place of `python -m sidcli`
+    program.write_text(
+        '#!/bin/sh\ntrap "echo $RANK $WORLD_SIZE > $3/heard-$RANK; exit 138" USR1\n: > $3/ready-$RANK\nwhile :; do sleep 0.01; done\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(program))
+    ended = threading.Event()
+
+    def send() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2 and not ended.wait(0.01):
+            pass
+        while not ended.wait(0.1):  # again, because the first may arrive before the launcher listens
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        code = launch.launch(2, [str(tmp_path)])
+    finally:
+        ended.set()
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert code == 138
+    assert [(tmp_path / f"heard-{rank}").read_text() for rank in range(2)] == ["0 2\n", "1 2\n"]
+
+
+@pytest.mark.check(4)
+@pytest.mark.soak  # the two tests above show what each part of it does
+@pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, "the launcher"), (signal.SIGUSR1, "one of the processes")])
 def test_a_signal_saves_and_stops_every_process(sd_folder: Path, tmp_path: Path, number: signal.Signals, who: str) -> None:
     arguments = command(sd_folder, tmp_path / "run", "--processes", "2", "--steps", "100000")
     running = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
