@@ -475,7 +475,8 @@ def test_bars_write_control_characters_out(capsys: pytest.CaptureFixture[str]) -
     assert not {"\x07", "\x9b"} & set(said) and "\x1b[31m" not in said
 
 
-def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "TEACHER_STEPS", 4)
     example = runpy.run_path(str(REPOSITORY / "examples" / "distill.py"))
     example["main"](tmp_path, 1, 20)
     assert "noun" in capsys.readouterr().out and (tmp_path / "3.png").is_file() and (tmp_path / "student" / "unet").is_dir()

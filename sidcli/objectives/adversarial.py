@@ -7,8 +7,9 @@ Its loss for a logit d is softplus(-d) for real images and softplus(d) for gener
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sidcli.errors import UsageError
 from sidcli.objectives.base import FAKE, Batch, Networks, Values
 from sidcli.objectives.scores import denoising_gradient
 
@@ -19,6 +20,15 @@ Outputs = tuple["Tensor", "Tensor", "Tensor"]
 """Noise [B, C, h, w] that the fake score predicts for generated images, logits [B, ...] of generated and of real images."""
 Logits = Callable[["Tensor"], "Tensor"]
 """Maps what `Networks.features` returns to logits [B, ...]."""
+DIVERGENCES: dict[str, Callable[[Any], Any]] = {
+    "reverse-kl": lambda r: 1.0,
+    "kl": lambda r: r,
+    "js": lambda r: r / (1.0 + r),
+    "jeffreys": lambda r: 1.0 + r,
+}
+"""Weight of the score difference for each divergence, given r = p_real / p_generated at x_t (f-distill, arXiv 2502.15681)."""
+LARGEST_RATIO = 10.0
+"""r is limited to 1 / LARGEST_RATIO .. LARGEST_RATIO."""
 
 
 def predict_and_judge(nets: Networks, batch: Batch, logits: Logits, scale: float = 1.0) -> Outputs:
@@ -51,3 +61,20 @@ def fooling_losses(logits: Tensor) -> Tensor:
     from torch.nn.functional import softplus
 
     return softplus(-logits).flatten(1).mean(1) if logits.ndim > 1 else softplus(-logits)
+
+
+def check_divergence(divergence: str, gan: float) -> None:
+    """Raises UsageError for an unknown divergence, or one that needs a discriminator where the weight `gan` is 0."""
+    if divergence not in DIVERGENCES:
+        raise UsageError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
+    if divergence != "reverse-kl" and not gan:
+        raise UsageError(f"divergence={divergence} reads the discriminator, and gan is 0", "--set gan=0.001")
+
+
+def divergence_weight(divergence: str, logits: Tensor) -> Tensor | float:
+    """Return the weight [B, 1, 1, 1] of the score difference of each sample for a divergence of DIVERGENCES.
+
+    `logits` [B] are those of the discriminator at x_t; those of an optimal one are ln r. The weights are not divided by their mean
+    over the batch, as published ones are, so that they do not depend on the micro-batch.
+    """
+    return DIVERGENCES[divergence](logits.exp().clamp(1.0 / LARGEST_RATIO, LARGEST_RATIO).view(-1, 1, 1, 1))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from sidcli.objectives.adversarial import Outputs, discriminating_gradient, fooling_losses, predict_and_judge
+from sidcli.objectives import adversarial
+from sidcli.objectives.adversarial import Outputs, fooling_losses, predict_and_judge
 from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values, branches, spread
 from sidcli.objectives.scores import OnSharedSamples, denoising_gradient, health, predict_noise
 
@@ -23,7 +24,13 @@ class Dmd2Settings(Settings):
     """Weight of the adversarial term in the generator's loss, per element of a latent; 0: no GAN. Published: 0.001."""
     gan_fake: float = 0.01
     """Weight of the discriminator's loss in the fake score's loss, per element of a latent, if gan is not 0."""
+    divergence: str = "reverse-kl"
+    """Divergence that the difference of the scores minimizes: reverse-kl, or with the GAN kl, js or jeffreys (f-distill)."""
     weights = ("gan", "gan_fake")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        adversarial.check_divergence(self.divergence, self.gan)
 
     @property
     def needs_images(self) -> bool:
@@ -40,7 +47,9 @@ class Dmd2(OnSharedSamples):
 
     @property
     def method(self) -> str:
-        return self.with_gan if self.settings.needs_images else self.title
+        name = self.with_gan if self.settings.needs_images else self.title
+        divergence = self.settings.divergence
+        return name if divergence == "reverse-kl" else f"{name} with the {divergence} weights of f-distill (arXiv 2502.15681)"
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -58,7 +67,7 @@ class Dmd2(OnSharedSamples):
 
     def discriminating_gradient(self, nets: Networks, outputs: Outputs, batch: Batch) -> tuple[Outputs, Values]:
         """Return the gradients of the loss with the weight gan_fake CHW; CHW is the number of elements of a latent."""
-        return discriminating_gradient(nets, outputs, batch, self.settings.gan_fake * outputs[0][0].numel())
+        return adversarial.discriminating_gradient(nets, outputs, batch, self.settings.gan_fake * outputs[0][0].numel())
 
     def generator_phase(self, step: int) -> Phase:
         gan = self.settings.needs_images
@@ -89,15 +98,19 @@ class Dmd2(OnSharedSamples):
             return [nets.path.clean(predicted, x_t, batch.t), logits]
 
         def loss(x: Tensor, fake: Tensor, logits: Tensor) -> tuple[Tensor, Values]:
-            direction, values = matching(x.detach(), real, fake.detach(), batch)
+            weight = adversarial.divergence_weight(self.settings.divergence, logits.detach())
+            direction, values = matching(x.detach(), real, fake.detach(), batch, weight)
             fooling = fooling_losses(logits).sum() / batch.size
             return (direction * x).sum() + self.settings.gan * x[0].numel() * fooling, values | {"adversarial_loss": fooling}
 
         return nets.gradient_through(x, [judge], loss)
 
 
-def matching(x: Tensor, real: Tensor, fake: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-    """Return the gradient of distribution matching from the clean predictions of teacher and fake score, and measurements."""
-    direction = ((fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)).nan_to_num()
+def matching(x: Tensor, real: Tensor, fake: Tensor, batch: Batch, weight: Tensor | float = 1.0) -> tuple[Tensor, Values]:
+    """Return the gradient of distribution matching from the clean predictions of teacher and fake score, and measurements.
+
+    `weight` [B, 1, 1, 1] multiplies the gradient of each sample.
+    """
+    direction = weight * ((fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)).nan_to_num()
     values = {"generator_loss": 0.5 * direction.square().sum() / batch.size, "ratio": batch.share * health(x, real, fake)}
     return direction / batch.size, values | {"sample_std": spread(x, batch)}

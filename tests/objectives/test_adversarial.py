@@ -1,6 +1,7 @@
 """Adversarial terms against float64 versions that are written sample by sample from the equations."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
 from sidcli.models.unet import Head, add_head, features
+from sidcli.objectives.adversarial import divergence_weight
 from sidcli.objectives.base import FAKE, GENERATOR, Batch
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig, strategy
@@ -112,8 +114,10 @@ class Judging(Naive):
         s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
         for x, x_t, _, _, _, prompt, t in self.losses(draw):
             real, fake = self.clean("phi", x_t, t, prompt, s.guidance), self.clean("psi", x_t, t, prompt, 1.0)
-            target = (x - (fake - real) / (x - real).abs().mean()).detach()
             logit = self.nets["psi"].discriminator(self.features(x_t, t, prompt))
+            r = float(logit.detach().exp())
+            weight = {"reverse-kl": 1.0, "kl": r, "js": 1 - 1 / (1 + r), "jeffreys": 1 + r}[s.divergence]
+            target = (x - weight * (fake - real) / (x - real).abs().mean()).detach()
             total = total + (x - target).square().sum() / 2 - s.gan * x.numel() * logit.sigmoid().log().sum()
         return total / len(draw.prompts)
 
@@ -142,6 +146,30 @@ def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, 
     plain = getattr(naive, f"{name}_{'fake' if role == FAKE else 'generator'}")(draw)
     rest = torch.cat([torch.zeros_like(v).flatten() if one is None else one.flatten() for v, one in _gradients(plain, trained)])
     assert (rest - flat).norm() > 0.01 * flat.norm(), "the adversarial term is a visible part"
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js", "jeffreys"])
+def test_a_divergence_weights_the_score_difference_of_each_sample(model: Model, config: DistillConfig, divergence: str) -> None:
+    built = engine(model, config, "dmd2", WITH_GAN["dmd2"] | {"divergence": divergence})
+    naive = Judging(built, model)
+    wanted = _gradients(naive.dmd2_generator(built.draw_batch(inputs(built, GENERATOR), 0, range(2))), naive.nets["theta"])
+    flat = torch.cat([torch.zeros_like(v).flatten() if one is None else one.flatten() for v, one in wanted])
+    caught, _ = _caught(built, GENERATOR)
+    assert (caught - flat).norm() < 1e-4 * flat.norm()
+    assert f"{divergence} weights of f-distill (arXiv 2502.15681)" in built.objective.method
+
+
+def test_the_density_ratio_of_a_divergence_is_limited() -> None:
+    weights = divergence_weight("kl", torch.tensor([-100.0, 0.0, 1.0, 100.0]))
+    assert isinstance(weights, Tensor)
+    torch.testing.assert_close(weights.flatten(), torch.tensor([0.1, 1.0, math.e, 10.0]))
+
+
+def test_a_divergence_needs_a_discriminator() -> None:
+    with pytest.raises(UsageError, match="divergence=kl reads the discriminator, and gan is 0"):
+        objectives.settings({"name": "dmd2", "divergence": "kl"})
+    with pytest.raises(UsageError, match="divergence must be one of reverse-kl, kl, js, jeffreys, not 'tv'"):
+        objectives.settings({"name": "dmd2", "gan": 0.1, "divergence": "tv"})
 
 
 def _gradients(loss: Tensor, net: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
