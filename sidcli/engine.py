@@ -381,7 +381,7 @@ class Engine:
     def run_phase(self, phase: Phase, samples: Sequence[Tensor] = (), keep: bool = False) -> tuple[Values, list[Tensor]]:
         """Run one update of one network. `samples`: outputs of the previous phase, by micro-batch.
 
-        Returns measurements and, with `keep`, the outputs of this phase.
+        Returns measurements and, with `keep`, the outputs of this phase, the first tensor of each.
         """
         role, outputs = self.roles[phase.role], []
         rows: list[Tensor] = []
@@ -399,7 +399,7 @@ class Engine:
                 torch.autograd.backward(parts(output), [part * self.distributed.count for part in parts(gradient)])
             rows.append(torch.stack(list(values.values())))
             if keep:
-                outputs.append(output.detach())
+                outputs.append(parts(output)[0].detach())
         totals = self.distributed.sum(sum(rows[1:], rows[0]))
         broken = role.step(totals[0])
         self.skipped += broken
@@ -484,10 +484,10 @@ class Engine:
         positions = [turn * config.batch_size + sample for sample in samples]
         images, captions = zip(*(self.data.at(seed, position) for position in positions), strict=True)
         # A discriminator must not recognize generated images by their empty captions, so the same samples have one.
-        real = dataclasses.replace(batch, prompts=emptied(captions, drops), latents=[], samples=torch.stack(images))
-        if inputs.source == "pairs":
-            return dataclasses.replace(real, latents=[torch.stack([self.data.noise(seed, position) for position in positions])])
-        return real if inputs.source == "images" else dataclasses.replace(batch, real=real)
+        started = config.objective.needs_pairs
+        starts = [torch.stack([self.data.noise(seed, position) for position in positions])] if started else []
+        real = dataclasses.replace(batch, prompts=emptied(captions, drops), latents=starts, samples=torch.stack(images))
+        return dataclasses.replace(batch, real=real) if inputs.real else real
 
     # Networks
 

@@ -24,6 +24,7 @@ import sidcli
 from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
+from sidcli.models import sampler
 from sidcli.numeric import plain
 from sidcli.progress import Silence
 from sidcli.settings import DistillConfig, checked, read_toml

@@ -12,6 +12,7 @@ from typing import Any
 from sidcli.errors import UsageError
 from sidcli.numeric import plain
 from sidcli.objectives.base import Objective, Settings
+from sidcli.objectives.dmd import Dmd
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.lcm import Lcm
 from sidcli.objectives.regression import Regression
@@ -19,7 +20,15 @@ from sidcli.objectives.sid import Sid
 from sidcli.objectives.sida import Sida
 from sidcli.objectives.vsd import Vsd
 
-OBJECTIVES: dict[str, type[Objective]] = {"sid": Sid, "sida": Sida, "dmd2": Dmd2, "vsd": Vsd, "regression": Regression, "lcm": Lcm}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sid": Sid,
+    "sida": Sida,
+    "dmd": Dmd,
+    "dmd2": Dmd2,
+    "vsd": Vsd,
+    "regression": Regression,
+    "lcm": Lcm,
+}
 
 
 def find(name: object) -> type[Objective]:

@@ -116,9 +116,9 @@ class Inputs:
     """Use the samples of the previous phase instead of new noise. That phase must train the generator with the same `position`."""
     real: bool = False
     """Also draw real images, those of batch `turn` over the whole run."""
-    source: Literal["prompts", "images", "pairs"] = "prompts"
-    """What the batch consists of: prompts; or the images of batch `turn`, as `samples`, with their captions as prompts; or pairs,
-    which are images with the noise from which the teacher drew them, as `latents`."""
+    source: Literal["prompts", "images"] = "prompts"
+    """What the batch consists of: prompts; or the images of batch `turn`, as `samples`, with their captions as prompts. With
+    `Settings.needs_pairs`, its `latents` are the noise from which the teacher drew the images."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ class Batch:
     samples: Tensor | None = None
     """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them; images, if they are its source."""
     real: Batch | None = None
-    """If the phase has `Inputs.real`: B real images as `samples`, their captions as `prompts` and `cond`, the same `noise` and `t`."""
+    """If the phase has `Inputs.real`: B real images as `samples`, their captions as `prompts` and `cond`, the same `noise` and `t`.
+    With `Settings.needs_pairs`, `latents` are the noise from which the teacher drew them."""
 
     @property
     def share(self) -> float:

@@ -76,16 +76,10 @@ class Dmd2(OnSharedSamples):
         return self.generator_update(step, gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=gan)
 
     def matching_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """Return the gradient (f_psi - f_phi) / mean |x - f_phi| (equations 7 and 8 of arXiv 2311.18828) and measurements.
-
-        f_psi and f_phi are the clean predictions of fake score and teacher.
-        """
-        x_t = nets.path.noised(x, batch.noise, batch.t)
-        (fake,), (real,) = nets.clean(FAKE, x_t, batch, 1.0), nets.clean(TEACHER, x_t, batch, self.settings.guidance)
-        return matching(x, real, fake, batch)
+        return matched(nets, x, batch, self.settings.guidance)
 
     def adversarial_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """Return the gradient of `matching_gradient` plus that of the sum over samples of gan CHW softplus(-D(x_t)), and measurements.
+        """Return the gradient of `matched` plus that of the sum over samples of gan CHW softplus(-D(x_t)), and measurements.
 
         The discriminator reads the forward pass of the fake score at the same x_t.
         """
@@ -104,6 +98,16 @@ class Dmd2(OnSharedSamples):
             return (direction * x).sum() + self.settings.gan * x[0].numel() * fooling, values | {"adversarial_loss": fooling}
 
         return nets.gradient_through(x, [judge], loss)
+
+
+def matched(nets: Networks, x: Tensor, batch: Batch, guidance: float) -> tuple[Tensor, Values]:
+    """Return the gradient (f_psi - f_phi) / mean |x - f_phi| (equations 7 and 8 of arXiv 2311.18828) and measurements.
+
+    f_psi and f_phi are the clean predictions of fake score and teacher, the latter at the guidance scale.
+    """
+    x_t = nets.path.noised(x, batch.noise, batch.t)
+    (fake,), (real,) = nets.clean(FAKE, x_t, batch, 1.0), nets.clean(TEACHER, x_t, batch, guidance)
+    return matching(x, real, fake, batch)
 
 
 def matching(x: Tensor, real: Tensor, fake: Tensor, batch: Batch, weight: Tensor | float = 1.0) -> tuple[Tensor, Values]:

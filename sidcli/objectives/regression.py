@@ -60,7 +60,7 @@ class Regression(Objective):
         return {GENERATOR: self.student_role(Role(0.0, betas=(0.9, 0.999)))}
 
     def phases(self, step: int) -> list[Phase]:
-        inputs = Inputs("generator", step, step, (0, self.timesteps), source="pairs")
+        inputs = Inputs("generator", step, step, (0, self.timesteps), source="images")
         return [Phase(GENERATOR, inputs, generate, self.gradient, (Pass(GENERATOR, 1, "weights"),), step)]
 
     def gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:

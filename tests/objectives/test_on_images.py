@@ -25,7 +25,7 @@ from tests.gradients import gradient, perturbed
 from tests.test_engine import Naive, inputs, phase_of, snapshot
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, dict[str, Any]] = {"regression": {}, "lcm": {"huber": 0.1}}
+SETTINGS: dict[str, dict[str, Any]] = {"regression": {}, "dmd": {"regression": 0.02}, "lcm": {"huber": 0.1}}
 """Settings of each objective here under which every term has a visible part in the gradient."""
 
 
@@ -47,7 +47,9 @@ def engine(folder: Path, config: DistillConfig, name: str, settings: dict[str, A
     given = dataclasses.replace(config, objective=objective, **more)
     built = Engine(load(find(str(folder))), given, open_prompts("general"), CPU)
     built.data = Pairs()  # type: ignore[assignment]
-    perturbed(built, GENERATOR)
+    for role, trained in built.roles.items():
+        trained.role = dataclasses.replace(trained.role, clip=0.0)  # the gradient of the loss itself
+        perturbed(built, role)
     with torch.no_grad():
         for follower in built.followers.values():
             for _, value in follower.weights:
@@ -68,7 +70,7 @@ class OnImages(Naive):
         self.nets["target"] = copy.deepcopy(target).double()
 
     def distance(self, x: Tensor, target: Tensor) -> Tensor:
-        c = self.config.objective.huber
+        c = getattr(self.config.objective, "huber", 0.0)
         parts = [
             ((one - two) ** 2 + c**2).sqrt() - c if c else (one - two) ** 2
             for one, two in zip(x.flatten(), target.flatten(), strict=True)
@@ -83,6 +85,16 @@ class OnImages(Naive):
             for i, prompt in enumerate(draw.prompts)
         ]
         return torch.stack(images).sum() / len(images)
+
+    def dmd(self, draw: Batch) -> Tensor:
+        """|| x - sg(x - (f_psi - f_phi) / mean |x - f_phi|) ||^2 / 2 and the regression loss of the pairs."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        assert draw.real is not None
+        for x, x_t, _, _, _, prompt, t in self.losses(draw):
+            real, fake = self.clean("phi", x_t, t, prompt, s.guidance), self.clean("psi", x_t, t, prompt, 1.0)
+            target = (x - (fake - real) / (x - real).abs().mean()).detach()
+            total = total + (x - target).square().sum() / 2
+        return total / len(draw.prompts) + s.regression * self.regression(draw.real)
 
     def consistency(self, net: str, x_t: Tensor, t: int, prompt: str) -> Tensor:
         """c_skip(t) x_t + c_out(t) x0 with the scalings of the published code."""
@@ -110,6 +122,7 @@ class OnImages(Naive):
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("regression", {}, "sd"),
     ("regression", {"huber": 0.3}, "v"),
+    ("dmd", SETTINGS["dmd"], "sd"),
     ("lcm", {}, "sd"),
     ("lcm", {"huber": 0.0, "target": 0.0, "guidance": 1.0}, "sd"),
     ("lcm", {"huber": 0.2, "solver_steps": 2, "guidance": 3.0}, "v"),
@@ -129,7 +142,24 @@ def test_the_loss_and_its_gradient_equal_the_equation(
     found = gradient(built)
     assert (found - slopes).norm() < 1e-4 * slopes.norm()
     values, _ = engine_values(engine(sd_folder if kind == "sd" else v_folder, config, name, settings))
-    assert values["generator_loss"] == pytest.approx(wanted.item(), rel=1e-4)
+    total = values["generator_loss"] + values.get("regression_loss", 0.0) * settings.get("regression", 0.0)
+    assert total == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_each_term_of_dmd_is_a_visible_part_of_its_gradient(sd_folder: Path, config: DistillConfig) -> None:
+    whole, without = (gradient(engine(sd_folder, config, "dmd", {"regression": weight})) for weight in (0.02, 0.0))
+    assert 0.1 * whole.norm() < (whole - without).norm() < 0.9 * whole.norm()
+
+
+def test_the_fake_score_of_dmd_learns_from_the_samples_of_new_noise(sd_folder: Path, config: DistillConfig) -> None:
+    built = engine(sd_folder, config, "dmd")
+    generator, fake = built.objective.phases(0)
+    assert fake.inputs.reuse
+    _, samples = built.run_phase(generator, keep=True)
+    again = engine(sd_folder, config, "dmd")
+    batch = drawn(again)
+    cond = again.sampler.encode(batch.prompts)
+    torch.testing.assert_close(torch.cat(samples), again.nets.generate(dataclasses.replace(batch, cond=cond)).detach())
 
 
 def engine_values(built: Engine) -> tuple[dict[str, float], Engine]:
@@ -179,12 +209,17 @@ def test_memory_recipes_take_a_step_in_bf16(sd_folder: Path, config: DistillConf
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_batch_is_of_other_images_in_each_step_and_the_same_in_parts(sd_folder: Path, config: DistillConfig, name: str) -> None:
     built = engine(sd_folder, config, name)
-    first, second = (built.draw_batch(inputs(built, GENERATOR, step), step, range(4)) for step in (0, 1))
+    first, second = (images(built.draw_batch(inputs(built, GENERATOR, step), step, range(4))) for step in (0, 1))
     assert first.prompts + second.prompts == [f"image number {number}" for number in range(8)]
-    halves = [drawn(built, part) for part in (range(2), range(2, 4))]
+    halves = [images(drawn(built, part)) for part in (range(2), range(2, 4))]
     for field in ("samples", "noise", "t"):
         assert torch.equal(torch.cat([getattr(half, field) for half in halves]), getattr(first, field))
     assert first.real is None
+
+
+def images(draw: Batch) -> Batch:
+    """The batch of images, which is that of the prompts unless an objective has both."""
+    return draw.real or draw
 
 
 # LCM
