@@ -119,8 +119,7 @@ def test_two_processes_with_sharded_networks_and_small_pieces_train_the_discrimi
 SQUARES = ["--set", "huber=0", "--set", "target=0.5"]
 ON_IMAGES = [
     ("regression", [], ["--micro-batch", "2"]),
-    ("lcm", SQUARES, ["--micro-batch", "2"]),
-    ("lcm", SQUARES, ["--shard"]),
+    ("lcm", SQUARES, ["--micro-batch", "2", "--shard"]),
 ]
 
 

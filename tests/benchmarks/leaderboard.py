@@ -3,9 +3,9 @@
     python tests/benchmarks/leaderboard.py --tflops 60 --seeds 0 1 2
 
 A cell is one objective with one seed: `sid distill`, as many steps as the FLOPs allow according to `sid distill --dry-run`, and `sid eval`.
-FLOPs include those of the images that the teacher draws before a training. Each cell is a line of results/leaderboard.jsonl as soon as it
-is measured, and is not measured again; an interrupted run continues. Objectives that train on images use scenes of the emoji world, which
-the script writes, and stand in a block of their own.
+Where the teacher draws images before a training, these take half of the FLOPs. Each cell is a line of results/leaderboard.jsonl as soon as
+it is measured, and is not measured again; an interrupted run continues. Objectives that train on images use scenes of the emoji world,
+which the script writes, and stand in a block of their own.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from sidcli.emoji import world
 
 RESULTS = Path(__file__).parent / "results"
+TEACHER, TEACHER_STEPS = "emoji-teacher", 20
+"""The teacher, and its steps in the measurement of FID to the teacher."""
 SCENES, SCENE_SEED = 2_000, 17
 """Scenes to train on, and their seed, which no other set uses."""
 METRICS = ("fid", "fid_teacher", "clip", "noun", "color", "bare_noun", "composition", "coverage")
@@ -32,11 +34,11 @@ METRICS = ("fid", "fid_teacher", "clip", "noun", "color", "bare_noun", "composit
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: an objective with its options. `real`: it trains on scenes, and not only on prompts and the teacher."""
+    """A row of the table: an objective with its options. `images`: what it trains on besides prompts."""
 
     name: str
     options: tuple[str, ...]
-    real: bool = False
+    images: Literal["none", "teacher's", "scenes"] = "none"
 
 
 ENTRIES = (
@@ -46,10 +48,12 @@ ENTRIES = (
     Entry("dmd2, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1")),
     Entry("dmd2, five fake-score updates", ("--objective", "dmd2", "--fake-updates", "5")),
     Entry("vsd", ("--objective", "vsd")),
-    Entry("regression", ("--objective", "regression", "--data", "teacher", "--data-num", "500")),
-    Entry("lcm, teacher's images", ("--objective", "lcm", "--data", "teacher", "--data-num", "500")),
-    Entry("sida", ("--objective", "sida"), real=True),
-    Entry("dmd2 with GAN, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.001"), real=True),
+    Entry("dmd", ("--objective", "dmd"), "teacher's"),
+    Entry("regression", ("--objective", "regression"), "teacher's"),
+    Entry("lcm, four steps", ("--objective", "lcm"), "teacher's"),
+    Entry("lcm, one step", ("--objective", "lcm", "--student-steps", "1"), "teacher's"),
+    Entry("sida", ("--objective", "sida"), "scenes"),
+    Entry("dmd2 with GAN, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.001"), "scenes"),
 )
 
 
@@ -73,15 +77,26 @@ def write_scenes(folder: Path) -> Path:
     return folder
 
 
+def plan_of(options: Sequence[str], batch: int, steps: int) -> dict[str, Any]:
+    """Return the plan of a run."""
+    return sid("distill", "--teacher", TEACHER, *options, "--batch-size", batch, "--steps", steps, "--dry-run")
+
+
+def with_images(entry: Entry, given: argparse.Namespace) -> list[str]:
+    """Return the options of an entry with those of its images."""
+    if entry.images == "none":
+        return list(entry.options)
+    if entry.images == "scenes":
+        return [*entry.options, "--data", str(write_scenes(given.runs / "scenes"))]
+    drawn = [*entry.options, "--data", "teacher", "--data-num"]
+    of_one = plan_of([*drawn, "100"], given.batch_size, 1)["drawing_flops"] / 100
+    return [*drawn, str(round(given.tflops * 1e12 / 2 / of_one))]
+
+
 def steps_of(options: Sequence[str], batch: int, flops: float) -> tuple[int, dict[str, Any]]:
     """Return the steps that `flops` allow, and the plan of a run."""
-    plan = sid("distill", "--teacher", "emoji-teacher", *options, "--batch-size", batch, "--steps", 1_000_000, "--dry-run")
-    left = flops - plan["drawing_flops"]
-    if left <= 0:
-        raise SystemExit(
-            f"{' '.join(options)}: the teacher's images take {plan['drawing_flops'] / 1e12:.0f} TFLOP; --tflops is less"
-        )
-    return max(1, round(left / (plan["flops_per_image"] * batch))), plan
+    plan = plan_of(options, batch, 1_000_000)
+    return max(1, round((flops - plan["drawing_flops"]) / (plan["flops_per_image"] * batch))), plan
 
 
 def budget(given: argparse.Namespace) -> dict[str, float]:
@@ -96,26 +111,27 @@ def folder_of(entry: Entry, seed: int, given: argparse.Namespace) -> Path:
 
 def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train and measure one student, and return its row."""
-    options = [*entry.options, *(["--data", str(write_scenes(given.runs / "scenes"))] if entry.real else [])]
+    options = with_images(entry, given)
     steps, plan = steps_of(options, given.batch_size, given.tflops * 1e12)
     run = folder_of(entry, seed, given)
-    common = ["--teacher", "emoji-teacher", "--batch-size", given.batch_size, "--steps", steps, "--seed", seed, "-o", run]
+    common = ["--teacher", TEACHER, "--batch-size", given.batch_size, "--steps", steps, "--seed", seed, "-o", run]
     trained = sid("distill", *options, *common)
     wanted = ["--fid", "--clip", "--accuracy", "--composition", "--prdc"]
-    row = sid("eval", "emoji-teacher", run, *wanted, "--num", given.num)["models"][-1]
+    row = sid("eval", f"{TEACHER},steps={TEACHER_STEPS}", run, *wanted, "--num", given.num)["models"][-1]
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
         "objective": entry.name,
-        "images used": "scenes" if entry.real else "none",
+        "images used": entry.images,
         "seed": seed,
         "steps": steps,
         "images": trained["images"],
+        "drawn in": row["sampling"],
         "tflops": round((steps * given.batch_size * plan["flops_per_image"] + plan["drawing_flops"]) / 1e12, 2),
         "seconds": record["seconds"],
         "memory_gb": trained["last"]["memory_gb"],
         "hardware": record["hardware"],
         **budget(given),
-        "options": " ".join(options[: len(entry.options)]),
+        "options": " ".join(entry.options),
         **{name: row["metrics"][name]["value"] for name in METRICS if name in row["metrics"]},
     }
 
@@ -124,7 +140,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table as Markdown: the mean over seeds and the range, objectives without images first."""
     lines = ["| objective | images | seeds | steps | emoji-FID | FID to teacher | CLIP | noun | bare noun | coverage |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    names = dict.fromkeys(row["objective"] for row in sorted(rows, key=lambda row: (row["images used"] != "none", row["fid"])))
+    names = dict.fromkeys(row["objective"] for row in sorted(rows, key=lambda row: (row["images used"] == "scenes", row["fid"])))
     for name in names:
         own = [row for row in rows if row["objective"] == name]
 
@@ -162,7 +178,7 @@ def main() -> None:
                 results.write(json.dumps(rows[-1]) + "\n")
             print(table(rows), flush=True)
     students = [folder_of(entry, given.seeds[0], given) for entry in chosen]
-    sid("eval", "emoji-teacher", *students, "--clip", "--num", 12, "--picture", RESULTS / "leaderboard.png", "--overwrite")
+    sid("eval", TEACHER, *students, "--clip", "--num", 12, "--picture", RESULTS / "leaderboard.png", "--overwrite")
     print(table(rows))
 
 

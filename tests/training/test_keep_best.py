@@ -15,7 +15,7 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import load
 from sidcli.models.sources import find
 from sidcli.settings import DistillConfig
-from sidcli.training import checkpoint, distill, proxy, run_folder
+from sidcli.training import checkpoint, distill, proxy, run_folder, samples
 from tests.training.test_distill import Silent
 
 CONFIG = DistillConfig(
@@ -47,7 +47,8 @@ def test_a_run_that_gets_worse_is_noticed_and_keep_best_writes_the_student_from_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill, "PROXY_IMAGES", 8)
-    monkeypatch.setattr(proxy, "DIVERSITY_IMAGES", 3)
+    monkeypatch.setattr(proxy, "DIVERSITY_IMAGES", 2)
+    monkeypatch.setattr(samples, "GRID_IMAGES", 2)
     output = tmp_path / "run"
     notes = run(output, dataclasses.replace(CONFIG, steps=3), keep_best=True)
     notes += run(output, keep_best=True)
