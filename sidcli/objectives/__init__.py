@@ -12,6 +12,7 @@ from typing import Any
 from sidcli.errors import UsageError
 from sidcli.numeric import plain
 from sidcli.objectives.base import Objective, Settings
+from sidcli.objectives.boot import Boot
 from sidcli.objectives.dmd import Dmd
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.lcm import Lcm
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "vsd": Vsd,
     "regression": Regression,
     "lcm": Lcm,
+    "boot": Boot,
 }
 
 

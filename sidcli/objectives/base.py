@@ -177,6 +177,9 @@ class Networks(Protocol):
     def generate(self, batch: Batch) -> Tensor:
         """Return samples x [B, C, h, w] of the generator."""
 
+    def predict(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
+        """Return raw predictions [B, C, h, w] of a network at `batch.t`, one for each guidance scale."""
+
     def features(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> tuple[list[Tensor], Tensor]:
         """Return raw predictions [B, C, h, w] of a trained network, one for each guidance scale, and what a discriminator uses of it.
 

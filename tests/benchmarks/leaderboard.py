@@ -48,6 +48,11 @@ ENTRIES = (
     Entry("dmd2, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1")),
     Entry("dmd2, five fake-score updates", ("--objective", "dmd2", "--fake-updates", "5")),
     Entry("vsd", ("--objective", "vsd")),
+    Entry("boot", ("--objective", "boot")),
+    Entry(
+        "dmd2, two LoRAs of rank 64",
+        ("--objective", "dmd2", "--fake-updates", "1", "--student-lora", "64", "--fake-lora", "64", "--lr", "3e-4"),
+    ),
     Entry("dmd", ("--objective", "dmd"), "teacher's"),
     Entry("regression", ("--objective", "regression"), "teacher's"),
     Entry("lcm, four steps", ("--objective", "lcm"), "teacher's"),

@@ -212,8 +212,8 @@ def test_a_setting_of_another_objective_is_refused_by_name_with_what_this_one_ha
         objectives.settings({"name": "dmd2", "kappa1": 2.0})
     with pytest.raises(UsageError, match="'kapa3' is not a setting of objective sid; did you mean 'kappa3'"):
         objectives.settings({"kapa3": 2.0})
-    for name in ("dmd", ["sid"], 3):
-        with pytest.raises(UsageError, match="--objective must be one of sid, sida, dmd2, vsd"):
+    for name in ("dmd3", ["sid"], 3):
+        with pytest.raises(UsageError, match="--objective must be one of sid, sida, dmd, dmd2, vsd"):
             objectives.settings({"name": name})
     with pytest.raises(UsageError, match="guidance must be float, not '3'"):
         objectives.settings({"name": "dmd2", "guidance": "3"})

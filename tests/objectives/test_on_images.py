@@ -1,4 +1,4 @@
-"""Objectives that train the student on images without a discriminator, against float64 versions of their equations."""
+"""Objectives without a discriminator that train on images, and BOOT, against float64 versions of their equations."""
 
 import copy
 import dataclasses
@@ -25,7 +25,12 @@ from tests.gradients import gradient, perturbed
 from tests.test_engine import Naive, inputs, phase_of, snapshot
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, dict[str, Any]] = {"regression": {}, "dmd": {"regression": 0.02}, "lcm": {"huber": 0.1}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "regression": {},
+    "dmd": {"regression": 0.02},
+    "lcm": {"huber": 0.1},
+    "boot": {"guidance": 2.0},
+}
 """Settings of each objective here under which every term has a visible part in the gradient."""
 
 
@@ -96,6 +101,31 @@ class OnImages(Naive):
             total = total + (x - target).square().sum() / 2
         return total / len(draw.prompts) + s.regression * self.regression(draw.real)
 
+    def signal(self, z: Tensor, t: int, prompt: str) -> Tensor:
+        """g(z, t): the network sees the start noise, and a timestep that grows as t falls."""
+        a, s = self.abar[self.config.t_init].sqrt(), (1 - self.abar[self.config.t_init]).sqrt()
+        out = self.nets["theta"](s * z, torch.tensor([self.config.t_init + self.config.t_min - t]), self.encode(prompt)).sample
+        return (s * z - s * out) / a if self.prediction == "epsilon" else a * s * z - s * out
+
+    def boot(self, draw: Batch) -> Tensor:
+        """|| g(z, s) - y_s ||^2 / D^2 for the signal y_s after a DDIM step of the teacher from g(z, t), and the loss at t_init."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        for i, prompt in enumerate(draw.prompts):
+            z, t = draw.latents[0][i : i + 1].double(), int(draw.t[i])
+            before, first = t - s.stride, self.config.t_init
+            (a, sigma), (a_s, sigma_s) = ((self.abar[at].sqrt(), (1 - self.abar[at]).sqrt()) for at in (t, before))
+            with torch.no_grad():
+                now = self.signal(z, t, prompt)
+                x_t = a * now + sigma * z
+                end = self.clean("phi", x_t, t, prompt, s.guidance)
+                ddim = a_s * end + sigma_s * (x_t - a * end) / sigma
+                wanted = (ddim - sigma_s * z) / a_s
+                edge = self.clean("phi", (1 - self.abar[first]).sqrt() * z, first, prompt, s.guidance)
+            size = ((wanted - now) / (end - now)).mean()  # the step is a part D of the way to the teacher's prediction
+            total = total + ((self.signal(z, before, prompt) - wanted) / size).square().sum()
+            total = total + s.boundary * (self.signal(z, first, prompt) - edge).square().sum()
+        return total / len(draw.prompts)
+
     def consistency(self, net: str, x_t: Tensor, t: int, prompt: str) -> Tensor:
         """c_skip(t) x_t + c_out(t) x0 with the scalings of the published code."""
         skip, out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5
@@ -123,6 +153,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("regression", {}, "sd"),
     ("regression", {"huber": 0.3}, "v"),
     ("dmd", SETTINGS["dmd"], "sd"),
+    ("boot", SETTINGS["boot"], "sd"),
+    ("boot", {"stride": 200, "boundary": 0.3, "guidance": 1.0}, "v"),
     ("lcm", {}, "sd"),
     ("lcm", {"huber": 0.0, "target": 0.0, "guidance": 1.0}, "sd"),
     ("lcm", {"huber": 0.2, "solver_steps": 2, "guidance": 3.0}, "v"),
@@ -206,7 +238,7 @@ def test_memory_recipes_take_a_step_in_bf16(sd_folder: Path, config: DistillConf
     assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["regression", "dmd", "lcm"])
 def test_a_batch_is_of_other_images_in_each_step_and_the_same_in_parts(sd_folder: Path, config: DistillConfig, name: str) -> None:
     built = engine(sd_folder, config, name)
     first, second = (images(built.draw_batch(inputs(built, GENERATOR, step), step, range(4))) for step in (0, 1))
@@ -220,6 +252,24 @@ def test_a_batch_is_of_other_images_in_each_step_and_the_same_in_parts(sd_folder
 def images(draw: Batch) -> Batch:
     """The batch of images, which is that of the prompts unless an objective has both."""
     return draw.real or draw
+
+
+# BOOT
+
+
+def test_the_image_of_boot_is_the_signal_at_the_last_timestep(sd_folder: Path, config: DistillConfig) -> None:
+    built = engine(sd_folder, config, "boot")
+    batch = drawn(built)
+    batch = dataclasses.replace(batch, cond=built.sampler.encode(batch.prompts))
+    with torch.no_grad():
+        image = built.objective.signal(built.nets, batch, batch.t * 0 + config.t_min)  # type: ignore[attr-defined]
+        torch.testing.assert_close(image, built.nets.generate(batch))
+
+
+def test_boot_refuses_a_step_longer_than_the_trajectory(sd_folder: Path, config: DistillConfig) -> None:
+    for stride in (0, config.t_init - config.t_min + 1):
+        with pytest.raises(UsageError, match=f"stride must be at least 1 and at most {config.t_init - config.t_min}, .*, not {stride}"):
+            engine(sd_folder, config, "boot", {"stride": stride})
 
 
 # LCM
