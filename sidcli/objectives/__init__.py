@@ -19,6 +19,7 @@ from sidcli.objectives.lcm import Lcm
 from sidcli.objectives.regression import Regression
 from sidcli.objectives.sid import Sid
 from sidcli.objectives.sida import Sida
+from sidcli.objectives.tlcm import Tlcm
 from sidcli.objectives.vsd import Vsd
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -29,6 +30,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "vsd": Vsd,
     "regression": Regression,
     "lcm": Lcm,
+    "tlcm": Tlcm,
     "boot": Boot,
 }
 

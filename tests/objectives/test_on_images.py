@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "regression": {},
     "dmd": {"regression": 0.02},
     "lcm": {"huber": 0.1},
+    "tlcm": {"guidance": 2.0},
     "boot": {"guidance": 2.0},
 }
 """Settings of each objective here under which every term has a visible part in the gradient."""
@@ -131,6 +132,30 @@ class OnImages(Naive):
         skip, out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5
         return skip * x_t + out * self.clean(net, x_t, t, prompt, 1.0)
 
+    def step(self, net: str, x_t: Tensor, t: int, end: int, prompt: str, scale: float) -> Tensor:
+        """A DDIM step."""
+        (a, sigma), (a_end, sigma_end) = ((self.abar[at].sqrt(), (1 - self.abar[at]).sqrt()) for at in (t, end))
+        clean = self.clean(net, x_t, t, prompt, scale)
+        return a_end * clean + sigma_end * (x_t - a * clean) / sigma
+
+    def tlcm(self, draw: Batch) -> Tensor:
+        """|| g(x_t, t) - sg g(x_s, s) ||^2 with the segments' ends at the timesteps at which the student draws."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        count, first = self.config.student_steps, self.config.t_init
+        grid = [int(first * (count - index) / count) for index in range(count)]
+        assert draw.samples is not None
+        for i, prompt in enumerate(draw.prompts):
+            t = int(draw.t[i])
+            end = max([bound for bound in grid if bound < t], default=0)
+            closer = max(t - s.stride, end)
+            a, sigma = self.abar[t].sqrt(), (1 - self.abar[t]).sqrt()
+            x_t = a * draw.samples[i : i + 1].double() + sigma * draw.noise[i : i + 1].double()
+            with torch.no_grad():
+                x_s = self.step("phi", x_t, t, closer, prompt, s.guidance)
+                target = x_s if closer == end else self.step("theta", x_s, closer, end, prompt, 1.0)
+            total = total + (self.step("theta", x_t, t, end, prompt, 1.0) - target).square().sum()
+        return total / len(draw.prompts)
+
     def lcm(self, draw: Batch) -> Tensor:
         """d(f_theta(x_t, c, t), f_target(x_t - k, c, t - k)), and DDIM with guidance between both points."""
         s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
@@ -153,6 +178,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("regression", {}, "sd"),
     ("regression", {"huber": 0.3}, "v"),
     ("dmd", SETTINGS["dmd"], "sd"),
+    ("tlcm", SETTINGS["tlcm"], "sd"),
+    ("tlcm", {"stride": 300, "guidance": 1.0}, "v"),
     ("boot", SETTINGS["boot"], "sd"),
     ("boot", {"stride": 200, "boundary": 0.3, "guidance": 1.0}, "v"),
     ("lcm", {}, "sd"),
@@ -209,7 +236,8 @@ def test_memory_options_do_not_change_the_gradient_and_the_loss(
 ) -> None:
     plain, other = (engine(sd_folder, config, name, **more) for more in ({}, variant))
     one, two = gradient(plain), gradient(other)
-    assert (two - one).norm() < 1e-5 * one.norm()
+    # The predictions of tlcm near t = 999, divided by a small a_t, carry larger rounding errors.
+    assert (two - one).norm() < (1e-4 if name == "tlcm" else 1e-5) * one.norm()
     (values, _), (again, _) = (engine_values(engine(sd_folder, config, name, **more)) for more in ({}, variant))
     assert again == pytest.approx(values, rel=1e-4)
 
@@ -238,7 +266,7 @@ def test_memory_recipes_take_a_step_in_bf16(sd_folder: Path, config: DistillConf
     assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
-@pytest.mark.parametrize("name", ["regression", "dmd", "lcm"])
+@pytest.mark.parametrize("name", ["regression", "dmd", "lcm", "tlcm"])
 def test_a_batch_is_of_other_images_in_each_step_and_the_same_in_parts(sd_folder: Path, config: DistillConfig, name: str) -> None:
     built = engine(sd_folder, config, name)
     first, second = (images(built.draw_batch(inputs(built, GENERATOR, step), step, range(4))) for step in (0, 1))
@@ -252,6 +280,17 @@ def test_a_batch_is_of_other_images_in_each_step_and_the_same_in_parts(sd_folder
 def images(draw: Batch) -> Batch:
     """The batch of images, which is that of the prompts unless an objective has both."""
     return draw.real or draw
+
+
+# TLCM
+
+
+def test_segments_of_tlcm_end_where_the_student_draws(sd_folder: Path, config: DistillConfig) -> None:
+    built = engine(sd_folder, config, "tlcm", student_steps=4, t_init=999)
+    t = torch.tensor([999, 750, 749, 500, 499, 250, 249, 1])
+    assert built.objective.end(t).tolist() == [749, 749, 499, 499, 249, 249, 0, 0]  # type: ignore[attr-defined]
+    plan = plan_for(dataclasses.replace(built.student(), card={"kind": "student", **built.objective.sampling}))
+    assert plan.grid == (999, 749, 499, 249) and plan.renoise == "ddim"
 
 
 # BOOT
@@ -268,7 +307,9 @@ def test_the_image_of_boot_is_the_signal_at_the_last_timestep(sd_folder: Path, c
 
 def test_boot_refuses_a_step_longer_than_the_trajectory(sd_folder: Path, config: DistillConfig) -> None:
     for stride in (0, config.t_init - config.t_min + 1):
-        with pytest.raises(UsageError, match=f"stride must be at least 1 and at most {config.t_init - config.t_min}, .*, not {stride}"):
+        with pytest.raises(
+            UsageError, match=f"stride must be at least 1 and at most {config.t_init - config.t_min}, .*, not {stride}"
+        ):
             engine(sd_folder, config, "boot", {"stride": stride})
 
 
