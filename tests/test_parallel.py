@@ -118,7 +118,7 @@ def test_two_processes_with_sharded_networks_and_small_pieces_train_the_discrimi
 # The gradient of a distance with a small constant is all but its sign.
 SQUARES = ["--set", "huber=0", "--set", "target=0.5"]
 ON_IMAGES = [
-    ("regression", [], ["--micro-batch", "2"]),
+    ("dmd", [], ["--micro-batch", "2"]),  # as regression, and two outputs of one network
     ("lcm", SQUARES, ["--micro-batch", "2", "--shard"]),
 ]
 
