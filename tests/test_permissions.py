@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
-"""Root without the rights to read and write what its mode forbids."""
-CODE = "import json, sys; from tests.inprocess import sid; print(json.dumps([sid(*words) for words in json.loads(sys.argv[1])]))"
+from tests.commands import in_a_child
+from tests.inprocess import sid
+from tests.namespaces import give_up_rights
 
 
 def closed(path: Path, mode: int = 0) -> Path:
@@ -29,7 +27,6 @@ def run_folder(folder: Path) -> Path:
 
 
 @pytest.mark.check(13)
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root without setpriv reads everything")
 def test_what_is_not_permitted_or_of_another_type_is_named_in_one_line(
     sd_folder: Path, stand_ins: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -69,9 +66,12 @@ def test_what_is_not_permitted_or_of_another_type_is_named_in_one_line(
         (["distill", "-o", unwritten], 4, f"no permission to read and write in {unwritten}/checkpoints"),
         (["distill", "-o", records.parent], 4, f"{records} is a folder; the run needs a file of this name"),
     ]
-    words = json.dumps([[str(word) for word in case[0]] for case in cases])
-    wrapper = WITHOUT_RIGHTS if os.geteuid() == 0 else ()
-    ended = subprocess.run([*wrapper, sys.executable, "-c", CODE, words], capture_output=True, text=True)
+
+    def run_all() -> None:
+        give_up_rights()
+        sys.stdout.write(json.dumps([sid(*words) for words, _, _ in cases]))
+
+    ended = in_a_child(run_all)
     unet.chmod(0o755)
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == len(cases) and "Traceback" not in ended.stderr, ended.stderr
