@@ -27,7 +27,7 @@ from sidcli.errors import InputError, UsageError
 from sidcli.models import sampler
 from sidcli.numeric import plain
 from sidcli.progress import Silence
-from sidcli.settings import DistillConfig, checked, read_toml
+from sidcli.settings import MEMORY, DistillConfig, checked, read_toml
 from sidcli.training.request import Request, method_of
 from tests import REPOSITORY, inprocess
 from tests.commands import sid
@@ -395,6 +395,15 @@ def test_a_setting_that_others_turn_off_is_noted() -> None:
         "note: --renoise ddim has no effect on objective lcm",
     )
     assert not asked_for(**pairs, lr=1e-4).notes
+
+
+def test_a_setting_without_effect_keeps_its_default_in_the_record_of_the_run() -> None:
+    pairs: dict[str, Any] = {"objective": "regression", "data": "teacher"}
+    request = asked_for(**pairs, fake_lora=8, student_lora=4)
+    for recipe in MEMORY.values():
+        config = request.config(recipe)
+        assert (config.fake_lora, config.student_lora) == (0, 4)
+    assert asked_for(objective="sid").config(MEMORY["12gb"]).fake_lora == MEMORY["12gb"]["fake_lora"] > 0
 
 
 def test_a_run_that_ends_before_the_adversarial_term_of_sida_joins_is_noted(tmp_path: Path) -> None:

@@ -200,6 +200,10 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
                 f"{source.name} has the scheduler of a student that starts at timestep {start}, but no sid.json: it is read as a teacher;"
                 f' put its sid.json back (for a one-step student {{"kind": "student", "t_init": {start}}} is enough)'
             )
+        elif not card and scheduler_config.get("_class_name") == "LCMScheduler":
+            listener.note(
+                f"{source.name} has the scheduler of a consistency student (LCMScheduler), but no sid.json: it is read as a teacher"
+            )
         if overrides.prediction_type != "auto":
             scheduler_config["prediction_type"] = overrides.prediction_type
         places = {name: str(source.part(name) / "config.json") for name in networks}

@@ -94,10 +94,15 @@ class Request:
         return MEMORY["fast" if self.memory == "auto" else self.memory]
 
     def config(self, recipe: dict[str, Any]) -> DistillConfig:
-        """Return the settings with a memory recipe. Raises UsageError for an invalid value."""
+        """Return the settings with a memory recipe. Those that the objective does not use keep their defaults.
+
+        Raises UsageError for an invalid value.
+        """
         if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
-        merged = self.start | recipe | self.own | {"teacher": self.teacher}
+        given = self.start | recipe | self.own | {"teacher": self.teacher}
+        unused = objectives.find(self.start["objective"].name).unused  # a record must not show a fake score that does not exist
+        merged = {name: value for name, value in given.items() if name not in unused}
         batch = merged.get("batch_size", DistillConfig.batch_size)
         merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
         if merged.get("prompts", "auto") == "auto":

@@ -149,6 +149,14 @@ def test_a_folder_with_the_scheduler_of_a_student_and_no_card_is_noted(sd_folder
     assert plan_for(describe(find(str(tmp_path / "student")))) == plan_for(dataclasses.replace(model, card=STUDENT))
 
 
+def test_a_folder_with_the_scheduler_of_a_consistency_student_and_no_card_is_noted(sd_folder: Path, tmp_path: Path) -> None:
+    teacher, told = shutil.copytree(sd_folder, tmp_path / "student"), Notes()
+    file = teacher / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "LCMScheduler"}))
+    assert not describe(find(str(teacher)), None, told).is_student
+    assert [note for note in told.texts if "LCMScheduler" in note and "it is read as a teacher" in note] == told.texts != []
+
+
 def test_a_card_that_contradicts_the_scheduler_of_a_student_is_refused(sd_folder: Path, tmp_path: Path) -> None:
     write_student(tmp_path / "student", load(find(str(sd_folder))), STUDENT)
     file = tmp_path / "student" / "sid.json"
