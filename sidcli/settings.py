@@ -29,7 +29,7 @@ CHOICES = {
     "compile": ("auto", "on", "off"),
 }
 """Allowed values of the fields of DistillConfig that are a choice."""
-STRATEGIES: dict[str, float | None] = {"lsg": 2.0, "long": 2.0, "short": 0.5, "zero-cfg": None, "none": None}
+STRATEGIES: dict[str, float | None] = {"lsg": 2.0, "long": 2.0, "short": 0.5, "zero-cfg": None, "anti-cfg": None, "none": None}
 """Default guidance scale of each guidance strategy; None if the strategy fixes every scale."""
 
 
@@ -207,7 +207,8 @@ def strategy(name: str, scale: float | None) -> dict[str, float]:
         "lsg": (k, k, k, k),
         "long": (1.0, 1.0, 1.0, k),
         "short": (1.0, k, k, 1.0),
-        "zero-cfg": (0.0, 0.0, 0.0, 1.0),
+        "zero-cfg": (0.0, 0.0, 0.0, 1.0),  # this one and the next: arXiv 2505.12674
+        "anti-cfg": (-1.0, -1.0, -1.0, 1.0),
         "none": (1.0, 1.0, 1.0, 1.0),
     }[name]
     return {f"kappa{index}": float(value) for index, value in enumerate(kappas, 1) if value is not None}

@@ -124,6 +124,7 @@ CASES = [
     ("long", 3.0, 1.2, "sd"),
     ("short", 0.5, 1.0, "v"),
     ("zero-cfg", None, 0.7, "v"),
+    ("anti-cfg", None, 1.0, "sd"),
     ("none", None, 1.0, "sd"),
 ]
 

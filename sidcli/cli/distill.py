@@ -79,7 +79,7 @@ GuidanceStrategy = Annotated[
         rich_help_panel=METHOD,
         autocompletion=one_of(*STRATEGIES),
         show_default="lsg",
-        help="lsg, long, short, zero-cfg or none.",
+        help="lsg, long, short, zero-cfg, anti-cfg or none.",
     ),
 ]
 Lr = Annotated[
