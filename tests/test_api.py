@@ -298,10 +298,14 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
     [
         (
             'name = "nope"',
-            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, boot, not 'nope'",
+            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, boot, not 'nope'",
             "",
         ),
-        ("name = [3]", "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, boot, not [3]", ""),
+        (
+            "name = [3]",
+            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, boot, not [3]",
+            "",
+        ),
         ("kapa1 = 2.0", "'kapa1' is not a setting of objective sid; did you mean 'kappa1'?", ""),
         ('kappa1 = "x"', "kappa1 must be float, not 'x'", ""),
         ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),

@@ -20,6 +20,7 @@ from sidcli.objectives.regression import Regression
 from sidcli.objectives.sid import Sid
 from sidcli.objectives.sida import Sida
 from sidcli.objectives.tlcm import Tlcm
+from sidcli.objectives.tlcm2 import Tlcm2
 from sidcli.objectives.vsd import Vsd
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -31,6 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Regression,
     "lcm": Lcm,
     "tlcm": Tlcm,
+    "tlcm2": Tlcm2,
     "boot": Boot,
 }
 

@@ -1,7 +1,9 @@
-"""Objectives without a discriminator that train on images, and BOOT, against float64 versions of their equations."""
+"""Objectives without a discriminator that train on images, and those without a second network, against float64 versions of their
+equations."""
 
 import copy
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dmd": {"regression": 0.02},
     "lcm": {"huber": 0.1},
     "tlcm": {"guidance": 2.0},
+    "tlcm2": {"guidance": 2.0},
     "boot": {"guidance": 2.0},
 }
 """Settings of each objective here under which every term has a visible part in the gradient."""
@@ -156,6 +159,27 @@ class OnImages(Naive):
             total = total + (self.step("theta", x_t, t, end, prompt, 1.0) - target).square().sum()
         return total / len(draw.prompts)
 
+    def tlcm2(self, draw: Batch) -> Tensor:
+        """|| f(x_t, t) - sg f(x_s, s) ||^2 at the student's own samples with noise, and DDIM of the teacher between both."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        count, first = self.config.student_steps, self.config.t_init
+        grid = [*(int(first * (count - index) / count) for index in range(count)), 0]
+        for i, prompt in enumerate(draw.prompts):
+            position = int(draw.t[i])
+            t, end = grid[position], grid[position + 1]
+            with torch.no_grad():
+                x = (1 - self.abar[first]).sqrt() * draw.latents[0][i : i + 1].double()
+                for one, other in pairwise(grid):
+                    x = self.step("theta", x, one, other, prompt, 1.0)
+                x_t = self.abar[t].sqrt() * x + (1 - self.abar[t]).sqrt() * draw.noise[i : i + 1].double()
+                x_s, at = x_t, t
+                for left in range(s.teacher_steps, 0, -1):
+                    following = at + (end - at) // left
+                    x_s, at = self.step("phi", x_s, at, following, prompt, s.guidance), following
+                target = self.clean("theta", x_s, end, prompt, 1.0)
+            total = total + (self.clean("theta", x_t, t, prompt, 1.0) - target).square().sum()
+        return total / len(draw.prompts)
+
     def lcm(self, draw: Batch) -> Tensor:
         """d(f_theta(x_t, c, t), f_target(x_t - k, c, t - k)), and DDIM with guidance between both points."""
         s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
@@ -180,6 +204,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("dmd", SETTINGS["dmd"], "sd"),
     ("tlcm", SETTINGS["tlcm"], "sd"),
     ("tlcm", {"stride": 300, "guidance": 1.0}, "v"),
+    ("tlcm2", SETTINGS["tlcm2"], "sd"),
+    ("tlcm2", {"teacher_steps": 1, "guidance": 1.0}, "v"),
     ("boot", SETTINGS["boot"], "sd"),
     ("boot", {"stride": 200, "boundary": 0.3, "guidance": 1.0}, "v"),
     ("lcm", {}, "sd"),
