@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
         "## How to run it",
         usage,
         "## License",
-        _license(terms),
+        _license(terms, card.get("init", ())),
     ]
     # The name of a license and the paths in `usage` are texts of others, too.
     (folder / "README.md").write_text(printable("\n\n".join(sections), keep="\n") + "\n", encoding="utf-8")
@@ -143,6 +143,8 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
         facts["Training prompts"] = card["prompts"]
     if "data" in card:
         facts["Training images"] = card["data"]
+    if "init" in card:
+        facts["Started from"] = " and ".join(str(source.get("name")) for source in card["init"])
     return facts | {"Made with": f"sid {card.get('sid', 'unknown')}"}
 
 
@@ -151,8 +153,18 @@ def _table(facts: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *rows])
 
 
-def _license(terms: Mapping[str, str]) -> str:
+def _license(terms: Mapping[str, str], started_from: Sequence[Mapping[str, Any]]) -> str:
+    """Return the statement about the license of the teacher, and about those of the models of --init that have another one."""
     name = terms.get("license_name") or terms.get("license")
+    others = [
+        f" It is also a derivative of {source['name']}, whose license is {license}."
+        for source in started_from
+        if (license := source.get("license_name") or source.get("license")) not in (None, name)
+    ]
+    return _of_teacher(terms, name) + "".join(others)
+
+
+def _of_teacher(terms: Mapping[str, str], name: str | None) -> str:
     if name is None:
         return "This model is a derivative of its teacher, modified by distillation, and falls under the teacher's license."
     named = f"[{name}]({terms['license_link']})" if "license_link" in terms else name

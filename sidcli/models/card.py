@@ -44,6 +44,10 @@ NUMBER: Rule = (lambda value: type(value) in (int, float) and abs(value) <= sys.
 TEXT: Rule = (lambda value: isinstance(value, str), "a text")
 OBJECT: Rule = (lambda value: isinstance(value, dict), "a JSON object")
 TEXTS: Rule = (lambda value: isinstance(value, dict) and all(map(TEXT[0], value.values())), "a JSON object of texts")
+SOURCES: Rule = (
+    lambda value: isinstance(value, list) and all(TEXTS[0](one) and "name" in one for one in value),
+    "a list of JSON objects of texts, each with a name",
+)
 
 CARD: dict[str, Rule] = {
     "kind": _one_of(KINDS),
@@ -54,6 +58,7 @@ CARD: dict[str, Rule] = {
     "solver_steps": _whole(1, MAX_TIMESTEPS),
     "guidance": NUMBER,
     "teacher": TEXTS,
+    "init": SOURCES,
     "config": OBJECT,
     "graph": OBJECT,
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import sha256
 from sidcli.formats import lora
+from sidcli.formats.card import license_of, provenance
 from sidcli.models.loading import Description, Model, describe, load
 from sidcli.models.sources import find, fingerprint
 from sidcli.progress import Listener
@@ -30,10 +31,11 @@ HINT = "--init takes a student, a run folder, a LoRA file, or A - B; all of the 
 
 @dataclass
 class Initial:
-    """Weights of the UNet by name, and a digest of the files that they are from."""
+    """Weights of the UNet by name, a digest of the files that they are from, and the name, origin and license of each model."""
 
     weights: Mapping[str, Tensor]
     digest: str
+    sources: tuple[dict[str, Any], ...]
 
     def take(self) -> Mapping[str, Tensor]:
         """Return the weights, which this object then no longer holds: a training must not keep them in memory."""
@@ -102,11 +104,14 @@ def open_initial(init: str, teacher: Model, listener: Listener) -> Initial:
     if len(found) == 1:
         return found[0]
     (first, second), digest = found, hashlib.sha256(" ".join(one.digest for one in found).encode()).hexdigest()
-    return Initial({key: value + (first.weights[key] - second.weights[key]) for key, value in own.items()}, digest)
+    weights = {key: value + (first.weights[key] - second.weights[key]) for key, value in own.items()}
+    return Initial(weights, digest, first.sources + second.sources)
 
 
 def _weights(name: str, teacher: Model, listener: Listener) -> Initial:
     if file := lora_file(name):
-        return Initial(lora.applied(teacher, file, listener), sha256(file))
+        origin = {"name": name, "origin": str(file)} | license_of(file.parent)
+        return Initial(lora.applied(teacher, file, listener), sha256(file), (origin,))
     source = find(name, listener)
-    return Initial(load(source, None, listener).unet.state_dict(), fingerprint(source))
+    model = load(source, None, listener)
+    return Initial(model.unet.state_dict(), fingerprint(source), (provenance(model),))

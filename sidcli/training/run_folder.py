@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -196,8 +197,8 @@ def write_record(
     )
 
 
-def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
-    """Return the content of the student's sid.json: how it samples and how it was made."""
+def student_card(engine: Engine, prompts: Prompts, started_from: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Return the content of the student's sid.json: how it samples, how it was made, and the models of --init."""
     config = engine.config
     card = {
         "kind": "student",
@@ -212,4 +213,5 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
     }
     world = engine.sampler.model.card.get("world")
     data = {"data": f"{counted(len(engine.data), 'image')} of {engine.data.name}"} if engine.data else {}
-    return card | data | ({"world": world} if world else {})
+    init = {"init": list(started_from)} if started_from else {}
+    return card | data | init | ({"world": world} if world else {})

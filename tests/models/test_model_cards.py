@@ -59,6 +59,8 @@ WRONG_GRAPHS: list[tuple[object, str]] = [
         GRAPH | {"size": [4, 4]},
         "graph.size is [4, 4]; it must be a multiple of the height and width of graph.latent_shape, [4, 8, 8]",
     ),
+    ({"init": "a model"}, 'init is "a model"; it must be a list of JSON objects of texts, each with a name'),
+    ({"init": [{"license": "mit"}]}, "init is [{"),
     (GRAPH | {"multiple": -8}, "graph.multiple is -8; it must be a whole number from 0 to 65536"),
     (GRAPH | {"tokens": [0]}, "graph.tokens is [0]; it must be a list of one or two positive whole numbers"),
     (GRAPH, "graph.tokens is [77]; it must have one number for each tokenizer in the folder, 0"),

@@ -48,7 +48,10 @@ def test_a_run_starts_from_the_weights_of_a_student_and_its_record_names_it(
     trained = load(find(str(result.run))).unet.state_dict()
     assert all(torch.allclose(value, trained[name], atol=1e-6) for name, value in student.unet.state_dict().items())
     assert any(not torch.allclose(value, trained[name], atol=1e-3) for name, value in teacher.unet.state_dict().items())
-    assert json.loads((result.run / "student" / "sid.json").read_text())["config"]["init"] == str(folder)
+    told = json.loads((result.run / "student" / "sid.json").read_text())
+    assert told["config"]["init"] == str(folder)
+    (source,) = told["init"]
+    assert (source["name"], source["origin"]) == (str(folder), load(find(str(folder))).source.origin)
 
     moved = shutil.copytree(folder, tmp_path / "moved")
     api.distill(teacher.source.path, tmp_path / "run", init=moved, listener=Quiet(), **options | {"steps": 2})
@@ -62,6 +65,24 @@ class Quiet(Silence):
     def started(self, step: int, steps: int) -> None: ...
 
     def stepped(self, record: dict[str, object]) -> None: ...
+
+
+def test_a_model_card_states_the_license_of_a_model_that_the_student_started_from(
+    pair: tuple[Model, Model, Path], tmp_path: Path
+) -> None:
+    _, student, folder = pair
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    sid_json = json.loads((other / "sid.json").read_text())
+    sid_json["teacher"] = {key: value for key, value in sid_json["teacher"].items() if not key.startswith("license")}
+    (other / "sid.json").write_text(json.dumps(sid_json))
+    sources = open_initial(f"{other} - {folder}", student, Silence()).sources
+    assert [source.get("license") for source in sources] == ["cc-by-nc-4.0", None]
+    started = dataclasses.replace(student, card=student.card | {"init": list(sources)})
+    export.run(started, "diffusers", tmp_path / "out", Order(), False, lambda count: None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"It is also a derivative of {other}, whose license is cc-by-nc-4.0." in card
+    assert f"| Started from | {other} and {folder} |" in card
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
