@@ -48,6 +48,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"config": {"objective": "sid"}}, 'config.objective is "sid"; it must be a JSON object'),
     ({"config": {"objective": {"kappa1": "x"}}}, 'config.objective.kappa1 is "x"; it must be a finite number'),
     ({"config": {"kappa1": None}}, "config.kappa1 is null; it must be a finite number"),
+    ({"init": "a model"}, 'init is "a model"; it must be a list of JSON objects of texts, each with a name'),
+    ({"init": [{"license": "mit"}]}, "init is [{"),
 ]
 WRONG_GRAPHS: list[tuple[object, str]] = [
     ([], "graph is []; it must be a JSON object"),
@@ -59,8 +61,6 @@ WRONG_GRAPHS: list[tuple[object, str]] = [
         GRAPH | {"size": [4, 4]},
         "graph.size is [4, 4]; it must be a multiple of the height and width of graph.latent_shape, [4, 8, 8]",
     ),
-    ({"init": "a model"}, 'init is "a model"; it must be a list of JSON objects of texts, each with a name'),
-    ({"init": [{"license": "mit"}]}, "init is [{"),
     (GRAPH | {"multiple": -8}, "graph.multiple is -8; it must be a whole number from 0 to 65536"),
     (GRAPH | {"tokens": [0]}, "graph.tokens is [0]; it must be a list of one or two positive whole numbers"),
     (GRAPH, "graph.tokens is [77]; it must have one number for each tokenizer in the folder, 0"),
