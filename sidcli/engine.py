@@ -311,7 +311,7 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         self.sampler = Sampler(teacher, self.device)
         self.path = teacher.path
-        self.teacher = self.sampler.unet
+        self.teacher = self.sampler.denoiser
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
         if start is not None:
@@ -524,7 +524,7 @@ class Engine:
         if trained.role.lora:
             average = merged(self.teacher, average, trained.role.lora)
         unet.load_state_dict(average, assign=True)
-        return self.sampler.model.with_unet(unet.eval().requires_grad_(False))
+        return self.sampler.model.with_denoiser(unet.eval().requires_grad_(False))
 
     @property
     def state_bytes(self) -> int:

@@ -138,7 +138,7 @@ def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
     """Write a pipeline folder with the given scheduler. If `weights` is False, the weights of the networks are left out."""
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    networks = {"unet": model.denoiser, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     tokenizers = {"tokenizer": model.tokenizers[0]}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     if model.is_xl:

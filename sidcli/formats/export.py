@@ -292,10 +292,10 @@ def weights_of(file: Path, known: Description) -> dict[str, Tensor]:
 
 def imported(known: Description, file: Path, weights: dict[str, Tensor], base: Model) -> Model:
     """Return the student of a released .pkl file: a UNet with `weights` and the other networks of its teacher `base`."""
-    unet = copy.deepcopy(base.unet)
+    unet = copy.deepcopy(base.denoiser)
     unet.load_state_dict(weights, assign=True)
     card = known.card | {"imported": {"file": file.name, "sha256": sha256(file)}}
-    return dataclasses.replace(base, unet=unet.requires_grad_(False), card=card)
+    return dataclasses.replace(base, denoiser=unet.requires_grad_(False), card=card)
 
 
 def compare(model: Model, folder: Path, order: Order, exporter: ModuleType) -> tuple[int, int | None]:

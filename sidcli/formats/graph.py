@@ -70,7 +70,7 @@ class Drawing(nn.Module):
 
     def __init__(self, model: Model, plan: Plan, dtype: torch.dtype):
         super().__init__()
-        self.unet, self.vae = copy.deepcopy(model.unet).to(dtype), copy.deepcopy(model.vae)
+        self.denoiser, self.vae = copy.deepcopy(model.denoiser).to(dtype), copy.deepcopy(model.vae)
         self.vae.to(torch.float32 if stays_float32(model, dtype) else dtype)
         self.path, self.plan = model.path, plan
         assert self.path.values  # computes the cached property before the graph is traced
@@ -79,9 +79,9 @@ class Drawing(nn.Module):
         # text_embeds stay float32: the UNet concatenates them with an embedding of time_ids that is always float32 and converts the
         # result, and ONNX cannot concatenate tensors of different types.
         added = {} if text_embeds is None or time_ids is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        cond = Cond(states.to(self.unet.dtype), added)
+        cond = Cond(states.to(self.denoiser.dtype), added)
         latents = few_steps(
-            lambda x, t: denoise(self.unet, x.to(self.unet.dtype), t, cond),
+            lambda x, t: denoise(self.denoiser, x.to(self.denoiser.dtype), t, cond),
             lambda _: noise,
             self.path,
             self.plan.grid,
@@ -173,7 +173,7 @@ def size_step(model: Model) -> int:
     A UNet halves its latent at every level. The size is fixed if a side becomes 1 or odd, because tracing treats a side of 1 as a
     constant and an odd side as a special case.
     """
-    step = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    step = 2 ** (len(model.denoiser.config.block_out_channels) - 1)
     sides = model.latent_shape[1:]
     return step * model.codec.factor if all(side % step == 0 and side > step for side in sides) else 0
 

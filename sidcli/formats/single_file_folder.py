@@ -106,7 +106,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
         )
     zero_snr, prediction = has_zero_snr(model), model.path.prediction
     names = ["unet", "vae", "text_encoder", "text_encoder_2"]
-    networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
+    networks = dict(zip(names, [model.denoiser, model.vae, *model.text_encoders], strict=False))
     card = model.card | {"format": "single-file", "dtype": order.dtype}
     scheduler = SCHEDULE | {"rescale_betas_zero_snr": zero_snr, "prediction_type": prediction}
     single_file.write(folder / FILE, networks, scheduler, {"sid.card": json.dumps(card)}, order.torch_dtype)

@@ -107,7 +107,7 @@ class Model(Known):
     """A text-to-image model: its networks in float32 and eval mode, its tokenizers and its configuration."""
 
     source: Source
-    unet: Any
+    denoiser: Any
     vae: Any
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
@@ -121,14 +121,14 @@ class Model(Known):
     def is_xl(self) -> bool:
         return len(self.text_encoders) == 2
 
-    def with_unet(self, unet: Any) -> Model:
-        """Return the same model with another UNet."""
-        return dataclasses.replace(self, unet=unet)
+    def with_denoiser(self, denoiser: Any) -> Model:
+        """Return the same model with another denoiser."""
+        return dataclasses.replace(self, denoiser=denoiser)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent at the model's image size."""
-        return latent_shape(self.unet.config)
+        return latent_shape(self.denoiser.config)
 
     @property
     def size(self) -> tuple[int, int]:

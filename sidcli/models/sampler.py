@@ -41,7 +41,7 @@ class Sampler:
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
         self.encode = TextEncoder(model.text_encoders, model.tokenizers, model.size, model.empty_is_zero, device)
-        self.unet = model.unet.to(device)
+        self.denoiser = model.denoiser.to(device)
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
         """Return `draws` tensors of standard normal latents [B, C, h, w] on the device, one seed per image."""
@@ -60,7 +60,7 @@ class Sampler:
         empty = cond if scale == 1.0 else self.encode([""])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            (predicted,) = guided_predictions(partial(denoise, self.unet), x, t, cond, empty, (scale,))
+            (predicted,) = guided_predictions(partial(denoise, self.denoiser), x, t, cond, empty, (scale,))
             stepped()
             return predicted
 

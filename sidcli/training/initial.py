@@ -94,7 +94,7 @@ def open_initial(init: str, teacher: Model, listener: Listener) -> Initial:
     """
     listener.note(f"the student starts from {init}")
     found = [_weights(name, teacher, listener) for name in names(init)]
-    own = teacher.unet.state_dict()
+    own = teacher.denoiser.state_dict()
     for name, one in zip(names(init), found, strict=True):
         wrong = next((key for key, value in own.items() if one.weights.get(key, value[..., :0]).shape != value.shape), None)
         if wrong:
@@ -109,4 +109,4 @@ def _weights(name: str, teacher: Model, listener: Listener) -> Initial:
     if file := lora_file(name):
         return Initial(lora.applied(teacher, file, listener), sha256(file))
     source = find(name, listener)
-    return Initial(load(source, None, listener).unet.state_dict(), fingerprint(source))
+    return Initial(load(source, None, listener).denoiser.state_dict(), fingerprint(source))

@@ -351,11 +351,11 @@ def meta_cond(known: Description) -> Cond:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of weights of the networks of a run, and the UNet on the meta device."""
+    """Numbers of weights of the networks of a run, and the denoiser on the meta device."""
 
-    unet: Any
+    denoiser: Any
     weights: int
-    """Number of weights of the UNet."""
+    """Number of weights of the denoiser."""
     roles: dict[str, tuple[Role, int]]
     """Trained networks by name, each with its number of trained weights."""
     text: int
@@ -419,7 +419,7 @@ def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: C
         if one.gradient != "none":
             rows, lora = config.micro_batch * one.branches, 0 if one.role == TEACHER else sizes.roles[one.role][0].lora
             own = config if one.role == TEACHER or lora else dataclasses.replace(config, teacher_bf16=False)
-            graphs.append(activations(sizes.unet, rows, own, cond, one.gradient == "weights", device_type, lora))
+            graphs.append(activations(sizes.denoiser, rows, own, cond, one.gradient == "weights", device_type, lora))
     if phase.split and config.split_backward:
         return max(map(sum, graphs))
     return sum(kept for kept, _ in graphs) + max(alive for _, alive in graphs)
@@ -455,9 +455,9 @@ def make(
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace, peak = recorded_rate(output), sum(memory.values())
-    once = forward_flops(sizes.unet, cond)
+    once = forward_flops(sizes.denoiser, cond)
     flops = once * forwards_per_image(config, known.path.steps)
-    tensors = len(list(sizes.unet.parameters()))
+    tensors = len(list(sizes.denoiser.parameters()))
     gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else list(GPUS.values())
     return Plan(
         config=config,

@@ -51,7 +51,7 @@ def choose(
 def measure(teacher: Model, images: int, listener: RunListener) -> dict[Arithmetic, float]:
     """Return the seconds per image of a forward and backward pass of the teacher's denoiser on the CPU, for each candidate."""
     sampler = Sampler(teacher, torch.device("cpu"))
-    net, cond = sampler.unet, sampler.encode([""]).expand(images)
+    net, cond = sampler.denoiser, sampler.encode([""]).expand(images)
     x, t = torch.zeros(images, *teacher.latent_shape), torch.zeros(images, dtype=torch.int64)
     found: dict[Arithmetic, float] = {}
     net.requires_grad_(True)

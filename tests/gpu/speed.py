@@ -97,7 +97,7 @@ class Lab:
 def forward_flops(model: Model) -> int:
     """FLOP of one forward of one latent, counted on the meta device."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(model.unet.config)
+        unet = UNet2DConditionModel.from_config(model.denoiser.config)
     cond = plan.Cond(torch.empty(1, 77, int(unet.config["cross_attention_dim"]), device="meta"))
     if model.is_xl:
         projection = int(model.text_encoders[1].config.projection_dim)

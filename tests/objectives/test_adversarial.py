@@ -206,7 +206,7 @@ def test_training_goes_on_bit_for_bit_from_saved_tensors(folder: Path, config: D
     if name == "dmd2":
         moved = [key for key, value in one["fake_score"].items() if not torch.equal(value, saved["fake_score"][key])]
         assert any(key.startswith("discriminator.") for key in moved)
-    assert not any("discriminator" in key for key in whole.student().unet.state_dict())
+    assert not any("discriminator" in key for key in whole.student().denoiser.state_dict())
 
 
 @pytest.mark.parametrize("lora", [0, 2])
@@ -295,9 +295,9 @@ def test_the_head_is_the_published_one_for_maps_of_eight_and_fits_others(model: 
     assert convolutions == [((4, 4), (2, 2)), ((4, 4), (1, 1)), ((1, 1), (1, 1))]
     for height, width in ((1, 1), (2, 2), (4, 4), (5, 7), (8, 3), (9, 1), (32, 32), (16, 24)):
         assert Head(8, height, width, 2)(torch.randn(3, 8, height, width)).shape == (3,)
-    add_head(model.unet)
-    with features(model.unet) as found:
-        model.unet(torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 77, 32))
+    add_head(model.denoiser)
+    with features(model.denoiser) as found:
+        model.denoiser(torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 77, 32))
     assert found[0].shape == (2,)
 
 

@@ -82,7 +82,7 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.arithmetic.autocast("cpu"):
         alive = denoise(engine.roles["generator"].net, x, t, cond)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(sd.unet.config)
+        unet = UNet2DConditionModel.from_config(sd.denoiser.config)
     counted, _ = plan.activations(unet, 4, config, Cond(torch.empty(1, 77, 32, device="meta")), trained=True)
     assert alive.requires_grad and counted == pytest.approx(sum(kept.values()), rel=0.1)
 
