@@ -29,10 +29,10 @@ from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.models.drawing import Plan
-from sidcli.models.families import build
+from sidcli.models.kind import Cond, guided_predictions
+from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler
-from sidcli.models.unet import Cond, add_adapters, add_head, blocks, denoise, features, guided_predictions, merged
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
 from sidcli.progress import Progress, silent
@@ -102,7 +102,7 @@ class TrainedNetwork:
     def __init__(self, role: Role, net: Any, config: DistillConfig, distributed: Distributed):
         self.role, self.net, self.config, self.distributed = role, net, config, distributed
         if not role.lora:  # a LoRA network shares the teacher's weights, which are not sharded
-            distributed.split(net, blocks(net))
+            distributed.split(net, kind_of(net).blocks(net))
         self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
         """Pairs (name, parameter) of the trained weights."""
         self.call, self.optimizer = distributed.prepare(net, self._optimizer())
@@ -172,7 +172,7 @@ class Follower:
     def __init__(self, role: Role, net: Any, followed: TrainedNetwork, distributed: Distributed):
         self.role, self.net, self.followed, self.distributed = role, net, followed, distributed
         if not role.lora:
-            distributed.split(net, blocks(net))
+            distributed.split(net, kind_of(net).blocks(net))
         self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
         for _, value in self.weights:
             value.requires_grad_(False)
@@ -230,7 +230,7 @@ class Networks:
         )
 
     def features(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> tuple[list[Tensor], Tensor]:
-        with features(self._engine.roles[role].net) as found:
+        with self._engine.kind.features(self._engine.roles[role].net) as found:
             predictions = self.predict(role, x_t, batch, *scales)
         return predictions, found[0][: len(x_t)].float()
 
@@ -311,6 +311,7 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         self.sampler = Sampler(teacher, self.device)
         self.path = teacher.path
+        self.kind = teacher.kind
         self.teacher = self.sampler.denoiser
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
@@ -348,9 +349,9 @@ class Engine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(self.config.seed, role.stream))
             if role.lora:
-                add_adapters(net, role.lora)
+                self.kind.add_adapters(net, role.lora)
             if role.head:
-                add_head(net)
+                self.kind.add_head(net)
         return net
 
     def _configure(self, net: Any) -> None:
@@ -494,7 +495,7 @@ class Engine:
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the network's raw prediction in float32."""
         with self.arithmetic.autocast(self.device.type):
-            return denoise(net, x, t, cond).float()
+            return self.kind.denoise(net, x, t, cond).float()
 
     # The teacher and the state
 
@@ -520,11 +521,11 @@ class Engine:
         trained = self.roles[GENERATOR]
         average = {name: whole(value) for name, value in trained.average.items()}
         with torch.device("meta"):
-            unet = build("unet", self.teacher.config)
+            denoiser = self.kind.build(self.kind.component, self.teacher.config)
         if trained.role.lora:
-            average = merged(self.teacher, average, trained.role.lora)
-        unet.load_state_dict(average, assign=True)
-        return self.sampler.model.with_denoiser(unet.eval().requires_grad_(False))
+            average = self.kind.merged(self.teacher, average, trained.role.lora)
+        denoiser.load_state_dict(average, assign=True)
+        return self.sampler.model.with_denoiser(denoiser.eval().requires_grad_(False))
 
     @property
     def state_bytes(self) -> int:

@@ -12,9 +12,9 @@ from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.grids import exit_grid
 from sidcli.diffusion.sampling import few_steps
 from sidcli.engine import Engine, ema_beta
+from sidcli.models.kind import Cond
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond
 from sidcli.objectives.base import Batch, Inputs, Phase
 from sidcli.objectives.sid import SidSettings
 from sidcli.settings import MEMORY, DistillConfig, strategy

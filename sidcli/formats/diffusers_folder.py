@@ -20,8 +20,6 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
 from transformers import CLIPTokenizer
 
@@ -30,6 +28,7 @@ from sidcli.formats.card import PROMPT, call, has_stock_sampler, sides, write_ca
 from sidcli.formats.order import DTYPES, Order
 from sidcli.models.compatibility import SCHEDULE
 from sidcli.models.drawing import Plan, is_consistency, student_plan
+from sidcli.models.kind import tokenizer_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 
@@ -126,7 +125,7 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
 
 def stock(model: Model) -> Any:
     """Return the diffusers pipeline class for a model."""
-    return StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
+    return model.kind.pipeline(model.texts)
 
 
 def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) -> np.ndarray:
@@ -138,27 +137,20 @@ def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
     """Write a pipeline folder with the given scheduler. If `weights` is False, the weights of the networks are left out."""
-    networks = {"unet": model.denoiser, "vae": model.vae, "text_encoder": model.text_encoders[0]}
-    tokenizers = {"tokenizer": model.tokenizers[0]}
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    if model.is_xl:
-        networks["text_encoder_2"], tokenizers["tokenizer_2"] = model.text_encoders[1], model.tokenizers[1]
-        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": model.empty_is_zero}
-    else:
-        index["safety_checker"] = [None, None]
-    for name, network in networks.items():
+    index: dict[str, Any] = {"_class_name": stock(model).__name__, **model.kind.index_entries(model)}
+    for name, network in model.networks.items():
         if weights:
             # The dtype of a copy is changed, so that the caller's network keeps its dtype.
             copy.deepcopy(network).to("cpu", order.torch_dtype).save_pretrained(folder / name, variant=order.variant)
         else:
-            network.save_config(folder / name) if name in ("unet", "vae") else network.config.save_pretrained(folder / name)
+            network.config.save_pretrained(folder / name) if name in model.texts else network.save_config(folder / name)
         described = read_json(folder / name / "config.json")
         described.pop("_name_or_path", None)  # the local path that the network was loaded from
         write_json(folder / name / "config.json", described)
         index[name] = [type(network).__module__.split(".")[0], type(network).__name__]
-    for name, tokenizer in tokenizers.items():
+    for name, tokenizer in zip(map(tokenizer_of, model.texts), model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / name)
-        index[name] = ["transformers", "CLIPTokenizer"]
+        index[name] = ["transformers", type(tokenizer).__name__]
     scheduler.save_pretrained(folder / "scheduler")
     index |= {
         "scheduler": ["diffusers", type(scheduler).__name__],

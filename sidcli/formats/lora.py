@@ -256,7 +256,11 @@ def _sides(model: Model, teacher: Model) -> dict[str, int]:
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with stock diffusers: the teacher's pipeline with the LoRA loaded into it."""
     teacher = _teacher(order)
-    networks: dict[str, Any] = {"unet": copy.deepcopy(teacher.denoiser), "vae": teacher.vae, "text_encoder": teacher.text_encoders[0]}
+    networks: dict[str, Any] = {
+        "unet": copy.deepcopy(teacher.denoiser),
+        "vae": teacher.vae,
+        "text_encoder": teacher.text_encoders[0],
+    }
     networks["tokenizer"] = teacher.tokenizers[0]
     if model.is_xl:
         networks |= {"text_encoder_2": teacher.text_encoders[1], "tokenizer_2": teacher.tokenizers[1]}

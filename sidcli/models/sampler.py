@@ -15,9 +15,9 @@ from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan, student_plan
+from sidcli.models.kind import guided_predictions
 from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import check_sampling
-from sidcli.models.unet import TextEncoder, denoise, guided_predictions
 from sidcli.progress import Progress, counted, silent
 
 T_INIT = 625
@@ -40,7 +40,7 @@ class Sampler:
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.encode = TextEncoder(model.text_encoders, model.tokenizers, model.size, model.empty_is_zero, device)
+        self.encode = model.kind.encoder(model, device)
         self.denoiser = model.denoiser.to(device)
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
@@ -60,7 +60,7 @@ class Sampler:
         empty = cond if scale == 1.0 else self.encode([""])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            (predicted,) = guided_predictions(partial(denoise, self.denoiser), x, t, cond, empty, (scale,))
+            (predicted,) = guided_predictions(partial(self.model.kind.denoise, self.denoiser), x, t, cond, empty, (scale,))
             stepped()
             return predicted
 

@@ -19,8 +19,6 @@ from unittest import mock
 import psutil
 import tomli_w
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -33,13 +31,12 @@ from sidcli.distributed import count
 from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
-from sidcli.models.drawing import sizes
-from sidcli.models.families import build
-from sidcli.models.loading import Description, describe, latent_shape
+from sidcli.models.kind import Cond
+from sidcli.models.kinds import kind_of
+from sidcli.models.loading import Description, describe
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond, add_adapters, add_head, denoise
 from sidcli.objectives.base import TEACHER, Phase, Role, branches
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
@@ -127,9 +124,8 @@ class Activations:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        blocks = [
-            part for part in self.net.modules() if isinstance(part, (ResnetBlock2D, BasicTransformerBlock)) and self.recompute
-        ]
+        kinds = kind_of(self.net).recomputed if self.recompute else ()
+        blocks = [part for part in self.net.modules() if isinstance(part, kinds)]
         hooks = [part.register_forward_pre_hook(self.enter) for part in blocks]
         hooks += [part.register_forward_hook(self.leave) for part in blocks]
         attention = mock.patch(
@@ -158,7 +154,7 @@ def shapes_of(cond: Cond) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def activations(
-    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
+    denoiser: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
 ) -> tuple[int, int]:
     """Return the bytes that a forward pass of `rows` latents saves, and the bytes of gradients alive at once in its backward pass.
 
@@ -166,21 +162,21 @@ def activations(
     autocast the bf16 copies of weights count as part of the graph that uses them. Equal passes are counted once per process.
     """
     settings = config.teacher_bf16, config.precision, config.gradient_checkpointing
-    key = repr(dict(unet.config)), rows, settings, shapes_of(cond), trained, device_type, lora
+    key = repr(dict(denoiser.config)), rows, settings, shapes_of(cond), trained, device_type, lora
     if key not in COUNTED:
-        COUNTED[key] = _activations(unet, rows, config, cond, trained, device_type, lora)
+        COUNTED[key] = _activations(denoiser, rows, config, cond, trained, device_type, lora)
     return COUNTED[key]
 
 
 def _activations(
-    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str, lora: int
+    denoiser: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str, lora: int
 ) -> tuple[int, int]:
-    net = copy.deepcopy(unet).requires_grad_(trained and not lora)
+    net = copy.deepcopy(denoiser).requires_grad_(trained and not lora)
     if (lora or not trained) and config.teacher_bf16 and config.precision == "bf16":
         net = net.bfloat16()
     if lora:
         with torch.device("meta"):
-            add_adapters(net, lora)
+            kind_of(net).add_adapters(net, lora)
         if not trained:
             net.requires_grad_(False)
     meter = Activations(net, config.gradient_checkpointing)
@@ -191,18 +187,19 @@ def _activations(
 
 def forward(net: Any, rows: int, cond: Cond) -> None:
     """Run the network on `rows` latents on the meta device."""
-    x = torch.empty(rows, *latent_shape(net.config), device="meta", requires_grad=True)
+    kind = kind_of(net)
+    x = torch.empty(rows, *kind.latent_shape(net.config), device="meta", requires_grad=True)
     many = cond.expand(rows)  # contiguous, because each layer that reads a view would copy it
     many = Cond(many.states.contiguous(), dict(many.added))
-    denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
+    kind.denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
-def forward_flops(unet: Any, cond: Cond) -> int:
+def forward_flops(denoiser: Any, cond: Cond) -> int:
     """Return the operations of a forward pass of one latent. Equal passes are counted once per process."""
-    key = repr(dict(unet.config)), shapes_of(cond)
+    key = repr(dict(denoiser.config)), shapes_of(cond)
     if key not in FLOPS:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            forward(unet, 1, cond)
+            forward(denoiser, 1, cond)
         FLOPS[key] = counter.get_total_flops()
     return FLOPS[key]
 
@@ -211,18 +208,18 @@ def count_weights(values: Any) -> int:
     return sum(value.numel() for value in values)
 
 
-def trained_weights(unet: Any, role: Role) -> int:
-    """Return the number of weights of a UNet that are trained in a role: all, or those of its adapters and its head."""
+def trained_weights(denoiser: Any, role: Role) -> int:
+    """Return the number of weights of a denoiser that are trained in a role: all, or those of its adapters and its head."""
     if not role.lora and not role.head:
-        return count_weights(unet.parameters())
-    key = repr(dict(unet.config)), role.lora, role.head
+        return count_weights(denoiser.parameters())
+    key = repr(dict(denoiser.config)), role.lora, role.head
     if key not in TRAINED:
         with torch.device("meta"):
-            net = copy.deepcopy(unet).requires_grad_(not role.lora)
+            net, kind = copy.deepcopy(denoiser).requires_grad_(not role.lora), kind_of(denoiser)
             if role.lora:
-                add_adapters(net, role.lora)
+                kind.add_adapters(net, role.lora)
             if role.head:
-                add_head(net)
+                kind.add_head(net)
         TRAINED[key] = count_weights(value for value in net.parameters() if value.requires_grad)
     return TRAINED[key]
 
@@ -232,7 +229,7 @@ MAX_MICRO_BATCH = 32
 PEAK_SHARE = 0.19
 """Fraction of the data sheet bf16 throughput that the engine reached on an H200, without counting recomputation as work."""
 LAUNCH_SECONDS = 1.06e-3
-"""Minimum seconds of a micro-batch per weight tensor of the UNet, measured on an H200: the time to launch its kernels."""
+"""Minimum seconds of a micro-batch per weight tensor of the denoiser, measured on an H200: the time to launch its kernels."""
 RECOMPUTED, WITH_LORA = 1.5, 1.35
 """Factors by which recomputation in the backward pass, and LoRA layers, increase both the minimum time and the work."""
 
@@ -339,16 +336,6 @@ def forwards_to_draw(config: DistillConfig, known: Description) -> int:
     return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
 
 
-def meta_cond(known: Description) -> Cond:
-    """Return the cond of one prompt on the meta device."""
-    texts = [known.networks[name] for name in known.texts]
-    states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
-    if len(texts) == 1:
-        return Cond(states)
-    pooled = torch.empty(1, texts[-1]["projection_dim"], device="meta")
-    return Cond(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Numbers of weights of the networks of a run, and the denoiser on the meta device."""
@@ -364,12 +351,13 @@ class Sizes:
     @classmethod
     def of(cls, known: Description, config: DistillConfig) -> Sizes:
         with torch.device("meta"):
-            nets = {name: build(name, settings) for name, settings in known.networks.items()}
-        weights = count_weights(nets["unet"].parameters())
+            nets = {name: known.kind.build(name, settings) for name, settings in known.networks.items()}
+        denoiser = nets[known.kind.component]
+        weights = count_weights(denoiser.parameters())
         asked = objectives.find(config.objective.name)(config, known.path.steps).roles
-        roles = {name: (role, trained_weights(nets["unet"], role)) for name, role in asked.items()}
+        roles = {name: (role, trained_weights(denoiser, role)) for name, role in asked.items()}
         text = sum(count_weights(nets[name].parameters()) for name in known.texts)
-        return cls(nets["unet"], weights, roles, text, count_weights(nets["vae"].parameters()))
+        return cls(denoiser, weights, roles, text, count_weights(nets["vae"].parameters()))
 
     def state(self, config: DistillConfig) -> int:
         """Return the size of a checkpoint in bytes."""
@@ -440,7 +428,7 @@ def make(
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     known = describe_teacher(config, listener)
     sizes = Sizes.of(known, config)
-    cond, weights = meta_cond(known), sizes.weights
+    cond, weights = known.kind.meta_cond(known.networks), sizes.weights
     moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())
     averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {

@@ -12,9 +12,9 @@ from sidcli.devices import has_bf16_units
 from sidcli.distributed import count
 from sidcli.engine import FP32, Arithmetic, default_arithmetic
 from sidcli.files import read_json
+from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler
-from sidcli.models.unet import denoise
 from sidcli.progress import Progress, RunListener
 from sidcli.settings import DistillConfig
 
@@ -68,7 +68,7 @@ def _pass(net: Any, inputs: tuple[Any, ...], arithmetic: Arithmetic, advance: Pr
     begun = time.perf_counter()
     with torch.enable_grad(), arithmetic.kernels():
         with arithmetic.autocast("cpu"):
-            output = denoise(net, *inputs)
+            output = kind_of(net).denoise(net, *inputs)
         torch.autograd.grad(output.float().square().mean(), [value for value in net.parameters() if value.requires_grad])
     advance(1)
     return time.perf_counter() - begun

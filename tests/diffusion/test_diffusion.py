@@ -9,7 +9,7 @@ from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.path import DiscretePath, FlowPath, Prediction
 from sidcli.diffusion.sampling import consistency_steps, consistent, every, few_steps, many_steps
 from sidcli.errors import InputError
-from sidcli.models.loading import read_path
+from sidcli.models.unet import read_path
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 

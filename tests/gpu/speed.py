@@ -28,9 +28,10 @@ from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.models.drawing import Plan
 from sidcli.models.families import FAMILIES, build, clip_tokenizer
-from sidcli.models.loading import Model, load, quiet_libraries, read_path
+from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sampler import Sampler
 from sidcli.models.sources import Source, find
+from sidcli.models.unet import read_path
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, PRESETS, DistillConfig
 from sidcli.training import plan

@@ -13,9 +13,10 @@ from sidcli import objectives
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import UsageError
+from sidcli.models.kind import Head
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
-from sidcli.models.unet import Head, add_head, features
+from sidcli.models.unet import UNET
 from sidcli.objectives.base import FAKE, GENERATOR, Batch
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig, strategy
@@ -279,7 +280,7 @@ def test_without_guidance_on_captions_the_discriminator_reads_none(model: Model,
         found = phase_of(built, FAKE).forward(built.nets, batch)
         assert batch.real is not None and batch.real.samples is not None
         net, nothing = built.roles[FAKE].net, built.empty.states.expand(2, -1, -1)
-        with features(net) as seen:
+        with UNET.features(net) as seen:
             net(built.path.noised(batch.real.samples, batch.noise, batch.t), batch.t, nothing)
     torch.testing.assert_close(found[2], seen[0].mean(1))
     with pytest.raises(UsageError, match="reads captions where it is trained and none where it is used") as refused:
@@ -295,8 +296,8 @@ def test_the_head_is_the_published_one_for_maps_of_eight_and_fits_others(model: 
     assert convolutions == [((4, 4), (2, 2)), ((4, 4), (1, 1)), ((1, 1), (1, 1))]
     for height, width in ((1, 1), (2, 2), (4, 4), (5, 7), (8, 3), (9, 1), (32, 32), (16, 24)):
         assert Head(8, height, width, 2)(torch.randn(3, 8, height, width)).shape == (3,)
-    add_head(model.denoiser)
-    with features(model.denoiser) as found:
+    UNET.add_head(model.denoiser)
+    with UNET.features(model.denoiser) as found:
         model.denoiser(torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 77, 32))
     assert found[0].shape == (2,)
 
