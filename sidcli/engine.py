@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sidcli import objectives, randomness
 from sidcli.data.latents import Latents
 from sidcli.data.prompts import Prompts
-from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.path import DiscretePath, Path
 from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
@@ -212,7 +212,7 @@ class Networks:
 
     def generate(self, batch: Batch) -> Tensor:
         engine, net = self._engine, self._call(GENERATOR)
-        grid = exit_grid(engine.config.t_init, engine.config.student_steps)[: len(batch.latents)]
+        grid = self.path.student_grid(engine.config.t_init, engine.config.student_steps)[: len(batch.latents)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training == GENERATOR):
             return few_steps(
                 lambda x, t: engine.denoise(net, x, t, batch.cond),
@@ -362,6 +362,11 @@ class Engine:
             net.compile()
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """How the student draws: entries of its card, sid.json."""
+        return self.objective.sampling | self.path.sampling
+
+    @property
     def images(self) -> int:
         """Training images per network so far: steps x batch size, as in papers. Warm-up and extra updates do not change it."""
         return self.step * self.config.batch_size
@@ -477,7 +482,7 @@ class Engine:
         streams = [f"{inputs.stream} latent {visit}" if visit else f"{inputs.stream} latent" for visit in range(visits)]
         latents = [randomness.normal(shape, seed, stream, turn, samples) for stream in streams]
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
-        t = randomness.integers(*inputs.t_range, seed, f"{inputs.stream} timestep", turn, samples)
+        t = self.path.draw(inputs.t_range, randomness.Draws(seed, f"{inputs.stream} timestep", turn, samples))
         batch = Batch(prompts, latents, noise, t, config.batch_size)
         if inputs.source == "prompts" and not inputs.real:
             return batch
@@ -593,13 +598,22 @@ def check_split(batch_size: int, processes: int) -> None:
         raise UsageError(f"--batch-size {batch_size} does not split over {processes} processes evenly")
 
 
-def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillConfig) -> None:
-    """Raises InputError if the teacher is a student, UsageError if the settings need more timesteps than its schedule has."""
+def check_teacher(name: str, is_student: bool, path: Path, config: DistillConfig) -> None:
+    """Raises InputError if the teacher is a student, UsageError if the settings need timesteps or an objective that do not fit its
+    path."""
     if is_student:
         raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
-    unused = objectives.find(config.objective.name).unused
-    for field, value, most in (("t_init", config.t_init, timesteps - 1), ("t_max", config.t_max, timesteps)):
-        if value > most and field not in unused:
+    method, timesteps, (first, last) = objectives.find(config.objective.name), path.steps, path.starts
+    if method.discrete and not isinstance(path, DiscretePath):
+        able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete)
+        raise UsageError(
+            f"objective {config.objective.name} needs the discrete timesteps of a diffusion; {name} was trained by flow matching",
+            f"one of --objective {able}",
+        )
+    if config.t_init < first and "t_init" not in method.unused:
+        raise UsageError(f"--t-init must be at least {first}, where students of {name} start, not {config.t_init}", "leave it out")
+    for field, value, most in (("t_init", config.t_init, last), ("t_max", config.t_max, timesteps)):
+        if value > most and field not in method.unused:
             option = f"--{field.replace('_', '-')}"
             raise UsageError(f"{option} must be at most {most}, as the teacher's schedule has {timesteps} timesteps, not {value}")
 

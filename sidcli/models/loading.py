@@ -217,7 +217,7 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
     size = _size(overrides, kind, networks, places)
     kind.check_fit(source.name, networks, places)
     path = kind.read_path(scheduler_config)
-    cards.check_start(card, cards.place_of(source.path), path.steps)
+    cards.check_start(card, cards.place_of(source.path), path.starts, path.sampling)
     if (start := start_of(scheduler_config)) is not None:
         cards.check_agrees(card, cards.place_of(source.path), start)
     texts = [name for name in kind.texts if name in networks]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.path import Path
 from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
@@ -23,7 +23,7 @@ from sidcli.progress import Progress, counted, silent
 T_INIT = 625
 """Timestep of the one-step generator in the paper, with sigma / a = 2.5."""
 TEACHER_STEPS = 50
-"""Default number of DDIM steps of a teacher."""
+"""Default number of steps of a teacher."""
 
 
 def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
@@ -97,9 +97,10 @@ class Sampler:
         return self.encode.truncated
 
 
-def untrained_plan(steps: int) -> Plan:
+def untrained_plan(path: Path, steps: int) -> Plan:
     """Return the plan of a teacher that is sampled as a student of `steps` steps, as at the start of a distillation."""
-    return Plan(steps, grid=exit_grid(T_INIT, steps))
+    first, last = path.starts
+    return Plan(steps, grid=path.student_grid(min(max(first, T_INIT), last), steps))
 
 
 def plan_for(model: Model | Description, steps: int | None = None, guidance: float | None = None) -> Plan:

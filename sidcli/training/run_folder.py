@@ -202,7 +202,7 @@ def student_card(engine: Engine, prompts: Prompts) -> dict[str, Any]:
     card = {
         "kind": "student",
         "method": engine.objective.method,
-        **engine.objective.sampling,
+        **engine.sampling,
         "teacher": provenance(engine.sampler.model),
         "steps_trained": engine.step,
         "images": engine.images,
