@@ -529,7 +529,9 @@ class Engine:
             denoiser = self.kind.build(self.kind.component, self.teacher.config)
         if trained.role.lora:
             average = self.kind.merged(self.teacher, average, trained.role.lora)
-        denoiser.load_state_dict(average, assign=True)
+        kept = denoiser.state_dict().keys() - dict(denoiser.named_parameters()).keys()
+        buffers = {name: value.cpu() for name, value in self.teacher.named_buffers() if name in kept}
+        denoiser.load_state_dict(average | buffers, assign=True)
         return self.sampler.model.with_denoiser(denoiser.eval().requires_grad_(False))
 
     @property

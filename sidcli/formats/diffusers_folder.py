@@ -19,10 +19,11 @@ import torch
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
-from transformers import CLIPTokenizer
 
+from sidcli.diffusion.path import FlowPath
 from sidcli.files import atomic_folder, read_json, write_json
 from sidcli.formats.card import PROMPT, call, has_stock_sampler, sides, write_card
 from sidcli.formats.order import DTYPES, Order
@@ -42,12 +43,18 @@ pipe = {pipeline}.from_pretrained("FOLDER"{options})
 `FOLDER` is this folder or its id on the hub. Keep the scheduler: {keep}.
 Keep `guidance_scale=0`: the model needs no guidance at inference."""
 KEEP = "its first timestep is the one this model was\ntrained at"
+KEEP_FLOW = "its shift moves the timesteps to those\nthat this model was trained at"
 KEEP_CONSISTENCY = "this model was trained for its timesteps\nand its sampling. It draws in 1 to {most} steps"
 OWN_NOISE = """```bash
 sid sample "{prompt}" --model FOLDER
 ```
 
 This model adds its own noise between its steps (`{renoise}`), which no scheduler of diffusers does."""
+SID_ONLY = """```bash
+sid sample "{prompt}" --model FOLDER
+```
+
+Other programs do not draw with this model: {problem}."""
 
 
 def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscreteScheduler:
@@ -94,13 +101,17 @@ def scheduler_of(model: Model) -> Any:
     """Return the scheduler of diffusers that draws as a student does."""
     if is_consistency(model.card):
         return consistency_scheduler(model.scheduler_config, int(model.card["solver_steps"]))
+    if isinstance(model.path, FlowPath):  # a student starts at pure noise, as the teacher does
+        return FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config)
     return student_scheduler(model.scheduler_config, int(model.card["t_init"]))
 
 
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Save a tokenizer as tokenizer.json, and also as vocab.json and merges.txt, which other programs read."""
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as tokenizer.json, and CLIP's also as vocab.json and merges.txt, which other programs read."""
     tokenizer.save_pretrained(folder)
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    if model["type"] != "BPE":  # T5's
+        return
     write_json(folder / "vocab.json", model["vocab"])
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
@@ -169,11 +180,14 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
     """Return Markdown that explains how to run a student's folder."""
     if not has_stock_sampler(card):
         return OWN_NOISE.format(prompt=PROMPT, renoise=card["renoise"])
+    if problem := model.kind.stock_problem(model.texts):
+        return SID_ONLY.format(prompt=PROMPT, problem=problem)
+    keep = KEEP_FLOW if isinstance(model.path, FlowPath) else KEEP
     options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"
     return USAGE.format(
         imports="import torch\n" if options else "",
         pipeline=stock(model).__name__,
         options=options + (f', variant="{order.variant}"' if order.variant else ""),
         call=call(student_plan(card), sides(model)),
-        keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else KEEP,
+        keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else keep,
     )

@@ -58,6 +58,13 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
     name, nets = known.source.name, networks(known)
     if not known.is_student:
         raise InputError(f"{name} is not a student", "export a run folder, its student/, or `emoji`")
+    if format_name not in known.kind.formats:
+        raise InputError(
+            f"{name} is {known.kind.models}, which --format {format_name} does not support",
+            f"use --format {' or '.join(known.kind.formats)}",
+        )
+    if problem := known.kind.stock_problem(known.texts):
+        raise InputError(f"{name} is not exported: {problem}", "draw with `sid sample`")
     if not has_stock_sampler(known.card):
         raise InputError(
             f"{name} adds {known.card['renoise']} noise between its steps, which no other program does",

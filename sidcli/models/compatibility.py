@@ -93,6 +93,7 @@ BETAS: dict[str, tuple[tuple[type, ...], str]] = {
 
 MAX_LAYERS = {
     "num_hidden_layers": 100,
+    "num_layers": 120,
     "layers_per_block": 10,
     "transformer_layers_per_block": 40,
     "reverse_transformer_layers_per_block": 40,
@@ -166,7 +167,7 @@ DISCRETE = Rules(
     SUPPORTED_VALUES,
 )
 """Stable Diffusion 1, 2 and XL."""
-OTHER_MODEL = "use a Stable Diffusion 1, 2 or XL model that draws from text alone"
+OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3 model that draws from text alone"
 OTHER_COPY = "take another copy of the model"
 
 
@@ -260,9 +261,14 @@ def value_text(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a finite number."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
 def check_scale(place: str, config: Mapping[str, Any]) -> None:
     value = config.get("scaling_factor", 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or value <= 0:
         raise InputError(f"{place}: scaling_factor is {value_text(value)}; it must be a positive number", OTHER_COPY)
 
 

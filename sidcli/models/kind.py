@@ -108,8 +108,8 @@ class Kind(ABC):
     """Name of the models with such a denoiser, for messages."""
     texts: ClassVar[tuple[str, ...]]
     """Text encoders that a model can have, in order. The tokenizer of `text_encoder_2` is `tokenizer_2`."""
-    tokenizers: ClassVar[tuple[str, ...]]
-    """Classes of their tokenizers that model_index.json may name."""
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Tokenizer -> its classes that model_index.json may name."""
     rules: ClassVar[Rules]
     """Supported pipelines, schedulers and entries of configurations."""
     architecture: ClassVar[tuple[str, ...]]
@@ -139,6 +139,10 @@ class Kind(ABC):
     @abstractmethod
     def pipeline(self, texts: Sequence[str]) -> Any:
         """Return the stock pipeline class for a model with these text encoders."""
+
+    def stock_problem(self, texts: Sequence[str]) -> str:
+        """Return why the stock pipeline cannot draw from prompts with these text encoders, or ""."""
+        return ""
 
     @abstractmethod
     def index_entries(self, model: Any) -> dict[str, Any]:

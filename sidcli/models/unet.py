@@ -33,7 +33,7 @@ from sidcli.printable import with_article
 class Unet(Kind):
     component, title, models = "unet", "UNet", "a Stable Diffusion 1, 2 or XL model"
     texts = ("text_encoder", "text_encoder_2")
-    tokenizers = tokenizers.CLASSES
+    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2"), tokenizers.CLASSES)
     rules = compatibility.DISCRETE
     architecture = ("block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block")
     formats = ("diffusers", "single-file", "onnx", "openvino", "torch-export", "lora")

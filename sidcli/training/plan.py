@@ -115,9 +115,10 @@ class Activations:
             self.widest = max(self.widest, size)
         return value
 
-    def enter(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(self, block: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.block = {}
-        self.inputs += inputs[0].numel() * inputs[0].element_size()
+        kept = inputs[:1] or [value for value in named.values() if isinstance(value, Tensor)]
+        self.inputs += sum(value.numel() * value.element_size() for value in kept)
 
     def leave(self, block: torch.nn.Module, inputs: Any, output: Any) -> None:
         self.largest, self.block = max(self.largest, sum((self.block or {}).values())), None
@@ -126,7 +127,7 @@ class Activations:
     def counted(self) -> Iterator[None]:
         kinds = kind_of(self.net).recomputed if self.recompute else ()
         blocks = [part for part in self.net.modules() if isinstance(part, kinds)]
-        hooks = [part.register_forward_pre_hook(self.enter) for part in blocks]
+        hooks = [part.register_forward_pre_hook(self.enter, with_kwargs=True) for part in blocks]
         hooks += [part.register_forward_hook(self.leave) for part in blocks]
         attention = mock.patch(
             "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v)
