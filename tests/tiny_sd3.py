@@ -13,6 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from sidcli.models.sources import WEIGHTS
 
+TOKENS = 24
+"""Tokens that the CLIP encoders read: those of the tokenizer of the emoji world."""
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -25,6 +27,7 @@ def _clip(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextMode
             num_attention_heads=2,
             projection_dim=width,
             hidden_act=activation,
+            max_position_embeddings=TOKENS,
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

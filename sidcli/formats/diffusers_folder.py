@@ -130,7 +130,8 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with stock diffusers."""
-    pipe = stock(model).from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
+    options: dict[str, Any] = {"dtype": order.torch_dtype, "variant": order.variant, "local_files_only": True}
+    pipe = stock(model).from_pretrained(folder, **options, **dict.fromkeys(model.kind.absent(model.texts)))
     return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))
 
 
@@ -184,10 +185,11 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
         return SID_ONLY.format(prompt=PROMPT, problem=problem)
     keep = KEEP_FLOW if isinstance(model.path, FlowPath) else KEEP
     options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"
+    absent = "".join(f", {part}=None" for part in model.kind.absent(model.texts))
     return USAGE.format(
         imports="import torch\n" if options else "",
         pipeline=stock(model).__name__,
-        options=options + (f', variant="{order.variant}"' if order.variant else ""),
+        options=options + (f', variant="{order.variant}"' if order.variant else "") + absent,
         call=call(student_plan(card), sides(model)),
         keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else keep,
     )

@@ -140,6 +140,10 @@ class Kind(ABC):
     def pipeline(self, texts: Sequence[str]) -> Any:
         """Return the stock pipeline class for a model with these text encoders."""
 
+    def absent(self, texts: Sequence[str]) -> list[str]:
+        """Return the components that the stock pipeline expects and a model with these text encoders does not have."""
+        return []
+
     def stock_problem(self, texts: Sequence[str]) -> str:
         """Return why the stock pipeline cannot draw from prompts with these text encoders, or ""."""
         return ""

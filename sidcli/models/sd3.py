@@ -38,7 +38,7 @@ from sidcli.printable import with_article
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 CLIP_TOKENS, T5_TOKENS = 77, 256
-"""Tokens of each CLIP encoder and of T5, as the stock pipeline reads them."""
+"""Tokens of each CLIP encoder, if there is none, and of T5, as the stock pipeline reads them."""
 T5_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
 T5_KEYS = frozenset(
     {
@@ -117,9 +117,11 @@ class Sd3(Kind):
         missing = [name for name in CLIPS if name not in texts]
         return f"the stock pipeline cannot read prompts without {' and '.join(missing)}" if missing else ""
 
+    def absent(self, texts: Sequence[str]) -> list[str]:
+        return [part for name in self.texts if name not in texts for part in (name, tokenizer_of(name))]
+
     def index_entries(self, model: Any) -> dict[str, Any]:
-        missing = [name for name in self.texts if name not in model.texts]
-        return {part: [None, None] for name in missing for part in (name, tokenizer_of(name))}
+        return {part: [None, None] for part in self.absent(model.texts)}
 
     def text_names(self, index: Mapping[str, Any], place: str) -> list[str]:
         names = [name for name in self.texts if (index.get(name) or [None])[-1] is not None]
@@ -157,7 +159,9 @@ class Sd3(Kind):
             raise InputError(f"{places['vae']}: shift_factor is {value_text(shift)}; it must be a number", OTHER_COPY)
         height, width = sides_of(net) or (0, 0)
         if height != width:
-            raise InputError(f"{name} draws square images; {width}x{height} latents are not possible", "--width equal to --height")
+            raise InputError(
+                f"{name} draws square images; sample_size is {value_text(net['sample_size'])}", "--width equal to --height"
+            )
         joint = positive_integer(net, "joint_attention_dim", place)
         if T5 in networks and (width := positive_integer(networks[T5], "d_model", places[T5])) != joint:
             raise InputError(f"{name}: joint_attention_dim is {joint}, and the states of T5 have width {width}", OTHER_COPY)
@@ -188,7 +192,8 @@ class Sd3(Kind):
 
     def meta_cond(self, networks: Mapping[str, Mapping[str, Any]]) -> Cond:
         config = networks[self.component]
-        states = torch.empty(1, CLIP_TOKENS + T5_TOKENS, config["joint_attention_dim"], device="meta")
+        length = next((networks[name]["max_position_embeddings"] for name in CLIPS if name in networks), CLIP_TOKENS)
+        states = torch.empty(1, length + T5_TOKENS, config["joint_attention_dim"], device="meta")
         return Cond(states, {"pooled_projections": torch.empty(1, config["pooled_projection_dim"], device="meta")})
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

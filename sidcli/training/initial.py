@@ -66,6 +66,8 @@ def check(init: str, teacher: Description, listener: Listener) -> None:
     """Raises InputError if a model is not found or is of another architecture than the teacher. Reads no weights."""
     for name in names(init):
         if lora_file(name):
+            if "lora" not in teacher.kind.formats:
+                raise InputError(f"--init {name} is a LoRA, which is not read for {teacher.kind.models}", HINT)
             continue
         known = describe(find(name, listener, descriptions_only=True), None, listener)
         if known.kind is not teacher.kind:
