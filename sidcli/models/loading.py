@@ -1,4 +1,4 @@
-"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file.
+"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file, those of 3 from a folder.
 
 Only JSON and safetensors files are read, and this module selects the network classes, not the model's files. An untrusted model
 therefore cannot run code.
@@ -173,8 +173,8 @@ def quiet_libraries() -> None:
 def describe(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Description:
     """Read a model's configuration, and check that all its components exist and fit together. The weights are not read.
 
-    The listener is notified if a missing prediction type is assumed. Raises InputError if the model is not Stable Diffusion 1, 2 or
-    XL, contains custom code, or needs something that sid does not compute.
+    The listener is notified if a missing prediction type is assumed. Raises InputError if the model is of no kind in `kinds`, contains
+    custom code, or needs something that sid does not compute.
     """
     try:
         with readable(source.name):
@@ -380,7 +380,7 @@ def describe_model(name: str, known: Overrides) -> Description:
 
 
 def load(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Model:
-    """Load the model of a source. Raises InputError if it is not a Stable Diffusion 1, 2 or XL model in safetensors."""
+    """Load the model of a source. Raises InputError if it is not a supported Stable Diffusion model in safetensors."""
     known = describe(source, overrides, listener)
     try:
         nets = {name: _network(known, name) for name in known.networks}
