@@ -233,7 +233,7 @@ def _commands(run: Run) -> Commands | None:
     t_init, steps = _whole(run.student, "t_init"), run.student_steps
     if t_init is None:
         return None
-    own = {name: run.student[name] for name in ("sampler", "solver_steps") if name in run.student}
+    own = {name: run.student[name] for name in ("sampler", "solver_steps", "shift") if name in run.student}
     plan = student_plan({"t_init": t_init, "student_steps": steps, **own})
     visits = ", ".join(f"{name}={value}" for name, value in plan.in_diffusers.items())
     code = (

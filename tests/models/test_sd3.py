@@ -232,6 +232,7 @@ def test_the_stock_pipeline_draws_with_a_student_as_sid_does(
         assert plan_for(student).describe() == "4 steps at t = 1000, 900, 750, 500"
         two = stock(result.student, guidance_scale=0, sigmas=[1.0, 0.75])
         assert apart(drawn(student, plan_for(student, 2)), two) <= 1
+        assert "sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=0" in (result.run / "report.html").read_text()
 
 
 def test_an_interrupted_run_continues_bit_for_bit(folder: Path, settings: DistillConfig, tmp_path: Path) -> None:
