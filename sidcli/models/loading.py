@@ -262,9 +262,8 @@ def _read_folder(source: Source) -> tuple[Kind, dict[str, dict[str, Any]], dict[
         check_entries(name, str(place), networks[name], kind.rules)
     for name in map(tokenizer_of, texts):
         asked = _class_of(source, index, name)
-        wanted, *_ = able = kind.tokenizers[name]
-        if asked not in able:
-            raise InputError(f"{source.name}: its {name} is {with_article(asked)}, not a {wanted}", OTHER_MODEL)
+        if asked not in kind.tokenizers[name]:
+            raise InputError(f"{source.name}: its {name} is {with_article(asked)}, not a {kind.tokenizers[name][0]}", OTHER_MODEL)
     scheduler = _read_scheduler(source, _class_of(source, index, "scheduler"), kind)
     if not source.missing:
         _check_files(source, names)

@@ -39,6 +39,8 @@ from sidcli.printable import with_article
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 CLIP_TOKENS, T5_TOKENS = 77, 256
 """Tokens of each CLIP encoder, if there is none, and of T5, as the stock pipeline reads them."""
+MAX_POSITIONS = 1024
+"""Maximum positions on a side. Published models have 192 and 384; a mistyped number could exhaust the memory."""
 T5_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
 T5_KEYS = frozenset(
     {
@@ -162,6 +164,8 @@ class Sd3(Kind):
             raise InputError(
                 f"{name} draws square images; sample_size is {value_text(net['sample_size'])}", "--width equal to --height"
             )
+        if (most := positive_integer({"pos_embed_max_size": 96, **net}, "pos_embed_max_size", place)) > MAX_POSITIONS:
+            raise InputError(f"{place}: pos_embed_max_size is {most}, more than {MAX_POSITIONS}", OTHER_COPY)
         joint = positive_integer(net, "joint_attention_dim", place)
         if T5 in networks and (width := positive_integer(networks[T5], "d_model", places[T5])) != joint:
             raise InputError(f"{name}: joint_attention_dim is {joint}, and the states of T5 have width {width}", OTHER_COPY)

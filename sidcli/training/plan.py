@@ -372,7 +372,7 @@ class Sizes:
 
 def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     """Return the teacher's description after a check against the settings and the model of `--init`. Reads no weights."""
-    source = find(config.teacher, listener, descriptions_only=True)
+    source = find(config.teacher, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
     check_teacher(source.name, known.card.get("kind") == "student", known.path, config)
     if config.init:
@@ -380,10 +380,11 @@ def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     return known
 
 
-def settings_of_path(config: DistillConfig) -> dict[str, Any]:
-    """Return the settings that have other defaults with the path of the teacher. Reads no weights."""
+def settings_of_path(config: DistillConfig, listener: Listener) -> dict[str, Any]:
+    """Return the settings that have other defaults with the path of the teacher. Reads no weights. The listener is told where the
+    teacher is found."""
     overrides = Overrides(config.prediction_type, config.model_config, config.width, config.height)
-    return describe(find(config.teacher, descriptions_only=True), overrides).path.settings
+    return describe(find(config.teacher, listener, descriptions_only=True), overrides).path.settings
 
 
 def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:

@@ -161,7 +161,7 @@ class Request:
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
-        usual = plan.settings_of_path(self.config(recipe))
+        usual = plan.settings_of_path(self.config(recipe), listener)
         request = dataclasses.replace(self, start=usual | self.start)
         if self.memory == "auto" and not begun and (on_gpu or gpu):
             return plan.choose({name: request.config(recipe) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu

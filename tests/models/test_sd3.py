@@ -29,6 +29,8 @@ from sidcli.models.sources import find, fingerprint
 from sidcli.objectives import OBJECTIVES
 from sidcli.objectives.base import FAKE, GENERATOR, TEACHER
 from sidcli.progress import Silence
+from sidcli.report.page import render
+from sidcli.report.run import run_page
 from sidcli.settings import DistillConfig
 from sidcli.training import plan
 from tests import tiny_sd3
@@ -101,6 +103,8 @@ def test_without_t5_its_tokens_are_zeros_as_in_the_stock_pipeline(tmp_path: Path
     model = load(find(str(folder)))
     assert model.texts == tiny_sd3.TEXTS[:2]
     assert apart(drawn(model, Plan(4, 3.0)), stock(folder, num_inference_steps=4, guidance_scale=3.0)) <= 1
+    shutil.copytree(as_student(folder), tmp_path / "run" / "student")
+    assert "text_encoder_3=None, tokenizer_3=None)" in render(run_page(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("lost", [(0,), (1,), (0, 1), (2,), (0, 2)])
@@ -351,6 +355,8 @@ def test_a_card_that_contradicts_the_scheduler_is_refused(copied: Path, card: di
         ),
         ("transformer/config.json", {"joint_attention_dim": 56}, "joint_attention_dim is 56, and the states of T5 have width 48"),
         ("transformer/config.json", {"sample_size": [8, 12]}, "draws square images; sample_size is [8, 12]"),
+        ("transformer/config.json", {"pos_embed_max_size": 10**6}, "pos_embed_max_size is 1000000, more than 1024"),
+        ("transformer/config.json", {"num_layers": 10**6}, "120 layers at most are built"),
         ("transformer/config.json", {"sample_size": 32}, "does not describe a network that generates images"),
         ("text_encoder_3/config.json", {"model_type": "umt5"}, "the third text encoder of this family is T5"),
         ("text_encoder_3/config.json", {"vocab_size": 20}, "text_encoder_3/config.json has vocab_size 20"),
