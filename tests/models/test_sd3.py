@@ -1,6 +1,7 @@
 """Stable Diffusion 3 from its folder to a student that the stock pipeline draws with, on a tiny random pipeline."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.path import FlowPath
@@ -369,6 +370,16 @@ def test_a_card_that_contradicts_the_scheduler_is_refused(copied: Path, card: di
 def test_a_description_that_is_not_computed_is_refused(copied: Path, file: str, entries: dict[str, Any], message: str) -> None:
     change(copied / file, **entries)
     assert message in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    ("component", "kind"),
+    [("transformer", SD3Transformer2DModel), ("vae", AutoencoderKL), ("scheduler", FlowMatchEulerDiscreteScheduler)],
+)
+def test_every_entry_that_diffusers_knows_is_either_accepted_or_has_its_supported_values(component: str, kind: Any) -> None:
+    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    accepted, values = SD3.rules.accepted[component], set(SD3.rules.values[component])
+    assert known <= accepted | values and accepted.isdisjoint(values)
 
 
 @pytest.mark.parametrize(
