@@ -1,6 +1,7 @@
 """A kind of denoiser: what its network, its text encoders and its files need, and no other code knows.
 
-Each kind is one module of this package with one instance of a subclass of `Kind`; `kinds` lists them.
+Each kind is one module of this package with one instance of a subclass of `Kind`; `kinds` lists them. Its methods import the classes of
+networks and pipelines, which takes seconds, when they need them.
 """
 
 from __future__ import annotations
@@ -118,8 +119,6 @@ class Kind(ABC):
     """Formats in which a student is exported."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules of the denoiser that get a LoRA adapter."""
-    recomputed: ClassVar[tuple[type[nn.Module], ...]]
-    """Classes of the modules that diffusers recomputes with gradient checkpointing."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -217,6 +216,10 @@ class Kind(ABC):
     @abstractmethod
     def blocks(self, net: Any) -> list[nn.Module]:
         """Return the blocks in the order of the forward pass, for sharding."""
+
+    @abstractmethod
+    def recomputed(self) -> tuple[type[nn.Module], ...]:
+        """Return the classes of the modules that diffusers recomputes with gradient checkpointing."""
 
     @abstractmethod
     def middle(self, net: Any) -> nn.Module:

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from sidcli.diffusion.path import FlowPath
 from sidcli.errors import InputError, first_line
@@ -100,19 +97,26 @@ class Sd3(Kind):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )  # attention and feed-forward
-    recomputed = (JointTransformerBlock,)
 
     def network_class(self, component: str) -> Any:
-        if component in CLIPS:
-            return CLIPTextModelWithProjection
-        return {self.component: SD3Transformer2DModel, "vae": AutoencoderKL, T5: T5EncoderModel}[component]
+        if component in self.texts:
+            from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+            return CLIPTextModelWithProjection if component in CLIPS else T5EncoderModel
+        from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+        return {self.component: SD3Transformer2DModel, "vae": AutoencoderKL}[component]
 
     def text_config(self, component: str, config: Mapping[str, Any]) -> Any:
         if component in CLIPS:
             return families.text_config(config)
+        from transformers import T5Config
+
         return T5Config(**{key: value for key, value in config.items() if key in T5_KEYS})
 
     def pipeline(self, texts: Sequence[str]) -> Any:
+        from diffusers import StableDiffusion3Pipeline
+
         return StableDiffusion3Pipeline
 
     def stock_problem(self, texts: Sequence[str]) -> str:
@@ -206,6 +210,11 @@ class Sd3(Kind):
     def blocks(self, net: Any) -> list[nn.Module]:
         return list(net.transformer_blocks)
 
+    def recomputed(self) -> tuple[type[nn.Module], ...]:
+        from diffusers.models.attention import JointTransformerBlock
+
+        return (JointTransformerBlock,)
+
     def middle(self, net: Any) -> nn.Module:
         return net.transformer_blocks[len(net.transformer_blocks) // 2]
 
@@ -276,6 +285,8 @@ def read_t5_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: 
 
     Raises InputError if the file is missing or damaged, if the tokenizer is not T5's, or if it does not match the text encoder.
     """
+    from transformers import T5Tokenizer
+
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no tokenizer.json", OTHER_COPY)
     found = None

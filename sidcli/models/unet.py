@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -41,7 +39,6 @@ class Unet(Kind):
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"),
     )  # attention, feed-forward and convolutions
-    recomputed = (ResnetBlock2D, BasicTransformerBlock)
 
     def network_class(self, component: str) -> Any:
         return families.network_class(component)
@@ -50,6 +47,8 @@ class Unet(Kind):
         return families.text_config(config)
 
     def pipeline(self, texts: Sequence[str]) -> Any:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
         return StableDiffusionXLPipeline if len(texts) == 2 else StableDiffusionPipeline
 
     def index_entries(self, model: Any) -> dict[str, Any]:
@@ -147,6 +146,12 @@ class Unet(Kind):
 
     def blocks(self, net: Any) -> list[nn.Module]:
         return [*net.down_blocks, net.mid_block, *net.up_blocks]
+
+    def recomputed(self) -> tuple[type[nn.Module], ...]:
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return ResnetBlock2D, BasicTransformerBlock
 
     def middle(self, net: Any) -> nn.Module:
         return net.mid_block

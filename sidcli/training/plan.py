@@ -125,7 +125,7 @@ class Activations:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        kinds = kind_of(self.net).recomputed if self.recompute else ()
+        kinds = kind_of(self.net).recomputed() if self.recompute else ()
         blocks = [part for part in self.net.modules() if isinstance(part, kinds)]
         hooks = [part.register_forward_pre_hook(self.enter, with_kwargs=True) for part in blocks]
         hooks += [part.register_forward_hook(self.leave) for part in blocks]
