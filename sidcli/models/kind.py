@@ -33,6 +33,15 @@ class Cond:
     def __len__(self) -> int:
         return len(self.states)
 
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of the tensors."""
+        return tuple((name, tuple(value.shape)) for name, value in {"states": self.states, **self.added}.items())
+
+    def contiguous(self) -> Cond:
+        """Return the cond with states in contiguous memory; each layer that reads a view would copy it."""
+        return Cond(self.states.contiguous(), self.added)
+
     def expand(self, count: int) -> Cond:
         """Return the cond of one prompt, repeated `count` times."""
         return Cond(self.states.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()})

@@ -150,10 +150,6 @@ FLOPS: dict[Any, int] = {}
 """Results of `forward_flops`."""
 
 
-def shapes_of(cond: Cond) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(value.shape)) for name, value in {"states": cond.states, **cond.added}.items())
-
-
 def activations(
     denoiser: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
 ) -> tuple[int, int]:
@@ -163,7 +159,7 @@ def activations(
     autocast the bf16 copies of weights count as part of the graph that uses them. Equal passes are counted once per process.
     """
     settings = config.teacher_bf16, config.precision, config.gradient_checkpointing
-    key = repr(dict(denoiser.config)), rows, settings, shapes_of(cond), trained, device_type, lora
+    key = repr(dict(denoiser.config)), rows, settings, cond.shapes, trained, device_type, lora
     if key not in COUNTED:
         COUNTED[key] = _activations(denoiser, rows, config, cond, trained, device_type, lora)
     return COUNTED[key]
@@ -190,14 +186,13 @@ def forward(net: Any, rows: int, cond: Cond) -> None:
     """Run the network on `rows` latents on the meta device."""
     kind = kind_of(net)
     x = torch.empty(rows, *kind.latent_shape(net.config), device="meta", requires_grad=True)
-    many = cond.expand(rows)  # contiguous, because each layer that reads a view would copy it
-    many = Cond(many.states.contiguous(), dict(many.added))
+    many = cond.expand(rows).contiguous()
     kind.denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
 def forward_flops(denoiser: Any, cond: Cond) -> int:
     """Return the operations of a forward pass of one latent. Equal passes are counted once per process."""
-    key = repr(dict(denoiser.config)), shapes_of(cond)
+    key = repr(dict(denoiser.config)), cond.shapes
     if key not in FLOPS:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             forward(denoiser, 1, cond)
