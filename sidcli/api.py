@@ -122,7 +122,7 @@ def load(
         width, height: Image size in pixels; 0: the model's own size.
 
     Returns:
-        A model with its networks (`unet`, `vae`, `text_encoders`), tokenizers and metadata. Pass it to `sample`.
+        A model with its networks (`denoiser`, `vae`, `text_encoders`), tokenizers and metadata. Pass it to `sample`.
 
     Raises:
         InputError: If the model is not found, is damaged, or is of a kind that sid does not support.
@@ -192,7 +192,7 @@ def sample(
     if places:
         places.check(overwrite)
     known = Overrides(prediction_type, os.fspath(model_config), width, height)
-    given = _name("model", model) if isinstance(model, str | os.PathLike) or not hasattr(model, "unet") else model
+    given = _name("model", model) if isinstance(model, str | os.PathLike) or not hasattr(model, "denoiser") else model
     if not isinstance(given, str) and known != Overrides():
         raise UsageError("a loaded model has its size and prediction already", "give them to load()")
     listener = listener or Bars()

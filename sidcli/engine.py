@@ -24,15 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sidcli import objectives, randomness
 from sidcli.data.latents import Latents
 from sidcli.data.prompts import Prompts
-from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.path import DiscretePath, Path
 from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.models.drawing import Plan
-from sidcli.models.families import build
+from sidcli.models.kind import Cond, guided_predictions
+from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler
-from sidcli.models.unet import Cond, add_adapters, add_head, blocks, denoise, features, guided_predictions, merged
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
 from sidcli.progress import Progress, silent
@@ -102,7 +102,7 @@ class TrainedNetwork:
     def __init__(self, role: Role, net: Any, config: DistillConfig, distributed: Distributed):
         self.role, self.net, self.config, self.distributed = role, net, config, distributed
         if not role.lora:  # a LoRA network shares the teacher's weights, which are not sharded
-            distributed.split(net, blocks(net))
+            distributed.split(net, kind_of(net).blocks(net))
         self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
         """Pairs (name, parameter) of the trained weights."""
         self.call, self.optimizer = distributed.prepare(net, self._optimizer())
@@ -172,7 +172,7 @@ class Follower:
     def __init__(self, role: Role, net: Any, followed: TrainedNetwork, distributed: Distributed):
         self.role, self.net, self.followed, self.distributed = role, net, followed, distributed
         if not role.lora:
-            distributed.split(net, blocks(net))
+            distributed.split(net, kind_of(net).blocks(net))
         self.weights = [(name, value) for name, value in net.named_parameters() if value.requires_grad]
         for _, value in self.weights:
             value.requires_grad_(False)
@@ -212,7 +212,7 @@ class Networks:
 
     def generate(self, batch: Batch) -> Tensor:
         engine, net = self._engine, self._call(GENERATOR)
-        grid = exit_grid(engine.config.t_init, engine.config.student_steps)[: len(batch.latents)]
+        grid = self.path.student_grid(engine.config.t_init, engine.config.student_steps)[: len(batch.latents)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training == GENERATOR):
             return few_steps(
                 lambda x, t: engine.denoise(net, x, t, batch.cond),
@@ -230,7 +230,7 @@ class Networks:
         )
 
     def features(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> tuple[list[Tensor], Tensor]:
-        with features(self._engine.roles[role].net) as found:
+        with self._engine.kind.features(self._engine.roles[role].net) as found:
             predictions = self.predict(role, x_t, batch, *scales)
         return predictions, found[0][: len(x_t)].float()
 
@@ -311,7 +311,8 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         self.sampler = Sampler(teacher, self.device)
         self.path = teacher.path
-        self.teacher = self.sampler.unet
+        self.kind = teacher.kind
+        self.teacher = self.sampler.denoiser
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
         if start is not None:
@@ -348,9 +349,9 @@ class Engine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(self.config.seed, role.stream))
             if role.lora:
-                add_adapters(net, role.lora)
+                self.kind.add_adapters(net, role.lora)
             if role.head:
-                add_head(net)
+                self.kind.add_head(net)
         return net
 
     def _configure(self, net: Any) -> None:
@@ -359,6 +360,11 @@ class Engine:
             net.enable_gradient_checkpointing()
         if self.config.compile == "on":
             net.compile()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the student draws: entries of its card, sid.json."""
+        return self.objective.sampling | self.path.sampling
 
     @property
     def images(self) -> int:
@@ -476,7 +482,7 @@ class Engine:
         streams = [f"{inputs.stream} latent {visit}" if visit else f"{inputs.stream} latent" for visit in range(visits)]
         latents = [randomness.normal(shape, seed, stream, turn, samples) for stream in streams]
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
-        t = randomness.integers(*inputs.t_range, seed, f"{inputs.stream} timestep", turn, samples)
+        t = self.path.draw(inputs.t_range, randomness.Draws(seed, f"{inputs.stream} timestep", turn, samples))
         batch = Batch(prompts, latents, noise, t, config.batch_size)
         if inputs.source == "prompts" and not inputs.real:
             return batch
@@ -494,7 +500,7 @@ class Engine:
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the network's raw prediction in float32."""
         with self.arithmetic.autocast(self.device.type):
-            return denoise(net, x, t, cond).float()
+            return self.kind.denoise(net, x, t, cond).float()
 
     # The teacher and the state
 
@@ -520,11 +526,13 @@ class Engine:
         trained = self.roles[GENERATOR]
         average = {name: whole(value) for name, value in trained.average.items()}
         with torch.device("meta"):
-            unet = build("unet", self.teacher.config)
+            denoiser = self.kind.build(self.kind.component, self.teacher.config)
         if trained.role.lora:
-            average = merged(self.teacher, average, trained.role.lora)
-        unet.load_state_dict(average, assign=True)
-        return self.sampler.model.with_unet(unet.eval().requires_grad_(False))
+            average = self.kind.merged(self.teacher, average, trained.role.lora)
+        kept = denoiser.state_dict().keys() - dict(denoiser.named_parameters()).keys()
+        buffers = {name: value.cpu() for name, value in self.teacher.named_buffers() if name in kept}
+        denoiser.load_state_dict(average | buffers, assign=True)
+        return self.sampler.model.with_denoiser(denoiser.eval().requires_grad_(False))
 
     @property
     def state_bytes(self) -> int:
@@ -592,13 +600,22 @@ def check_split(batch_size: int, processes: int) -> None:
         raise UsageError(f"--batch-size {batch_size} does not split over {processes} processes evenly")
 
 
-def check_teacher(name: str, is_student: bool, timesteps: int, config: DistillConfig) -> None:
-    """Raises InputError if the teacher is a student, UsageError if the settings need more timesteps than its schedule has."""
+def check_teacher(name: str, is_student: bool, path: Path, config: DistillConfig) -> None:
+    """Raises InputError if the teacher is a student, UsageError if the settings need timesteps or an objective that do not fit its
+    path."""
     if is_student:
         raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
-    unused = objectives.find(config.objective.name).unused
-    for field, value, most in (("t_init", config.t_init, timesteps - 1), ("t_max", config.t_max, timesteps)):
-        if value > most and field not in unused:
+    method, timesteps, (first, last) = objectives.find(config.objective.name), path.steps, path.starts
+    if method.discrete and not isinstance(path, DiscretePath):
+        able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete)
+        raise UsageError(
+            f"objective {config.objective.name} needs the discrete timesteps of a diffusion; {name} was trained by flow matching",
+            f"one of --objective {able}",
+        )
+    if config.t_init < first and "t_init" not in method.unused:
+        raise UsageError(f"--t-init must be at least {first}, where students of {name} start, not {config.t_init}", "leave it out")
+    for field, value, most in (("t_init", config.t_init, last), ("t_max", config.t_max, timesteps)):
+        if value > most and field not in method.unused:
             option = f"--{field.replace('_', '-')}"
             raise UsageError(f"{option} must be at most {most}, as the teacher's schedule has {timesteps} timesteps, not {value}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +72,24 @@ def uniform(seed: int, stream: str, step: int, samples: Sequence[int]) -> torch.
 
     draws = [numpy_generator(seed, stream, step, sample).random() for sample in samples]
     return torch.tensor(draws, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random values of some samples, which depend on these fields only."""
+
+    seed: int
+    stream: str
+    step: int
+    samples: Sequence[int]
+
+    def integers(self, low: int, high: int) -> torch.Tensor:
+        """Return uniform integers in [low, high), int64 [B]."""
+        return integers(low, high, self.seed, self.stream, self.step, self.samples)
+
+    def uniform(self) -> list[float]:
+        """Return B uniform numbers in [0, 1)."""
+        return [numpy_generator(self.seed, self.stream, self.step, sample).random() for sample in self.samples]
 
 
 def torch_noise(shape: Sequence[int], seed: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class DistillConfig:
     data_num: int = 0
     """Images of --data to use."""
     t_init: int = 625
-    """Timestep at which the student starts."""
+    """Timestep at which the student starts; with a teacher of flow matching 1000, pure noise."""
     t_min: int = 20
     """Smallest timestep of the scores."""
     t_max: int = 980

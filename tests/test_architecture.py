@@ -74,10 +74,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         visit(name, [])
 
 
-def test_the_class_of_a_unet_is_named_where_models_are_read_and_made() -> None:
+def test_the_classes_of_denoisers_are_named_where_models_are_read_and_made() -> None:
     for name in modules():
         text = (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
         assert "UNet2DConditionModel" not in text or name.split(".")[0] in ("models", "emoji"), name
+        assert "SD3" not in text or name in ("models.sd3", "models.kinds"), name
 
 
 def test_rich_and_typer_stay_in_their_rooms_and_click_nowhere() -> None:

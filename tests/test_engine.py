@@ -12,9 +12,9 @@ from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.grids import exit_grid
 from sidcli.diffusion.sampling import few_steps
 from sidcli.engine import Engine, ema_beta
+from sidcli.models.kind import Cond
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond
 from sidcli.objectives.base import Batch, Inputs, Phase
 from sidcli.objectives.sid import SidSettings
 from sidcli.settings import MEMORY, DistillConfig, strategy
@@ -357,13 +357,13 @@ def test_student_and_fake_score_may_both_be_adapters_on_the_weights_of_one_teach
 
     student, trained = built.student(), built.roles["generator"].net
     assert all(torch.equal(value, before[name]) for name, value in built.teacher.named_parameters())
-    assert student.unet.state_dict().keys() == before.keys()
+    assert student.denoiser.state_dict().keys() == before.keys()
     with torch.no_grad():
         for name, value in trained.named_parameters():
             if value.requires_grad:
                 value.copy_(built.roles["generator"].average[name])
         x, t, cond = torch.randn(2, *sd.latent_shape), torch.tensor([30, 625]), built.sampler.encode(["a cat", "a dog"])
-        drawn, wanted = student.unet(x, t, cond.states).sample, trained(x, t, cond.states).sample
+        drawn, wanted = student.denoiser(x, t, cond.states).sample, trained(x, t, cond.states).sample
     torch.testing.assert_close(drawn, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(drawn, built.teacher(x, t, cond.states).sample, atol=1e-4)
 

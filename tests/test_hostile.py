@@ -128,7 +128,7 @@ def malicious(tmp_path: Path, canary: Path) -> Path:
 def good_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model in a single file that describes itself, with CLIP's vocabulary, which single files do not contain."""
     model = load(find(str(tiny.write_sd(tmp_path_factory.mktemp("single") / "sd"))))
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    networks = {"unet": model.denoiser, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     file = tmp_path_factory.mktemp("single") / "good.safetensors"
     single_file.write(file, networks, model.scheduler_config, {}, torch.float32)
     return file

@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sidcli.models.families import clip_tokenizer
-from sidcli.models.loading import Model, read_path
+from sidcli.models.loading import Model
 from sidcli.models.sources import WEIGHTS, Source
+from sidcli.models.unet import read_path
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")

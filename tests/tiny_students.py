@@ -83,13 +83,13 @@ def write_teacher(folder: Path, family: str, prediction: str | None = None, **sc
 
 def student_of(teacher: Model, **card: Any) -> Model:
     """The teacher with other weights in every layer and the card of a student, as `sid distill` leaves them."""
-    unet = copy.deepcopy(teacher.unet)
+    unet = copy.deepcopy(teacher.denoiser)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for value in unet.parameters():
             value += 0.02 * torch.randn(value.shape, generator=generator)
     told = {"kind": "student", "method": "SiD-LSG (arXiv 2406.01561)", "t_init": 625, "student_steps": 1, "renoise": "ddim"}
-    return dataclasses.replace(teacher, unet=unet, card=told | {"teacher": provenance(teacher), "sid": "test"} | card)
+    return dataclasses.replace(teacher, denoiser=unet, card=told | {"teacher": provenance(teacher), "sid": "test"} | card)
 
 
 def make(

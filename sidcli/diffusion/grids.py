@@ -21,6 +21,32 @@ def trailing_grid(timesteps: int, steps: int) -> tuple[int, ...]:
     return tuple(round(timesteps * (steps - index) / steps) - 1 for index in range(steps))
 
 
+def shifted(share: float, shift: float) -> float:
+    """Return shift s / (1 + (shift - 1) s), the time in 0 .. 1 of the evenly spaced time s (equation 23 of arXiv 2403.03206)."""
+    return shift * share / (1.0 + (shift - 1.0) * share)
+
+
+def even_shares(steps: int) -> tuple[float, ...]:
+    """Return the evenly spaced times 1, ..., 1 / steps of a student of flow matching, before the shift."""
+    return tuple(1.0 - index / steps for index in range(steps))
+
+
+def flow_grid(timesteps: int, shift: float, steps: int) -> tuple[float, ...]:
+    """Return the timesteps of a student of flow matching with `steps` steps from pure noise. Four of 1000 at shift 3 are 1000, 900,
+    750, 500."""
+    return tuple(timesteps * shifted(share, shift) for share in even_shares(steps))
+
+
+def flow_teacher_grid(timesteps: int, shift: float, steps: int) -> tuple[float, ...]:
+    """Return the timesteps at which FlowMatchEulerDiscreteScheduler of diffusers draws in `steps` steps.
+
+    It shifts evenly spaced times from 1 down to its smallest one, which is itself shifted.
+    """
+    smallest = shifted(1.0 / timesteps, shift)
+    shares = [1.0 + (smallest - 1.0) * index / max(1, steps - 1) for index in range(steps)]
+    return tuple(timesteps * shifted(share, shift) for share in shares)
+
+
 def consistency_grid(t_init: int, solver_steps: int, steps: int) -> tuple[int, ...]:
     """Return the timesteps of multistep consistency sampling from `t_init`, those of LCMScheduler in diffusers.
 

@@ -14,16 +14,31 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from statistics import NormalDist
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from sidcli.diffusion.grids import exit_grid, flow_grid, flow_teacher_grid, trailing_grid
+
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Coefficient = Tensor | float
 """A tensor [B, 1, 1, 1] for timesteps [B] (float32, except in `exact`); a float for a single timestep."""
-Timestep = Tensor | int
-"""A tensor [B] with one timestep per latent, or one int for all latents."""
+Timestep = Tensor | float
+"""A tensor [B] with one timestep per latent, or one number for all latents. Those of `DiscretePath` are integers."""
+LOGIT = NormalDist(math.log(2.0), 1.6)
+"""Distribution of log(t / (1 - t)) for the timesteps of score distillation on flow matching (arXiv 2509.25127)."""
+
+
+class Draws(Protocol):
+    """Random values of the samples of a batch."""
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Return uniform integers in [low, high), int64 [B]."""
+
+    def uniform(self) -> list[float]:
+        """Return B uniform numbers in [0, 1)."""
 
 
 def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
@@ -40,7 +55,7 @@ def predicted(prediction: Prediction, a: Coefficient, sigma: Coefficient) -> tup
 
 
 class Path(ABC):
-    """A path and the prediction type of a network that was trained on it. Subclasses define `exact` and `steps`."""
+    """A path and the prediction type of a network that was trained on it, with the timesteps of students, teachers and scores."""
 
     prediction: Prediction
 
@@ -52,6 +67,41 @@ class Path(ABC):
     @abstractmethod
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         """Return a(t) and sigma(t) in float64."""
+
+    @property
+    @abstractmethod
+    def starts(self) -> tuple[int, int]:
+        """The first and the last timestep at which a student can start."""
+
+    @abstractmethod
+    def student_grid(self, t_init: int, steps: int) -> tuple[float, ...]:
+        """Return the timesteps of a student of `steps` steps that starts at `t_init`."""
+
+    @abstractmethod
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        """Return the timesteps at which a teacher draws in `steps` steps, the first one of pure noise."""
+
+    @abstractmethod
+    def draw(self, t_range: tuple[int, int], draws: Draws) -> Tensor:
+        """Return random timesteps [B] in [t_range[0], t_range[1]) at which scores are compared."""
+
+    @abstractmethod
+    def noise_weight(self, t: Tensor) -> Coefficient:
+        """Return the weight at t of the squared error of a predicted noise, in the loss of a fake score."""
+
+    @abstractmethod
+    def loss_scale(self, t: Tensor) -> Tensor | None:
+        """Return w [B, 1, 1, 1], by which SiD divides its loss at t; None: the mean |x - y_real| of each sample."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Entries of a student's card that its timesteps depend on, other than those of its objective."""
+        return {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of a distillation that have other defaults on this path."""
+        return {}
 
     def scale(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         """Return a(t) and sigma(t); tensors are float32."""
@@ -115,24 +165,87 @@ class DiscretePath(Path):
         return tuple(self.abar.tolist())
 
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
-        if isinstance(t, int):
-            return math.sqrt(self.values[t]), math.sqrt(1.0 - self.values[t])
+        if not isinstance(t, Tensor):
+            value = self.values[int(t)]
+            return math.sqrt(value), math.sqrt(1.0 - value)
         abar = self.abar.to(t.device)[t].view(-1, 1, 1, 1)
         return abar.sqrt(), (1.0 - abar).sqrt()
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        return 1, self.steps - 1
+
+    def student_grid(self, t_init: int, steps: int) -> tuple[float, ...]:
+        return exit_grid(t_init, steps)
+
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        return trailing_grid(self.steps, steps)
+
+    def draw(self, t_range: tuple[int, int], draws: Draws) -> Tensor:
+        return draws.integers(*t_range)
+
+    def noise_weight(self, t: Tensor) -> Coefficient:
+        return 1.0
+
+    def loss_scale(self, t: Tensor) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
 class FlowPath(Path):
     """The straight path of flow matching (arXiv 2209.03003, 2210.02747): x_t = (1 - t) x + t eps with t in 0 .. 1.
 
-    Timesteps are t times `steps`, as published networks expect them: t = 0.25 is timestep 250 of 1,000.
+    Timesteps are t times `steps`, as published networks expect them: t = 0.25 is timestep 250 of 1,000. Students start at pure noise,
+    because a stock pipeline does. `shift` moves the timesteps of students and teachers towards noise; see `grids.shifted`.
     """
 
     steps: int = 1000
+    shift: float = 1.0
     prediction: Prediction = "flow"
 
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
-        if isinstance(t, int):
+        if not isinstance(t, Tensor):
             return 1.0 - t / self.steps, t / self.steps
         sigma = t.double().view(-1, 1, 1, 1) / self.steps
         return 1.0 - sigma, sigma
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        return self.steps, self.steps
+
+    def student_grid(self, t_init: int, steps: int) -> tuple[float, ...]:
+        return flow_grid(t_init, self.shift, steps)
+
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        return flow_teacher_grid(self.steps, self.shift, steps)
+
+    def draw(self, t_range: tuple[int, int], draws: Draws) -> Tensor:
+        """Return timesteps float32 [B] from the part of the distribution LOGIT that lies in the range (arXiv 2509.25127)."""
+        low, high = (self._share_below(t) for t in t_range)
+        drawn = [LOGIT.inv_cdf(max(low + (high - low) * share, 2.0**-53)) for share in draws.uniform()]
+        return self.steps * torch.tensor(drawn, dtype=torch.float64).sigmoid().float()
+
+    def _share_below(self, t: int) -> float:
+        """Return the probability of a timestep below t in the distribution LOGIT."""
+        if not 0 < t < self.steps:
+            return float(t > 0)
+        return LOGIT.cdf(math.log(t / (self.steps - t)))
+
+    def noise_weight(self, t: Tensor) -> Coefficient:
+        """Return 1 / (1 - t)^2, with which the squared error of the noise is that of the velocity."""
+        a, _ = self.scale(t)
+        return a**-2
+
+    def loss_scale(self, t: Tensor) -> Tensor | None:
+        """Return 1 / (1 - t): the loss has the weight 1 - t (arXiv 2509.25127)."""
+        a, _ = self.exact(t)
+        assert isinstance(a, Tensor)
+        return (1.0 / a).float()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {"shift": self.shift}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"t_init": self.steps, "t_min": 0, "t_max": self.steps}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sidcli.diffusion.grids import Renoise, trailing_grid
+from sidcli.diffusion.grids import Renoise
 from sidcli.diffusion.path import Path, Timestep
 
 SCALING, SPREAD = 10.0, 0.5
@@ -16,14 +16,14 @@ SCALING, SPREAD = 10.0, 0.5
 NoiseAt = Callable[[int], Tensor]
 """Index of a denoising step -> standard normal noise [B, C, h, w]."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B, C, h, w], t int64 [B]) -> the network's raw prediction [B, C, h, w]."""
+"""(x_t [B, C, h, w], t [B]) -> the network's raw prediction [B, C, h, w]."""
 
 
 def denoise_along(
     denoise: Denoiser,
     x_t: Tensor,
     path: Path,
-    grid: Sequence[int],
+    grid: Sequence[float],
     renoise: Renoise = "ddim",
     noise_at: NoiseAt | None = None,
 ) -> Tensor:
@@ -46,12 +46,12 @@ def denoise_along(
     return path.clean(denoise(x_t, every(grid[last], x_t)).float(), x_t, grid[last])
 
 
-def every(t: int, x: Tensor) -> Tensor:
-    """Return timestep t for each latent of x, int64 [B]."""
+def every(t: float, x: Tensor) -> Tensor:
+    """Return timestep t for each latent of x: int64 [B], or float32 if it is not an int."""
     return torch.full((x.shape[0],), t, device=x.device)
 
 
-def few_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[int], renoise: Renoise = "ddim") -> Tensor:
+def few_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[float], renoise: Renoise = "ddim") -> Tensor:
     """Return the output x = G(z) of the student for z = noise_at(0): `denoise_along` from sigma_t z at t = grid[0].
 
     With one timestep, G is the one-step generator of SiD-LSG (equation 3 of arXiv 2406.01561). The network input is sigma_t z
@@ -68,7 +68,7 @@ def consistent(clean: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
     c_skip = d^2 / (s^2 + d^2) and c_out = s / sqrt(s^2 + d^2) with d = 0.5 and s = 10 t, as in LCMScheduler of diffusers. It is x_t
     at t = 0, and almost x at other timesteps.
     """
-    scaled = SCALING * (t if isinstance(t, int) else t.double().view(-1, 1, 1, 1))
+    scaled = SCALING * (t.double().view(-1, 1, 1, 1) if isinstance(t, Tensor) else t)
     square = scaled**2 + SPREAD**2
     skip, out = SPREAD**2 / square, scaled / square**0.5
     if isinstance(skip, Tensor):
@@ -76,7 +76,7 @@ def consistent(clean: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
     return skip * x_t + out * clean
 
 
-def consistency_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[int]) -> Tensor:
+def consistency_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Sequence[float]) -> Tensor:
     """Return the output of multistep consistency sampling (algorithm 1 of arXiv 2303.01469), as LCMScheduler of diffusers computes it.
 
     The input at grid[0] is noise_at(0) itself. Before each other step, noise_at(its index) is added to the last prediction.
@@ -89,5 +89,6 @@ def consistency_steps(denoise: Denoiser, noise_at: NoiseAt, path: Path, grid: Se
 
 
 def many_steps(denoise: Denoiser, noise: Tensor, path: Path, steps: int) -> Tensor:
-    """Sample from the teacher with deterministic DDIM (arXiv 2010.02502) at the `steps` timesteps of `trailing_grid`."""
-    return denoise_along(denoise, noise, path, trailing_grid(path.steps, steps))
+    """Sample from the teacher at the `steps` timesteps of `Path.teacher_grid`: with deterministic DDIM (arXiv 2010.02502), which is
+    Euler's method on the path of flow matching."""
+    return denoise_along(denoise, noise, path, path.teacher_grid(steps))

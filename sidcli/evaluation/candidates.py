@@ -157,7 +157,7 @@ def _model(
             raise UsageError(f"{spec.name} holds graphs, whose sampling is fixed", "leave steps= and guidance= out")
         plan = student_plan(read_card(source), None, None, spec.name)
     elif spec.untrained:
-        plan = untrained_plan(spec.untrained)
+        plan = untrained_plan(one.known.path, spec.untrained)
     elif one.known.is_student and not spec.own:
         plan = plan_for(one.known)
     else:

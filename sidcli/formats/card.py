@@ -130,7 +130,7 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
         "Method": card.get("method", "unknown"),
         "Format": f"{card['format']}, {card['dtype']}",
         "Image size": f"{width} x {height} pixels",
-        "Timesteps": ", ".join(map(str, student_plan(card).grid)),
+        "Timesteps": student_plan(card).timesteps,
         "Prediction": model.path.prediction,
     }
     if is_consistency(card):

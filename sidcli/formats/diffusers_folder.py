@@ -19,17 +19,17 @@ import torch
 from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
-from transformers import CLIPTokenizer
 
+from sidcli.diffusion.path import FlowPath
 from sidcli.files import atomic_folder, read_json, write_json
 from sidcli.formats.card import PROMPT, call, has_stock_sampler, sides, write_card
 from sidcli.formats.order import DTYPES, Order
 from sidcli.models.compatibility import SCHEDULE
 from sidcli.models.drawing import Plan, is_consistency, student_plan
+from sidcli.models.kind import tokenizer_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 
@@ -43,12 +43,18 @@ pipe = {pipeline}.from_pretrained("FOLDER"{options})
 `FOLDER` is this folder or its id on the hub. Keep the scheduler: {keep}.
 Keep `guidance_scale=0`: the model needs no guidance at inference."""
 KEEP = "its first timestep is the one this model was\ntrained at"
+KEEP_FLOW = "its shift moves the timesteps to those\nthat this model was trained at"
 KEEP_CONSISTENCY = "this model was trained for its timesteps\nand its sampling. It draws in 1 to {most} steps"
 OWN_NOISE = """```bash
 sid sample "{prompt}" --model FOLDER
 ```
 
 This model adds its own noise between its steps (`{renoise}`), which no scheduler of diffusers does."""
+SID_ONLY = """```bash
+sid sample "{prompt}" --model FOLDER
+```
+
+Other programs do not draw with this model: {problem}."""
 
 
 def student_scheduler(teacher_config: dict[str, Any], t_init: int) -> EulerDiscreteScheduler:
@@ -95,13 +101,17 @@ def scheduler_of(model: Model) -> Any:
     """Return the scheduler of diffusers that draws as a student does."""
     if is_consistency(model.card):
         return consistency_scheduler(model.scheduler_config, int(model.card["solver_steps"]))
+    if isinstance(model.path, FlowPath):  # a student starts at pure noise, as the teacher does
+        return FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config)
     return student_scheduler(model.scheduler_config, int(model.card["t_init"]))
 
 
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Save a tokenizer as tokenizer.json, and also as vocab.json and merges.txt, which other programs read."""
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as tokenizer.json, and CLIP's also as vocab.json and merges.txt, which other programs read."""
     tokenizer.save_pretrained(folder)
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    if model["type"] != "BPE":  # T5's
+        return
     write_json(folder / "vocab.json", model["vocab"])
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
@@ -120,13 +130,14 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with stock diffusers."""
-    pipe = stock(model).from_pretrained(folder, dtype=order.torch_dtype, variant=order.variant, local_files_only=True)
+    options: dict[str, Any] = {"dtype": order.torch_dtype, "variant": order.variant, "local_files_only": True}
+    pipe = stock(model).from_pretrained(folder, **options, **dict.fromkeys(model.kind.absent(model.texts)))
     return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))
 
 
 def stock(model: Model) -> Any:
     """Return the diffusers pipeline class for a model."""
-    return StableDiffusionXLPipeline if model.is_xl else StableDiffusionPipeline
+    return model.kind.pipeline(model.texts)
 
 
 def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) -> np.ndarray:
@@ -138,27 +149,20 @@ def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
     """Write a pipeline folder with the given scheduler. If `weights` is False, the weights of the networks are left out."""
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
-    tokenizers = {"tokenizer": model.tokenizers[0]}
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    if model.is_xl:
-        networks["text_encoder_2"], tokenizers["tokenizer_2"] = model.text_encoders[1], model.tokenizers[1]
-        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": model.empty_is_zero}
-    else:
-        index["safety_checker"] = [None, None]
-    for name, network in networks.items():
+    index: dict[str, Any] = {"_class_name": stock(model).__name__, **model.kind.index_entries(model)}
+    for name, network in model.networks.items():
         if weights:
             # The dtype of a copy is changed, so that the caller's network keeps its dtype.
             copy.deepcopy(network).to("cpu", order.torch_dtype).save_pretrained(folder / name, variant=order.variant)
         else:
-            network.save_config(folder / name) if name in ("unet", "vae") else network.config.save_pretrained(folder / name)
+            network.config.save_pretrained(folder / name) if name in model.texts else network.save_config(folder / name)
         described = read_json(folder / name / "config.json")
         described.pop("_name_or_path", None)  # the local path that the network was loaded from
         write_json(folder / name / "config.json", described)
         index[name] = [type(network).__module__.split(".")[0], type(network).__name__]
-    for name, tokenizer in tokenizers.items():
+    for name, tokenizer in zip(map(tokenizer_of, model.texts), model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / name)
-        index[name] = ["transformers", "CLIPTokenizer"]
+        index[name] = ["transformers", type(tokenizer).__name__]
     scheduler.save_pretrained(folder / "scheduler")
     index |= {
         "scheduler": ["diffusers", type(scheduler).__name__],
@@ -177,11 +181,15 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
     """Return Markdown that explains how to run a student's folder."""
     if not has_stock_sampler(card):
         return OWN_NOISE.format(prompt=PROMPT, renoise=card["renoise"])
+    if problem := model.kind.stock_problem(model.texts):
+        return SID_ONLY.format(prompt=PROMPT, problem=problem)
+    keep = KEEP_FLOW if isinstance(model.path, FlowPath) else KEEP
     options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"
+    absent = "".join(f", {part}=None" for part in model.kind.absent(model.texts))
     return USAGE.format(
         imports="import torch\n" if options else "",
         pipeline=stock(model).__name__,
-        options=options + (f', variant="{order.variant}"' if order.variant else ""),
+        options=options + (f', variant="{order.variant}"' if order.variant else "") + absent,
         call=call(student_plan(card), sides(model)),
-        keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else KEEP,
+        keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else keep,
     )

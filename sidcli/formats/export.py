@@ -25,7 +25,6 @@ from sidcli.formats.card import has_stock_sampler, provenance, terms_of
 from sidcli.formats.order import DEFAULT_RANK, FORMATS, Order
 from sidcli.models import official_pkl
 from sidcli.models.drawing import is_consistency
-from sidcli.models.families import build
 from sidcli.models.loading import Description, Model, describe_model, open_model
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import T_INIT, Sampler, plan_for
@@ -59,6 +58,13 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
     name, nets = known.source.name, networks(known)
     if not known.is_student:
         raise InputError(f"{name} is not a student", "export a run folder, its student/, or `emoji`")
+    if format_name not in known.kind.formats:
+        raise InputError(
+            f"{name} is {known.kind.models}, which --format {format_name} does not support",
+            f"use --format {' or '.join(known.kind.formats)}",
+        )
+    if problem := known.kind.stock_problem(known.texts):
+        raise InputError(f"{name} is not exported: {problem}", "draw with `sid sample`")
     if not has_stock_sampler(known.card):
         raise InputError(
             f"{name} adds {known.card['renoise']} noise between its steps, which no other program does",
@@ -79,8 +85,8 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
         single_file_folder.has_zero_snr(known)
     if teacher is not None:
         check_is_teacher(teacher)
-        lora.check_teacher(nets["unet"], networks(teacher)["unet"])
-    check_space(output, space(nets, format_name, order), "the export needs")
+        lora.check_teacher(nets[known.kind.component], networks(teacher)[teacher.kind.component])
+    check_space(output, space(nets, known.kind.component, format_name, order), "the export needs")
 
 
 def check_is_teacher(known: Description) -> None:
@@ -96,7 +102,7 @@ def networks(known: Description) -> dict[str, Any]:
     """
     try:
         with torch.device("meta"):
-            return {name: build(name, config) for name, config in known.networks.items()}
+            return {name: known.kind.build(name, config) for name, config in known.networks.items()}
     except Exception as error:  # an invalid config can make the libraries raise any exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -104,13 +110,13 @@ def networks(known: Description) -> dict[str, Any]:
         ) from error
 
 
-def space(nets: Mapping[str, Any], format_name: str, order: Order) -> int:
-    """Return the disk space in bytes that the weights of an export take while it is written."""
+def space(nets: Mapping[str, Any], denoiser: str, format_name: str, order: Order) -> int:
+    """Return the disk space in bytes that the weights of an export take while it is written; `denoiser` is the name of that network."""
     width = BYTES[order.dtype]
     if format_name == "lora":
-        return width * lora.size(nets["unet"], order.rank)
+        return width * lora.size(nets[denoiser], order.rank)
     sizes = {name: sum(value.numel() for value in net.parameters()) for name, net in nets.items()}
-    drawing = sizes["unet"] + sizes["vae"]
+    drawing = sizes[denoiser] + sizes["vae"]
     texts = sum(sizes.values()) - drawing
     if FORMATS[format_name].in_diffusers:
         return width * (drawing + texts)
@@ -286,16 +292,16 @@ def weights_of(file: Path, known: Description) -> dict[str, Tensor]:
     Raises InputError if the file is not a released student or its weights do not fit the described UNet.
     """
     weights = official_pkl.tensors(file)
-    official_pkl.matching(weights, networks(known)["unet"])
+    official_pkl.matching(weights, networks(known)[known.kind.component])
     return weights
 
 
 def imported(known: Description, file: Path, weights: dict[str, Tensor], base: Model) -> Model:
     """Return the student of a released .pkl file: a UNet with `weights` and the other networks of its teacher `base`."""
-    unet = copy.deepcopy(base.unet)
+    unet = copy.deepcopy(base.denoiser)
     unet.load_state_dict(weights, assign=True)
     card = known.card | {"imported": {"file": file.name, "sha256": sha256(file)}}
-    return dataclasses.replace(base, unet=unet.requires_grad_(False), card=card)
+    return dataclasses.replace(base, denoiser=unet.requires_grad_(False), card=card)
 
 
 def compare(model: Model, folder: Path, order: Order, exporter: ModuleType) -> tuple[int, int | None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sidcli.diffusion.path import DiscretePath
 from sidcli.diffusion.sampling import few_steps
 from sidcli.formats.card import PROMPT, write_card
 from sidcli.formats.diffusers_folder import save_tokenizer
@@ -20,9 +21,9 @@ from sidcli.formats.order import DTYPES, Order
 from sidcli.formats.runtime import GENERATOR
 from sidcli.models.codec import Codec
 from sidcli.models.drawing import Plan, sizes
+from sidcli.models.kind import Cond, tokenizer_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
-from sidcli.models.unet import Cond, denoise
 
 USAGE = """```python
 import numpy as np
@@ -70,18 +71,18 @@ class Drawing(nn.Module):
 
     def __init__(self, model: Model, plan: Plan, dtype: torch.dtype):
         super().__init__()
-        self.unet, self.vae = copy.deepcopy(model.unet).to(dtype), copy.deepcopy(model.vae)
+        self.denoiser, self.vae = copy.deepcopy(model.denoiser).to(dtype), copy.deepcopy(model.vae)
         self.vae.to(torch.float32 if stays_float32(model, dtype) else dtype)
-        self.path, self.plan = model.path, plan
-        assert self.path.values  # computes the cached property before the graph is traced
+        self.kind, self.path, self.plan = model.kind, model.path, plan
+        assert isinstance(self.path, DiscretePath) and self.path.values  # computed before the graph is traced
 
     def forward(self, noise: Tensor, states: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> Tensor:
         # text_embeds stay float32: the UNet concatenates them with an embedding of time_ids that is always float32 and converts the
         # result, and ONNX cannot concatenate tensors of different types.
         added = {} if text_embeds is None or time_ids is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        cond = Cond(states.to(self.unet.dtype), added)
+        cond = Cond(states.to(self.denoiser.dtype), added)
         latents = few_steps(
-            lambda x, t: denoise(self.unet, x.to(self.unet.dtype), t, cond),
+            lambda x, t: self.kind.denoise(self.denoiser, x.to(self.denoiser.dtype), t, cond),
             lambda _: noise,
             self.path,
             self.plan.grid,
@@ -124,10 +125,9 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
     function that runs the graph `name` with numpy `inputs` and returns a list of outputs.
     """
     plan = plan_for(model)
-    names = ["text_encoder", "text_encoder_2"][: len(model.text_encoders)]
     inputs: dict[str, Tensor] = {"noise": torch.zeros(2, *model.latent_shape)}
     states, lengths = [], []
-    for name, encoder, tokenizer in zip(names, model.text_encoders, model.tokenizers, strict=True):
+    for name, encoder, tokenizer in zip(model.texts, model.text_encoders, model.tokenizers, strict=True):
         text = Text(encoder, model.is_xl)
         lengths.append(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
         tokens = torch.zeros(2, lengths[-1], dtype=torch.long)
@@ -135,7 +135,7 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
         states.append(outputs if isinstance(outputs, Tensor) else outputs[0])
         titles = ["states"] if isinstance(outputs, Tensor) else ["states", "text_embeds"]
         write_one(text, {"tokens": tokens}, titles, folder / name, {"tokens": {0: "batch"}})
-        save_tokenizer(tokenizer, folder / name.replace("text_encoder", "tokenizer"))
+        save_tokenizer(tokenizer, folder / tokenizer_of(name))
         if not isinstance(outputs, Tensor):
             pooled = outputs[1]
     inputs["states"] = torch.cat(states, dim=-1)
@@ -173,7 +173,7 @@ def size_step(model: Model) -> int:
     A UNet halves its latent at every level. The size is fixed if a side becomes 1 or odd, because tracing treats a side of 1 as a
     constant and an odd side as a special case.
     """
-    step = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    step = 2 ** (len(model.denoiser.config.block_out_channels) - 1)
     sides = model.latent_shape[1:]
     return step * model.codec.factor if all(side % step == 0 and side > step for side in sides) else 0
 

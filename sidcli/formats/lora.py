@@ -152,9 +152,9 @@ def kohya(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
 
 def merged(model: Model, teacher: Model, rank: int) -> Model:
     """Return the student with the LoRA merged into the teacher's UNet; this is the model that a user of the LoRA runs."""
-    weights, _ = layers(model.unet, teacher.unet, rank)
-    unet = copy.deepcopy(model.unet)  # the config of this copy has the student's image size
-    unet.load_state_dict(teacher.unet.state_dict())
+    weights, _ = layers(model.denoiser, teacher.denoiser, rank)
+    unet = copy.deepcopy(model.denoiser)  # the config of this copy has the student's image size
+    unet.load_state_dict(teacher.denoiser.state_dict())
     values = dict(unet.named_parameters())
     for name in weights:
         if name.endswith(".lora_A.weight"):
@@ -162,7 +162,7 @@ def merged(model: Model, teacher: Model, rank: int) -> Model:
             down, up = weights[name], weights[f"{layer}.lora_B.weight"]
             value = values[f"{layer}.weight"]
             value.data += (up.flatten(1) @ down.flatten(1)).view_as(value)
-    return model.with_unet(unet)
+    return model.with_denoiser(unet)
 
 
 def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]
 
     Raises InputError if the file has no LoRA that fits the UNet.
     """
-    kind, unet = stock(teacher), copy.deepcopy(teacher.unet)
+    kind, unet = stock(teacher), copy.deepcopy(teacher.denoiser)
     try:
         options = {"unet_config": unet.config, "local_files_only": True, "return_lora_metadata": True}
         found, alphas, metadata = kind.lora_state_dict(str(file), **options)
@@ -191,12 +191,12 @@ def applied(teacher: Model, file: Path, listener: Listener) -> dict[str, Tensor]
 
 def write(folder: Path, model: Model, order: Order) -> None:
     teacher = _teacher(order)
-    weights, kept = layers(model.unet, teacher.unet, order.rank)
+    weights, kept = layers(model.denoiser, teacher.denoiser, order.rank)
     kind = stock(model)
     weights = {name: value.to(order.torch_dtype) for name, value in weights.items()}
     kind.save_lora_weights(folder, unet_lora_layers=weights)
-    header = {"ss_network_module": "networks.lora", "ss_base_model_version": BASES[family_of(model.unet.config)]}
-    named = kohya(weights, model.unet.config)
+    header = {"ss_network_module": "networks.lora", "ss_base_model_version": BASES[family_of(model.denoiser.config)]}
+    named = kohya(weights, model.denoiser.config)
     rank = next(len(value) for name, value in named.items() if name.endswith(".lora_down.weight"))
     header |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     save_tensors(named, folder / FILE, header)
@@ -234,7 +234,7 @@ def _loader(teacher: Model, order: Order) -> tuple[str, str]:
     source, dtype = teacher.source, f"dtype=torch.{DTYPES[order.dtype]}"
     name = printable(source.name)
     if source.is_file:
-        family = family_of(teacher.unet.config)
+        family = family_of(teacher.denoiser.config)
         like = LIKE[family, teacher.path.prediction]
         return f'from_single_file("TEACHER", config="CONFIG", {dtype})', (
             f" `TEACHER` is {name}; `CONFIG` is a diffusers pipeline of the same architecture ({FAMILIES[family].title}: {like})."
@@ -256,7 +256,11 @@ def _sides(model: Model, teacher: Model) -> dict[str, int]:
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with stock diffusers: the teacher's pipeline with the LoRA loaded into it."""
     teacher = _teacher(order)
-    networks: dict[str, Any] = {"unet": copy.deepcopy(teacher.unet), "vae": teacher.vae, "text_encoder": teacher.text_encoders[0]}
+    networks: dict[str, Any] = {
+        "unet": copy.deepcopy(teacher.denoiser),
+        "vae": teacher.vae,
+        "text_encoder": teacher.text_encoders[0],
+    }
     networks["tokenizer"] = teacher.tokenizers[0]
     if model.is_xl:
         networks |= {"text_encoder_2": teacher.text_encoders[1], "tokenizer_2": teacher.tokenizers[1]}

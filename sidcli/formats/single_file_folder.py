@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError
 from sidcli.files import write_json
 from sidcli.formats.card import PROMPT, sides, write_card
@@ -19,8 +20,9 @@ from sidcli.formats.diffusers_folder import run_pipeline, stock, student_schedul
 from sidcli.formats.order import Order
 from sidcli.models import single_file
 from sidcli.models.families import clip_tokenizer
-from sidcli.models.loading import Description, Model, read_path
+from sidcli.models.loading import Description, Model
 from sidcli.models.sampler import plan_for
+from sidcli.models.unet import read_path
 
 FILE = "student.safetensors"
 SCHEDULE = {
@@ -69,6 +71,7 @@ def has_zero_snr(known: Model | Description) -> bool:
     Returns False for the schedule without rescaling. A student's schedule ends at its first timestep. Raises InputError for any
     other schedule, because programs that read single files do not support it.
     """
+    assert isinstance(known.path, DiscretePath)
     own = known.path.abar
     for rescaled in (False, True):
         config = SCHEDULE | {"rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
@@ -105,11 +108,9 @@ def write(folder: Path, model: Model, order: Order) -> None:
             f"{model.source.name} has a tokenizer of its own; programs that read single files use CLIP's", "use --format diffusers"
         )
     zero_snr, prediction = has_zero_snr(model), model.path.prediction
-    names = ["unet", "vae", "text_encoder", "text_encoder_2"]
-    networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
     card = model.card | {"format": "single-file", "dtype": order.dtype}
     scheduler = SCHEDULE | {"rescale_betas_zero_snr": zero_snr, "prediction_type": prediction}
-    single_file.write(folder / FILE, networks, scheduler, {"sid.card": json.dumps(card)}, order.torch_dtype)
+    single_file.write(folder / FILE, model.networks, scheduler, {"sid.card": json.dumps(card)}, order.torch_dtype)
     levels, (height, width) = sigmas(model), model.size
     steps = workflow(FILE, levels, width, height, PROMPT, 0, prediction, zero_snr)
     write_json(folder / "comfyui_workflow.json", steps)

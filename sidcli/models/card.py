@@ -20,6 +20,8 @@ SAMPLERS = ("lcm",)
 """Samplers of students that have one of their own: multistep consistency sampling, as LCMScheduler of diffusers computes it."""
 KINDS = ("student", "teacher")
 GRAPHS = ("onnx", "openvino", "torch-export")
+MAX_SHIFT = 100
+"""Maximum shift of the timesteps of flow matching. That of published models is 3."""
 MAX_SIDE = 1 << 16
 """Maximum side of an image in pixels, and maximum number of tokens. A larger value is an error."""
 
@@ -57,6 +59,7 @@ CARD: dict[str, Rule] = {
     "sampler": _one_of(SAMPLERS),
     "solver_steps": _whole(1, MAX_TIMESTEPS),
     "guidance": NUMBER,
+    "shift": (lambda value: NUMBER[0](value) and 0 < value <= MAX_SHIFT, f"a number above 0 and at most {MAX_SHIFT}"),
     "teacher": TEXTS,
     "init": SOURCES,
     "config": OBJECT,
@@ -98,12 +101,24 @@ def place_of(path: Path) -> str:
     return str(path / "sid.json") if path.is_dir() else f"sid.card in the header of {path}"
 
 
-def check_start(card: Mapping[str, Any], place: str, timesteps: int) -> None:
-    """Raises InputError if a student starts at a timestep that its noise schedule of `timesteps` steps does not have."""
-    if card.get("kind") == "student" and card["t_init"] >= timesteps:
+def check_start(card: Mapping[str, Any], place: str, starts: tuple[int, int], sampling: Mapping[str, Any]) -> None:
+    """Raises InputError if a student starts at another timestep than those from starts[0] to starts[1] that its model has, or if its
+    card lacks the entries `sampling` of the path of the model, or contradicts them."""
+    if card.get("kind") != "student":
+        return
+    if card["t_init"] > starts[1]:
         raise InputError(
-            f"{place}: t_init is {card['t_init']}; it must be below {timesteps}, the timesteps of the model's schedule", OTHER_COPY
+            f"{place}: t_init is {card['t_init']}; it must be below {starts[1] + 1}, the timesteps of the model's schedule",
+            OTHER_COPY,
         )
+    if card["t_init"] < starts[0]:
+        raise InputError(f"{place}: t_init is {card['t_init']}; students of this model start at {starts[0]}", OTHER_COPY)
+    for entry, wanted in {"shift": None, **sampling}.items():
+        if card.get(entry) != wanted:
+            raise InputError(
+                f"{place}: {entry} is {value_text(card.get(entry))}; the scheduler of the model has {value_text(wanted)}",
+                OTHER_COPY,
+            )
 
 
 def check_agrees(card: Mapping[str, Any], place: str, start: int) -> None:

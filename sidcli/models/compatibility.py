@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sidcli.errors import InputError
@@ -92,6 +93,7 @@ BETAS: dict[str, tuple[tuple[type, ...], str]] = {
 
 MAX_LAYERS = {
     "num_hidden_layers": 100,
+    "num_layers": 120,
     "layers_per_block": 10,
     "transformer_layers_per_block": 40,
     "reverse_transformer_layers_per_block": 40,
@@ -139,44 +141,66 @@ SUPPORTED_VALUES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
 }
 """Component -> entry -> (supported values, reason why other values are not supported)."""
 
-OTHER_MODEL = "use a Stable Diffusion 1, 2 or XL model that draws from text alone"
+
+@dataclass(frozen=True)
+class Rules:
+    """What is supported of the files of a family: its pipelines, its schedulers, and the entries of its components' configurations."""
+
+    pipelines: tuple[str, ...]
+    schedulers: tuple[str, ...]
+    scheduler_hint: str
+    """What to use in place of a model with another scheduler."""
+    classes: Mapping[str, str]
+    """Component -> its class in diffusers, whose parameters are the entries that diffusers knows."""
+    accepted: Mapping[str, frozenset[str]]
+    """Component -> entries that are accepted with any value that the component's class accepts."""
+    values: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]]
+    """Component -> entry -> (supported values, reason why other values are not supported)."""
+
+
+DISCRETE = Rules(
+    PIPELINES,
+    SCHEDULERS,
+    "use a model for DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and the like: a diffusion of discrete timesteps with betas",
+    {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"},
+    ACCEPTED,
+    SUPPORTED_VALUES,
+)
+"""Stable Diffusion 1, 2 and XL."""
+OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3 model that draws from text alone"
 OTHER_COPY = "take another copy of the model"
 
 
-def check_pipeline(name: str, index: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """Raises InputError if model_index.json names an unsupported pipeline or a component, not in `parts`, that affects images."""
-    if index["_class_name"] not in PIPELINES:
-        raise InputError(f"{name} is {with_article(index['_class_name'])}, which is not supported", OTHER_MODEL)
+def check_parts(name: str, index: Mapping[str, Any], parts: Sequence[str]) -> None:
+    """Raises InputError if model_index.json names a component, not in `parts`, that affects images."""
     for part, entry in index.items():
         if part not in (*parts, *UNUSED_PARTS) and isinstance(entry, list) and entry and entry[-1] is not None:
             raise InputError(f"{name} has a part that sid cannot use: {part}, {with_article(str(entry[-1]))}", OTHER_MODEL)
 
 
-def check_scheduler_class(name: str, found: Any) -> None:
-    if found not in SCHEDULERS:
+def check_scheduler_class(name: str, found: Any, rules: Rules = DISCRETE) -> None:
+    if found not in rules.schedulers:
         reason = f": {FLOW}" if "Flow" in str(found) else ""
-        raise InputError(
-            f"{name}: the scheduler {value_text(found)} is not supported{reason}",
-            "use a model for DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and the like: a diffusion of discrete timesteps with betas",
-        )
+        raise InputError(f"{name}: the scheduler {value_text(found)} is not supported{reason}", rules.scheduler_hint)
 
 
-def check_entries(component: str, place: str, config: Mapping[str, Any]) -> None:
+def check_entries(component: str, place: str, config: Mapping[str, Any], rules: Rules = DISCRETE) -> None:
     """Raises InputError for the first entry of a component's configuration that sid does not support; `place` names the file."""
-    kind = "text_encoder" if component.startswith("text_encoder") else component
-    for entry, (allowed, reason) in SUPPORTED_VALUES[kind].items():
+    is_text = component.startswith("text_encoder")
+    kind = "text_encoder" if is_text and component not in rules.values else component
+    for entry, (allowed, reason) in rules.values[kind].items():
         if entry in config and not any(config[entry] is value or config[entry] == value for value in allowed):
             raise InputError(f"{place}: {entry} is {value_text(config[entry])}, which is not supported: {reason}", OTHER_MODEL)
     for entry, most in MAX_LAYERS.items():
         if any(type(number) is int and number > most for number in flattened(config.get(entry))):
             raise InputError(f"{place}: {entry} is {value_text(config[entry])}; {most} layers at most are built", OTHER_COPY)
-    for entry in ACCEPTED.get(kind, ()):
+    for entry in rules.accepted.get(kind, ()):
         if entry != "trained_betas" and isinstance(config.get(entry), list) and len(config[entry]) > MAX_LEVELS:
             raise InputError(f"{place}: {entry} has {len(config[entry])} values, {MAX_LEVELS} at most are read", OTHER_COPY)
-    if kind == "text_encoder":  # only the entries in families.TEXT_KEYS are read
+    if is_text:  # only the entries that `Kind.text_config` selects are read
         return
-    for entry, default in defaults(component, config).items():
-        known = entry in ACCEPTED[kind] or entry in SUPPORTED_VALUES[kind]
+    for entry, default in defaults(rules.classes.get(component) or config.get("_class_name", "DDIMScheduler")).items():
+        known = entry in rules.accepted[kind] or entry in rules.values[kind]
         if not known and config.get(entry, default) not in (default, list(default) if isinstance(default, tuple) else default):
             raise InputError(f"{place}: {entry} is {value_text(config[entry])}, which is not supported", OTHER_MODEL)
 
@@ -186,12 +210,11 @@ def flattened(value: Any) -> list[Any]:
     return [one for inner in value for one in flattened(inner)] if isinstance(value, list | tuple) else [value]
 
 
-def defaults(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that diffusers knows for a component's configuration, with their default values."""
+def defaults(name: str) -> dict[str, Any]:
+    """Return the entries that diffusers knows for the configuration of its class `name`, with their default values."""
     import diffusers
 
-    names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": config.get("_class_name", "DDIMScheduler")}
-    parameters = inspect.signature(getattr(diffusers, names[component]).__init__).parameters.values()
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not inspect.Parameter.empty}
 
 
@@ -238,7 +261,21 @@ def value_text(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a finite number."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
 def check_scale(place: str, config: Mapping[str, Any]) -> None:
     value = config.get("scaling_factor", 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or value <= 0:
         raise InputError(f"{place}: scaling_factor is {value_text(value)}; it must be a positive number", OTHER_COPY)
+
+
+def sides_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the two sides that sample_size defines, or None if it is invalid."""
+    value = config.get("sample_size")
+    sides: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        return None
+    return sides[0], sides[1]

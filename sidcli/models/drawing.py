@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import PngImagePlugin
 
-from sidcli.diffusion.grids import Renoise, consistency_grid, exit_grid
+from sidcli.diffusion.grids import Renoise, consistency_grid, even_shares, exit_grid, flow_grid
 from sidcli.errors import InputError, UsageError
 from sidcli.models.overrides import check_sampling
 from sidcli.models.sources import Source
@@ -22,16 +22,18 @@ from sidcli.progress import Progress, counted, silent
 
 @dataclass(frozen=True)
 class Plan:
-    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise DDIM with guidance.
+    """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise a teacher with guidance.
 
-    With `consistency`, the generator uses multistep consistency sampling (`diffusion.sampling.consistency_steps`).
+    With `consistency`, the generator uses multistep consistency sampling (`diffusion.sampling.consistency_steps`). `sigmas` are the
+    times of the grid before the shift of a scheduler of flow matching.
     """
 
     steps: int
     guidance: float = 0.0
-    grid: tuple[int, ...] = ()
+    grid: tuple[float, ...] = ()
     renoise: Renoise = "ddim"
     consistency: bool = field(default=False, repr=False)  # the text of a plan names cached images
+    sigmas: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def noises(self) -> int:
@@ -41,12 +43,19 @@ class Plan:
     @property
     def in_diffusers(self) -> dict[str, Any]:
         """Arguments that make a stock pipeline of diffusers take the steps of this generator with the scheduler of its export."""
-        return {"num_inference_steps": self.steps} if self.steps == 1 or self.consistency else {"timesteps": list(self.grid)}
+        if self.steps == 1 or self.consistency:
+            return {"num_inference_steps": self.steps}
+        return {"sigmas": list(self.sigmas)} if self.sigmas else {"timesteps": list(self.grid)}
+
+    @property
+    def timesteps(self) -> str:
+        """The grid as text."""
+        return ", ".join(f"{t:g}" for t in self.grid)
 
     def describe(self) -> str:
         if not self.grid:
             return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}"
-        return f"1 step at t = {self.grid[0]}" if self.steps == 1 else f"{self.steps} steps at t = {', '.join(map(str, self.grid))}"
+        return f"{counted(self.steps, 'step')} at t = {self.timesteps}"
 
 
 def student_plan(
@@ -64,8 +73,11 @@ def student_plan(
         at_most = "is a one-step model" if own == 1 else f"was trained for at most {own} steps"
         raise UsageError(f"{name} {at_most}; --steps {steps} is not possible", "leave --steps out")
     _check_guidance(guidance)
-    wanted = steps or own
-    return Plan(wanted, grid=exit_grid(int(card["t_init"]), own)[:wanted], renoise=card.get("renoise", "ddim"))
+    wanted, t_init, renoise = steps or own, int(card["t_init"]), card.get("renoise", "ddim")
+    if "shift" in card:
+        grid = flow_grid(t_init, float(card["shift"]), own)
+        return Plan(wanted, grid=grid[:wanted], renoise=renoise, sigmas=even_shares(own)[:wanted])
+    return Plan(wanted, grid=exit_grid(t_init, own)[:wanted], renoise=renoise)
 
 
 def is_consistency(card: Mapping[str, Any]) -> bool:

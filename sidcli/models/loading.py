@@ -1,4 +1,4 @@
-"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file.
+"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file, those of 3 from a folder.
 
 Only JSON and safetensors files are read, and this module selects the network classes, not the model's files. An untrusted model
 therefore cannot run code.
@@ -16,36 +16,32 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDPMScheduler
 from torch import nn
-from transformers import CLIPTokenizer
 
-from sidcli.diffusion.path import DiscretePath
+from sidcli.diffusion.path import Path as DiffusionPath
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import read_json, readable
 from sidcli.models import card as cards
 from sidcli.models import single_file
 from sidcli.models.codec import Codec, codec_factor
 from sidcli.models.compatibility import (
-    OTHER_COPY,
     OTHER_MODEL,
-    SCHEDULE,
     check_entries,
-    check_pipeline,
-    check_scale,
-    check_schedule,
+    check_parts,
     check_scheduler_class,
-    positive_integer,
     positive_integers,
+    sides_of,
     value_text,
 )
-from sidcli.models.families import FAMILIES, build, clip_tokenizer, network_class, text_config
+from sidcli.models.families import FAMILIES, clip_tokenizer
 from sidcli.models.hub import PICKLES, VARIANTS, WEIGHTS, check_weights, weights_by_variant
+from sidcli.models.kind import Kind, tokenizer_of
+from sidcli.models.kinds import kind_of, kind_of_pipeline
 from sidcli.models.overrides import Overrides
 from sidcli.models.rehearsal import rehearse
 from sidcli.models.sources import PARTS, Source, find, graph_format, read_card
-from sidcli.models.tokenizers import CLASSES as TOKENIZERS
-from sidcli.models.tokenizers import check_tokenizer, read_tokenizer
+from sidcli.models.tokenizers import check_tokenizer
+from sidcli.models.unet import UNET
 from sidcli.printable import with_article
 from sidcli.progress import Listener, Silence
 
@@ -88,18 +84,24 @@ class Description(Known):
     source: Source
     networks: dict[str, dict[str, Any]]
     scheduler_config: dict[str, Any]
-    path: DiscretePath
+    path: DiffusionPath
     card: dict[str, Any]
     empty_is_zero: bool
     size: tuple[int, int]
     """Height and width in pixels."""
-    tokenizers: tuple[CLIPTokenizer, ...]
+    tokenizers: tuple[Any, ...]
     """One tokenizer per text encoder."""
     file: single_file.SingleFile | None = None
+    kind: Kind = UNET
 
     @property
-    def texts(self) -> list[str]:
-        return [name for name in ("text_encoder", "text_encoder_2") if name in self.networks]
+    def texts(self) -> tuple[str, ...]:
+        """Names of the text encoders."""
+        return tuple(name for name in self.kind.texts if name in self.networks)
+
+    @property
+    def denoiser_config(self) -> dict[str, Any]:
+        return self.networks[self.kind.component]
 
 
 @dataclass(eq=False)
@@ -107,28 +109,42 @@ class Model(Known):
     """A text-to-image model: its networks in float32 and eval mode, its tokenizers and its configuration."""
 
     source: Source
-    unet: Any
+    denoiser: Any
     vae: Any
     text_encoders: tuple[Any, ...]
-    tokenizers: tuple[CLIPTokenizer, ...]
-    path: DiscretePath
+    tokenizers: tuple[Any, ...]
+    path: DiffusionPath
     scheduler_config: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
     empty_is_zero: bool = False
     """Whether the empty prompt is encoded as zeros, as in SDXL."""
+    texts: tuple[str, ...] = ()
+    """Names of the text encoders; by default the first ones of the kind."""
+
+    def __post_init__(self) -> None:
+        self.texts = self.texts or self.kind.texts[: len(self.text_encoders)]
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.denoiser)
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """All networks by the name of their component."""
+        return {self.kind.component: self.denoiser, "vae": self.vae, **dict(zip(self.texts, self.text_encoders, strict=True))}
 
     @property
     def is_xl(self) -> bool:
-        return len(self.text_encoders) == 2
+        return self.denoiser.config.get("addition_embed_type") == "text_time"
 
-    def with_unet(self, unet: Any) -> Model:
-        """Return the same model with another UNet."""
-        return dataclasses.replace(self, unet=unet)
+    def with_denoiser(self, denoiser: Any) -> Model:
+        """Return the same model with another denoiser."""
+        return dataclasses.replace(self, denoiser=denoiser)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent at the model's image size."""
-        return latent_shape(self.unet.config)
+        return self.kind.latent_shape(self.denoiser.config)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -140,12 +156,6 @@ class Model(Known):
     @property
     def codec(self) -> Codec:
         return Codec(self.vae)
-
-
-def latent_shape(unet_config: Any) -> tuple[int, int, int]:
-    size = unet_config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet_config["in_channels"], height, width
 
 
 def quiet_libraries() -> None:
@@ -163,8 +173,8 @@ def quiet_libraries() -> None:
 def describe(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Description:
     """Read a model's configuration, and check that all its components exist and fit together. The weights are not read.
 
-    The listener is notified if a missing prediction type is assumed. Raises InputError if the model is not Stable Diffusion 1, 2 or
-    XL, contains custom code, or needs something that sid does not compute.
+    The listener is notified if a missing prediction type is assumed. Raises InputError if the model is of no kind in `kinds`, contains
+    custom code, or needs something that sid does not compute.
     """
     try:
         with readable(source.name):
@@ -176,6 +186,7 @@ def describe(source: Source, overrides: Overrides | None = None, listener: Liste
 
 
 def _described(source: Source, overrides: Overrides, listener: Listener) -> Description:
+    kind: Kind = UNET
     if source.is_file:
         prediction = None if overrides.prediction_type == "auto" else overrides.prediction_type
         file = single_file.read(source.path, Path(overrides.model_config) if overrides.model_config else None, prediction)
@@ -193,7 +204,7 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
         if overrides.model_config:
             raise UsageError(f"--model-config describes a single file; {source.name} is a folder and describes itself")
         file = None
-        networks, scheduler_config, empty_is_zero = _read_folder(source)
+        kind, networks, scheduler_config, empty_is_zero = _read_folder(source)
         card = read_card(source)
         if not card and (start := start_of(scheduler_config)) is not None:
             listener.note(
@@ -207,39 +218,38 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
         if overrides.prediction_type != "auto":
             scheduler_config["prediction_type"] = overrides.prediction_type
         places = {name: str(source.part(name) / "config.json") for name in networks}
-    size = _size(overrides, networks, places)
-    _check_fit(source.name, networks, places)
-    path = read_path(scheduler_config)
-    cards.check_start(card, cards.place_of(source.path), path.steps)
+    size = _size(overrides, kind, networks, places)
+    kind.check_fit(source.name, networks, places)
+    path = kind.read_path(scheduler_config)
+    cards.check_start(card, cards.place_of(source.path), path.starts, path.sampling)
     if (start := start_of(scheduler_config)) is not None:
         cards.check_agrees(card, cards.place_of(source.path), start)
-    texts = [name for name in networks if name.startswith("text_encoder")]
-    tokenizers = tuple(_tokenizer(source, file, name, networks[name], places[name]) for name in texts)
+    texts = [name for name in kind.texts if name in networks]
+    tokenizers = tuple(_tokenizer(source, file, kind, name, networks[name], places[name]) for name in texts)
     if not source.is_embedded:  # a test rehearses the embedded models
-        rehearse(networks, places, latent_shape(networks["unet"]), min(tokenizer.model_max_length for tokenizer in tokenizers))
-    return Description(source, networks, scheduler_config, path, card, empty_is_zero, size, tokenizers, file)
+        rehearse(kind, networks, places, min(tokenizer.model_max_length for tokenizer in tokenizers))
+    return Description(source, networks, scheduler_config, path, card, empty_is_zero, size, tokenizers, file, kind)
 
 
-def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, Any], bool]:
-    """Return a diffusers folder's network configurations, its scheduler configuration, and whether the empty prompt is zeros."""
+def _read_folder(source: Source) -> tuple[Kind, dict[str, dict[str, Any]], dict[str, Any], bool]:
+    """Return a diffusers folder's kind, network configurations and scheduler configuration, and whether the empty prompt is zeros."""
     index = read_json(source.path / "model_index.json")
-    kind = index.get("_class_name")
-    if kind is None:
+    pipeline = index.get("_class_name")
+    if pipeline is None:
         raise InputError(
             f"{source.path / 'model_index.json'} has no _class_name",
             'add the class of the pipeline: "_class_name": "StableDiffusionPipeline"',
         )
-    if not isinstance(kind, str):
-        raise InputError(f"{source.name} brings code of its own ({kind}), which is never run", "use a model of stock classes")
-    texts = ["text_encoder", *(["text_encoder_2"] if "text_encoder_2" in index else [])]
-    if kind.startswith("StableDiffusionXL") and len(texts) == 1:
-        raise InputError(f"{source.path / 'model_index.json'} is of {with_article(kind)} and names no text_encoder_2", OTHER_MODEL)
-    names = ["unet", "vae", *texts]
+    if not isinstance(pipeline, str):
+        raise InputError(f"{source.name} brings code of its own ({pipeline}), which is never run", "use a model of stock classes")
     refuse_code(source, index)
-    check_pipeline(source.name, index, PARTS)
+    kind = kind_of_pipeline(source.name, index)
+    texts = kind.text_names(index, str(source.path / "model_index.json"))
+    names = [kind.component, "vae", *texts]
+    check_parts(source.name, index, kind.parts)
     networks = {}
     for name in names:
-        asked, wanted = _class_of(source, index, name), network_class(name).__name__
+        asked, wanted = _class_of(source, index, name), kind.network_class(name).__name__
         if asked != wanted:
             raise InputError(
                 f"{source.name}: its {name} is {with_article(asked)}, not {with_article(wanted)}", "use a stock pipeline"
@@ -253,20 +263,26 @@ def _read_folder(source: Source) -> tuple[dict[str, dict[str, Any]], dict[str, A
             )
         if "quantization_config" in networks[name]:
             raise InputError(f"{source.name}: its {name} is quantized", "use the model in half precision or better")
-        check_entries(name, str(place), networks[name])
-    for name in (text.replace("text_encoder", "tokenizer") for text in texts):
+        check_entries(name, str(place), networks[name], kind.rules)
+    for name in map(tokenizer_of, texts):
         asked = _class_of(source, index, name)
-        if asked not in TOKENIZERS:
-            raise InputError(f"{source.name}: its {name} is {with_article(asked)}, not a CLIPTokenizer", OTHER_MODEL)
-    check_scheduler_class(source.name, asked := _class_of(source, index, "scheduler"))
-    place = source.part("scheduler") / "scheduler_config.json"
-    scheduler = {"_class_name": asked} | read_json(place)
-    check_scheduler_class(str(place), scheduler["_class_name"])
-    check_entries("scheduler", str(place), scheduler)
-    check_schedule(str(place), scheduler)
+        if asked not in kind.tokenizers[name]:
+            raise InputError(f"{source.name}: its {name} is {with_article(asked)}, not a {kind.tokenizers[name][0]}", OTHER_MODEL)
+    scheduler = _read_scheduler(source, _class_of(source, index, "scheduler"), kind)
     if not source.missing:
         _check_files(source, names)
-    return networks, scheduler, bool(index.get("force_zeros_for_empty_prompt", False)) and len(texts) == 2
+    return kind, networks, scheduler, bool(index.get("force_zeros_for_empty_prompt", False)) and len(texts) == 2
+
+
+def _read_scheduler(source: Source, asked: str, kind: Kind) -> dict[str, Any]:
+    """Return the scheduler configuration of a folder whose model_index.json names the class `asked`."""
+    check_scheduler_class(source.name, asked, kind.rules)
+    place = source.part("scheduler") / "scheduler_config.json"
+    scheduler = {"_class_name": asked} | read_json(place)
+    check_scheduler_class(str(place), scheduler["_class_name"], kind.rules)
+    check_entries("scheduler", str(place), scheduler, kind.rules)
+    kind.check_schedule(str(place), scheduler)
+    return scheduler
 
 
 def start_of(scheduler: dict[str, Any]) -> int | None:
@@ -298,57 +314,6 @@ def _check_files(source: Source, names: Sequence[str]) -> None:
         check_files(source.part(name))
 
 
-def _check_fit(name: str, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> None:
-    """Raises InputError if the inputs and outputs of a model's networks do not match each other."""
-    unet, vae, text = networks["unet"], networks["vae"], networks["text_encoder"]
-    channels = positive_integer(unet, "in_channels", places["unet"])
-    latent = positive_integer({"latent_channels": 4} | vae, "latent_channels", places["vae"])
-    if channels > latent:
-        raise InputError(f"{name} takes {channels} channels in: an inpainting or editing model", OTHER_MODEL)
-    if channels < latent:
-        raise InputError(f"{name}: the UNet takes latents of {channels} channels, its VAE gives {latent}", OTHER_COPY)
-    if unet.get("out_channels", 4) != channels:
-        raise InputError(
-            f"{places['unet']}: out_channels is {unet['out_channels']} where in_channels is {channels}: "
-            "a learned variance is an output that sid does not use",
-            OTHER_MODEL,
-        )
-    check_scale(places["vae"], vae)
-    if "sample_size" in vae and _sides(vae) is None:
-        raise InputError(
-            f"{places['vae']}: sample_size is {value_text(vae['sample_size'])}, which is not an image size", OTHER_COPY
-        )
-    second = networks.get("text_encoder_2")
-    width = positive_integer(text, "hidden_size", places["text_encoder"])
-    if second:
-        width += positive_integer(second, "hidden_size", places["text_encoder_2"])
-    heard = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
-    widths = set(heard) if isinstance(heard, list) else {heard}
-    if widths != {width}:
-        raise InputError(
-            f"{name}: the UNet's cross_attention_dim {heard} does not match the text encoders' width {width}", OTHER_COPY
-        )
-    added = unet.get("addition_embed_type") == "text_time"
-    if added != bool(second):
-        have = "has no text_encoder_2" if added else "has a text_encoder_2"
-        raise InputError(
-            f"{places['unet']}: addition_embed_type is {value_text(unet.get('addition_embed_type'))}, but the model {have}",
-            OTHER_COPY,
-        )
-    if second:
-        pooled, each = (
-            positive_integer(second, "projection_dim", places["text_encoder_2"]),
-            positive_integer(unet, "addition_time_embed_dim", places["unet"]),
-        )
-        wanted = positive_integer(unet, "projection_class_embeddings_input_dim", places["unet"])
-        if wanted != pooled + 6 * each:
-            raise InputError(
-                f"{places['unet']}: projection_class_embeddings_input_dim is {wanted}; prompt and image sizes give {pooled + 6 * each}"
-                + (": an aesthetic score is an input that sid cannot give" if wanted == pooled + 5 * each else ""),
-                OTHER_MODEL,
-            )
-
-
 def refuse_code(source: Source, index: dict[str, Any]) -> None:
     """Raises InputError if a folder's JSON files name classes that are not from diffusers or transformers.
 
@@ -375,27 +340,26 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
         raise InputError(f"{file} would change the weights beside it", "merge the adapter into the model, or remove it")
 
 
-def _size(overrides: Overrides, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
-    """Return height and width in pixels, from the overrides or the model, and set the UNet's sample_size to match."""
+def _size(overrides: Overrides, kind: Kind, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
+    """Return height and width in pixels, from the overrides or the model, and set the denoiser's sample_size to match."""
     positive_integers(networks["vae"], "block_out_channels", places["vae"])
-    factor = codec_factor(networks["vae"])
+    factor, config = codec_factor(networks["vae"]), networks[kind.component]
+    step = factor * kind.patch(config)
     wanted = (overrides.height, overrides.width)
     if not all(wanted):
-        height, width = _sample_size(networks["unet"], places["unet"])
+        height, width = _sample_size(config, places[kind.component])
         wanted = (overrides.height or height * factor, overrides.width or width * factor)
     for name, side in zip(("height", "width"), wanted, strict=True):
-        if not factor <= side <= LARGEST or side % factor:
-            raise UsageError(
-                f"--{name} must be a multiple of {factor}, in which this model draws, and at most {LARGEST}, not {side}"
-            )
+        if not step <= side <= LARGEST or side % step:
+            raise UsageError(f"--{name} must be a multiple of {step}, in which this model draws, and at most {LARGEST}, not {side}")
     inner = [side // factor for side in wanted]
-    networks["unet"] = networks["unet"] | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
+    networks[kind.component] = config | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
     return wanted
 
 
 def _sample_size(config: dict[str, Any], place: str) -> tuple[int, int]:
     """Return height and width of a latent. Raises InputError if the configuration does not define them."""
-    sides, value = _sides(config), config.get("sample_size")
+    sides, value = sides_of(config), config.get("sample_size")
     if sides is None:
         raise InputError(
             f"{place}: sample_size is {value_text(value)}, which is not an image size", "pass --width and --height, in pixels"
@@ -403,15 +367,6 @@ def _sample_size(config: dict[str, Any], place: str) -> tuple[int, int]:
     if re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))) and type(value) is int and value < 64:
         return 64, 64  # diffusers before 0.9 wrote a wrong number, and stock pipelines correct it
     return sides
-
-
-def _sides(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the two sides that sample_size defines, or None if it is invalid."""
-    value = config.get("sample_size")
-    sides: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        return None
-    return sides[0], sides[1]
 
 
 def open_model(name: str, listener: Listener, known: Overrides) -> Model:
@@ -428,7 +383,7 @@ def describe_model(name: str, known: Overrides) -> Description:
 
 
 def load(source: Source, overrides: Overrides | None = None, listener: Listener | None = None) -> Model:
-    """Load the model of a source. Raises InputError if it is not a Stable Diffusion 1, 2 or XL model in safetensors."""
+    """Load the model of a source. Raises InputError if it is not a supported Stable Diffusion model in safetensors."""
     known = describe(source, overrides, listener)
     try:
         nets = {name: _network(known, name) for name in known.networks}
@@ -439,10 +394,11 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
     for name, net in nets.items():
         check_finite(known, name, net)
         net.eval().requires_grad_(False)
-    nets["unet"].register_to_config(sample_size=known.networks["unet"]["sample_size"])
+    denoiser = nets[known.kind.component]
+    denoiser.register_to_config(sample_size=known.denoiser_config["sample_size"])
     return Model(
         source,
-        nets["unet"],
+        denoiser,
         nets["vae"],
         tuple(nets[name] for name in known.texts),
         known.tokenizers,
@@ -450,22 +406,25 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
         known.scheduler_config,
         known.card,
         known.empty_is_zero,
+        known.texts,
     )
 
 
 def _network(known: Description, name: str) -> Any:
     if known.file:
         with init_empty_weights():  # only parameters stay empty; buffers that no file contains (position ids) are created
-            net = build(name, known.networks[name])
+            net = known.kind.build(name, known.networks[name])
         net.load_state_dict({key: value.float() for key, value in known.file.tensors(name).items()}, assign=True)
         return net
     folder = known.source.part(name)
     check_weights(str(folder), name, [file.name for file in folder.iterdir()])
     options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder, name)}
     if name in known.texts:  # the folder's config.json can select another implementation, even a downloaded one
-        options |= {"config": text_config(known.networks[name]), "attn_implementation": "sdpa"}
+        options |= {"config": known.kind.text_config(name, known.networks[name]), "attn_implementation": "sdpa"}
     # The libraries only warn when they initialize missing weights randomly and ignore weights that do not fit.
-    net, report = network_class(name).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    net, report = known.kind.network_class(name).from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     misshaped = [f"{key} of shape {list(found)}, where {list(wanted)} belongs" for key, found, wanted in report["mismatched_keys"]]
     spare = [key for key in report["unexpected_keys"] if not single_file.UNUSED.search(key)]
     for found, what in ((misshaped, "has"), (report["missing_keys"], "lacks"), (spare, "has no place for")):
@@ -503,11 +462,13 @@ def check_finite(known: Description, name: str, net: nn.Module) -> None:
             )
 
 
-def _tokenizer(source: Source, file: single_file.SingleFile | None, name: str, config: dict[str, Any], place: str) -> CLIPTokenizer:
+def _tokenizer(
+    source: Source, file: single_file.SingleFile | None, kind: Kind, name: str, config: dict[str, Any], place: str
+) -> Any:
     """Return the tokenizer of a text encoder. A single file has no tokenizer; the published models use CLIP's."""
-    folder = name.replace("text_encoder", "tokenizer")
+    folder = tokenizer_of(name)
     if file is None:
-        return read_tokenizer(source.part(folder), config, place)
+        return kind.read_tokenizer(name, source.part(folder), config, place)
     tokenizer = clip_tokenizer(FAMILIES[file.family].tokenizers[folder]["pad_token"])
     check_tokenizer(tokenizer, "CLIP's tokenizer", config, place)
     return tokenizer
@@ -518,23 +479,3 @@ def _stored(folder: Path, name: str) -> dict[str, Any]:
     variants = weights_by_variant(name, [file.name for file in folder.iterdir()])
     variant = next(variant for variant in VARIANTS if variant in variants)
     return {"use_safetensors": True, "local_files_only": True, "variant": variant or None}
-
-
-def read_path(scheduler_config: dict[str, Any]) -> DiscretePath:
-    """Return a scheduler configuration's diffusion path. Raises InputError for an unsupported prediction type or invalid betas."""
-    prediction = scheduler_config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
-    try:
-        scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in SCHEDULE})
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"the scheduler does not describe a noise schedule: {first_line(error)}", OTHER_COPY) from error
-    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # also rejects NaN
-        raise InputError("the scheduler does not describe a noise schedule: betas must lie between 0 and 1", OTHER_COPY)
-    path = DiscretePath.from_betas(scheduler.betas, prediction)
-    if prediction == "epsilon" and path.abar[-1] == 0:
-        raise InputError(
-            "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where no signal is left",
-            "--prediction-type v_prediction, if that is what it predicts",
-        )
-    return path

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidcli.diffusion.grids import exit_grid
+from sidcli.diffusion.path import Path
 from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan, student_plan
+from sidcli.models.kind import guided_predictions
 from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import check_sampling
-from sidcli.models.unet import TextEncoder, denoise, guided_predictions
 from sidcli.progress import Progress, counted, silent
 
 T_INIT = 625
 """Timestep of the one-step generator in the paper, with sigma / a = 2.5."""
 TEACHER_STEPS = 50
-"""Default number of DDIM steps of a teacher."""
+"""Default number of steps of a teacher."""
 
 
 def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
@@ -40,8 +40,8 @@ class Sampler:
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.encode = TextEncoder(model.text_encoders, model.tokenizers, model.size, model.empty_is_zero, device)
-        self.unet = model.unet.to(device)
+        self.encode = model.kind.encoder(model, device)
+        self.denoiser = model.denoiser.to(device)
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
         """Return `draws` tensors of standard normal latents [B, C, h, w] on the device, one seed per image."""
@@ -60,7 +60,7 @@ class Sampler:
         empty = cond if scale == 1.0 else self.encode([""])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            (predicted,) = guided_predictions(partial(denoise, self.unet), x, t, cond, empty, (scale,))
+            (predicted,) = guided_predictions(partial(self.model.kind.denoise, self.denoiser), x, t, cond, empty, (scale,))
             stepped()
             return predicted
 
@@ -97,9 +97,10 @@ class Sampler:
         return self.encode.truncated
 
 
-def untrained_plan(steps: int) -> Plan:
+def untrained_plan(path: Path, steps: int) -> Plan:
     """Return the plan of a teacher that is sampled as a student of `steps` steps, as at the start of a distillation."""
-    return Plan(steps, grid=exit_grid(T_INIT, steps))
+    first, last = path.starts
+    return Plan(steps, grid=path.student_grid(min(max(first, T_INIT), last), steps))
 
 
 def plan_for(model: Model | Description, steps: int | None = None, guidance: float | None = None) -> Plan:

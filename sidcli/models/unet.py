@@ -1,151 +1,195 @@
-"""UNets of Stable Diffusion 1, 2 and XL: conditioning, guided predictions, blocks, features and LoRA adapters.
-
-Stable Diffusion 1 and 2 have one text encoder, SDXL has two.
-"""
+"""UNets of Stable Diffusion 1, 2 and XL. Stable Diffusion 1 and 2 have one text encoder, SDXL has two."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from sidcli.diffusion.guidance import guided
-from sidcli.models.drawing import sizes
-
-LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"),
+from sidcli.diffusion.path import DiscretePath
+from sidcli.errors import InputError, first_line
+from sidcli.models import compatibility, families, tokenizers
+from sidcli.models.compatibility import (
+    OTHER_COPY,
+    OTHER_MODEL,
+    SCHEDULE,
+    check_scale,
+    positive_integer,
+    sides_of,
+    value_text,
 )
-"""Modules that get a LoRA adapter: attention, feed-forward and convolutions."""
+from sidcli.models.drawing import sizes
+from sidcli.models.kind import Cond, Head, Kind
+from sidcli.printable import with_article
 
 
-@dataclass(frozen=True)
-class Cond:
-    """Conditioning of a UNet on B prompts: `states` float32 [B, tokens, width]; for SDXL also `added`, with the pooled
-    `text_embeds` [B, P] and the sizes `time_ids` [B, 6]."""
+class Unet(Kind):
+    component, title, models = "unet", "UNet", "a Stable Diffusion 1, 2 or XL model"
+    texts = ("text_encoder", "text_encoder_2")
+    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2"), tokenizers.CLASSES)
+    rules = compatibility.DISCRETE
+    architecture = ("block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block")
+    formats = ("diffusers", "single-file", "onnx", "openvino", "torch-export", "lora")
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"),
+    )  # attention, feed-forward and convolutions
 
-    states: Tensor
-    added: Mapping[str, Tensor] = field(default_factory=dict)
+    def network_class(self, component: str) -> Any:
+        return families.network_class(component)
 
-    def __len__(self) -> int:
-        return len(self.states)
+    def text_config(self, component: str, config: Mapping[str, Any]) -> Any:
+        return families.text_config(config)
 
-    def expand(self, count: int) -> Cond:
-        """Return the cond of one prompt, repeated `count` times."""
-        return Cond(self.states.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()})
+    def pipeline(self, texts: Sequence[str]) -> Any:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    def cat(self, other: Cond) -> Cond:
-        """Return both conds as one batch, this one first."""
-        return Cond(
-            torch.cat([self.states, other.states]),
-            {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
-        )
+        return StableDiffusionXLPipeline if len(texts) == 2 else StableDiffusionPipeline
+
+    def index_entries(self, model: Any) -> dict[str, Any]:
+        if model.is_xl:
+            return {"force_zeros_for_empty_prompt": model.empty_is_zero}
+        return {"requires_safety_checker": False, "safety_checker": [None, None]}
+
+    def text_names(self, index: Mapping[str, Any], place: str) -> list[str]:
+        names = [name for name in self.texts if name in (self.texts[0], *index)]
+        if str(index["_class_name"]).startswith("StableDiffusionXL") and len(names) == 1:
+            raise InputError(f"{place} is of {with_article(index['_class_name'])} and names no text_encoder_2", OTHER_MODEL)
+        return names
+
+    def read_path(self, scheduler: Mapping[str, Any]) -> DiscretePath:
+        return read_path(scheduler)
+
+    def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:
+        compatibility.check_schedule(place, scheduler)
+
+    def check_fit(self, name: str, networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:
+        """Raises InputError if the inputs and outputs of a model's networks do not match each other."""
+        unet, vae, text = networks["unet"], networks["vae"], networks["text_encoder"]
+        channels = positive_integer(unet, "in_channels", places["unet"])
+        latent = positive_integer({"latent_channels": 4, **vae}, "latent_channels", places["vae"])
+        if channels > latent:
+            raise InputError(f"{name} takes {channels} channels in: an inpainting or editing model", OTHER_MODEL)
+        if channels < latent:
+            raise InputError(f"{name}: the UNet takes latents of {channels} channels, its VAE gives {latent}", OTHER_COPY)
+        if unet.get("out_channels", 4) != channels:
+            raise InputError(
+                f"{places['unet']}: out_channels is {unet['out_channels']} where in_channels is {channels}: "
+                "a learned variance is an output that sid does not use",
+                OTHER_MODEL,
+            )
+        check_scale(places["vae"], vae)
+        if "sample_size" in vae and sides_of(vae) is None:
+            raise InputError(
+                f"{places['vae']}: sample_size is {value_text(vae['sample_size'])}, which is not an image size", OTHER_COPY
+            )
+        second = networks.get("text_encoder_2")
+        width = positive_integer(text, "hidden_size", places["text_encoder"])
+        if second:
+            width += positive_integer(second, "hidden_size", places["text_encoder_2"])
+        heard = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
+        widths = set(heard) if isinstance(heard, list) else {heard}
+        if widths != {width}:
+            raise InputError(
+                f"{name}: the UNet's cross_attention_dim {heard} does not match the text encoders' width {width}", OTHER_COPY
+            )
+        added = unet.get("addition_embed_type") == "text_time"
+        if added != bool(second):
+            have = "has no text_encoder_2" if added else "has a text_encoder_2"
+            raise InputError(
+                f"{places['unet']}: addition_embed_type is {value_text(unet.get('addition_embed_type'))}, but the model {have}",
+                OTHER_COPY,
+            )
+        if second:
+            pooled, each = (
+                positive_integer(second, "projection_dim", places["text_encoder_2"]),
+                positive_integer(unet, "addition_time_embed_dim", places["unet"]),
+            )
+            wanted = positive_integer(unet, "projection_class_embeddings_input_dim", places["unet"])
+            if wanted != pooled + 6 * each:
+                raise InputError(
+                    f"{places['unet']}: projection_class_embeddings_input_dim is {wanted}; prompt and image sizes give {pooled + 6 * each}"
+                    + (": an aesthetic score is an input that sid cannot give" if wanted == pooled + 5 * each else ""),
+                    OTHER_MODEL,
+                )
+
+    def read_tokenizer(self, component: str, folder: Path, config: Mapping[str, Any], place: str) -> CLIPTokenizer:
+        return tokenizers.read_tokenizer(folder, config, place)
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        return 1
+
+    def encoder(self, model: Any, device: torch.device) -> ClipEncoder:
+        return ClipEncoder(model.text_encoders, model.tokenizers, model.size, model.empty_is_zero, device)
+
+    def rehearsed_cond(self, built: Mapping[str, Any], length: int) -> Cond:
+        encoders = [built[name] for name in self.texts if name in built]
+        tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+        return text_cond(encoders, [tokens] * len(encoders), (0, 0))
+
+    def meta_cond(self, networks: Mapping[str, Mapping[str, Any]]) -> Cond:
+        texts = [networks[name] for name in self.texts if name in networks]
+        states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
+        if len(texts) == 1:
+            return Cond(states)
+        pooled = torch.empty(1, texts[-1]["projection_dim"], device="meta")
+        return Cond(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
+
+    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        more: dict[str, Any] = {"added_cond_kwargs": dict(cond.added)} if cond.added else {}
+        return net(x, t, cond.states, **more).sample
+
+    def blocks(self, net: Any) -> list[nn.Module]:
+        return [*net.down_blocks, net.mid_block, *net.up_blocks]
+
+    def recomputed(self) -> tuple[type[nn.Module], ...]:
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return ResnetBlock2D, BasicTransformerBlock
+
+    def middle(self, net: Any) -> nn.Module:
+        return net.mid_block
+
+    def feature_map(self, net: Any, output: Any) -> Tensor:
+        return output
+
+    def head(self, config: Mapping[str, Any]) -> Head:
+        _, height, width = self.latent_shape(config)
+        channels = config["block_out_channels"]
+        shrunk = 2 ** (len(channels) - 1)
+        return Head(channels[-1], -(-height // shrunk), -(-width // shrunk), config["norm_num_groups"])
 
 
-def denoise(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Return the prediction [B, C, h, w] of a UNet for x_t [B, C, h, w], timesteps int64 [B] and the cond of B prompts."""
-    more: dict[str, Any] = {"added_cond_kwargs": dict(cond.added)} if cond.added else {}
-    return net(x, t, cond.states, **more).sample
+UNET = Unet()
 
 
-Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
-"""(x_t [B, C, h, w], t [B], cond of B prompts) -> prediction [B, C, h, w]."""
-
-
-def guided_predictions(denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond, scales: Sequence[float]) -> list[Tensor]:
-    """Return predictions [B, C, h, w] with classifier-free guidance, one per guidance scale, from one call of the network.
-
-    `empty` is the cond of the empty prompt [1]. The unconditional half of the batch is computed only if a scale is not 1, the
-    conditional half only if a scale is not 0.
-    """
-    if all(scale == 1.0 for scale in scales):
-        return [denoise(x_t, t, cond)] * len(scales)
-    nothing = empty.expand(len(cond))
-    if all(scale == 0.0 for scale in scales):
-        return [denoise(x_t, t, nothing)] * len(scales)
-    both = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(nothing))
-    conditional, unconditional = both.chunk(2)
-    return [guided(conditional, unconditional, scale) for scale in scales]
-
-
-def blocks(net: Any) -> list[nn.Module]:
-    """Return the blocks of a UNet in the order of its forward pass, for sharding and for a discriminator that reads features."""
-    return [*net.down_blocks, net.mid_block, *net.up_blocks]
-
-
-class Head(nn.Module):
-    """Discriminator that maps features [B, channels, h, w] to one logit per image [B], the last layers of arXiv 2405.14867.
-
-    Convolutions of stride 2 halve a side while it is above 4, and one convolution covers what remains. For maps of 8 x 8 these are the
-    layers of the published head; maps of 2 x 2 to 4 x 4 have no convolution of stride 2.
-    """
-
-    def __init__(self, channels: int, height: int, width: int, groups: int):
-        super().__init__()
-        layers: list[nn.Module] = []
-        while max(height, width) > 4:
-            stride = [2 if side > 4 else 1 for side in (height, width)]
-            kernel = [step + 2 for step in stride]
-            layers += [nn.Conv2d(channels, channels, kernel, stride, 1), nn.GroupNorm(groups, channels), nn.SiLU()]  # type: ignore[arg-type]
-            height, width = height // stride[0], width // stride[1]
-        layers += [nn.Conv2d(channels, channels, (height, width)), nn.GroupNorm(groups, channels), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).flatten()
-
-
-def add_head(net: Any) -> None:
-    """Add a discriminator that reads the middle block of a UNet, as its module `discriminator`; see `features`."""
-    size, channels = net.config.sample_size, net.config.block_out_channels
-    height, width = (size, size) if isinstance(size, int) else size
-    shrunk = 2 ** (len(channels) - 1)
-    net.discriminator = Head(channels[-1], -(-height // shrunk), -(-width // shrunk), net.config.norm_num_groups).to(net.device)
-
-
-@contextmanager
-def features(net: Any) -> Iterator[list[Tensor]]:
-    """Context that collects what a discriminator uses from each call of a UNet.
-
-    This is the output [B, channels, h, w] of the middle block or, after `add_head`, the logits [B] of the head for it. The head runs
-    inside of the call, where the weights of a sharded network are complete.
-    """
-    found: list[Tensor] = []
-    head = getattr(net, "discriminator", nn.Identity())
-    hook = net.mid_block.register_forward_hook(lambda module, inputs, output: found.append(head(output)))
+def read_path(scheduler_config: Mapping[str, Any]) -> DiscretePath:
+    """Return a scheduler configuration's diffusion path. Raises InputError for an unsupported prediction type or invalid betas."""
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"prediction type {prediction!r} is not supported", "teachers predict epsilon or v_prediction")
     try:
-        yield found
-    finally:
-        hook.remove()
+        scheduler = DDPMScheduler(**{key: value for key, value in scheduler_config.items() if key in SCHEDULE})
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"the scheduler does not describe a noise schedule: {first_line(error)}", OTHER_COPY) from error
+    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all():  # also rejects NaN
+        raise InputError("the scheduler does not describe a noise schedule: betas must lie between 0 and 1", OTHER_COPY)
+    path = DiscretePath.from_betas(scheduler.betas, prediction)
+    if prediction == "epsilon" and path.abar[-1] == 0:
+        raise InputError(
+            "a schedule with zero terminal SNR needs a teacher that predicts v: noise says nothing where no signal is left",
+            "--prediction-type v_prediction, if that is what it predicts",
+        )
+    return path
 
 
-def add_adapters(net: Any, rank: int) -> None:
-    """Add LoRA adapters of this rank to every module in LORA_TARGETS. Their output is zero at first."""
-    from peft import LoraConfig
-
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
-
-
-def merged(net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return the weights of a UNet, float32 on the CPU, with trained adapters merged into them; see `add_adapters`."""
-    copies: dict[int, Any] = {
-        id(value): nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)) for value in net.parameters()
-    }
-    twin = copy.deepcopy(net, copies)
-    add_adapters(twin, rank)
-    twin.load_state_dict(adapters, strict=False)
-    twin.fuse_lora()
-    twin.unload_lora()
-    return twin.state_dict()
-
-
-class TextEncoder:
+class ClipEncoder:
     """The text encoders of a model on a device. `truncated` counts prompts that exceed the encoders' maximum length.
 
     With two encoders (SDXL, arXiv 2307.01952) the hidden states before the last layer of both are concatenated, and the second
@@ -177,13 +221,19 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        if len(self.encoders) == 1:
-            return Cond(self.encoders[0](self.tokens(prompts, 0)).last_hidden_state)
-        outputs = [net(self.tokens(prompts, index), output_hidden_states=True) for index, net in enumerate(self.encoders)]
-        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        pooled = outputs[-1].text_embeds
-        if self.empty_is_zero:
-            said = torch.tensor([float(bool(prompt)) for prompt in prompts], device=self.device)
-            states, pooled = states * said[:, None, None], pooled * said[:, None]
-        ids = torch.tensor(sizes(*self.size), device=self.device).expand(len(prompts), -1)
-        return Cond(states, {"text_embeds": pooled, "time_ids": ids})
+        cond = text_cond(self.encoders, [self.tokens(prompts, index) for index in range(len(self.encoders))], self.size)
+        if not (self.empty_is_zero and cond.added):
+            return cond
+        said = torch.tensor([float(bool(prompt)) for prompt in prompts], device=self.device)
+        pooled = cond.added["text_embeds"] * said[:, None]
+        return Cond(cond.states * said[:, None, None], {**cond.added, "text_embeds": pooled})
+
+
+def text_cond(encoders: Sequence[Any], tokens: Sequence[Tensor], size: tuple[int, int]) -> Cond:
+    """Return the cond of B prompts from their token ids int64 [B, length] for each encoder; `size` is height and width in pixels."""
+    if len(encoders) == 1:
+        return Cond(encoders[0](tokens[0]).last_hidden_state)
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    ids = torch.tensor(sizes(*size), device=states.device).expand(len(states), -1)
+    return Cond(states, {"text_embeds": outputs[-1].text_embeds, "time_ids": ids})

@@ -109,7 +109,7 @@ class Inputs:
     turn: int
     position: int
     t_range: tuple[int, int]
-    """Timesteps are uniform in [t_range[0], t_range[1])."""
+    """Timesteps are in [t_range[0], t_range[1]), distributed as `diffusion.path.Path.draw` defines."""
     dropout: float = 0.0
     """Fraction of captions that are replaced by the empty prompt."""
     reuse: bool = False
@@ -124,7 +124,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Batch:
     """Random inputs of one micro-batch of B samples: `prompts`; `latents`, noise [B, C, h, w] for each step of the generator;
-    `noise` [B, C, h, w] and timesteps `t` int64 [B], at which scores are compared."""
+    `noise` [B, C, h, w] and timesteps `t` [B], at which scores are compared."""
 
     prompts: list[str]
     latents: list[Tensor]
@@ -271,6 +271,8 @@ class Objective(ABC):
     """Whether the student can have one step only."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Settings of the run that have no effect on this objective."""
+    discrete: ClassVar[bool] = False
+    """Whether its equations need the discrete timesteps of a diffusion, which a teacher of flow matching does not have."""
     reads: ClassVar[str]
     """Sentence for reports that explains how to read the losses."""
 

@@ -52,6 +52,7 @@ class Boot(Objective):
     emoji_settings: ClassVar = {"guidance": 3.0}
     is_one_step = True
     unused = (*FAKE_OPTIONS, "t_max")
+    discrete = True
     reads = "The loss of BOOT compares the student with its own signal at a later timestep, and does not show progress."
 
     def __init__(self, config: RunConfig, timesteps: int):

@@ -54,6 +54,7 @@ class Lcm(Objective):
     defaults: ClassVar = {"student_steps": 4}
     emoji_settings: ClassVar = {"guidance": 3.0}
     unused = (*FAKE_OPTIONS, "t_init", "t_min", "t_max", "renoise")
+    discrete = True
     reads = "The loss of LCM compares the student with its own average, and does not show progress."
 
     def __init__(self, config: RunConfig, timesteps: int):

@@ -95,14 +95,15 @@ def predict_noise(nets: Networks, batch: Batch, scale: float = 1.0) -> Tensor:
     return nets.noise(FAKE, nets.path.noised(x, batch.noise, batch.t), batch, scale)[0]
 
 
-def denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-    """Return the gradient of || eps_psi(x_t) - eps ||^2 with respect to eps_psi, and the loss as a measurement.
+def denoising_gradient(nets: Networks, noise: Tensor, batch: Batch, weight: Tensor | float = 1.0) -> tuple[Tensor, Values]:
+    """Return the gradient of `weight` || eps_psi(x_t) - eps ||^2 with respect to eps_psi, and the loss as a measurement.
 
     The loss is summed over elements and averaged over the global batch. The prediction of a network that predicts v is converted to
-    noise first: the same loss, equal to the v error weighted by a^2.
+    noise first: the same loss, equal to the v error weighted by a^2. On a path of flow matching, `Path.noise_weight` makes it the
+    error of the velocity.
     """
-    difference = noise - batch.noise
-    return difference * (2.0 / batch.size), {"fake_loss": difference.square().sum() / batch.size}
+    difference, weight = noise - batch.noise, weight * nets.path.noise_weight(batch.t)
+    return difference * (2.0 * weight / batch.size), {"fake_loss": (weight * difference.square()).sum() / batch.size}
 
 
 def health(x: Tensor, y_real: Tensor, y_fake: Tensor) -> Tensor:

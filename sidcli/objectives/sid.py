@@ -60,7 +60,7 @@ class Sid(ScoreDistillation):
             return nets.clean(role, nets.path.noised(x, batch.noise, batch.t), batch, *scales)
 
         def loss(x: Tensor, y_fake: Tensor, y_fake_target: Tensor, y_real: Tensor) -> tuple[Tensor, Values]:
-            value = generator_loss(x, y_real, y_fake, y_fake_target, s.alpha, batch.size)
+            value = generator_loss(x, y_real, y_fake, y_fake_target, s.alpha, batch.size, nets.path.loss_scale(batch.t))
             ratio = batch.share * health(x, y_real, y_fake)
             return value, {"generator_loss": value, "ratio": ratio, "sample_std": spread(x, batch)}
 
@@ -68,16 +68,19 @@ class Sid(ScoreDistillation):
         return nets.gradient_through(x, [fake, real], loss)
 
 
-def generator_loss(x: Tensor, y_real: Tensor, y_fake: Tensor, y_fake_target: Tensor, alpha: float, batch: int) -> Tensor:
+def generator_loss(
+    x: Tensor, y_real: Tensor, y_fake: Tensor, y_fake_target: Tensor, alpha: float, batch: int, scale: Tensor | None = None
+) -> Tensor:
     """Return the generator's loss, summed over elements and divided by `batch`:
 
     (y_real - y_fake) . [(y_fake_target - x) + (1 - alpha) (y_real - y_fake)] / w
 
-    y_fake is the fake score's prediction at kappa2, y_fake_target at kappa3. w is the mean absolute |x - y_real| of each sample, a
-    constant for the gradient. The gradient flows through both score networks. The value stays near zero and does not show progress.
+    y_fake is the fake score's prediction at kappa2, y_fake_target at kappa3. w is `scale` [B, 1, 1, 1] or, without it, the mean
+    absolute |x - y_real| of each sample, a constant for the gradient. The gradient flows through both score networks. The value stays
+    near zero and does not show progress.
     """
-    difference = y_real - y_fake
-    return (difference * ((y_fake_target - x) + (1.0 - alpha) * difference) / distance(x, y_real)).sum() / batch
+    difference, w = y_real - y_fake, distance(x, y_real) if scale is None else scale
+    return (difference * ((y_fake_target - x) + (1.0 - alpha) * difference) / w).sum() / batch
 
 
 def distance(x: Tensor, y_real: Tensor) -> Tensor:

@@ -94,9 +94,11 @@ class Sida(Sid):
             return nets.clean(TEACHER, nets.path.noised(x, batch.noise, batch.t), batch, s.kappa4)
 
         def loss(x: Tensor, y_fake: Tensor, y_fake_target: Tensor, logits: Tensor, y_real: Tensor) -> tuple[Tensor, Values]:
-            sid = 0.5 * s.lsg * generator_loss(x, y_real, y_fake, y_fake_target, s.alpha, batch.size)
+            scale = nets.path.loss_scale(batch.t)
+            sid = 0.5 * s.lsg * generator_loss(x, y_real, y_fake, y_fake_target, s.alpha, batch.size, scale)
             fooling = fooling_losses(logits.clamp(-LIMIT, LIMIT))
-            weighted = (fooling / distance(x, y_real).flatten()).sum() * x[0].numel() / batch.size
+            w = distance(x, y_real) if scale is None else scale
+            weighted = (fooling / w.flatten()).sum() * x[0].numel() / batch.size
             value, ratio = sid + 0.5 * gan * weighted, batch.share * health(x, y_real, y_fake)
             measured = {"generator_loss": value, "ratio": ratio, "sample_std": spread(x, batch)}
             return value, measured | {"adversarial_loss": fooling.sum() / batch.size}

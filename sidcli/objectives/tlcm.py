@@ -54,6 +54,7 @@ class Tlcm(Objective):
     emoji_defaults: ClassVar = {"student_steps": 4, "t_init": 999}
     emoji_settings: ClassVar = {"guidance": 3.0}
     unused = (*FAKE_OPTIONS, "t_min", "t_max", "renoise")
+    discrete = True
     reads = "The loss of TLCM compares the student with itself at an earlier timestep, and does not show progress."
 
     def __init__(self, config: RunConfig, timesteps: int):

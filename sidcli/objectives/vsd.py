@@ -54,6 +54,4 @@ class Vsd(OnSharedSamples):
 
 def weighted_denoising_gradient(nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
     """Return the gradient of a_t^2 || eps_psi(x_t) - eps ||^2 and the loss; see `denoising_gradient`."""
-    weight = nets.path.scale(batch.t)[0] ** 2
-    gradient, _ = denoising_gradient(nets, noise, batch)
-    return weight * gradient, {"fake_loss": (weight * (noise - batch.noise).square()).sum() / batch.size}
+    return denoising_gradient(nets, noise, batch, nets.path.scale(batch.t)[0] ** 2)

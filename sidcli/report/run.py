@@ -233,12 +233,12 @@ def _commands(run: Run) -> Commands | None:
     t_init, steps = _whole(run.student, "t_init"), run.student_steps
     if t_init is None:
         return None
-    own = {name: run.student[name] for name in ("sampler", "solver_steps") if name in run.student}
+    own = {name: run.student[name] for name in ("sampler", "solver_steps", "shift") if name in run.student}
     plan = student_plan({"t_init": t_init, "student_steps": steps, **own})
     visits = ", ".join(f"{name}={value}" for name, value in plan.in_diffusers.items())
     code = (
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(run.folder / 'student'))})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(run.folder / 'student'))}{_absent(run.folder)})\n"
         f'pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")'
     )
     model = shlex.quote(str(run.folder))
@@ -249,6 +249,14 @@ def _commands(run: Run) -> Commands | None:
             ("In diffusers (keep guidance_scale=0):", code),
             *_measuring(run, model),
         ],
+    )
+
+
+def _absent(folder: Path) -> str:
+    """Return the arguments for the text encoders and tokenizers that the student's pipeline could have and does not have."""
+    parts = _json(folder / "student" / "model_index.json")
+    return "".join(
+        f", {name}=None" for name, part in parts.items() if part == [None, None] and name.startswith(("text_encoder", "tokenizer"))
     )
 
 

@@ -146,7 +146,7 @@ def run(
     process of the run has died.
     """
     check_run(output)
-    check_teacher(teacher.source.name, teacher.is_student, teacher.path.steps, config)
+    check_teacher(teacher.source.name, teacher.is_student, teacher.path, config)
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             device = pick_device(device_name)
@@ -327,7 +327,7 @@ class Loop:
         """Measure the proxy metrics of the current student and append them to metrics.jsonl as a separate line."""
         self.proxy = self.proxy or self.open_proxy()
         with self.listener.progress("evaluate", PROXY_IMAGES + DIVERSITY_IMAGES, "images") as advance:
-            found = self.proxy.measure(student, student_plan(self.engine.objective.sampling), advance)
+            found = self.proxy.measure(student, student_plan(self.engine.sampling), advance)
         self.write({"step": self.engine.step, **found})
         self.evaluations[self.engine.step] = self.candidates[self.engine.step] = found
         self.listener.note(

@@ -31,7 +31,7 @@ HINT = "--init takes a student, a run folder, a LoRA file, or A - B; all of the 
 
 @dataclass
 class Initial:
-    """Weights of the UNet by name, a digest of the files that they are from, and the name, origin and license of each model."""
+    """Weights of the denoiser by name, a digest of the files that they are from, and the name, origin and license of each model."""
 
     weights: Mapping[str, Tensor]
     digest: str
@@ -69,13 +69,18 @@ def check(init: str, teacher: Description, listener: Listener) -> None:
     """Raises InputError if a model is not found or is of another architecture than the teacher. Reads no weights."""
     for name in names(init):
         if lora_file(name):
+            if "lora" not in teacher.kind.formats:
+                raise InputError(f"--init {name} is a LoRA, which is not read for {teacher.kind.models}", HINT)
             continue
         known = describe(find(name, listener, descriptions_only=True), None, listener)
-        ours, theirs = (_architecture(one) for one in (teacher, known))
-        other = next((entry for entry in ours if ours[entry] != theirs.get(entry)), None)
+        if known.kind is not teacher.kind:
+            raise InputError(f"--init {name} is {known.kind.models}, and the teacher is {teacher.kind.models}", HINT)
+        ours, theirs = teacher.denoiser_config, known.denoiser_config
+        other = next((entry for entry in teacher.kind.architecture if ours.get(entry) != theirs.get(entry)), None)
         if other:
             raise InputError(
-                f"--init {name}: its UNet is not that of the teacher: {other} is {theirs.get(other)}, not {ours[other]}", HINT
+                f"--init {name}: its {known.kind.title} is not that of the teacher: {other} is {theirs.get(other)}, not {ours.get(other)}",
+                HINT,
             )
         if known.path.prediction != teacher.path.prediction:
             raise InputError(
@@ -83,24 +88,18 @@ def check(init: str, teacher: Description, listener: Listener) -> None:
             )
 
 
-def _architecture(known: Description) -> dict[str, Any]:
-    """Return the entries of a UNet's configuration that determine its weights."""
-    config = known.networks["unet"]
-    return {key: config.get(key) for key in ("block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block")}
-
-
 def open_initial(init: str, teacher: Model, listener: Listener) -> Initial:
     """Return the weights that `init` describes.
 
-    Raises InputError if a model is not found, or if its weights do not fit the teacher's UNet.
+    Raises InputError if a model is not found, or if its weights do not fit the teacher's denoiser.
     """
     listener.note(f"the student starts from {init}")
     found = [_weights(name, teacher, listener) for name in names(init)]
-    own = teacher.unet.state_dict()
+    own = teacher.denoiser.state_dict()
     for name, one in zip(names(init), found, strict=True):
         wrong = next((key for key, value in own.items() if one.weights.get(key, value[..., :0]).shape != value.shape), None)
         if wrong:
-            raise InputError(f"--init {name}: {wrong} does not fit the teacher's UNet", HINT)
+            raise InputError(f"--init {name}: {wrong} does not fit the teacher's {teacher.kind.title}", HINT)
     if len(found) == 1:
         return found[0]
     (first, second), digest = found, hashlib.sha256(" ".join(one.digest for one in found).encode()).hexdigest()
@@ -114,4 +113,4 @@ def _weights(name: str, teacher: Model, listener: Listener) -> Initial:
         return Initial(lora.applied(teacher, file, listener), sha256(file), (origin,))
     source = find(name, listener)
     model = load(source, None, listener)
-    return Initial(model.unet.state_dict(), fingerprint(source), (provenance(model),))
+    return Initial(model.denoiser.state_dict(), fingerprint(source), (provenance(model),))

@@ -19,8 +19,6 @@ from unittest import mock
 import psutil
 import tomli_w
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -33,13 +31,12 @@ from sidcli.distributed import count
 from sidcli.engine import check_split, check_teacher, optimizer_bytes, state_bytes
 from sidcli.files import gigabytes
 from sidcli.formats.order import require
-from sidcli.models.drawing import sizes
-from sidcli.models.families import build
-from sidcli.models.loading import Description, describe, latent_shape
+from sidcli.models.kind import Cond
+from sidcli.models.kinds import kind_of
+from sidcli.models.loading import Description, describe
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond, add_adapters, add_head, denoise
 from sidcli.objectives.base import TEACHER, Phase, Role, branches
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
@@ -118,19 +115,19 @@ class Activations:
             self.widest = max(self.widest, size)
         return value
 
-    def enter(self, block: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(self, block: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.block = {}
-        self.inputs += inputs[0].numel() * inputs[0].element_size()
+        kept = inputs[:1] or [value for value in named.values() if isinstance(value, Tensor)]
+        self.inputs += sum(value.numel() * value.element_size() for value in kept)
 
     def leave(self, block: torch.nn.Module, inputs: Any, output: Any) -> None:
         self.largest, self.block = max(self.largest, sum((self.block or {}).values())), None
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        blocks = [
-            part for part in self.net.modules() if isinstance(part, (ResnetBlock2D, BasicTransformerBlock)) and self.recompute
-        ]
-        hooks = [part.register_forward_pre_hook(self.enter) for part in blocks]
+        kinds = kind_of(self.net).recomputed() if self.recompute else ()
+        blocks = [part for part in self.net.modules() if isinstance(part, kinds)]
+        hooks = [part.register_forward_pre_hook(self.enter, with_kwargs=True) for part in blocks]
         hooks += [part.register_forward_hook(self.leave) for part in blocks]
         attention = mock.patch(
             "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v)
@@ -153,12 +150,8 @@ FLOPS: dict[Any, int] = {}
 """Results of `forward_flops`."""
 
 
-def shapes_of(cond: Cond) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(value.shape)) for name, value in {"states": cond.states, **cond.added}.items())
-
-
 def activations(
-    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
+    denoiser: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str = "cpu", lora: int = 0
 ) -> tuple[int, int]:
     """Return the bytes that a forward pass of `rows` latents saves, and the bytes of gradients alive at once in its backward pass.
 
@@ -166,21 +159,21 @@ def activations(
     autocast the bf16 copies of weights count as part of the graph that uses them. Equal passes are counted once per process.
     """
     settings = config.teacher_bf16, config.precision, config.gradient_checkpointing
-    key = repr(dict(unet.config)), rows, settings, shapes_of(cond), trained, device_type, lora
+    key = repr(dict(denoiser.config)), rows, settings, cond.shapes, trained, device_type, lora
     if key not in COUNTED:
-        COUNTED[key] = _activations(unet, rows, config, cond, trained, device_type, lora)
+        COUNTED[key] = _activations(denoiser, rows, config, cond, trained, device_type, lora)
     return COUNTED[key]
 
 
 def _activations(
-    unet: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str, lora: int
+    denoiser: Any, rows: int, config: DistillConfig, cond: Cond, trained: bool, device_type: str, lora: int
 ) -> tuple[int, int]:
-    net = copy.deepcopy(unet).requires_grad_(trained and not lora)
+    net = copy.deepcopy(denoiser).requires_grad_(trained and not lora)
     if (lora or not trained) and config.teacher_bf16 and config.precision == "bf16":
         net = net.bfloat16()
     if lora:
         with torch.device("meta"):
-            add_adapters(net, lora)
+            kind_of(net).add_adapters(net, lora)
         if not trained:
             net.requires_grad_(False)
     meter = Activations(net, config.gradient_checkpointing)
@@ -191,18 +184,18 @@ def _activations(
 
 def forward(net: Any, rows: int, cond: Cond) -> None:
     """Run the network on `rows` latents on the meta device."""
-    x = torch.empty(rows, *latent_shape(net.config), device="meta", requires_grad=True)
-    many = cond.expand(rows)  # contiguous, because each layer that reads a view would copy it
-    many = Cond(many.states.contiguous(), dict(many.added))
-    denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
+    kind = kind_of(net)
+    x = torch.empty(rows, *kind.latent_shape(net.config), device="meta", requires_grad=True)
+    many = cond.expand(rows).contiguous()
+    kind.denoise(net, x, torch.empty(rows, dtype=torch.long, device="meta"), many)
 
 
-def forward_flops(unet: Any, cond: Cond) -> int:
+def forward_flops(denoiser: Any, cond: Cond) -> int:
     """Return the operations of a forward pass of one latent. Equal passes are counted once per process."""
-    key = repr(dict(unet.config)), shapes_of(cond)
+    key = repr(dict(denoiser.config)), cond.shapes
     if key not in FLOPS:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            forward(unet, 1, cond)
+            forward(denoiser, 1, cond)
         FLOPS[key] = counter.get_total_flops()
     return FLOPS[key]
 
@@ -211,18 +204,18 @@ def count_weights(values: Any) -> int:
     return sum(value.numel() for value in values)
 
 
-def trained_weights(unet: Any, role: Role) -> int:
-    """Return the number of weights of a UNet that are trained in a role: all, or those of its adapters and its head."""
+def trained_weights(denoiser: Any, role: Role) -> int:
+    """Return the number of weights of a denoiser that are trained in a role: all, or those of its adapters and its head."""
     if not role.lora and not role.head:
-        return count_weights(unet.parameters())
-    key = repr(dict(unet.config)), role.lora, role.head
+        return count_weights(denoiser.parameters())
+    key = repr(dict(denoiser.config)), role.lora, role.head
     if key not in TRAINED:
         with torch.device("meta"):
-            net = copy.deepcopy(unet).requires_grad_(not role.lora)
+            net, kind = copy.deepcopy(denoiser).requires_grad_(not role.lora), kind_of(denoiser)
             if role.lora:
-                add_adapters(net, role.lora)
+                kind.add_adapters(net, role.lora)
             if role.head:
-                add_head(net)
+                kind.add_head(net)
         TRAINED[key] = count_weights(value for value in net.parameters() if value.requires_grad)
     return TRAINED[key]
 
@@ -232,7 +225,7 @@ MAX_MICRO_BATCH = 32
 PEAK_SHARE = 0.19
 """Fraction of the data sheet bf16 throughput that the engine reached on an H200, without counting recomputation as work."""
 LAUNCH_SECONDS = 1.06e-3
-"""Minimum seconds of a micro-batch per weight tensor of the UNet, measured on an H200: the time to launch its kernels."""
+"""Minimum seconds of a micro-batch per weight tensor of the denoiser, measured on an H200: the time to launch its kernels."""
 RECOMPUTED, WITH_LORA = 1.5, 1.35
 """Factors by which recomputation in the backward pass, and LoRA layers, increase both the minimum time and the work."""
 
@@ -339,23 +332,13 @@ def forwards_to_draw(config: DistillConfig, known: Description) -> int:
     return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
 
 
-def meta_cond(known: Description) -> Cond:
-    """Return the cond of one prompt on the meta device."""
-    texts = [known.networks[name] for name in known.texts]
-    states = torch.empty(1, texts[0]["max_position_embeddings"], sum(text["hidden_size"] for text in texts), device="meta")
-    if len(texts) == 1:
-        return Cond(states)
-    pooled = torch.empty(1, texts[-1]["projection_dim"], device="meta")
-    return Cond(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
-
-
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of weights of the networks of a run, and the UNet on the meta device."""
+    """Numbers of weights of the networks of a run, and the denoiser on the meta device."""
 
-    unet: Any
+    denoiser: Any
     weights: int
-    """Number of weights of the UNet."""
+    """Number of weights of the denoiser."""
     roles: dict[str, tuple[Role, int]]
     """Trained networks by name, each with its number of trained weights."""
     text: int
@@ -364,12 +347,13 @@ class Sizes:
     @classmethod
     def of(cls, known: Description, config: DistillConfig) -> Sizes:
         with torch.device("meta"):
-            nets = {name: build(name, settings) for name, settings in known.networks.items()}
-        weights = count_weights(nets["unet"].parameters())
+            nets = {name: known.kind.build(name, settings) for name, settings in known.networks.items()}
+        denoiser = nets[known.kind.component]
+        weights = count_weights(denoiser.parameters())
         asked = objectives.find(config.objective.name)(config, known.path.steps).roles
-        roles = {name: (role, trained_weights(nets["unet"], role)) for name, role in asked.items()}
+        roles = {name: (role, trained_weights(denoiser, role)) for name, role in asked.items()}
         text = sum(count_weights(nets[name].parameters()) for name in known.texts)
-        return cls(nets["unet"], weights, roles, text, count_weights(nets["vae"].parameters()))
+        return cls(denoiser, weights, roles, text, count_weights(nets["vae"].parameters()))
 
     def state(self, config: DistillConfig) -> int:
         """Return the size of a checkpoint in bytes."""
@@ -383,12 +367,19 @@ class Sizes:
 
 def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     """Return the teacher's description after a check against the settings and the model of `--init`. Reads no weights."""
-    source = find(config.teacher, listener, descriptions_only=True)
+    source = find(config.teacher, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
-    check_teacher(source.name, known.card.get("kind") == "student", known.path.steps, config)
+    check_teacher(source.name, known.card.get("kind") == "student", known.path, config)
     if config.init:
         initial.check(config.init, known, listener)
     return known
+
+
+def settings_of_path(config: DistillConfig, listener: Listener) -> dict[str, Any]:
+    """Return the settings that have other defaults with the path of the teacher. Reads no weights. The listener is told where the
+    teacher is found."""
+    overrides = Overrides(config.prediction_type, config.model_config, config.width, config.height)
+    return describe(find(config.teacher, listener, descriptions_only=True), overrides).path.settings
 
 
 def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:
@@ -419,7 +410,7 @@ def phase_activations(phase: Phase, sizes: Sizes, config: DistillConfig, cond: C
         if one.gradient != "none":
             rows, lora = config.micro_batch * one.branches, 0 if one.role == TEACHER else sizes.roles[one.role][0].lora
             own = config if one.role == TEACHER or lora else dataclasses.replace(config, teacher_bf16=False)
-            graphs.append(activations(sizes.unet, rows, own, cond, one.gradient == "weights", device_type, lora))
+            graphs.append(activations(sizes.denoiser, rows, own, cond, one.gradient == "weights", device_type, lora))
     if phase.split and config.split_backward:
         return max(map(sum, graphs))
     return sum(kept for kept, _ in graphs) + max(alive for _, alive in graphs)
@@ -440,7 +431,7 @@ def make(
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     known = describe_teacher(config, listener)
     sizes = Sizes.of(known, config)
-    cond, weights = meta_cond(known), sizes.weights
+    cond, weights = known.kind.meta_cond(known.networks), sizes.weights
     moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())
     averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {
@@ -455,9 +446,9 @@ def make(
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace, peak = recorded_rate(output), sum(memory.values())
-    once = forward_flops(sizes.unet, cond)
+    once = forward_flops(sizes.denoiser, cond)
     flops = once * forwards_per_image(config, known.path.steps)
-    tensors = len(list(sizes.unet.parameters()))
+    tensors = len(list(sizes.denoiser.parameters()))
     gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else list(GPUS.values())
     return Plan(
         config=config,

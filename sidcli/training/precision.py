@@ -12,9 +12,9 @@ from sidcli.devices import has_bf16_units
 from sidcli.distributed import count
 from sidcli.engine import FP32, Arithmetic, default_arithmetic
 from sidcli.files import read_json
+from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler
-from sidcli.models.unet import denoise
 from sidcli.progress import Progress, RunListener
 from sidcli.settings import DistillConfig
 
@@ -51,7 +51,7 @@ def choose(
 def measure(teacher: Model, images: int, listener: RunListener) -> dict[Arithmetic, float]:
     """Return the seconds per image of a forward and backward pass of the teacher's denoiser on the CPU, for each candidate."""
     sampler = Sampler(teacher, torch.device("cpu"))
-    net, cond = sampler.unet, sampler.encode([""]).expand(images)
+    net, cond = sampler.denoiser, sampler.encode([""]).expand(images)
     x, t = torch.zeros(images, *teacher.latent_shape), torch.zeros(images, dtype=torch.int64)
     found: dict[Arithmetic, float] = {}
     net.requires_grad_(True)
@@ -68,7 +68,7 @@ def _pass(net: Any, inputs: tuple[Any, ...], arithmetic: Arithmetic, advance: Pr
     begun = time.perf_counter()
     with torch.enable_grad(), arithmetic.kernels():
         with arithmetic.autocast("cpu"):
-            output = denoise(net, *inputs)
+            output = kind_of(net).denoise(net, *inputs)
         torch.autograd.grad(output.float().square().mean(), [value for value in net.parameters() if value.requires_grad])
     advance(1)
     return time.perf_counter() - begun

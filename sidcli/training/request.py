@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -165,9 +166,11 @@ class Request:
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
+        usual = plan.settings_of_path(self.config(recipe), listener)
+        request = dataclasses.replace(self, start=usual | self.start)
         if self.memory == "auto" and not begun and (on_gpu or gpu):
-            return plan.choose({name: self.config(recipe) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
-        return self.config(recipe), gpu
+            return plan.choose({name: request.config(recipe) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
+        return request.config(recipe), gpu
 
 
 def check_values(settings: Mapping[str, Any], guidance: float | None, lr: float | None, images: int | None, memory: str) -> None:

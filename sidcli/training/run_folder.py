@@ -203,7 +203,7 @@ def student_card(engine: Engine, prompts: Prompts, started_from: Sequence[dict[s
     card = {
         "kind": "student",
         "method": engine.objective.method,
-        **engine.objective.sampling,
+        **engine.sampling,
         "teacher": provenance(engine.sampler.model),
         "steps_trained": engine.step,
         "images": engine.images,

@@ -38,7 +38,7 @@ class Painter:
 
     def paint(self, student: Model) -> None:
         engine = self.engine
-        self.draw("samples", Sampler(student, engine.device), student_plan(engine.objective.sampling), f"{engine.step:08d}")
+        self.draw("samples", Sampler(student, engine.device), student_plan(engine.sampling), f"{engine.step:08d}")
         if engine.step and not self.has_teacher:
             self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher")
             self.has_teacher = True

@@ -45,7 +45,7 @@ class Naive:
     def __init__(self, teacher: Model, config: DistillConfig, device: torch.device):
         self.config, self.device, self.model = config, device, teacher
         self.text = teacher.text_encoders[0].to(device)
-        self.phi = teacher.unet.to(device)
+        self.phi = teacher.denoiser.to(device)
         self.psi, self.theta = (copy.deepcopy(self.phi).requires_grad_(True) for _ in range(2))
         self.average = copy.deepcopy(self.phi)
         self.adams = [torch.optim.Adam(net.parameters(), 1e-6, betas=(0.0, 0.999)) for net in (self.psi, self.theta)]

@@ -360,7 +360,7 @@ def test_an_export_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) ->
 
 @pytest.mark.check(21)
 def test_a_released_pickle_becomes_a_student_and_a_hostile_one_an_error(sd_folder: Path, tmp_path: Path) -> None:
-    own = load(find(str(sd_folder))).unet
+    own = load(find(str(sd_folder))).denoiser
     unet = UNet2DConditionModel.from_config({name: value for name, value in own.config.items() if not name.startswith("_")})
     unet.load_state_dict(own.state_dict())
     (tmp_path / "batch512_cfg1.51.51.5_t600_8806_v2.pkl").write_bytes(pickle.dumps({"ema": unet}))
@@ -369,7 +369,7 @@ def test_a_released_pickle_becomes_a_student_and_a_hostile_one_an_error(sd_folde
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path / "student" / "sid.json").read_text())
     assert card["t_init"] == 600 and card["imported"]["file"] == released[1]
-    exported = load(find(str(tmp_path / "student"))).unet.state_dict()
+    exported = load(find(str(tmp_path / "student"))).denoiser.state_dict()
     assert all(torch.equal(exported[name], value) for name, value in unet.state_dict().items())
     (tmp_path / "bad.pkl").write_bytes(b"cposix\nsystem\n(S'touch canary'\ntR.")
     refused = sid("export", "bad.pkl", "--teacher", str(sd_folder), "-o", "other", cwd=tmp_path)

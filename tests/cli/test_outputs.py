@@ -404,7 +404,7 @@ def test_an_export_holds_every_weight_bit_for_bit_and_draws_what_sample_draws(tm
     assert sid("export", "emoji", "-o", tmp_path / "student", "-q") == 0
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "student", torch_dtype=torch.float32)
     ours = load(find("emoji"))
-    for theirs, net in ((pipe.unet, ours.unet), (pipe.vae, ours.vae), (pipe.text_encoder, ours.text_encoders[0])):
+    for theirs, net in ((pipe.unet, ours.denoiser), (pipe.vae, ours.vae), (pipe.text_encoder, ours.text_encoders[0])):
         weights = theirs.state_dict()
         assert weights.keys() == net.state_dict().keys()
         assert all(torch.equal(weights[name], value) for name, value in net.state_dict().items())

@@ -2,14 +2,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-from sidcli.diffusion.grids import consistency_grid
+from sidcli.diffusion.grids import consistency_grid, even_shares
 from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.path import DiscretePath, FlowPath, Prediction
 from sidcli.diffusion.sampling import consistency_steps, consistent, every, few_steps, many_steps
 from sidcli.errors import InputError
-from sidcli.models.loading import read_path
+from sidcli.models.unet import read_path
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
@@ -155,3 +155,14 @@ def test_the_consistency_function_is_the_identity_at_timestep_0() -> None:
     assert torch.equal(found[0], x_t[0])
     torch.testing.assert_close(found[1], (0.25 * x_t[1] + 10 * 100.25**0.5 * x[1]) / 100.25)
     torch.testing.assert_close(found[1], consistent(x[1:2], x_t[1:2], 1)[0])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_timesteps_of_flow_matching_are_those_of_diffusers(shift: float) -> None:
+    scheduler, path = FlowMatchEulerDiscreteScheduler(shift=shift), FlowPath(1000, shift)
+    for steps in (1, 2, 7):
+        scheduler.set_timesteps(steps)
+        torch.testing.assert_close(scheduler.timesteps, torch.tensor(path.teacher_grid(steps)))
+        scheduler.set_timesteps(sigmas=list(even_shares(steps)))
+        torch.testing.assert_close(scheduler.timesteps, torch.tensor(path.student_grid(1000, steps)))
+    assert path.student_grid(1000, 4) == pytest.approx((1000, 900, 750, 500) if shift == 3.0 else (1000, 750, 500, 250))

@@ -61,7 +61,7 @@ def through_a_single_file(folder: Path, file: Path) -> Model:
     """A pipeline's folder written as a single file, and the model read again from there alone."""
     model = load(find(str(folder)))
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
-    networks = dict(zip(names, [model.unet, model.vae, *model.text_encoders], strict=False))
+    networks = dict(zip(names, [model.denoiser, model.vae, *model.text_encoders], strict=False))
     single_file.write(file, networks, model.scheduler_config, {}, torch.float32)
     return load(find(str(file)))
 
@@ -392,8 +392,8 @@ def test_the_share_that_a_loras_card_names_is_what_its_file_keeps(family: str, t
     teacher, student = tiny_students.make(tmp_path, family)
     card = exported(student, "lora", tmp_path / "out", Order(rank=2, teacher=teacher))
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
-    before, total, lost = dict(teacher.unet.named_parameters()), 0.0, 0.0
-    for name, after in student.unet.named_parameters():
+    before, total, lost = dict(teacher.denoiser.named_parameters()), 0.0, 0.0
+    for name, after in student.denoiser.named_parameters():
         difference = after - before[name]
         total += float(difference.square().sum())
         layer = f"unet.{name.removesuffix('.weight')}"
@@ -408,7 +408,7 @@ def test_the_share_that_a_loras_card_names_is_what_its_file_keeps(family: str, t
 def test_the_card_of_a_lora_loads_the_teacher_that_was_used(tmp_path: Path) -> None:
     teacher, student = tiny_students.make(tmp_path, "sd2", (16, 24))
     names = ["unet", "vae", "text_encoder"]
-    networks = dict(zip(names, [teacher.unet, teacher.vae, *teacher.text_encoders], strict=True))
+    networks = dict(zip(names, [teacher.denoiser, teacher.vae, *teacher.text_encoders], strict=True))
     single_file.write(tmp_path / "one.safetensors", networks, teacher.scheduler_config, {}, torch.float32)
     alone = load(find(str(tmp_path / "one.safetensors")))
     card = exported(student, "lora", tmp_path / "single", Order(rank=10_000, teacher=alone))
@@ -551,7 +551,7 @@ def test_a_pickle_that_is_not_there_or_has_a_student_for_a_teacher_is_told_befor
 
 def test_the_disk_that_an_export_needs_is_what_it_takes(pair: tuple[Model, Model], tmp_path: Path) -> None:
     teacher, student = pair
-    nets = {"unet": student.unet, "vae": student.vae} | dict(
+    nets = {"unet": student.denoiser, "vae": student.vae} | dict(
         zip(("text_encoder", "text_encoder_2"), student.text_encoders, strict=False)
     )
     for form in ("diffusers", "single-file", "lora"):
@@ -559,7 +559,7 @@ def test_the_disk_that_an_export_needs_is_what_it_takes(pair: tuple[Model, Model
         exported(student, form, tmp_path / form, order)
         weights = [load_file(file) for file in (tmp_path / form).rglob("*.safetensors")]
         taken = sum(value.numel() * value.element_size() for file in weights for value in file.values())
-        assert export.space(nets, form, order) == pytest.approx(taken, rel=0.01), form
+        assert export.space(nets, "unet", form, order) == pytest.approx(taken, rel=0.01), form
 
 
 def test_a_size_that_diffusers_does_not_draw_is_told_before_a_weight_is_read(tmp_path: Path) -> None:
@@ -572,7 +572,7 @@ def test_a_size_that_diffusers_does_not_draw_is_told_before_a_weight_is_read(tmp
 
 def test_no_configuration_names_the_folder_that_a_network_was_read_from(plain: Model, tmp_path: Path) -> None:
     exported(plain, "diffusers", tmp_path / "out")
-    assert str(plain.source.folder) in str(plain.unet.config["_name_or_path"])
+    assert str(plain.source.folder) in str(plain.denoiser.config["_name_or_path"])
     configurations = list((tmp_path / "out").rglob("config.json"))
     assert len(configurations) == 3 and not any("_name_or_path" in file.read_text() for file in configurations)
 
@@ -609,12 +609,12 @@ def test_a_student_trained_as_a_lora_leaves_as_one_of_its_rank_that_draws_the_sa
 def test_a_lora_of_full_rank_is_the_student_in_every_weight_that_it_can_change(pair: tuple[Model, Model]) -> None:
     teacher, student = pair
     whole = lora.merged(student, teacher, 10_000)
-    wanted = dict(student.unet.named_parameters())
-    for name, value in whole.unet.named_parameters():
+    wanted = dict(student.denoiser.named_parameters())
+    for name, value in whole.denoiser.named_parameters():
         if value.ndim in (2, 4) and name.endswith(".weight"):
             torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
-    _, little = lora.layers(student.unet, teacher.unet, 1)
-    _, much = lora.layers(student.unet, teacher.unet, 8)
+    _, little = lora.layers(student.denoiser, teacher.denoiser, 1)
+    _, much = lora.layers(student.denoiser, teacher.denoiser, 8)
     assert 0 < little < much <= 1
 
 
@@ -694,7 +694,7 @@ def test_overwrite_replaces_exports_and_nothing_else(tmp_path: Path) -> None:
 def test_a_lora_is_taken_from_a_teacher_that_needs_to_be_described(config: DistillConfig, tmp_path: Path) -> None:
     folder = tiny_students.write_teacher(tmp_path / "teacher", "sd2")
     model = load(find(str(folder)))
-    networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    networks = {"unet": model.denoiser, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     file = tmp_path / "bare.safetensors"
     single_file.write(file, networks, model.scheduler_config, {}, torch.float32)
     strip_header(file)

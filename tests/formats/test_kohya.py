@@ -79,8 +79,8 @@ def changes(unet: UNet2DConditionModel, file: Path) -> dict[str, torch.Tensor]:
 def test_the_file_changes_the_teacher_as_the_lora_of_diffusers_does(family: str, tmp_path: Path) -> None:
     teacher, student = tiny_students.make(tmp_path, family)
     export.run(student, "lora", tmp_path / "out", Order(rank=4, teacher=teacher), False, lambda count: None)
-    added = changes(teacher.unet, tmp_path / "out" / lora.FILE)
-    merged, before = dict(lora.merged(student, teacher, 4).unet.named_parameters()), dict(teacher.unet.named_parameters())
+    added = changes(teacher.denoiser, tmp_path / "out" / lora.FILE)
+    merged, before = dict(lora.merged(student, teacher, 4).denoiser.named_parameters()), dict(teacher.denoiser.named_parameters())
     assert added.keys() == {name for name, value in before.items() if lora.fits(name, value)}
     for name, value in added.items():
         assert torch.allclose(before[name] + value, merged[name], atol=1e-6)
@@ -93,9 +93,9 @@ def test_the_file_changes_the_teacher_as_the_lora_of_diffusers_does(family: str,
 
 def attention(model: Model, teacher: Model) -> Model:
     """The student with the teacher's weights in every layer but those that diffusers reads under kohya's names."""
-    unet = model.unet
+    unet = model.denoiser
     kept = {name: value for name, value in unet.state_dict().items() if ".attn" in name and name.endswith(".weight")}
-    unet.load_state_dict(teacher.unet.state_dict() | kept)
+    unet.load_state_dict(teacher.denoiser.state_dict() | kept)
     return model
 
 

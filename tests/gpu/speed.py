@@ -28,9 +28,10 @@ from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.models.drawing import Plan
 from sidcli.models.families import FAMILIES, build, clip_tokenizer
-from sidcli.models.loading import Model, load, quiet_libraries, read_path
+from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sampler import Sampler
 from sidcli.models.sources import Source, find
+from sidcli.models.unet import read_path
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, PRESETS, DistillConfig
 from sidcli.training import plan
@@ -97,7 +98,7 @@ class Lab:
 def forward_flops(model: Model) -> int:
     """FLOP of one forward of one latent, counted on the meta device."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(model.unet.config)
+        unet = UNet2DConditionModel.from_config(model.denoiser.config)
     cond = plan.Cond(torch.empty(1, 77, int(unet.config["cross_attention_dim"]), device="meta"))
     if model.is_xl:
         projection = int(model.text_encoders[1].config.projection_dim)

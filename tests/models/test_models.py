@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sidcli.models.codec import Codec
+from sidcli.models.kind import Cond, guided_predictions
 from sidcli.models.loading import Model
-from sidcli.models.unet import Cond, blocks, denoise, features, guided_predictions
+from sidcli.models.unet import UNET
 
 
 def test_a_codec_scales_and_shifts_latents_as_diffusers_does_and_undoes_it_when_it_decodes(sd: Model) -> None:
@@ -33,15 +34,15 @@ def test_a_decoded_value_that_is_not_finite_is_nan_and_the_others_stay(value: fl
 
 
 def test_guidance_runs_the_network_on_no_more_than_its_scales_need(sd: Model) -> None:
-    x, t, width = torch.randn(2, *sd.latent_shape), torch.tensor([300, 700]), sd.unet.config.cross_attention_dim
+    x, t, width = torch.randn(2, *sd.latent_shape), torch.tensor([300, 700]), sd.denoiser.config.cross_attention_dim
     cond, empty = Cond(torch.randn(2, 77, width)), Cond(torch.randn(1, 77, width))
     rows: list[int] = []
 
     def counted(x: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
         rows.append(len(x))
-        return denoise(sd.unet, x, t, cond)
+        return UNET.denoise(sd.denoiser, x, t, cond)
 
-    conditional, unconditional = denoise(sd.unet, x, t, cond), denoise(sd.unet, x, t, empty.expand(2))
+    conditional, unconditional = UNET.denoise(sd.denoiser, x, t, cond), UNET.denoise(sd.denoiser, x, t, empty.expand(2))
     for scales, count in (((1.0,), 2), ((0.0, 0.0), 2), ((1.0, 3.0), 4)):
         found = guided_predictions(counted, x, t, cond, empty, scales)
         assert rows.pop() == count
@@ -52,10 +53,10 @@ def test_guidance_runs_the_network_on_no_more_than_its_scales_need(sd: Model) ->
 
 @pytest.mark.parametrize("name", ["mid_block", "down_blocks.0"])
 def test_blocks_are_the_networks_own_and_features_are_those_of_the_middle(name: str, sd: Model) -> None:
-    assert sd.unet.get_submodule(name) in blocks(sd.unet)
-    x, cond = torch.randn(2, *sd.latent_shape), Cond(torch.randn(2, 77, sd.unet.config.cross_attention_dim))
-    with features(sd.unet) as collected:
-        denoise(sd.unet, x.requires_grad_(), torch.tensor([3, 5]), cond)
+    assert sd.denoiser.get_submodule(name) in UNET.blocks(sd.denoiser)
+    x, cond = torch.randn(2, *sd.latent_shape), Cond(torch.randn(2, 77, sd.denoiser.config.cross_attention_dim))
+    with UNET.features(sd.denoiser) as collected:
+        UNET.denoise(sd.denoiser, x.requires_grad_(), torch.tensor([3, 5]), cond)
     (found,) = collected
-    assert found.shape[:2] == (2, sd.unet.config.block_out_channels[-1]) and found.requires_grad
-    assert not sd.unet.mid_block._forward_hooks
+    assert found.shape[:2] == (2, sd.denoiser.config.block_out_channels[-1]) and found.requires_grad
+    assert not sd.denoiser.mid_block._forward_hooks

@@ -137,7 +137,7 @@ def test_a_file_of_another_program_is_read_by_a_folder_of_descriptions(
 
 def test_the_shipped_student_survives_in_half_precision(tmp_path: Path) -> None:
     model = load(find("emoji"))
-    parts = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoders[0]}
+    parts = {"unet": model.denoiser, "vae": model.vae, "text_encoder": model.text_encoders[0]}
     write(tmp_path / "emoji.safetensors", parts, model.scheduler_config, {"sid.t_init": "625"}, torch.float16)
     found = read(tmp_path / "emoji.safetensors")
     for name, network in parts.items():

@@ -76,7 +76,7 @@ def test_exported_graphs_are_no_model(copied: Path) -> None:
 def test_half_precision_files_serve_where_there_are_no_others(copied: Path) -> None:
     for name in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         (copied / f"{name}.safetensors").rename(copied / f"{name}.fp16.safetensors")
-    assert load(find(str(copied))).unet.dtype == torch.float32
+    assert load(find(str(copied))).denoiser.dtype == torch.float32
 
 
 def test_what_the_user_says_about_the_prediction_wins(copied: Path) -> None:

@@ -14,9 +14,10 @@ from sidcli import objectives
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import UsageError
+from sidcli.models.kind import Head
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
-from sidcli.models.unet import Head, add_head, features
+from sidcli.models.unet import UNET
 from sidcli.objectives.adversarial import divergence_weight
 from sidcli.objectives.base import FAKE, GENERATOR, Batch
 from sidcli.progress import Silence
@@ -234,7 +235,7 @@ def test_training_goes_on_bit_for_bit_from_saved_tensors(folder: Path, config: D
     if name == "dmd2":
         moved = [key for key, value in one["fake_score"].items() if not torch.equal(value, saved["fake_score"][key])]
         assert any(key.startswith("discriminator.") for key in moved)
-    assert not any("discriminator" in key for key in whole.student().unet.state_dict())
+    assert not any("discriminator" in key for key in whole.student().denoiser.state_dict())
 
 
 @pytest.mark.parametrize("lora", [0, 2])
@@ -307,7 +308,7 @@ def test_without_guidance_on_captions_the_discriminator_reads_none(model: Model,
         found = phase_of(built, FAKE).forward(built.nets, batch)
         assert batch.real is not None and batch.real.samples is not None
         net, nothing = built.roles[FAKE].net, built.empty.states.expand(2, -1, -1)
-        with features(net) as seen:
+        with UNET.features(net) as seen:
             net(built.path.noised(batch.real.samples, batch.noise, batch.t), batch.t, nothing)
     torch.testing.assert_close(found[2], seen[0].mean(1))
     with pytest.raises(UsageError, match="reads captions where it is trained and none where it is used") as refused:
@@ -323,9 +324,9 @@ def test_the_head_is_the_published_one_for_maps_of_eight_and_fits_others(model: 
     assert convolutions == [((4, 4), (2, 2)), ((4, 4), (1, 1)), ((1, 1), (1, 1))]
     for height, width in ((1, 1), (2, 2), (4, 4), (5, 7), (8, 3), (9, 1), (32, 32), (16, 24)):
         assert Head(8, height, width, 2)(torch.randn(3, 8, height, width)).shape == (3,)
-    add_head(model.unet)
-    with features(model.unet) as found:
-        model.unet(torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 77, 32))
+    UNET.add_head(model.denoiser)
+    with UNET.features(model.denoiser) as found:
+        model.denoiser(torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 77, 32))
     assert found[0].shape == (2,)
 
 

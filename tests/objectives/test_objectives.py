@@ -1,6 +1,7 @@
 """The losses against a naive float64 version written straight from the equations of arXiv 2406.01561."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from sidcli import objectives
 from sidcli.data.prompts import open_prompts
+from sidcli.diffusion.path import DiscretePath
 from sidcli.engine import Engine
 from sidcli.errors import UsageError
 from sidcli.models.loading import Model
@@ -50,7 +52,8 @@ def test_the_fake_score_loss_sums_over_elements_and_averages_over_the_batch() ->
     zeros, t = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
     batch = Batch(["a cat", "a dog"], [zeros], torch.ones(2, 4, 8, 8), t, size=4)  # half of the global batch
     predicted = torch.full((2, 4, 8, 8), 3.0, requires_grad=True)
-    gradient, values = scores.denoising_gradient(None, predicted.detach(), batch)  # type: ignore[arg-type]
+    nets: Any = SimpleNamespace(path=DiscretePath(torch.linspace(0.9, 0.1, 3).double(), "epsilon"))
+    gradient, values = scores.denoising_gradient(nets, predicted.detach(), batch)
     loss = (predicted - batch.noise).square().sum() / 4
     assert values["fake_loss"] == loss == 2 * 4 * 4 * 8 * 8 / 4
     assert torch.equal(gradient, torch.autograd.grad(loss, predicted)[0])

@@ -359,7 +359,7 @@ def test_the_target_network_is_the_average_of_the_student_after_each_update(
 
 def test_the_target_network_starts_as_the_student_does(sd_folder: Path, config: DistillConfig) -> None:
     model, given = load(find(str(sd_folder))), dataclasses.replace(config, objective=objectives.Lcm.Settings())
-    start = {name: value + 0.1 for name, value in model.unet.state_dict().items()}
+    start = {name: value + 0.1 for name, value in model.denoiser.state_dict().items()}
     built = Engine(model, given, open_prompts("general"), CPU, start=start)
     for file in ("generator", "target", "average"):
         assert all(torch.equal(value, start[name]) for name, value in built.tensors()[file].items())

@@ -23,10 +23,10 @@ from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError,
 from sidcli.files import check_unlocked, locked
 from sidcli.formats import export
 from sidcli.formats.order import Order
+from sidcli.models.kind import Cond
 from sidcli.models.loading import Model, load
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find, read_card
-from sidcli.models.unet import Cond
 from sidcli.progress import silent
 from sidcli.report.page import Commands
 from sidcli.report.run import run_sections

@@ -45,9 +45,9 @@ def test_a_run_starts_from_the_weights_of_a_student_and_its_record_names_it(
     teacher, student, folder = pair
     options = {"steps": 1, "batch_size": 2, "lr": 1e-12, "precision": "fp32", "prompts": "general"}
     result = api.distill(teacher.source.path, tmp_path / "run", init=folder, listener=Quiet(), **options)
-    trained = load(find(str(result.run))).unet.state_dict()
-    assert all(torch.allclose(value, trained[name], atol=1e-6) for name, value in student.unet.state_dict().items())
-    assert any(not torch.allclose(value, trained[name], atol=1e-3) for name, value in teacher.unet.state_dict().items())
+    trained = load(find(str(result.run))).denoiser.state_dict()
+    assert all(torch.allclose(value, trained[name], atol=1e-6) for name, value in student.denoiser.state_dict().items())
+    assert any(not torch.allclose(value, trained[name], atol=1e-3) for name, value in teacher.denoiser.state_dict().items())
     told = json.loads((result.run / "student" / "sid.json").read_text())
     assert told["config"]["init"] == str(folder)
     (source,) = told["init"]
@@ -90,7 +90,7 @@ def test_a_lora_starts_at_the_teacher_with_it_merged_under_the_names_of_diffuser
     teacher, student = tiny_students.make(tmp_path, family)
     export.run(student, "lora", tmp_path / "lora", Order(rank=4, teacher=teacher), False, lambda count: None)
     check(str(tmp_path / "lora"), known(teacher), Silence())
-    wanted = lora.merged(student, teacher, 4).unet.state_dict()
+    wanted = lora.merged(student, teacher, 4).denoiser.state_dict()
     found = open_initial(str(tmp_path / "lora"), teacher, Silence())
     assert found.weights.keys() == wanted.keys()
     assert all(torch.allclose(value, wanted[name], atol=1e-5) for name, value in found.weights.items())
@@ -105,7 +105,7 @@ def test_a_lora_with_kohyas_names_is_read_too_and_what_it_changes_beside_the_une
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     texts = {f"{text}.lora_down.weight": torch.randn(2, 16), f"{text}.lora_up.weight": torch.randn(16, 2)}
     texts[f"{text}.alpha"] = torch.tensor(2.0)
-    save_file(lora.kohya(weights, teacher.unet.config) | texts, tmp_path / "other.safetensors")
+    save_file(lora.kohya(weights, teacher.denoiser.config) | texts, tmp_path / "other.safetensors")
     notes: list[str] = []
 
     class Notes(Silence):
@@ -113,7 +113,7 @@ def test_a_lora_with_kohyas_names_is_read_too_and_what_it_changes_beside_the_une
             notes.append(text)
 
     found = open_initial(str(tmp_path / "other.safetensors"), teacher, Notes()).weights
-    for name, value in teacher.unet.state_dict().items():
+    for name, value in teacher.denoiser.state_dict().items():
         added = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"] if name == f"{layer}.weight" else 0
         assert torch.allclose(found[name], value + added, atol=1e-5)
     assert any("also changes text_encoder" in note for note in notes)
@@ -122,25 +122,25 @@ def test_a_lora_with_kohyas_names_is_read_too_and_what_it_changes_beside_the_une
 def test_the_alpha_in_the_header_of_a_lora_scales_it(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
     teacher, _, _ = pair
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    adapted = copy.deepcopy(teacher.unet)
+    adapted = copy.deepcopy(teacher.denoiser)
     adapted.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False))
     weights = get_peft_model_state_dict(adapted)
     header = {"unet_lora_adapter_metadata": adapted.peft_config["default"].to_dict()}
     stock(teacher).save_lora_weights(tmp_path, unet_lora_layers=weights, **header)
     found = open_initial(str(tmp_path), teacher, Silence()).weights[f"{name}.weight"]
     added = 4 * weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
-    assert torch.allclose(found, teacher.unet.state_dict()[f"{name}.weight"] + added, atol=1e-5)
+    assert torch.allclose(found, teacher.denoiser.state_dict()[f"{name}.weight"] + added, atol=1e-5)
 
 
 def test_a_difference_of_two_models_is_added_to_the_teacher(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
     teacher, student, folder = pair
-    other = dataclasses.replace(teacher, unet=tiny_students.student_of(teacher).unet)
+    other = dataclasses.replace(teacher, denoiser=tiny_students.student_of(teacher).denoiser)
     with torch.no_grad():
-        for value in other.unet.parameters():
+        for value in other.denoiser.parameters():
             value.mul_(0.5)
     found = open_initial(f"{folder} - {teacher.source.path}", other, Silence()).weights
     for name, value in found.items():
-        wanted = other.unet.state_dict()[name] + student.unet.state_dict()[name] - teacher.unet.state_dict()[name]
+        wanted = other.denoiser.state_dict()[name] + student.denoiser.state_dict()[name] - teacher.denoiser.state_dict()[name]
         assert torch.allclose(value, wanted, atol=1e-6)
 
 

@@ -15,9 +15,10 @@ from diffusers import UNet2DConditionModel
 from sidcli.data.prompts import open_prompts
 from sidcli.engine import Engine
 from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.models.kind import Cond
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
-from sidcli.models.unet import Cond, denoise
+from sidcli.models.unet import UNET
 from sidcli.objectives.sid import SidSettings
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig
@@ -80,9 +81,9 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
 
     x, t, cond = torch.randn(4, *sd.latent_shape), torch.full((4,), 500), engine.sampler.encode(["a cat"] * 4)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.arithmetic.autocast("cpu"):
-        alive = denoise(engine.roles["generator"].net, x, t, cond)
+        alive = UNET.denoise(engine.roles["generator"].net, x, t, cond)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(sd.unet.config)
+        unet = UNet2DConditionModel.from_config(sd.denoiser.config)
     counted, _ = plan.activations(unet, 4, config, Cond(torch.empty(1, 77, 32, device="meta")), trained=True)
     assert alive.requires_grad and counted == pytest.approx(sum(kept.values()), rel=0.1)
 

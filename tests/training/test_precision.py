@@ -33,7 +33,7 @@ def test_a_cpu_with_bf16_units_computes_as_the_fastest_measured_candidate(
     chosen, seconds = precision.choose(sd, auto, CPU, record, Silence())
     assert set(seconds) == {"fp32", "bf16", "bf16, math attention"} and all(value > 0 for value in seconds.values())
     assert seconds[chosen.name] == min(seconds.values())
-    assert not any(value.requires_grad for value in sd.unet.parameters()), "the teacher is frozen again"
+    assert not any(value.requires_grad for value in sd.denoiser.parameters()), "the teacher is frozen again"
     named, unmeasured = precision.choose(sd, dataclasses.replace(config, precision="bf16"), CPU, record, Silence())
     assert named == Arithmetic(bf16=True) and not unmeasured, "a named precision is not measured"
 

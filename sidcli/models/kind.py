@@ -1,0 +1,287 @@
+"""A kind of denoiser: what its network, its text encoders and its files need, and no other code knows.
+
+Each kind is one module of this package with one instance of a subclass of `Kind`; `kinds` lists them. Its methods import the classes of
+networks and pipelines, which takes seconds, when they need them.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path as Folder
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sidcli.diffusion.guidance import guided
+from sidcli.diffusion.path import Path
+from sidcli.models.compatibility import Rules
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of a denoiser on B prompts: `states` float32 [B, tokens, width], and `added`, tensors [B, width] by the name
+    that the denoiser gives them."""
+
+    states: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of the tensors."""
+        return tuple((name, tuple(value.shape)) for name, value in {"states": self.states, **self.added}.items())
+
+    def contiguous(self) -> Cond:
+        """Return the cond with states in contiguous memory; each layer that reads a view would copy it."""
+        return Cond(self.states.contiguous(), self.added)
+
+    def expand(self, count: int) -> Cond:
+        """Return the cond of one prompt, repeated `count` times."""
+        return Cond(self.states.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()})
+
+    def cat(self, other: Cond) -> Cond:
+        """Return both conds as one batch, this one first."""
+        return Cond(
+            torch.cat([self.states, other.states]),
+            {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+        )
+
+
+Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
+"""(x_t [B, C, h, w], t [B], cond of B prompts) -> prediction [B, C, h, w]."""
+
+
+def guided_predictions(denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond, scales: Sequence[float]) -> list[Tensor]:
+    """Return predictions [B, C, h, w] with classifier-free guidance, one per guidance scale, from one call of the network.
+
+    `empty` is the cond of the empty prompt [1]. The unconditional half of the batch is computed only if a scale is not 1, the
+    conditional half only if a scale is not 0.
+    """
+    if all(scale == 1.0 for scale in scales):
+        return [denoise(x_t, t, cond)] * len(scales)
+    nothing = empty.expand(len(cond))
+    if all(scale == 0.0 for scale in scales):
+        return [denoise(x_t, t, nothing)] * len(scales)
+    both = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(nothing))
+    conditional, unconditional = both.chunk(2)
+    return [guided(conditional, unconditional, scale) for scale in scales]
+
+
+class Head(nn.Module):
+    """Discriminator that maps features [B, channels, h, w] to one logit per image [B], the last layers of arXiv 2405.14867.
+
+    Convolutions of stride 2 halve a side while it is above 4, and one convolution covers what remains. For maps of 8 x 8 these are the
+    layers of the published head; maps of 2 x 2 to 4 x 4 have no convolution of stride 2.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, groups: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        while max(height, width) > 4:
+            stride = [2 if side > 4 else 1 for side in (height, width)]
+            kernel = [step + 2 for step in stride]
+            layers += [nn.Conv2d(channels, channels, kernel, stride, 1), nn.GroupNorm(groups, channels), nn.SiLU()]  # type: ignore[arg-type]
+            height, width = height // stride[0], width // stride[1]
+        layers += [nn.Conv2d(channels, channels, (height, width)), nn.GroupNorm(groups, channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features).flatten()
+
+
+class TextEncoder(Protocol):
+    """The text encoders of a model on a device. `truncated` counts prompts that are longer than they read."""
+
+    truncated: int
+
+    def __call__(self, prompts: Sequence[str]) -> Cond: ...
+
+
+class Kind(ABC):
+    """One kind of denoiser. Methods that take a `net` work on any network of this kind, on any device.
+
+    `networks` maps the names of components to their configurations, `places` to the files of these, for errors.
+    """
+
+    component: ClassVar[str]
+    """Name of the denoiser among the components of a pipeline, which is also that of its folder."""
+    title: ClassVar[str]
+    """Name of the network in messages."""
+    models: ClassVar[str]
+    """Name of the models with such a denoiser, for messages."""
+    texts: ClassVar[tuple[str, ...]]
+    """Text encoders that a model can have, in order. The tokenizer of `text_encoder_2` is `tokenizer_2`."""
+    tokenizers: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Tokenizer -> its classes that model_index.json may name."""
+    rules: ClassVar[Rules]
+    """Supported pipelines, schedulers and entries of configurations."""
+    architecture: ClassVar[tuple[str, ...]]
+    """Entries of the denoiser's configuration that determine the shapes of its weights."""
+    formats: ClassVar[tuple[str, ...]]
+    """Formats in which a student is exported."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Modules of the denoiser that get a LoRA adapter."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Folders of a pipeline that are read."""
+        return self.component, "vae", *self.texts, *map(tokenizer_of, self.texts), "scheduler"
+
+    # Files
+
+    @abstractmethod
+    def network_class(self, component: str) -> Any:
+        """Return the class of a component. A class name in a model's files is only compared with it, never imported."""
+
+    @abstractmethod
+    def text_config(self, component: str, config: Mapping[str, Any]) -> Any:
+        """Return a text encoder's configuration without the entries that select an implementation."""
+
+    @abstractmethod
+    def pipeline(self, texts: Sequence[str]) -> Any:
+        """Return the stock pipeline class for a model with these text encoders."""
+
+    def absent(self, texts: Sequence[str]) -> list[str]:
+        """Return the components that the stock pipeline expects and a model with these text encoders does not have."""
+        return []
+
+    def stock_problem(self, texts: Sequence[str]) -> str:
+        """Return why the stock pipeline cannot draw from prompts with these text encoders, or ""."""
+        return ""
+
+    @abstractmethod
+    def index_entries(self, model: Any) -> dict[str, Any]:
+        """Return the entries of model_index.json for a `loading.Model`, other than those of its components."""
+
+    @abstractmethod
+    def text_names(self, index: Mapping[str, Any], place: str) -> list[str]:
+        """Return the text encoders that a model_index.json names, in order. Raises InputError if a necessary one is missing."""
+
+    @abstractmethod
+    def read_path(self, scheduler: Mapping[str, Any]) -> Path:
+        """Return the path of a scheduler configuration. Raises InputError if it defines none that is supported."""
+
+    @abstractmethod
+    def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:
+        """Raises InputError, naming the file `place`, if a scheduler configuration lacks what `read_path` needs."""
+
+    @abstractmethod
+    def check_fit(self, name: str, networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:
+        """Raises InputError if the inputs and outputs of the networks of the model `name` do not match each other."""
+
+    @abstractmethod
+    def read_tokenizer(self, component: str, folder: Folder, config: Mapping[str, Any], place: str) -> Any:
+        """Return the tokenizer in a folder for the text encoder `component`, whose configuration is in the file `place`.
+
+        Raises InputError if it is missing, damaged, or of another text encoder.
+        """
+
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        """Build a network with random weights on torch's default device (under `torch.device("meta")` it needs no memory)."""
+        kind = self.network_class(component)
+        is_text = component.startswith("text")
+        network: nn.Module = kind(self.text_config(component, config)) if is_text else kind.from_config(dict(config))
+        return network
+
+    # Sizes
+
+    @abstractmethod
+    def patch(self, config: Mapping[str, Any]) -> int:
+        """Return the number of latents, in each direction, of which the denoiser makes one token; 1 if it makes none."""
+
+    def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return channels, height and width of a latent."""
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return config["in_channels"], height, width
+
+    # Text
+
+    @abstractmethod
+    def encoder(self, model: Any, device: torch.device) -> TextEncoder:
+        """Return the text encoders of a `loading.Model`, moved to a device."""
+
+    @abstractmethod
+    def rehearsed_cond(self, built: Mapping[str, Any], length: int) -> Cond:
+        """Return the cond of one prompt of `length` tokens from networks by component, on the meta device."""
+
+    @abstractmethod
+    def meta_cond(self, networks: Mapping[str, Mapping[str, Any]]) -> Cond:
+        """Return the cond of one prompt on the meta device, from configurations alone."""
+
+    # The denoiser
+
+    @abstractmethod
+    def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Return the prediction [B, C, h, w] for x_t [B, C, h, w], timesteps [B] and the cond of B prompts."""
+
+    @abstractmethod
+    def blocks(self, net: Any) -> list[nn.Module]:
+        """Return the blocks in the order of the forward pass, for sharding."""
+
+    @abstractmethod
+    def recomputed(self) -> tuple[type[nn.Module], ...]:
+        """Return the classes of the modules that diffusers recomputes with gradient checkpointing."""
+
+    @abstractmethod
+    def middle(self, net: Any) -> nn.Module:
+        """Return the block whose output a discriminator reads."""
+
+    @abstractmethod
+    def feature_map(self, net: Any, output: Any) -> Tensor:
+        """Return the output of the middle block as a map [B, channels, h, w]."""
+
+    @abstractmethod
+    def head(self, config: Mapping[str, Any]) -> Head:
+        """Return a discriminator for the map of the middle block."""
+
+    def add_head(self, net: Any) -> None:
+        """Add a discriminator that reads the middle block, as the module `discriminator`; see `features`."""
+        net.discriminator = self.head(net.config).to(net.device)
+
+    @contextmanager
+    def features(self, net: Any) -> Iterator[list[Tensor]]:
+        """Context that collects what a discriminator uses from each call of the denoiser.
+
+        This is the map [B, channels, h, w] of the middle block or, after `add_head`, the logits [B] of the head for it. The head runs
+        inside of the call, where the weights of a sharded network are complete.
+        """
+        found: list[Tensor] = []
+        head = getattr(net, "discriminator", nn.Identity())
+        hook = self.middle(net).register_forward_hook(
+            lambda module, inputs, output: found.append(head(self.feature_map(net, output)))
+        )
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    def add_adapters(self, net: Any, rank: int) -> None:
+        """Add LoRA adapters of this rank to every module in `lora_targets`. Their output is zero at first."""
+        from peft import LoraConfig
+
+        net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.lora_targets)))
+
+    def merged(self, net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        """Return the weights of a denoiser, float32 on the CPU, with trained adapters merged into them; see `add_adapters`."""
+        copies: dict[int, Any] = {
+            id(value): nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)) for value in net.parameters()
+        }
+        twin = copy.deepcopy(net, copies)
+        self.add_adapters(twin, rank)
+        twin.load_state_dict(adapters, strict=False)
+        twin.fuse_lora()
+        twin.unload_lora()
+        return twin.state_dict()
+
+
+def tokenizer_of(text: str) -> str:
+    """Return the name of the tokenizer of a text encoder, for example `tokenizer_2` of `text_encoder_2`."""
+    return text.replace("text_encoder", "tokenizer")

@@ -1,0 +1,97 @@
+"""A tiny random Stable Diffusion 3 pipeline with the real class layout, built offline in a second."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from sidcli.models.sources import WEIGHTS
+
+TOKENS = 24
+"""Tokens that the CLIP encoders read: those of the tokenizer of the emoji world."""
+TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _clip(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
+            hidden_act=activation,
+            max_position_embeddings=TOKENS,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's kind of tokenizer with one token for each letter."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*marks, *((letter, -2.0) for letter in "▁" + string.ascii_letters)], extra_ids=0)
+
+
+def write_sd3(folder: Path, texts: Sequence[str] = TEXTS, shift: float = 3.0, layers: int = 3) -> Path:
+    """Latents of 16 channels, 8 x 8, in patches of 2 x 2; images 32 x 32; CLIP encoders of 16 and 24 channels, T5 of 48. Encoders that
+    are not in `texts` are left out."""
+    torch.manual_seed(13)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=16 + 24,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    words, letters = CLIPTokenizer.from_pretrained(WEIGHTS / "teacher" / "tokenizer"), t5_tokenizer()
+    t5 = T5Config(
+        vocab_size=len(letters),
+        d_model=48,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    parts: dict[str, Any] = {
+        "text_encoder": _clip(words, 16, "quick_gelu"),
+        "text_encoder_2": _clip(words, 24, "gelu"),
+        "text_encoder_3": T5EncoderModel(t5),
+        "tokenizer": words,
+        "tokenizer_2": words,
+        "tokenizer_3": letters,
+    }
+    for name in TEXTS:
+        if name not in texts:
+            parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **parts).save_pretrained(folder)
+    return folder
