@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import save_file
 
 from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.path import FlowPath
@@ -24,7 +25,7 @@ from sidcli.models.hub import required_files
 from sidcli.models.kind import guided_predictions
 from sidcli.models.loading import Model, describe, load
 from sidcli.models.overrides import Overrides
-from sidcli.models.sampler import Sampler, plan_for
+from sidcli.models.sampler import Sampler, plan_for, untrained_plan
 from sidcli.models.sd3 import SD3
 from sidcli.models.sources import find, fingerprint
 from sidcli.objectives import OBJECTIVES
@@ -235,6 +236,7 @@ def test_the_stock_pipeline_draws_with_a_student_as_sid_does(
     assert apart(image, drawn(load(find(str(folder))), Plan(1, grid=(1000.0,)))) > 0, "the student has learned"
     if name == "four":
         assert plan_for(student).describe() == "4 steps at t = 1000, 900, 750, 500"
+        assert untrained_plan(student.path, 4).grid == plan_for(student).grid
         two = stock(result.student, guidance_scale=0, sigmas=[1.0, 0.75])
         assert apart(drawn(student, plan_for(student, 2)), two) <= 1
         assert "sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=0" in (result.run / "report.html").read_text()
@@ -395,12 +397,17 @@ def test_a_damaged_tokenizer_of_t5_is_refused(copied: Path, damage: Callable[[Pa
     assert message in refusal(copied)
 
 
-def test_another_prediction_type_and_another_kind_of_model_to_start_from_are_refused(
+def test_another_prediction_type_size_or_kind_of_model_to_start_from_is_refused(
     folder: Path, sd_folder: Path, tmp_path: Path, settings: DistillConfig
 ) -> None:
     assert "prediction type 'epsilon' is not supported" in refusal(folder, Overrides(prediction_type="epsilon"))
     with pytest.raises(InputError, match="is a Stable Diffusion 1, 2 or XL model, and the teacher is a Stable Diffusion 3 model"):
         plan.describe_teacher(dataclasses.replace(settings, teacher=str(folder), init=str(sd_folder)), Silence())
+    save_file({"to_q.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="is a LoRA, which is not read for a Stable Diffusion 3 model"):
+        plan.describe_teacher(
+            dataclasses.replace(settings, teacher=str(folder), init=str(tmp_path / "lora.safetensors")), Silence()
+        )
     with pytest.raises(UsageError, match="must be a multiple of 8"):
         describe(find(str(folder)), Overrides(width=36, height=36))
 
