@@ -31,7 +31,7 @@ from sidcli.progress import silent
 from sidcli.report.page import Commands
 from sidcli.report.run import run_sections
 from sidcli.settings import DistillConfig, flat, read_toml
-from sidcli.training import checkpoint, distill, proxy, samples
+from sidcli.training import checkpoint, distill, proxy, run_folder, samples
 from tests import REPOSITORY
 from tests.inprocess import sid
 from tests.training.test_checkpoint import rewritten
@@ -210,7 +210,7 @@ def test_run_json_tells_when_by_which_command_and_on_what_a_run_was_made(
     sd_folder: Path, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     days = iter(range(1, 9))
-    monkeypatch.setattr(distill, "now", lambda: f"2026-11-{next(days):02d}T10:00:00Z")
+    monkeypatch.setattr(run_folder, "now", lambda: f"2026-11-{next(days):02d}T10:00:00Z")
     arguments = (open_prompts("general"), tmp_path / "run", "cpu", distill.Intervals(save=2, sample=9, log=1), None)
     record = tmp_path / "run" / "run.json"
 
