@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, pre_tokenizers, trainers
@@ -116,8 +117,13 @@ def new_pipeline(
     )
 
 
-def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> np.ndarray:
     """Return token ids int64 [B, 24], padded with the end token as in Stable Diffusion."""
     return tokenizer(
-        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
     ).input_ids
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Return `token_ids` as a tensor."""
+    return torch.from_numpy(token_ids(tokenizer, texts))

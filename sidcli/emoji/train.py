@@ -7,6 +7,7 @@
     python -m sidcli.emoji.train teacher-v  --output build/emoji    (the teacher, tuned to predict v; for tests of that path)
     python -m sidcli.emoji.train classifier --output build/emoji
     python -m sidcli.emoji.train clip       --output build/emoji
+    python -m sidcli.emoji.train teacher-more --output build/emoji --device cuda --seconds 330    (the shipped teacher, further)
 
 A batch is a pure function of its step, so a resumed training sees what an uninterrupted one would have seen. Weights are kept in
 float32 while training; `sidcli.emoji.pack` halves them and writes the folders that ship.
@@ -16,12 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -32,13 +38,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sidcli.emoji import models, world
 from sidcli.emoji.classifier import Classifier
-from sidcli.files import write_json
+from sidcli.files import atomic_folder, write_json
+from sidcli.formats.diffusers_folder import write_pipeline
+from sidcli.formats.order import Order
 from sidcli.models.codec import Codec
-from sidcli.randomness import normal, numpy_generator, torch_generator, uniform
+from sidcli.models.loading import Model, load
+from sidcli.models.sources import WEIGHTS, Source
+from sidcli.randomness import key, normal, numpy_generator, torch_generator, uniform
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 SAVE_SECONDS = 120.0
 LOG_STEPS = 50
+HALF_LIFE = 200_000
+"""Half-life in images of the averaged weights of a teacher that is trained further."""
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -59,10 +71,26 @@ def weights_of(net: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
 
 
 class Fit:
-    """A training run with AdamW and averaged weights. It saves every two minutes and at the end, and resumes from its file."""
+    """A training run with AdamW and averaged weights, on the device of the network. It saves every two minutes and at the end, and
+    resumes from its file.
 
-    def __init__(self, name: str, net: nn.Module, loss: Loss, output: Path, steps: int, lr: float, decay: float = 0.999):
+    It ends after `steps` or, if `seconds` are given, after that time, which the learning rate then follows. The time of earlier
+    runs that are resumed counts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        net: nn.Module,
+        loss: Loss,
+        output: Path,
+        steps: int,
+        lr: float,
+        decay: float = 0.999,
+        seconds: float | None = None,
+    ):
         self.name, self.net, self.loss, self.output, self.steps, self.lr = name, net, loss, output, steps, lr
+        self.seconds, self.spent = seconds, 0.0
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {name: value.detach().clone() for name, value in net.named_parameters()}
         self.decay = decay
@@ -75,39 +103,50 @@ class Fit:
     def state_file(self) -> Path:
         return self.output / f"{self.name}.state.safetensors"
 
+    @property
+    def ended(self) -> bool:
+        return self.step >= self.steps if self.seconds is None else self.spent >= self.seconds
+
+    def rate(self) -> float:
+        """Return the learning rate of the next step."""
+        if self.seconds is None:
+            return learning_rate(self.step, self.steps, self.lr)
+        return learning_rate(int(1000 * self.spent / self.seconds), 1000, self.lr)
+
     def save(self) -> None:
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        tensors["step"] = torch.tensor(self.step)
+        tensors |= {"step": torch.tensor(self.step), "spent": torch.tensor(self.spent, dtype=torch.float64)}
         temporary = self.state_file.with_suffix(".tmp")
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
         temporary.replace(self.state_file)
 
     def resume(self) -> None:
-        tensors = load_file(self.state_file)
+        tensors = load_file(self.state_file, str(next(self.net.parameters()).device))
         self.step = int(tensors["step"])
+        self.spent = float(tensors.get("spent", 0.0))
         self.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
         # The file's order is alphabetical; `run` needs the averages in the order of the parameters.
         self.average = {name: tensors[f"average.{name}"] for name in self.average}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = value
+                _, index, part = name.split(".", 2)
+                state.setdefault(int(index), {})[part] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         print(f"{self.name}: continues at step {self.step}", flush=True)
 
     def run(self, probe: Callable[[], str] | None = None, probe_steps: int = 500) -> nn.Module:
-        """Train to `steps`, then return the network with its averaged weights."""
+        """Train to the end, then return the network with its averaged weights."""
         started = saved = time.monotonic()
-        first = self.step
-        totals: dict[str, float] = {}
+        first, before = self.step, self.spent
+        totals: dict[str, Tensor] = {}
         with (self.output / f"{self.name}.log.jsonl").open("a") as log:
-            while self.step < self.steps:
+            while not self.ended:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.step, self.steps, self.lr)
+                    group["lr"] = self.rate()
                 self.net.train()
                 loss, parts = self.loss(self.step)
                 loss.backward()
@@ -115,15 +154,16 @@ class Fit:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
+                self.spent = before + time.monotonic() - started
                 beta = min(self.decay, self.step / (self.step + 9))
                 torch._foreach_lerp_(list(self.average.values()), [value.detach() for value in self.net.parameters()], 1.0 - beta)
-                for key, value in parts.items():
-                    totals[key] = totals.get(key, 0.0) + float(value) / LOG_STEPS
-                if self.step % LOG_STEPS == 0 or self.step == self.steps:
+                for part, value in parts.items():  # a number on the host at each step would make the CPU wait for the GPU
+                    totals[part] = totals.get(part, torch.zeros((), device=value.device)) + value.double() / LOG_STEPS
+                if self.step % LOG_STEPS == 0 or self.ended:
                     rate = (time.monotonic() - started) / (self.step - first)
                     record: dict[str, object] = {"step": self.step, "seconds_per_step": round(rate, 4)}
-                    record |= {key: round(value, 5) for key, value in totals.items()}
-                    if probe and (self.step % probe_steps == 0 or self.step == self.steps):
+                    record |= {part: round(float(value), 5) for part, value in totals.items()}
+                    if probe and (self.step % probe_steps == 0 or self.ended):
                         with weights_of(self.net, self.average):
                             record["probe"] = probe()
                     log.write(json.dumps(record) + "\n")
@@ -342,6 +382,127 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
     write_json(output / name / "sid.json", {"kind": "teacher", "world": "emoji", "guidance": 3.0, "steps_trained": steps})
 
 
+def bf16_on_gpu(device: torch.device) -> torch.autocast:
+    """Return a bf16 autocast that has no effect on a CPU, where bf16 is 20 times slower than float32 without instructions for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
+class Examples(NamedTuple):
+    """Scenes and captions as networks see them: latents float16 [N, 4, 16, 16], and states of the captions float16 [N, 24, 128]."""
+
+    latents: Tensor
+    states: Tensor
+
+
+def bare_scene(position: int) -> world.Scene:
+    """Return scene `position` of those whose caption is a noun alone: all nouns in turn, each on all its backgrounds in turn.
+
+    The pairs in HELD_OUT_PAIRS are left out.
+    """
+    count = len(world.NOUN_LIST)
+    noun = world.NOUN_LIST[position % count]
+    colors = [color for color in world.COLOR_LIST if (noun, color) not in world.HELD_OUT_PAIRS]
+    return replace(world.scene(world.TEACHER_SEED, position), noun=noun, color=colors[position // count % len(colors)])
+
+
+def example(index: int, bare: float) -> tuple[world.Scene, str]:
+    """Return scene `index` and its caption. Captions of a share `bare` of the scenes are a noun alone, evenly spread over the list."""
+    position = math.floor(index * bare)
+    if math.floor((index + 1) * bare) > position:
+        return bare_scene(position), world.bare_caption(position)
+    picture = world.scene(world.TEACHER_SEED, index)
+    return picture, loose_caption(picture, index).text
+
+
+def draw_examples(indices: range, bare: float, tokenizer: CLIPTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [B, 64, 64, 3] and token ids int64 [B, 24] of examples.
+
+    It computes without torch, whose threads a forked process lacks.
+    """
+    drawn = [example(index, bare) for index in indices]
+    pixels = np.stack([world.render(picture) for picture, _ in drawn])
+    return pixels, models.token_ids(tokenizer, [text for _, text in drawn])
+
+
+def make_examples(teacher: Model, count: int, bare: float, device: torch.device) -> Examples:
+    """Return `count` examples on the device. All cores draw them; the device encodes them with the networks of the teacher."""
+    parts = [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
+    codec, encoder = Codec(teacher.vae.to(device)), teacher.text_encoders[0].to(device)
+    latents, states = [], []
+    with ProcessPoolExecutor() as cores, torch.no_grad():
+        for pixels, tokens in cores.map(partial(draw_examples, bare=bare, tokenizer=teacher.tokenizers[0]), parts):
+            x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            with bf16_on_gpu(device):
+                latents.append(codec.encode(x).half().contiguous())
+            states.append(encoder(torch.from_numpy(tokens).to(device)).last_hidden_state.half())
+    return Examples(torch.cat(latents), torch.cat(states))
+
+
+def denoising_loss(unet: nn.Module, examples: Examples, empty: Tensor, batch: int, name: str) -> Loss:
+    """Return the loss of epsilon prediction, with min-SNR weight 5 and a tenth of the captions replaced by `empty` [24, 128].
+
+    All of its inputs are on the device of the examples, and it draws its random numbers there.
+    """
+    device, count = examples.latents.device, len(examples.latents)
+    alphas_cumprod = models.new_scheduler().alphas_cumprod.to(device)
+    snr = alphas_cumprod / (1.0 - alphas_cumprod)
+    weight = snr.clamp(max=5.0) / snr
+    samples = torch.arange(batch, device=device)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn = torch.Generator(device).manual_seed(key(0, name, step))
+        rows = (samples + step * batch) % count
+        x = examples.latents[rows].float()
+        dropped = torch.rand(batch, 1, 1, generator=drawn, device=device) < 0.1
+        states = torch.where(dropped, empty, examples.states[rows].float())
+        # One timestep from each of `batch` equal intervals, in random order, as in `train_teacher`.
+        t = ((samples + torch.rand(batch, generator=drawn, device=device)) * (1000 / batch)).long().clamp(max=999)
+        t = t[torch.randperm(batch, generator=drawn, device=device)]
+        noise = torch.randn(x.shape, generator=drawn, device=device)
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        with bf16_on_gpu(device):
+            predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
+        error = (predicted - noise).square().mean((1, 2, 3))
+        weighted = (weight[t] * error).mean()
+        return weighted, {"mse": error.mean().detach(), "weighted": weighted.detach()}
+
+    return loss
+
+
+def train_teacher_further(
+    output: Path,
+    steps: int,
+    batch: int = 512,
+    seconds: float | None = None,
+    device: str = "cpu",
+    start: Path = WEIGHTS / "teacher",
+    scenes: int = 200_000,
+    bare: float = 1 / 3,
+    lr: float = 5e-4,
+) -> None:
+    """Train the teacher in the folder `start` further, for `steps`, or for `seconds` if they are given, and write it in half
+    precision to `output`/teacher-more.
+
+    It learns from `scenes` scenes. The captions of a share `bare` of them are nouns alone, so that no background is preferred where
+    the prompt names none. A scene takes 8 kB on the device. Raises InputError if `start` is not a teacher that sid can read.
+    """
+    name, place = "teacher-more", torch.device(device)
+    teacher = load(Source("teacher", start, str(start)))
+    began = time.monotonic()
+    examples = make_examples(teacher, scenes, bare, place)
+    print(f"{name}: {scenes} scenes in {time.monotonic() - began:.0f} s", flush=True)
+    unet = teacher.unet.to(place).requires_grad_(True)
+    tokenizer, encoder = teacher.tokenizers[0], teacher.text_encoders[0]
+    with torch.no_grad():
+        empty = encoder(models.tokens(tokenizer, [""]).to(place)).last_hidden_state[0]
+    loss = denoising_loss(unet, examples, empty, batch, name)
+    fit = Fit(name, unet, loss, output, steps, lr, decay=0.5 ** (batch / HALF_LIFE), seconds=seconds)
+    fit.run()
+    card = teacher.card | {"steps_trained": teacher.card.get("steps_trained", 0) + fit.step}
+    with atomic_folder(output / name) as folder:
+        write_pipeline(folder, teacher, models.new_scheduler(), card, Order("fp16"))
+
+
 def degraded(x: Tensor, step: int) -> Tensor:
     """Degrade images in 0..255 to resemble generated images: half of them are blurred, all of them get a little noise."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
@@ -410,17 +571,28 @@ def main() -> None:
         "text": (train_text, 900),
         "teacher": (train_teacher, 8600),
         "teacher-v": (partial(train_teacher, v_prediction=True), 1000),
+        "teacher-more": (train_teacher_further, 5000),
         "classifier": (train_classifier, 1000),
         "clip": (train_clip, 450),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--output", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--steps", type=int, help="default: what the shipped weights were trained for")
-    options = parser.parse_args()
-    train, steps = parts[options.part]
+    names = parser.add_subparsers(dest="part", required=True)
+    for name, (_, steps) in parts.items():
+        options = names.add_parser(name, argument_default=argparse.SUPPRESS)
+        options.add_argument("--output", type=Path, default=Path("build/emoji"))
+        length = options.add_mutually_exclusive_group()
+        length.add_argument("--steps", type=int, default=steps, help=f"default: {steps}")
+        if name == "teacher-more":
+            length.add_argument("--seconds", type=float, help="train for this time instead of --steps")
+            options.add_argument("--device", help="default: cpu")
+            options.add_argument("--batch", type=int, help="images per step; default: 512")
+            options.add_argument("--scenes", type=int, help="scenes to learn from, 8 kB each on the device; default: 200000")
+            options.add_argument("--bare", type=float, help="share of the captions that are a noun alone; default: 1/3")
+            options.add_argument("--start", type=Path, help="folder of the teacher; default: the shipped one")
+            options.add_argument("--lr", type=float, help="highest learning rate; default: 5e-4")
+    given = vars(parser.parse_args())
     torch.manual_seed(0)  # for the initial weights; all later random numbers come from sidcli.randomness
-    train(options.output, options.steps or steps)
+    parts[given.pop("part")][0](**given)
 
 
 if __name__ == "__main__":

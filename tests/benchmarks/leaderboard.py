@@ -1,27 +1,36 @@
 """Train each objective on the emoji teacher with equal FLOPs and several seeds, measure every student, and write one table and one picture.
 
     python tests/benchmarks/leaderboard.py --tflops 60 --seeds 0 1 2
+    python tests/benchmarks/leaderboard.py --device cuda --beside 12 --batch-size 64 --lr 2e-4 --tflops 100 --minutes 6.5
 
 A cell is one objective with one seed: `sid distill`, as many steps as the FLOPs allow according to `sid distill --dry-run`, and `sid eval`.
 Where the teacher draws images before a training, these take half of the FLOPs. Each cell is a line of results/leaderboard.jsonl as soon as
 it is measured, and is not measured again; an interrupted run continues. Objectives that train on images use scenes of the emoji world,
 which the script writes, and stand in a block of their own.
+
+Each cell has a process of its own, which imports the libraries once. `--beside` cells share a GPU, which one small network leaves idle most
+of the time. Cells start in the order of the seeds, so that an early end leaves whole tables. A cell that fails does not stop the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 from PIL import Image
 
+from sidcli.cli import main as run_command
 from sidcli.emoji import world
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +38,7 @@ TEACHER, TEACHER_STEPS = "emoji-teacher", 20
 """The teacher, and its steps in the measurement of FID to the teacher."""
 SCENES, SCENE_SEED = 2_000, 17
 """Scenes to train on, and their seed, which no other set uses."""
+MEASURED = ("--fid", "--clip", "--accuracy", "--composition", "--prdc")
 METRICS = ("fid", "fid_teacher", "clip", "noun", "color", "bare_noun", "composition", "coverage")
 
 
@@ -64,9 +74,18 @@ ENTRIES = (
 
 
 def sid(*arguments: object) -> dict[str, Any]:
-    """Run one `sid` command with --json. Its progress goes to the terminal."""
-    words = [sys.executable, "-m", "sidcli", *map(str, arguments), "--json"]
-    return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    """Run one `sid` command with --json in this process, and return its result. Its progress goes to stderr.
+
+    Raises RuntimeError if it fails.
+    """
+    sys.argv = ["sid", *map(str, arguments), "--json"]
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            run_command()
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"exit code {ended.code} of {' '.join(sys.argv)}") from ended
+    return json.loads(printed.getvalue())
 
 
 def write_scenes(folder: Path) -> Path:
@@ -115,15 +134,27 @@ def folder_of(entry: Entry, seed: int, given: argparse.Namespace) -> Path:
     return given.runs / f"{name}-{given.tflops:g}-{given.batch_size}-{seed}"
 
 
+def with_rate(entry: Entry, rate: float | None) -> Entry:
+    """Return the entry with a learning rate, if one is given and the entry has none of its own."""
+    if rate is None or "--lr" in entry.options:
+        return entry
+    return replace(entry, options=(*entry.options, "--lr", f"{rate:g}"))
+
+
+def measure(given: argparse.Namespace, *runs: Path) -> dict[str, Any]:
+    """Measure the students of these runs beside the teacher, whose images are stored in the cache, and return the last row."""
+    place = ("--num", given.num, "--batch-size", 250, "--device", given.device)
+    return sid("eval", f"{TEACHER},steps={TEACHER_STEPS}", *runs, *MEASURED, *place)["models"][-1]
+
+
 def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train and measure one student, and return its row."""
     options = with_images(entry, given)
     steps, plan = steps_of(options, given.batch_size, given.tflops * 1e12)
     run = folder_of(entry, seed, given)
-    common = ["--teacher", TEACHER, "--batch-size", given.batch_size, "--steps", steps, "--seed", seed, "-o", run]
-    trained = sid("distill", *options, *common)
-    wanted = ["--fid", "--clip", "--accuracy", "--composition", "--prdc"]
-    row = sid("eval", f"{TEACHER},steps={TEACHER_STEPS}", run, *wanted, "--num", given.num)["models"][-1]
+    common = ["--teacher", TEACHER, "--batch-size", given.batch_size, "--micro-batch", given.batch_size, "--steps", steps]
+    trained = sid("distill", *options, *common, "--seed", seed, "--device", given.device, "-o", run)
+    row = measure(given, run)
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return {
         "objective": entry.name,
@@ -140,6 +171,46 @@ def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "options": " ".join(entry.options),
         **{name: row["metrics"][name]["value"] for name in METRICS if name in row["metrics"]},
     }
+
+
+def rows_of(given: argparse.Namespace, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return the rows of the output that have this budget and the options of one of the entries."""
+    if not given.output.exists():
+        return []
+    known = {(entry.name, " ".join(entry.options)) for entry in entries}
+    rows = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row.items() >= budget(given).items() and (row["objective"], row["options"]) in known]
+
+
+def run_cells(entries: Sequence[Entry], given: argparse.Namespace) -> list[str]:
+    """Run the cells that have no row yet in processes of their own, `beside` at a time, and return the names of those that failed.
+
+    No cell starts after `minutes`. The first process draws the teacher's images, which every measurement needs.
+    """
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    present = {(row["objective"], row["seed"]) for row in rows_of(given, entries)}
+    queue = [(entry.name, str(seed)) for seed in given.seeds for entry in entries if (entry.name, seed) not in present]
+    queue = [("", ""), *queue] if queue else []
+    until, failed = time.monotonic() + 60 * given.minutes, []
+    working: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
+    while working or (queue and time.monotonic() < until):
+        while queue and len(working) < given.beside and time.monotonic() < until:
+            name, seed = queue.pop(0)
+            command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, seed]
+            working[name, seed] = subprocess.Popen(command, env=environment)
+        time.sleep(0.2)
+        for (name, seed), process in list(working.items()):
+            if process.poll() is None:
+                continue
+            del working[name, seed]
+            if process.returncode:
+                failed.append(f"{name or TEACHER} {seed}".strip())
+            elif name:
+                print(table(rows_of(given, entries)), flush=True)
+    if queue:
+        print(f"not started within {given.minutes:g} minutes: {len(queue)} cells")
+    return failed
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -166,26 +237,38 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=60.0, help="of one training; 58 are the 4,800 images of `make demo`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, help="learning rate of the objectives that have none of their own above")
     parser.add_argument("--num", type=int, default=1000, help="images of a measurement")
     parser.add_argument("--only", nargs="+", help="names of objectives; by default all")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--beside", type=int, default=1, help="cells at a time; more than one on a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no cell starts after this time")
     parser.add_argument("--runs", type=Path, default=Path("runs/leaderboard"))
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "leaderboard.jsonl", help="file of the rows; the picture is beside it"
+    )
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)  # what a process of its own computes: objective and seed
     given = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / "leaderboard.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    rows = [row for row in rows if row.items() >= budget(given).items()]
-    chosen = [entry for entry in ENTRIES if given.only is None or entry.name in given.only]
-    for seed in given.seeds:
-        for entry in chosen:
-            if any((row["objective"], row["seed"]) == (entry.name, seed) for row in rows):
-                continue
-            rows.append(cell(entry, seed, given))
-            with file.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(rows[-1]) + "\n")
-            print(table(rows), flush=True)
-    students = [folder_of(entry, given.seeds[0], given) for entry in chosen]
-    sid("eval", TEACHER, *students, "--clip", "--num", 12, "--picture", RESULTS / "leaderboard.png", "--overwrite")
-    print(table(rows))
+    entries = [with_rate(entry, given.lr) for entry in ENTRIES if given.only is None or entry.name in given.only]
+    if given.cell == ["", ""]:
+        measure(given)
+        return
+    if given.cell:
+        entry = next(entry for entry in entries if entry.name == given.cell[0])
+        row = cell(entry, int(given.cell[1]), given)
+        with given.output.open("a", encoding="utf-8") as results:
+            results.write(json.dumps(row) + "\n")
+        return
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    if any(entry.images == "scenes" for entry in entries):
+        write_scenes(given.runs / "scenes")  # once, before several processes need them
+    failed = run_cells(entries, given)
+    students = [run for entry in entries if ((run := folder_of(entry, given.seeds[0], given)) / "student").exists()]
+    place = ("--picture", given.output.with_suffix(".png"), "--overwrite", "--device", given.device)
+    sid("eval", TEACHER, *students, "--clip", "--num", 12, *place)
+    print(table(rows_of(given, entries)))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

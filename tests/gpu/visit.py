@@ -1,8 +1,13 @@
 """Everything that a GPU can tell, in one command and at most nine minutes: is it right, how fast and how small, how good.
 
     make gpu-visit                                  # on a machine with a GPU, torch, transformers and accelerate
-    make gpu-visit ARGS=--smoke                     # every part at a tiny size, on the CPU too
+    make gpu-visit ARGS=--smoke                     # the same parts at a tiny size, on the CPU too
     python -m tests.gpu.visit --only right fast     # some parts
+    python -m tests.gpu.visit --only teacher        # the emoji teacher is trained further and measured; needs a visit of its own
+    python -m tests.gpu.visit --only leaderboard    # every objective with equal FLOPs; needs a visit of its own
+
+The part `teacher` writes the UNet to OUTPUT/teacher.safetensors, the part `leaderboard` its rows to OUTPUT/leaderboard.jsonl. Rows
+that are there from an earlier visit are kept, and their cells are not repeated.
 
 Each result is appended to OUTPUT/visit.jsonl as soon as it is there; a part that fails or runs out of time does not stop the others.
 At the end a table goes to stdout and to OUTPUT/visit.md, and the students that were trained to OUTPUT/*.safetensors.
@@ -32,6 +37,19 @@ RIGHT, FAST = 90.0, 180.0
 """Seconds at most for the first two parts."""
 EVALUATION = 150.0
 """Seconds kept for measuring the students."""
+
+TEACHER = 330.0
+"""Seconds of the training of the part `teacher`. Starting it and drawing its scenes take about 40 s more."""
+GUIDANCE = 150.0
+"""Seconds kept for measuring that teacher and the shipped one, side by side."""
+SCALES = ("2", "2.5", "3", "1.5", "3.5")
+"""Its guidance scales, the most important ones first."""
+LEADERBOARD = ("--tflops", 100, "--batch-size", 64, "--lr", 2e-4, "--beside", 12)
+"""At batch size 64, an update of sid takes about 50 ms of an H200's time, and 250 ms of a CPU core's to launch it: from six cells
+upward the GPU is busy. 100 TFLOP are about 120 updates of sid. With twelve cells at a time, a cell takes 110 s on an H200 (start and
+measurement 35 s), so that 45 cells end within seven minutes; 130 s on an H100."""
+LAST_CELLS = 130.0
+"""Seconds before the end of the visit at which the last cells of the leaderboard start."""
 
 KEPT = 3
 """Number of students to keep, those with the lowest FID; they have 16 MB each."""
@@ -64,8 +82,8 @@ class Visit:
         return self.deadline - time.monotonic()
 
     def start(self, module: str, *arguments: object) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", f"tests.gpu.{module}", *map(str, arguments)]
-        few = {} if module == "speed" else {"OMP_NUM_THREADS": "2" if self.width > 1 else "1"}
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        few = {} if module == "tests.gpu.speed" else {"OMP_NUM_THREADS": "2" if self.width > 1 else "1"}
         return subprocess.Popen(command, stdout=self.log, stderr=self.log, start_new_session=True, env=os.environ | few)
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
@@ -88,7 +106,7 @@ class Visit:
         while (waiting or queue) and time.monotonic() < until:
             while queue and len(waiting) < self.width:
                 group = queue.pop(0)
-                waiting[tuple(group)] = self.start(module, self.file, self.device, self.size, *group)
+                waiting[tuple(group)] = self.start(f"tests.gpu.{module}", self.file, self.device, self.size, *group)
             time.sleep(0.2)
             for group, process in list(waiting.items()):
                 if process.poll() is None:
@@ -111,7 +129,7 @@ class Visit:
         os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
         num, more = (20, 20) if self.smoke else (2000, 10_000)
         scales = ("2", "3") if self.smoke else ("2", "2.5", "3", "3.5")
-        measuring = [self.start("measure", self.file, self.device, "teacher", num, more, *scales)]
+        measuring = [self.start("tests.gpu.measure", self.file, self.device, "teacher", num, more, *scales)]
         graphs = self.graphs or any(record["name"] == "graphs" and record.get("ok") for record in read(self.file))
         training: dict[str, subprocess.Popen[bytes]] = {}
         for name, given in trainings.items():
@@ -119,7 +137,7 @@ class Visit:
             kappa, lr = settings.pop("kappa"), settings.pop("lr")
             objective = {f"kappa{index}": kappa for index in (1, 2, 3, 4)} | {"alpha": settings.pop("alpha", 1.0)}
             settings |= {"objective": objective, "lr_fake": lr, "lr_generator": lr}
-            training[name] = self.start("train", self.file, self.device, folder, name, seconds, json.dumps(settings))
+            training[name] = self.start("tests.gpu.train", self.file, self.device, folder, name, seconds, json.dumps(settings))
         until = min(time.monotonic() + seconds + 60, self.deadline - 30)
         while training and time.monotonic() < until:
             time.sleep(0.2)
@@ -127,20 +145,61 @@ class Visit:
                 del training[name]
                 students = sorted(folder.glob(f"{name}-*"))
                 if students:
-                    measuring.append(self.start("measure", self.file, self.device, "students", num, *students))
+                    measuring.append(self.start("tests.gpu.measure", self.file, self.device, "students", num, *students))
         for process in training.values():
             self.stop(process)
         self.quiet.touch()
         self.keep(sorted(folder.glob("*-100"))[:KEPT])
         for process in measuring[::-1]:  # the teacher last
-            try:
-                if process.wait(max(1.0, self.left())):
-                    self.fail("strong", "eval", f"its process ended with {process.returncode}")
-            except subprocess.TimeoutExpired:
-                self.stop(process)
-                append(self.file, late("strong", "eval", "not done in time"))
+            self.finish(process, "strong", "eval", self.deadline)
         fids = {record["name"]: record["values"]["fid"] for record in read(self.file) if record["name"].startswith("eval ")}
         self.keep(sorted(folder.glob("*-100"), key=lambda path: fids.get(f"eval {path.name}", float("inf")))[:KEPT])
+
+    def finish(self, process: subprocess.Popen[bytes], part: str, name: str, until: float) -> bool:
+        """Wait for a process, at most until a monotonic time, and return whether it succeeded. If not, record why."""
+        try:
+            code = process.wait(max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.stop(process)
+            append(self.file, late(part, name, "not done in time"))
+            return False
+        if code:
+            self.fail(part, name, f"its process ended with {code}")
+        return code == 0
+
+    def train_teacher(self, seconds: float) -> None:
+        """Train the emoji teacher further for a given time, keep its UNet, and measure it beside the shipped teacher."""
+        folder, started = Path(tempfile.mkdtemp()), time.monotonic()
+        os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
+        sizes = ("--batch", 8, "--scenes", 64) if self.smoke else ()
+        arguments = ("--output", folder, "--device", self.device, "--seconds", seconds, *sizes)
+        training = self.start("sidcli.emoji.train", "teacher-more", *arguments)
+        if not self.finish(training, "teacher", "training", self.deadline - 10):
+            return
+        shutil.copy(folder / "teacher-more/unet/diffusion_pytorch_model.safetensors", self.output / "teacher.safetensors")
+        values = json.loads((folder / "teacher-more.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        record = {"part": "teacher", "name": "training", "event": "trained", "ok": True, "bound": "", "values": values}
+        append(self.file, record | {"seconds": round(time.monotonic() - started, 1)})
+        num, scales = (10, ("2",)) if self.smoke else (2000, SCALES)
+        measuring = {
+            f"eval {Path(model).name}": self.start("tests.gpu.measure", self.file, self.device, "guidance", num, model, *scales)
+            for model in (folder / "teacher-more", "emoji-teacher")
+        }
+        for name, process in measuring.items():
+            self.finish(process, "teacher", name, self.deadline - 5)
+
+    def fill_leaderboard(self) -> None:
+        """Train and measure the cells of the leaderboard for which there is time."""
+        os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
+        tiny = ("--tflops", 0.15, "--batch-size", 4, "--num", 20, "--seeds", 0, "--only", "regression")
+        file, started = self.output / "leaderboard.jsonl", time.monotonic()
+        arguments = ("--device", self.device, "--output", file, "--runs", tempfile.mkdtemp())
+        minutes = (self.left() - LAST_CELLS) / 60
+        board = self.start("tests.benchmarks.leaderboard", *arguments, "--minutes", minutes, *(tiny if self.smoke else LEADERBOARD))
+        is_done = self.finish(board, "leaderboard", "cells", self.deadline - 5)
+        values = {"rows": len(read(file))}
+        record = {"part": "leaderboard", "name": "rows", "event": "done", "ok": is_done or None, "bound": "", "values": values}
+        append(self.file, record | {"seconds": round(time.monotonic() - started, 1)})
 
     def keep(self, students: Sequence[Path]) -> None:
         """Copy these students to the output, in place of those copied before."""
@@ -169,14 +228,16 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, every part")
-    parser.add_argument("--only", nargs="+", choices=("right", "fast", "strong"), default=["right", "fast", "strong"])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes")
+    parts = ("right", "fast", "strong", "teacher", "leaderboard")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts[:3], help="default: right fast strong")
     parser.add_argument("--checks", nargs="+", help="only these checks of the first two parts")
     parser.add_argument("--without", nargs="+", default=[], help="all but these checks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="limit of the whole visit; default: 9, and 60 with --smoke")
     parser.add_argument("--graphs", action="store_true", help="train with CUDA graphs, also if the check of them does not run")
     parser.add_argument("--trainings", type=json.loads, default=TRAININGS, help="JSON object: name -> settings")
+    parser.add_argument("--seconds", type=float, default=TEACHER, help="of the training of the part teacher, at most")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu-visit"))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -197,12 +258,16 @@ def main() -> None:
         alone = wanted([name for name in everything if name not in ("planned", "sd15 compiled")])
         visit.run("speed", "fast", [group for group in (alone, wanted(["planned"])) if group], 1800.0 if given.smoke else FAST)
     beside = wanted(["sd15 compiled"]) if "fast" in given.only else []
-    compiling = visit.start("speed", visit.file, given.device, visit.size, *beside) if beside else None
+    compiling = visit.start("tests.gpu.speed", visit.file, given.device, visit.size, *beside) if beside else None
     if "strong" in given.only and given.smoke:
         name = next(iter(given.trainings))
         visit.train({name: given.trainings[name] | {"batch_size": 4}}, 20.0)
     elif "strong" in given.only:
         visit.train(given.trainings, visit.left() - EVALUATION)
+    if "teacher" in given.only:
+        visit.train_teacher(8.0 if given.smoke else min(given.seconds, visit.left() - GUIDANCE - 40))
+    if "leaderboard" in given.only:
+        visit.fill_leaderboard()
     visit.quiet.touch()
     if compiling:
         try:
