@@ -209,7 +209,7 @@ def run_cells(entries: Sequence[Entry], given: argparse.Namespace) -> list[str]:
             elif name:
                 print(table(rows_of(given, entries)), flush=True)
     if queue:
-        print(f"not started within {given.minutes:g} minutes: {len(queue)} cells")
+        print(f"not started within {given.minutes:g} minutes: {sum(name != '' for name, _ in queue)} cells")
     return failed
 
 

@@ -180,7 +180,7 @@ class Visit:
         values = json.loads((folder / "teacher-more.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         record = {"part": "teacher", "name": "training", "event": "trained", "ok": True, "bound": "", "values": values}
         append(self.file, record | {"seconds": round(time.monotonic() - started, 1)})
-        num, scales = (10, ("2",)) if self.smoke else (2000, SCALES)
+        num, scales = (20, ("2",)) if self.smoke else (2000, SCALES)
         measuring = {
             f"eval {Path(model).name}": self.start("tests.gpu.measure", self.file, self.device, "guidance", num, model, *scales)
             for model in (folder / "teacher-more", "emoji-teacher")
