@@ -427,10 +427,11 @@ def draw_examples(indices: range, bare: float, tokenizer: CLIPTokenizer) -> tupl
 def make_examples(teacher: Model, count: int, bare: float, device: torch.device) -> Examples:
     """Return `count` examples on the device. All cores draw them; the device encodes them with the networks of the teacher."""
     parts = [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
-    codec, encoder = Codec(teacher.vae.to(device)), teacher.text_encoders[0].to(device)
     latents, states = [], []
     with ProcessPoolExecutor() as cores, torch.no_grad():
-        for pixels, tokens in cores.map(partial(draw_examples, bare=bare, tokenizer=teacher.tokenizers[0]), parts):
+        drawn = cores.map(partial(draw_examples, bare=bare, tokenizer=teacher.tokenizers[0]), parts)
+        codec, encoder = Codec(teacher.vae.to(device)), teacher.text_encoders[0].to(device)  # the processes are older than CUDA
+        for pixels, tokens in drawn:
             x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
             with bf16_on_gpu(device):
                 latents.append(codec.encode(x).half().contiguous())

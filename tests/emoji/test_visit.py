@@ -1,0 +1,75 @@
+"""The parts of the GPU visit that train the emoji models: which processes they start, and what they keep."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import visit as module
+from tests.gpu.record import read
+
+TRAIN, MEASURE, BOARD = "sidcli.emoji.train", "tests.gpu.measure", "tests.benchmarks.leaderboard"
+
+
+class Visit(module.Visit):
+    """A visit that starts `command` in the place of its processes. A training leaves a UNet and a log."""
+
+    command = ("true",)
+
+    def start(self, name: str, *arguments: object) -> subprocess.Popen[bytes]:
+        self.asked = [*getattr(self, "asked", []), (name, *map(str, arguments))]
+        if name == TRAIN:
+            folder = Path(str(arguments[2]))
+            (folder / "teacher-more/unet").mkdir(parents=True)
+            (folder / "teacher-more/unet/diffusion_pytorch_model.safetensors").write_text("weights")
+            (folder / "teacher-more.log.jsonl").write_text('{"step": 50}\n{"step": 60}\n')
+        if name == MEASURE:
+            self.kept = (self.output / "teacher.safetensors").read_text()
+        return subprocess.Popen(self.command, start_new_session=True)
+
+
+@pytest.fixture
+def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visit:
+    monkeypatch.setenv("SID_VISIT_QUIET", "")
+    monkeypatch.setenv("SID_CACHE_DIR", "")
+    return Visit(tmp_path, "cuda", False, 9.0)
+
+
+def test_the_teacher_is_kept_before_it_is_measured_beside_the_shipped_one(visit: Visit) -> None:
+    visit.train_teacher(330.0)
+    training, first, second = visit.asked
+    assert training[:2] == (TRAIN, "teacher-more") and training[-4:] == ("--device", "cuda", "--seconds", "330.0")
+    assert [words[0] for words in (first, second)] == [MEASURE] * 2
+    assert first[3:5] == second[3:5] == ("guidance", "2000") and first[6:] == second[6:] == module.SCALES
+    assert Path(first[5]).name == "teacher-more" and second[5] == "emoji-teacher"
+    assert visit.kept == "weights"
+    assert [(record["name"], record["ok"], record["values"]["step"]) for record in read(visit.file)] == [("training", True, 60)]
+
+
+def test_a_teacher_whose_training_failed_is_not_measured(visit: Visit) -> None:
+    visit.command = ("false",)
+    visit.train_teacher(1.0)
+    assert [words[0] for words in visit.asked] == [TRAIN]
+    assert [(record["name"], record["ok"]) for record in read(visit.file)] == [("training", False)]
+
+
+def test_a_part_that_has_no_time_left_is_stopped_and_neither_passes_nor_fails(visit: Visit) -> None:
+    visit.command = ("sleep", "60")
+    visit.deadline = time.monotonic()
+    (visit.output / "leaderboard.jsonl").write_text(json.dumps({"objective": "sid"}) + "\n")
+    began = time.monotonic()
+    visit.fill_leaderboard()
+    assert time.monotonic() - began < 30
+    cells, rows = read(visit.file)
+    assert cells["ok"] is None and cells["values"] == {"not_done": "not done in time"}
+    assert rows["ok"] is None and rows["values"] == {"rows": 1}
+
+
+def test_no_cell_of_the_leaderboard_starts_when_too_little_time_is_left_to_end_it(visit: Visit) -> None:
+    visit.fill_leaderboard()
+    (words,) = visit.asked
+    assert words[0] == BOARD and "--beside" in words
+    assert float(words[words.index("--minutes") + 1]) == pytest.approx((540 - module.LAST_CELLS) / 60, abs=0.1)
+    assert words[words.index("--output") + 1] == str(visit.output / "leaderboard.jsonl")
