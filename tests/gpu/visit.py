@@ -191,7 +191,7 @@ class Visit:
     def fill_leaderboard(self) -> None:
         """Train and measure the cells of the leaderboard for which there is time."""
         os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
-        tiny = ("--tflops", 0.15, "--batch-size", 4, "--num", 20, "--seeds", 0, "--only", "regression")
+        tiny = ("--tflops", 0.15, "--batch-size", 4, "--num", 20, "--seeds", 0, "--beside", 2, "--only", "regression")
         file, started = self.output / "leaderboard.jsonl", time.monotonic()
         arguments = ("--device", self.device, "--output", file, "--runs", tempfile.mkdtemp())
         minutes = (self.left() - LAST_CELLS) / 60
