@@ -492,7 +492,7 @@ def train_teacher_further(
     began = time.monotonic()
     examples = make_examples(teacher, scenes, bare, place)
     print(f"{name}: {scenes} scenes in {time.monotonic() - began:.0f} s", flush=True)
-    unet = teacher.unet.to(place).requires_grad_(True)
+    unet = teacher.denoiser.to(place).requires_grad_(True)
     tokenizer, encoder = teacher.tokenizers[0], teacher.text_encoders[0]
     with torch.no_grad():
         empty = encoder(models.tokens(tokenizer, [""]).to(place)).last_hidden_state[0]

@@ -115,7 +115,7 @@ def test_a_teacher_that_is_trained_further_starts_at_the_shipped_weights_and_kee
     shipped = load(find("emoji-teacher"))
     more = load(Source("more", tmp_path / "teacher-more", "here"))
     assert more.card == shipped.card | {"steps_trained": shipped.card["steps_trained"] + 1}
-    moved = [float((a - b).abs().max()) for a, b in zip(more.unet.parameters(), shipped.unet.parameters(), strict=True)]
+    moved = [float((a - b).abs().max()) for a, b in zip(more.denoiser.parameters(), shipped.denoiser.parameters(), strict=True)]
     assert 0 < max(moved) < 2e-3 and all(math.isfinite(distance) for distance in moved)
     for one, other in ((more.vae, shipped.vae), (more.text_encoders[0], shipped.text_encoders[0])):
         assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
