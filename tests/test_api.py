@@ -253,7 +253,8 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
     assert (made.fake_updates, made.lr_fake, made.lr_generator, made.fake_lora) == (1, 2e-5, 1e-6, 64)
     assert made.objective == objectives.Vsd.Settings()
     assert asked.notes == (
-        f"--objective vsd: the table [objective] of {file} is of dmd2 and is not used: guidance = 3.0, gan = 0.0, gan_fake = 0.01",
+        f"--objective vsd: the table [objective] of {file} is of dmd2 and is not used:"
+        " guidance = 3.0, gan = 0.0, gan_fake = 0.01, divergence = reverse-kl",
         f"--objective vsd: settings of {file} that are defaults of dmd2 have other values: "
         "lr_generator = 1e-05 -> 1e-06, fake_updates = 10 -> 1, fake_lora = 0 -> 64",
     )
@@ -276,7 +277,7 @@ def test_another_objective_than_that_of_the_config_file_keeps_none_of_its_settin
         (
             "guidance = 3\n",
             "guidance is a setting of an objective",
-            'the table [objective] with name = "dmd2" and guidance below it; sid has kappa1 to kappa4 instead',
+            'the table [objective] with name = "dmd" and guidance below it; sid has kappa1 to kappa4 instead',
         ),
         ('[[objective]]\nname = "dmd2"\n', "objective must be a table, not [{'name': 'dmd2'}]", "write [objective] with single"),
         ('guidance_strategy = "long"\n', "unknown key 'guidance_strategy'", "write kappa1 to kappa4 in the table [objective]"),
@@ -311,13 +312,13 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
         ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),
         (
             "guidance = 3.0",
-            "'guidance' is not a setting of objective sid, it is one of dmd2, vsd, regression and lcm; "
+            "'guidance' is not a setting of objective sid, it is one of dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2 and boot; "
             "sid has kappa1, kappa2, kappa3, kappa4, alpha, dropout",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
         ),
         (
             'name = "sida"\nguidance = 3.0',
-            "'guidance' is not a setting of objective sida, it is one of dmd2, vsd, regression and lcm; sida has",
+            "'guidance' is not a setting of objective sida, it is one of dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2 and boot; sida has",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sida, or write these",
         ),
         (
