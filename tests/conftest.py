@@ -27,7 +27,7 @@ from sidcli.evaluation import emoji_reference
 from sidcli.models import sampler
 from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sources import find
-from sidcli.settings import DistillConfig
+from sidcli.settings import PRESETS, DistillConfig
 from tests import checks, tiny
 
 quiet_libraries()
@@ -108,6 +108,13 @@ def one_thread() -> None:
 def few_teacher_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher draws in 5 steps instead of 50 unless it is told how many: each training draws with its teacher."""
     monkeypatch.setattr(sampler, "TEACHER_STEPS", 5)
+
+
+@pytest.fixture
+def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training on the emoji world takes batches of 2 images instead of 16 unless it is told how many."""
+    monkeypatch.setitem(PRESETS["emoji"], "batch_size", 2)
+    monkeypatch.setitem(PRESETS["emoji"], "micro_batch", 2)
 
 
 @pytest.fixture(autouse=True)

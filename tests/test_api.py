@@ -24,7 +24,6 @@ import sidcli
 from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
-from sidcli.models import sampler
 from sidcli.numeric import plain
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig, checked, read_toml
@@ -494,8 +493,8 @@ def test_bars_write_control_characters_out(capsys: pytest.CaptureFixture[str]) -
     assert not {"\x07", "\x9b"} & set(said) and "\x1b[31m" not in said
 
 
-def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "TEACHER_STEPS", 4)
+@pytest.mark.usefixtures("small_batch")
+def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(REPOSITORY / "examples" / "distill.py"))
     example["main"](tmp_path, 1, 20)
     assert "noun" in capsys.readouterr().out and (tmp_path / "3.png").is_file() and (tmp_path / "student" / "unet").is_dir()

@@ -54,13 +54,14 @@ def test_the_readme_has_at_most_160_lines() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
+@pytest.mark.usefixtures("small_batch")
 def test_the_commands_of_the_script_for_continuous_integration_run_in_their_order(tmp_path: Path) -> None:
     script = REPOSITORY / "examples" / "ci.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("sid ")]
     assert len(lines) == 4
     for line in lines:
-        words = Template(line.split(">")[0]).substitute(STEPS="1", NUM="20", CLIP="-1")
+        words = Template(line.split(">")[0]).substitute(STEPS="1", NUM="10", CLIP="-1")
         done = sid(*shlex.split(words)[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert {"cat.png", "run", "student"} <= {path.name for path in tmp_path.iterdir()}

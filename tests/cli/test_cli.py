@@ -389,6 +389,7 @@ def test_what_is_typed_wins_over_the_config_file(tmp_path: Path) -> None:
     assert config["teacher"] == "emoji-teacher" and [config["objective"][f"kappa{n}"] for n in (1, 2, 3, 4)] == [2.0] * 4
 
 
+@pytest.mark.usefixtures("small_batch")
 def test_distill_on_the_emoji_world_with_two_steps_leaves_a_student_and_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch-size", "2", "--json"]
     dry = sid("distill", *small, "--dry-run", cwd=tmp_path)
