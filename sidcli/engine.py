@@ -604,7 +604,7 @@ def check_teacher(name: str, is_student: bool, path: Path, config: DistillConfig
     """Raises InputError if the teacher is a student, UsageError if the settings need timesteps or an objective that do not fit its
     path."""
     if is_student:
-        raise InputError(f"{name} is a one-step student already", "pass the teacher it came from")
+        raise InputError(f"{name} is a student already", "pass the teacher it came from")
     method, timesteps, (first, last) = objectives.find(config.objective.name), path.steps, path.starts
     if method.discrete and not isinstance(path, DiscretePath):
         able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete)

@@ -26,7 +26,7 @@ from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
 from sidcli.numeric import plain
 from sidcli.progress import Silence
-from sidcli.settings import MEMORY, DistillConfig, checked, read_toml
+from sidcli.settings import MEMORY, DistillConfig, checked, differences, read_toml
 from sidcli.training.request import Request, method_of
 from tests import REPOSITORY, inprocess
 from tests.commands import sid
@@ -399,6 +399,12 @@ def test_a_setting_that_others_turn_off_is_noted() -> None:
         "note: --renoise ddim has no effect on objective lcm",
     )
     assert not asked_for(**pairs, lr=1e-4).notes
+
+
+def test_a_setting_without_effect_does_not_prevent_a_run_from_being_continued() -> None:
+    for objective, changed in (("regression", []), ("sid", ["lr_fake: 0.1 -> 0.0001"])):
+        config = asked_for(objective=objective, data="teacher" if objective == "regression" else "").config({})
+        assert differences(dataclasses.asdict(config) | {"lr_fake": 0.1}, config) == changed
 
 
 def test_a_setting_without_effect_keeps_its_default_in_the_record_of_the_run() -> None:

@@ -38,12 +38,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sidcli.emoji import models, world
 from sidcli.emoji.classifier import Classifier
-from sidcli.files import atomic_folder, write_json
+from sidcli.errors import InputError
+from sidcli.files import atomic_folder, read_json, write_json
 from sidcli.formats.diffusers_folder import write_pipeline
 from sidcli.formats.order import Order
 from sidcli.models.codec import Codec
 from sidcli.models.loading import Model, load
-from sidcli.models.sources import WEIGHTS, Source
+from sidcli.models.sources import WEIGHTS, Source, fingerprint
 from sidcli.randomness import key, normal, numpy_generator, torch_generator, uniform
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -470,6 +471,15 @@ def denoising_loss(unet: nn.Module, examples: Examples, empty: Tensor, batch: in
     return loss
 
 
+def check_same(file: Path, settings: dict[str, object]) -> None:
+    """Write the settings of a training to `file`. Raises InputError if there are others: the training of others would be resumed."""
+    if file.exists() and (before := read_json(file)) != settings:
+        changed = ", ".join(f"{key}: {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value)
+        raise InputError(f"{file.parent} holds a training with other settings: {changed}", "choose another --output")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+
+
 def train_teacher_further(
     output: Path,
     steps: int,
@@ -485,10 +495,16 @@ def train_teacher_further(
     precision to `output`/teacher-more.
 
     It learns from `scenes` scenes. The captions of a share `bare` of them are nouns alone, so that no background is preferred where
-    the prompt names none. A scene takes 8 kB on the device. Raises InputError if `start` is not a teacher that sid can read.
+    the prompt names none. A scene takes 8 kB on the device. Raises InputError if `start` is not a teacher of the emoji world that
+    predicts epsilon, or if `output` holds a training with other settings.
     """
     name, place = "teacher-more", torch.device(device)
     teacher = load(Source("teacher", start, str(start)))
+    if teacher.is_student or not teacher.is_emoji or teacher.path.prediction != "epsilon":
+        raise InputError(f"{start} is not a teacher of the emoji world that predicts epsilon", "leave --start out")
+    check_same(
+        output / f"{name}.json", {"start": fingerprint(teacher.source), "scenes": scenes, "bare": bare, "batch": batch, "lr": lr}
+    )
     began = time.monotonic()
     examples = make_examples(teacher, scenes, bare, place)
     print(f"{name}: {scenes} scenes in {time.monotonic() - began:.0f} s", flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from sidcli.files import write_json
 from sidcli.models.drawing import Plan, is_consistency, student_plan
@@ -33,7 +34,7 @@ def license_of(folder: Path) -> dict[str, str]:
     """Return `license`, `license_name` and `license_link` of the model card (README.md) in `folder`, without missing entries."""
     try:
         content = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return {}
     return {key: str(content[key]) for key in TERMS if content.get(key)}
 

@@ -53,7 +53,7 @@ SOURCES: Rule = (
 
 CARD: dict[str, Rule] = {
     "kind": _one_of(KINDS),
-    "t_init": _whole(1, MAX_TIMESTEPS - 1),
+    "t_init": _whole(1, MAX_TIMESTEPS),
     "student_steps": _whole(1, MAX_TIMESTEPS - 1),
     "renoise": _one_of(RENOISE),
     "sampler": _one_of(SAMPLERS),

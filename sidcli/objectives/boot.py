@@ -48,7 +48,6 @@ class Boot(Objective):
     Settings = BootSettings
     title = "BOOT (arXiv 2306.05544)"
     defaults: ClassVar = {"lr_generator": 1e-5, "t_init": 999}
-    emoji_defaults: ClassVar = {"t_init": 999}
     emoji_settings: ClassVar = {"guidance": 3.0}
     is_one_step = True
     unused = (*FAKE_OPTIONS, "t_max")

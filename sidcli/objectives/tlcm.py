@@ -51,7 +51,6 @@ class Tlcm(Objective):
     Settings = TlcmSettings
     title = "Multistep latent consistency distillation (TLCM, arXiv 2406.05768)"
     defaults: ClassVar = {"student_steps": 4, "t_init": 999}
-    emoji_defaults: ClassVar = {"student_steps": 4, "t_init": 999}
     emoji_settings: ClassVar = {"guidance": 3.0}
     unused = (*FAKE_OPTIONS, "t_min", "t_max", "renoise")
     discrete = True

@@ -242,14 +242,18 @@ def _commands(run: Run) -> Commands | None:
         f'pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")'
     )
     model = shlex.quote(str(run.folder))
+    stock = [("In diffusers (keep guidance_scale=0):", code)] if _is_stock(run.folder) else []
     return Commands(
         "How to run the student",
-        [
-            ("On the command line:", f'sid sample "a cat" --model {model}'),
-            ("In diffusers (keep guidance_scale=0):", code),
-            *_measuring(run, model),
-        ],
+        [("On the command line:", f'sid sample "a cat" --model {model}'), *stock, *_measuring(run, model)],
     )
+
+
+def _is_stock(folder: Path) -> bool:
+    """Return whether the stock pipeline draws with the student of a run. Of the text encoders, it can lack only the last one."""
+    index = _json(folder / "student" / "model_index.json")
+    texts = sorted(name for name in index if name.startswith("text_encoder"))
+    return all(index[name] != [None, None] for name in texts[:-1])
 
 
 def _absent(folder: Path) -> str:

@@ -113,4 +113,4 @@ def _weights(name: str, teacher: Model, listener: Listener) -> Initial:
         return Initial(lora.applied(teacher, file, listener), sha256(file), (origin,))
     source = find(name, listener)
     model = load(source, None, listener)
-    return Initial(model.denoiser.state_dict(), fingerprint(source), (provenance(model),))
+    return Initial(model.denoiser.state_dict(), fingerprint(source), (provenance(model), *model.card.get("init", ())))

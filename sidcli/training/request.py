@@ -18,6 +18,7 @@ from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
 from sidcli.models.overrides import check_guidance
+from sidcli.objectives.base import FAKE_OPTIONS
 from sidcli.settings import MEMORY, PRESETS, SELECTS, TEACHER_DRAWS, DistillConfig, checked, preset_for, read_toml, strategy
 
 if TYPE_CHECKING:
@@ -95,14 +96,14 @@ class Request:
         return MEMORY["fast" if self.memory == "auto" else self.memory]
 
     def config(self, recipe: dict[str, Any]) -> DistillConfig:
-        """Return the settings with a memory recipe. Those that the objective does not use keep their defaults.
+        """Return the settings with a memory recipe. Those of a fake score that the objective does not have keep their defaults.
 
         Raises UsageError for an invalid value.
         """
         if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
         given = self.start | recipe | self.own | {"teacher": self.teacher}
-        unused = objectives.find(self.start["objective"].name).unused  # a record must not show a fake score that does not exist
+        unused = {*FAKE_OPTIONS} & {*objectives.find(self.start["objective"].name).unused}
         merged = {name: value for name, value in given.items() if name not in unused}
         batch = merged.get("batch_size", DistillConfig.batch_size)
         merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
@@ -250,7 +251,8 @@ def check_objective(config: DistillConfig) -> None:
     if config.data and not config.objective.needs_images:
         raise UsageError(
             f"--data {config.data}: objective {name} trains on prompts alone",
-            "leave it out, or train on images with --objective sida, or --objective dmd2 --set gan=0.001",
+            'leave it out, or --data "" if a config file has it; objectives that train on images are'
+            " sida, dmd, dmd2 --set gan=0.001, regression, lcm and tlcm",
         )
     if config.objective.discriminates and config.compile == "on":
         raise UsageError(f"--compile on does not support the discriminator of objective {name}", "--compile off")

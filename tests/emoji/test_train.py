@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sidcli.emoji import train, world
+from sidcli.errors import InputError
 from sidcli.models.loading import load
 from sidcli.models.sources import Source, find
 
@@ -119,3 +120,15 @@ def test_a_teacher_that_is_trained_further_starts_at_the_shipped_weights_and_kee
     assert 0 < max(moved) < 2e-3 and all(math.isfinite(distance) for distance in moved)
     for one, other in ((more.vae, shipped.vae), (more.text_encoders[0], shipped.text_encoders[0])):
         assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_training_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    train.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 6})
+    train.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 6})
+    with pytest.raises(InputError, match="holds a training with other settings: scenes: 6 -> 8"):
+        train.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 8})
+
+
+def test_only_a_teacher_of_the_emoji_world_is_trained_further(sd_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sd is not a teacher of the emoji world that predicts epsilon"):
+        train.train_teacher_further(tmp_path, 1, start=sd_folder, scenes=6)

@@ -660,3 +660,16 @@ def test_a_browser_shows_it_moves_the_slider_and_asks_for_nothing(tmp_path: Path
         assert min(widths) > 99
         browser.close()
     assert [line for line in said if not line.startswith("data:")] == [file.as_uri()]
+
+
+def test_a_student_that_the_stock_pipeline_cannot_draw_with_has_no_code_for_it(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "text_encoder": [None, None],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+    }
+    clips = {name: ["transformers", "CLIPTextModelWithProjection"] for name in ("text_encoder", "text_encoder_2")}
+    (tmp_path / "student").mkdir()
+    for entries, draws in ((index, False), (index | clips, True), (index | clips | {"text_encoder_3": [None, None]}, True)):
+        (tmp_path / "student" / "model_index.json").write_text(json.dumps(entries))
+        assert run._is_stock(tmp_path) == draws

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sidcli import api
 from sidcli.errors import InputError, SidError, UsageError
 from sidcli.formats import export, lora
+from sidcli.formats.card import license_of
 from sidcli.formats.diffusers_folder import stock, write_student
 from sidcli.formats.order import Order
 from sidcli.models.loading import Description, Model, describe, load
@@ -83,6 +84,18 @@ def test_a_model_card_states_the_license_of_a_model_that_the_student_started_fro
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"It is also a derivative of {other}, whose license is cc-by-nc-4.0." in card
     assert f"| Started from | {other} and {folder} |" in card
+
+
+def test_licenses_are_kept_over_generations_and_a_damaged_model_card_has_none(
+    pair: tuple[Model, Model, Path], tmp_path: Path
+) -> None:
+    teacher, student, _ = pair
+    first = {"name": "first", "origin": "hub:a/first", "license": "cc-by-nc-4.0"}
+    write_student(tmp_path / "second", student, student.card | {"init": [first]})
+    sources = open_initial(str(tmp_path / "second"), teacher, Silence()).sources
+    assert [source["name"] for source in sources] == [str(tmp_path / "second"), "first"] and sources[1] == first
+    (tmp_path / "second" / "README.md").write_text("---\nlicense: [a\nfoo: : x\n---\n")
+    assert license_of(tmp_path / "second") == {}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
