@@ -328,6 +328,13 @@ def distance(x: Tensor, target: Tensor, huber: float, batch: Batch) -> tuple[Ten
     return difference / (root * batch.size), (root - huber).sum() / batch.size
 
 
+def ddim(nets: Networks, role: str, x_t: Tensor, batch: Batch, end: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the DDIM step of a network from x_t at `batch.t` to the timesteps `end` [B] (arXiv 2010.02502)."""
+    (predicted,) = nets.predict(role, x_t, batch, scale)
+    path, t = nets.path, batch.t
+    return path.noised(path.clean(predicted, x_t, t), path.noise(predicted, x_t, t), end)
+
+
 def spread(x: Tensor, batch: Batch) -> Tensor:
     """Return this micro-batch's part of the mean standard deviation of the samples."""
     return batch.share * x.std((1, 2, 3)).mean()

@@ -26,6 +26,7 @@ from sidcli.objectives.base import (
     RunConfig,
     Values,
     branches,
+    ddim,
     distance,
     spread,
 )
@@ -103,9 +104,7 @@ class Lcm(Objective):
         """
         x_t, begun = self.start(nets, batch)
         ended = replace(begun, t=(begun.t - self.skip).clamp_min(0))
-        (clean,) = nets.clean(TEACHER, x_t, begun, self.settings.guidance)
-        a, sigma = nets.path.scale(begun.t)
-        earlier = nets.path.noised(clean, (x_t - a * clean) / sigma, ended.t)
+        earlier = ddim(nets, TEACHER, x_t, begun, ended.t, self.settings.guidance)
         target = consistency(nets, TARGET if self.settings.target else GENERATOR, earlier, ended)
         slope, loss = distance(x, target, self.settings.huber, batch)
         return slope, {"generator_loss": loss, "sample_std": spread(x, batch)}

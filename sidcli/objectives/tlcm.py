@@ -25,6 +25,7 @@ from sidcli.objectives.base import (
     RunConfig,
     Values,
     branches,
+    ddim,
     distance,
     spread,
 )
@@ -99,10 +100,3 @@ class Tlcm(Objective):
         for bound in self.grid[::-1]:
             end = end.where(t <= bound, bound)
         return end
-
-
-def ddim(nets: Networks, role: str, x_t: Tensor, batch: Batch, end: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the DDIM step of a network from x_t at `batch.t` to the timesteps `end` [B] (arXiv 2010.02502)."""
-    (predicted,) = nets.predict(role, x_t, batch, scale)
-    path, t = nets.path, batch.t
-    return path.noised(path.clean(predicted, x_t, t), path.noise(predicted, x_t, t), end)

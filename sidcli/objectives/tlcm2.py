@@ -6,7 +6,6 @@ The student's predictions at the timesteps of its grid learn to agree, so that i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.errors import UsageError
@@ -21,10 +20,11 @@ from sidcli.objectives.base import (
     Settings,
     Values,
     branches,
+    ddim,
     distance,
     spread,
 )
-from sidcli.objectives.tlcm import Tlcm, ddim
+from sidcli.objectives.tlcm import Tlcm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,11 +60,8 @@ class Tlcm2(Tlcm):
         """Return the student's own samples, noised, and the batch with their timesteps; `batch.t` are positions in the grid."""
         from torch import no_grad, tensor
 
-        visits = [batch.t * 0 + t for t in (*self.grid, 0)]
-        with no_grad():
-            x = nets.path.scale(visits[0])[1] * batch.latents[0]
-            for t, following in pairwise(visits):
-                x = ddim(nets, GENERATOR, x, replace(batch, t=t), following)
+        with no_grad():  # all steps of the student: the batch itself may have noise for some of them
+            x = nets.generate(replace(batch, latents=batch.latents[:1] * len(self.grid)))
         begun = replace(batch, t=tensor(self.grid, device=batch.t.device)[batch.t])
         return nets.path.noised(x, batch.noise, begun.t), begun
 

@@ -96,14 +96,15 @@ class Request:
         return MEMORY["fast" if self.memory == "auto" else self.memory]
 
     def config(self, recipe: dict[str, Any]) -> DistillConfig:
-        """Return the settings with a memory recipe. Those of a fake score that the objective does not have keep their defaults.
+        """Return the settings with a memory recipe. Those of a fake score that the objective does not have, and the
+        renoising of one that fixes it, keep their defaults.
 
         Raises UsageError for an invalid value.
         """
         if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
         given = self.start | recipe | self.own | {"teacher": self.teacher}
-        unused = {*FAKE_OPTIONS} & {*objectives.find(self.start["objective"].name).unused}
+        unused = {*FAKE_OPTIONS, "renoise"} & {*objectives.find(self.start["objective"].name).unused}
         merged = {name: value for name, value in given.items() if name not in unused}
         batch = merged.get("batch_size", DistillConfig.batch_size)
         merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))

@@ -56,12 +56,10 @@ def test_a_teacher_whose_training_failed_is_not_measured(visit: Visit) -> None:
 
 
 def test_a_part_that_has_no_time_left_is_stopped_and_neither_passes_nor_fails(visit: Visit) -> None:
-    visit.command = ("sleep", "60")
+    visit.command = ("sleep", "1000000")
     visit.deadline = time.monotonic()
     (visit.output / "leaderboard.jsonl").write_text(json.dumps({"objective": "sid"}) + "\n")
-    began = time.monotonic()
     visit.fill_leaderboard()
-    assert time.monotonic() - began < 30
     cells, rows = read(visit.file)
     assert cells["ok"] is None and cells["values"] == {"not_done": "not done in time"}
     assert rows["ok"] is None and rows["values"] == {"rows": 1}

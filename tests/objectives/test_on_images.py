@@ -169,8 +169,9 @@ class OnImages(Naive):
             t, end = grid[position], grid[position + 1]
             with torch.no_grad():
                 x = (1 - self.abar[first]).sqrt() * draw.latents[0][i : i + 1].double()
-                for one, other in pairwise(grid):
+                for one, other in pairwise(grid[:-1]):
                     x = self.step("theta", x, one, other, prompt, 1.0)
+                x = self.clean("theta", x, grid[-2], prompt, 1.0)
                 x_t = self.abar[t].sqrt() * x + (1 - self.abar[t]).sqrt() * draw.noise[i : i + 1].double()
                 x_s, at = x_t, t
                 for left in range(s.teacher_steps, 0, -1):
