@@ -58,6 +58,7 @@ def test_math_attention_computes_the_same_step_up_to_rounding(recompute: bool, s
     for arithmetic in (Arithmetic(bf16=True), Arithmetic(bf16=True, attention="math")):
         engine = Engine(sd, settings, open_prompts("general"), CPU, arithmetic)
         losses.append(engine.train_step().numbers())
-    for name in ("fake_loss", "generator_loss"):
-        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.05), name
+    # The generator's loss is a sum of terms of both signs that is near zero, so that rounding changes much of it.
+    for name, tolerance in (("fake_loss", 0.005), ("ratio", 0.05), ("sample_std", 0.005), ("generator_loss", 0.3)):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=tolerance), name
     assert losses[0] != losses[1], "another kernel rounds differently"
