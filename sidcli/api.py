@@ -25,7 +25,7 @@ from sidcli.evaluation.spec import Request as Evaluation
 from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
 from sidcli.formats.outputs import BACKENDS, Places, check_export, check_named
-from sidcli.models.overrides import Overrides, check_sampling
+from sidcli.models.overrides import Overrides, check_guidance, check_sampling
 from sidcli.numeric import plain
 from sidcli.objectives import OBJECTIVES, names
 from sidcli.printable import printable, with_article
@@ -35,6 +35,7 @@ from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
 
 if TYPE_CHECKING:
+    from sidcli.data.references import Reference
     from sidcli.evaluation.run import Outcome
     from sidcli.formats.export import Exported
     from sidcli.formats.images import Samples
@@ -145,6 +146,8 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    reference: PathLike | None = None,
+    reference_guidance: float | None = None,
     output: PathLike | None = None,
     overwrite: bool = False,
     width: int = 0,
@@ -164,6 +167,8 @@ def sample(
         num: Images per prompt, with seeds `seed`, `seed` + 1, ...
         steps: Denoising steps; by default 50 for a teacher, and the student's own number for a student.
         guidance: Guidance scale of a teacher.
+        reference: Image file whose subject the images show, for a model that takes one.
+        reference_guidance: Guidance scale of the reference; 1, the default, is no guidance.
         output: A .png file for one image, or a folder for several; None: no file is written.
         width, height: Image size in pixels; 0: the model's own size.
         backend: "auto", "torch", "onnx" or "openvino"; the last two run an exported graph.
@@ -174,7 +179,7 @@ def sample(
         Samples: `images` are PIL images in the order of prompts and seeds; `drawn` has the prompt, seed and file of each image.
 
     Raises:
-        InputError: If the model is not found, is damaged, or is of a kind that sid does not support.
+        InputError: If the model or the reference is not found, is damaged, or is of a kind that sid does not support.
         UsageError: If an argument has an invalid value, or a file exists and `overwrite` is False.
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
@@ -184,6 +189,8 @@ def sample(
     texts = _prompts(prompts)
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
+    (reference_guidance,) = _typed(reference_guidance=(reference_guidance, float))
+    check_guidance(reference_guidance, "--reference-guidance")
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     check_name(device)
@@ -198,25 +205,43 @@ def sample(
     listener = listener or Bars()
     from sidcli.models.sources import graph_format, read_card
 
+    shown = _reference(reference)
     if not (isinstance(given, str) and Path(given).is_dir() and graph_format(Path(given))):
         pick_device(device)  # before libraries that take seconds to import
+    from sidcli.data.references import with_reference
     from sidcli.emoji import vocabulary
     from sidcli.formats import images
 
     opened = images.open_drawer(given, backend, device, steps, guidance, listener, known)
     if read_card(opened.source).get("world") == "emoji" and (about := vocabulary.remark(texts, opened.source.name)):
         listener.note(about)
+    opened, pixels = with_reference(opened, shown, reference_guidance, listener)
     listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
     with listener.progress("draw", count, "images") as advance:
-        drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite)
-    for file in (others := places.others if places and overwrite else []):
-        file.unlink()
-    if others:
-        listener.note(f"removed {counted(len(others), 'image')} of an earlier call from {others[0].parent}")
+        drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite, pixels)
+    if places and overwrite:
+        _remove(places.others, listener)
     if drawn.truncated:
         were = "was" if drawn.truncated == 1 else "were"
         listener.note(f"{counted(drawn.truncated, 'prompt')} {were} longer than the text encoder reads and {were} truncated")
     return drawn
+
+
+def _remove(images: Sequence[Path], listener: Listener) -> None:
+    """Remove the images of an earlier call in the same folder."""
+    for file in images:
+        file.unlink()
+    if images:
+        listener.note(f"removed {counted(len(images), 'image')} of an earlier call from {images[0].parent}")
+
+
+def _reference(file: PathLike | None) -> Reference | None:
+    """Return the reference image in a file. Raises InputError if it is missing or is no image."""
+    if file is None:
+        return None
+    from sidcli.data.references import Reference
+
+    return Reference.read(Path(file))
 
 
 @_refuses_unknown
@@ -426,7 +451,7 @@ def _name(argument: str, model: object) -> str:
     )
 
 
-OPTIONAL = ("steps", "guidance", "lr", "images", "rank", "objective", "num")
+OPTIONAL = ("steps", "guidance", "reference_guidance", "lr", "images", "rank", "objective", "num")
 """Arguments that may be None."""
 PATH = (str, os.PathLike)
 TYPES = {PATH: "a path", (str, Sequence): "a list of names"}

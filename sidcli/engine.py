@@ -28,10 +28,11 @@ from sidcli.diffusion.path import DiscretePath, Path
 from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
-from sidcli.models.drawing import Plan
+from sidcli.models.drawing import Plan, student_plan
 from sidcli.models.kind import Cond, guided_predictions
 from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Model
+from sidcli.models.reference import LAYOUTS, layout_of
 from sidcli.models.sampler import Sampler
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
@@ -73,6 +74,10 @@ def default_arithmetic(precision: str, device: torch.device) -> Arithmetic:
     if precision == "auto":
         return Arithmetic(device.type == "cuda" and torch.cuda.is_bf16_supported())
     return Arithmetic(precision == "bf16")
+
+
+TUNED_STEPS = 25
+"""Denoising steps of the samples of a model of many steps."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,11 @@ class Networks:
     def clean(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         return [self.path.clean(value, x_t, batch.t) for value in self.predict(role, x_t, batch, *scales)]
 
+    def weights(self, batch: Batch, reference: float) -> Tensor:
+        engine = self._engine
+        one = torch.ones(1, 1, 1, engine.frame_width, device=engine.device)
+        return one if engine.layout is None else engine.layout.join(reference * one, one)
+
     @torch.enable_grad()
     def gradient_through(
         self, x: Tensor, networks: Sequence[Callable[[Tensor], list[Tensor]]], loss: Callable[..., tuple[Tensor, Values]]
@@ -301,7 +311,8 @@ class Engine:
     ):
         self.config, self.prompts = config, prompts
         self.data: Latents | None = None
-        """Real images. Set them before the first step if the objective needs images."""
+        """Images, or pairs of images of one subject. Set them before the first step if the objective needs images, or if the student
+        takes a reference image."""
         self.objective = objectives.find(config.objective.name)(config, teacher.path.steps)
         check_split(config.batch_size, count())
         self.distributed = Distributed(device, config.shard)
@@ -315,6 +326,10 @@ class Engine:
         self.teacher = self.sampler.denoiser
         roles = self.objective.roles
         nets = {name: self._trainable(role) for name, role in roles.items()}
+        self.layout = layout_of(nets[GENERATOR].config)
+        """How the student takes a reference image; None if it takes none."""
+        self.latent_shape = self.kind.latent_shape(nets[GENERATOR].config)
+        """Shape of the student's samples: channels, height, width."""
         if start is not None:
             for name, role in roles.items():
                 if GENERATOR in (name, role.follows):
@@ -344,14 +359,23 @@ class Engine:
 
     def _trainable(self, role: Role) -> Any:
         """Return a copy of the teacher or, for a LoRA role, a second network that shares the teacher's weights and has adapters."""
-        shared: dict[int, Any] = {id(value): value for value in self.teacher.parameters()} if role.lora else {}
-        net = copy.deepcopy(self.teacher, shared).requires_grad_(not role.lora)
+        net = self._copy(role)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.key(self.config.seed, role.stream))
             if role.lora:
                 self.kind.add_adapters(net, role.lora)
+                if role.layout:  # the teacher does not have the weights of the reference
+                    self.kind.reference_weights(net).requires_grad_(True)
             if role.head:
                 self.kind.add_head(net)
+        return net
+
+    def _copy(self, role: Role) -> Any:
+        """Return a copy of the teacher in the layout of the role. For a LoRA role it shares the teacher's weights."""
+        shared: dict[int, Any] = {id(value): value for value in self.teacher.parameters()} if role.lora else {}
+        net = copy.deepcopy(self.teacher, shared).requires_grad_(not role.lora)
+        if role.layout:
+            self.kind.take_reference(net, LAYOUTS[role.layout])
         return net
 
     def _configure(self, net: Any) -> None:
@@ -365,6 +389,18 @@ class Engine:
     def sampling(self) -> dict[str, Any]:
         """How the student draws: entries of its card, sid.json."""
         return self.objective.sampling | self.path.sampling
+
+    @property
+    def plan(self) -> Plan:
+        """Sampling settings of the student, or of the model of many steps that the objective makes."""
+        if self.objective.makes == "teacher":
+            return Plan(TUNED_STEPS, float(self.sampling["guidance"]))
+        return student_plan(self.sampling)
+
+    @property
+    def frame_width(self) -> int:
+        """Width of the latent of one image."""
+        return self.kind.frame_shape(self.teacher.config)[2]
 
     @property
     def images(self) -> int:
@@ -447,8 +483,11 @@ class Engine:
         latents, noise, t = [value.to(on) for value in drawn.latents], drawn.noise.to(on), drawn.t.to(on)
         samples = None if drawn.samples is None else drawn.samples.to(on)
         real = None if drawn.real is None else self._on_device(drawn.real)
-        cond = self.sampler.encode(drawn.prompts)
-        return dataclasses.replace(drawn, latents=latents, noise=noise, t=t, cond=cond, samples=samples, real=real)
+        reference = None if drawn.reference is None else drawn.reference.to(on)
+        cond = self.sampler.encode(drawn.prompts).with_reference(reference)
+        return dataclasses.replace(
+            drawn, latents=latents, noise=noise, t=t, cond=cond, reference=reference, samples=samples, real=real
+        )
 
     def _next_key(self, key: Key) -> Key:
         """Return the key of the micro-batch that follows `key` in the order of `train_step`."""
@@ -467,13 +506,11 @@ class Engine:
         A few-step student stops after the same random number of steps in the whole batch, in every process and every phase, as in
         the published code of few-step SiD.
         """
-        config, shape = self.config, self.sampler.model.latent_shape
+        config, shape = self.config, self.latent_shape
         turn, seed = inputs.turn, config.seed
-        prompts = [self.prompts.at(seed, inputs.position * config.batch_size + sample) for sample in samples]
-        drops = [False] * len(samples)
-        if inputs.dropout:
-            drops = (randomness.uniform(seed, "caption dropout", turn, samples) < inputs.dropout).tolist()
-            prompts = emptied(prompts, drops)
+        prompts, canvas = self._prompts(inputs, samples)
+        drops, blind = self._drops(inputs, samples)
+        prompts = emptied(prompts, drops)
         visits = 1
         if inputs.reuse or inputs.source != "prompts":
             visits = 0
@@ -484,6 +521,11 @@ class Engine:
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
         t = self.path.draw(inputs.t_range, randomness.Draws(seed, f"{inputs.stream} timestep", turn, samples))
         batch = Batch(prompts, latents, noise, t, config.batch_size)
+        if self.layout and canvas is not None:
+            shown, target = canvas.chunk(2, -1)
+            pair = self.layout.join(shown, target) if inputs.source == "images" else None
+            reference = torch.where(torch.tensor(blind).view(-1, 1, 1, 1), 0.0, shown)
+            return dataclasses.replace(batch, reference=reference, samples=pair)
         if inputs.source == "prompts" and not inputs.real:
             return batch
         assert self.data is not None
@@ -494,6 +536,29 @@ class Engine:
         starts = [torch.stack([self.data.noise(seed, position) for position in positions])] if started else []
         real = dataclasses.replace(batch, prompts=emptied(captions, drops), latents=starts, samples=torch.stack(images))
         return dataclasses.replace(batch, real=real) if inputs.real else real
+
+    def _prompts(self, inputs: Inputs, samples: Sequence[int]) -> tuple[list[str], Tensor | None]:
+        """Return the prompts of samples and, if the student takes a reference, the latents [B, C, h, 2 w] of their pairs of images."""
+        number = inputs.turn if self.layout and inputs.source == "images" else inputs.position
+        positions = [number * self.config.batch_size + sample for sample in samples]
+        if self.layout:
+            return self.pairs_at(positions)
+        return [self.prompts.at(self.config.seed, position) for position in positions], None
+
+    def pairs_at(self, positions: Sequence[int]) -> tuple[list[str], Tensor]:
+        """Return captions of pairs of images, and their latents [B, C, h, 2 w]: the reference first, then the image of the caption."""
+        assert self.data is not None
+        images, captions = zip(*(self.data.at(self.config.seed, position) for position in positions), strict=True)
+        return list(captions), torch.stack(images)
+
+    def _drops(self, inputs: Inputs, samples: Sequence[int]) -> tuple[list[bool], list[bool]]:
+        """Return which samples have the empty prompt, and which have no reference image."""
+        alone, no_reference = inputs.dropout, inputs.dropout + inputs.reference_dropout
+        if not (most := no_reference + inputs.both_dropout):
+            return [False] * len(samples), [False] * len(samples)
+        drawn = randomness.uniform(self.config.seed, "caption dropout", inputs.turn, samples)
+        text = (drawn < alone) | ((drawn >= no_reference) & (drawn < most))
+        return text.tolist(), ((drawn >= alone) & (drawn < most)).tolist()
 
     # Networks
 
@@ -511,10 +576,17 @@ class Engine:
             return self.sampler.latents(prompts, [noise.to(self.device)], plan, stepped).float().cpu()
 
     @torch.no_grad()
-    def teacher_images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
+    def teacher_images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        advance: Progress = silent,
+        references: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return images of the teacher, uint8 [B, H, W, 3], in the precision of the run."""
         with self.arithmetic.autocast(self.device.type), self.arithmetic.kernels():
-            images = self.sampler.images(prompts, seeds, plan, advance)
+            images = self.sampler.images(prompts, seeds, plan, advance, references)
         self.sampler.model.vae.to("cpu")  # training does not use the VAE
         return images
 
@@ -526,9 +598,9 @@ class Engine:
         trained = self.roles[GENERATOR]
         average = {name: whole(value) for name, value in trained.average.items()}
         with torch.device("meta"):
-            denoiser = self.kind.build(self.kind.component, self.teacher.config)
+            denoiser = self.kind.build(self.kind.component, trained.net.config)
         if trained.role.lora:
-            average = self.kind.merged(self.teacher, average, trained.role.lora)
+            average = self.kind.merged(self._copy(trained.role), average, trained.role.lora)
         kept = denoiser.state_dict().keys() - dict(denoiser.named_parameters()).keys()
         buffers = {name: value.cpu() for name, value in self.teacher.named_buffers() if name in kept}
         denoiser.load_state_dict(average | buffers, assign=True)

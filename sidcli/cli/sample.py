@@ -48,6 +48,12 @@ Steps = Annotated[
     typer.Option(show_default="50; a student's own", help="Denoising steps; a student takes at most its own."),
 ]
 Guidance = Annotated[float | None, typer.Option(show_default="its own best", help="Guidance scale of a teacher.")]
+Reference = Annotated[
+    Path | None, typer.Option(help="Image whose subject is drawn, for a model of --objective self-distillation or its student.")
+]
+ReferenceGuidance = Annotated[
+    float | None, typer.Option(show_default="1, no guidance", help="Guidance scale of the reference image.")
+]
 Prompts = Annotated[Path | None, typer.Option(help="Text with one prompt per line, .csv, .tsv, .jsonl or .json.")]
 Width = Annotated[int, typer.Option(callback=within(0), help="Width in pixels; 0: the model's own.")]
 Height = Annotated[int, typer.Option(callback=within(0), help="Height in pixels; 0: the model's own.")]
@@ -70,6 +76,8 @@ def sample(
     seed: SeedOption = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    reference: Reference = None,
+    reference_guidance: ReferenceGuidance = None,
     prompts: Prompts = None,
     column: ColumnOption = None,
     width: Width = 0,
@@ -112,6 +120,8 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
+            reference=reference,
+            reference_guidance=reference_guidance,
             output=unnamed(texts, num, seed) if output is None and texts else output,
             overwrite=overwrite,
             width=width,

@@ -102,6 +102,20 @@ class ImageFiles:
         return value if isinstance(value, str) else None
 
 
+def read_image(file: Path) -> tuple[np.ndarray, str]:
+    """Return one image as `ImageFiles.read_with_mode` does. Raises InputError if the file is missing or cannot be read."""
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{file} is not a file", f"give a {READABLE} image")
+        if status.st_size > MAX_BYTES:
+            raise InputError(f"{file} has {status.st_size} bytes; images may have {MAX_BYTES}", f"give a {READABLE} image")
+        one = ImageFiles(str(file.parent), "", (file.name,), lambda name, most: file.open("rb"))
+        return one.read_with_mode(0)
+    except OSError as error:
+        raise InputError(f"cannot read the image {file}: {error.strerror or error}", f"give a {READABLE} image") from error
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "I;16":  # 16-bit gray: Pillow would clip its values at 255
         gray = (np.asarray(image).astype(np.uint32) + 128) // 257

@@ -26,6 +26,7 @@ from sidcli import randomness
 from sidcli.data.captioned import CaptionedImages
 from sidcli.data.imagesets import digest
 from sidcli.data.prompts import Prompts, permutation
+from sidcli.data.references import ENLARGED
 from sidcli.distributed import Distributed, Share
 from sidcli.environment import cache_folder
 from sidcli.errors import InputError
@@ -39,8 +40,6 @@ from sidcli.progress import Listener, Progress, counted
 UNIT = 64
 FORMAT = 1
 """Version of the content of the files. Another version reads none of them."""
-ENLARGED = 2
-"""Largest factor by which an image is enlarged. Smaller images are not used."""
 TEACHER_IMAGES = 1000
 """Default number of images that the teacher draws."""
 TEACHER_SEED = 0

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -98,7 +99,9 @@ def consistency_scheduler(teacher_config: dict[str, Any], solver_steps: int) -> 
 
 
 def scheduler_of(model: Model) -> Any:
-    """Return the scheduler of diffusers that draws as a student does."""
+    """Return the scheduler of diffusers that draws as a student does; for a model of many steps, that of its teacher."""
+    if not model.is_student:
+        return getattr(diffusers, model.scheduler_config["_class_name"]).from_config(model.scheduler_config)
     if is_consistency(model.card):
         return consistency_scheduler(model.scheduler_config, int(model.card["solver_steps"]))
     if isinstance(model.path, FlowPath):  # a student starts at pure noise, as the teacher does

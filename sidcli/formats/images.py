@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from sidcli.devices import choose_device
@@ -68,6 +69,8 @@ class Opened:
     source: Source
     drawer: Drawer
     plan: Plan
+    reference_size: tuple[int, int] | None = None
+    """Height and width in pixels of the reference image that the model takes; None if it takes none."""
 
 
 def run(
@@ -79,8 +82,11 @@ def run(
     batch_size: int,
     advance: Progress,
     replace: bool = True,
+    reference: np.ndarray | None = None,
 ) -> Samples:
     """Draw `num` images of each prompt with seeds seed, seed + 1, ..., in files at `places`, or in memory if it is None.
+
+    `reference` is the reference image uint8 [H, W, 3] of all of them, if the model takes one.
 
     Raises UsageError if a file exists and `replace` is False.
     """
@@ -88,7 +94,8 @@ def run(
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num)]
     drawn: list[Drawn] = []
     thumbnails: list[Image.Image] = []
-    batches = draw(opened.drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance)
+    references = None if reference is None else np.broadcast_to(reference, (len(jobs), *reference.shape))
+    batches = draw(opened.drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance, references)
     images = (Image.fromarray(image) for batch in batches for image in batch)
     for index, ((prompt, image_seed), picture) in enumerate(zip(jobs, images, strict=True)):
         file = places.files[index] if places else None
@@ -126,7 +133,7 @@ def open_drawer(
     where = choose_device(device, listener)
     loaded = open_model(model, listener, known) if isinstance(model, str) else model
     plan = plan_for(loaded, steps, guidance)
-    return Opened(loaded.source, Sampler(loaded, where), plan)
+    return Opened(loaded.source, Sampler(loaded, where), plan, loaded.size if loaded.layout else None)
 
 
 def open_graphs(

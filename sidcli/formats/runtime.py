@@ -74,8 +74,17 @@ class GraphSampler:
             raise UsageError(f"these graphs do not draw at {wanted[1]}x{wanted[0]}", possible)
         self.size, self.shape = wanted, (self.shape[0], wanted[0] // factor, wanted[1] // factor)
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
+    def images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        advance: Progress = silent,
+        references: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return images uint8 [B, H, W, 3] for prompts and image seeds. A seed gives the same noise as in `Sampler`.
+
+        Graphs take no reference images: `references` is None.
 
         Raises NotFinite if an image has a value that is not finite.
         """

@@ -25,7 +25,8 @@ class Plan:
     """Sampling settings. With a `grid` of timesteps a model is a generator of one or a few steps; otherwise a teacher with guidance.
 
     With `consistency`, the generator uses multistep consistency sampling (`diffusion.sampling.consistency_steps`). `sigmas` are the
-    times of the grid before the shift of a scheduler of flow matching.
+    times of the grid before the shift of a scheduler of flow matching. `reference_guidance` is the guidance scale of the reference
+    image, if the model takes one; 1 is no guidance.
     """
 
     steps: int
@@ -34,6 +35,7 @@ class Plan:
     renoise: Renoise = "ddim"
     consistency: bool = field(default=False, repr=False)  # the text of a plan names cached images
     sigmas: tuple[float, ...] = field(default=(), repr=False)
+    reference_guidance: float = field(default=1.0, repr=False)
 
     @property
     def noises(self) -> int:
@@ -54,7 +56,8 @@ class Plan:
 
     def describe(self) -> str:
         if not self.grid:
-            return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}"
+            more = f", reference guidance {self.reference_guidance:g}" if self.reference_guidance != 1 else ""
+            return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}{more}"
         return f"{counted(self.steps, 'step')} at t = {self.timesteps}"
 
 
@@ -133,19 +136,33 @@ def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlug
 class Drawer(Protocol):
     """An image generator: networks in torch, or exported graphs. `truncated` counts prompts that are too long for its text encoder.
 
-    `images` returns images uint8 [B, H, W, 3], one per prompt and image seed. It calls `advance` with fractions of images that sum
+    `images` returns images uint8 [B, H, W, 3], one per prompt and image seed. `references` are images uint8 [B, H, W, 3] for a model
+    that takes them. It calls `advance` with fractions of images that sum
     to the batch size.
     """
 
     @property
     def truncated(self) -> int: ...
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray: ...
+    def images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        advance: Progress = silent,
+        references: np.ndarray | None = None,
+    ) -> np.ndarray: ...
 
 
 def draw(
-    sampler: Drawer, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, advance: Progress
+    sampler: Drawer,
+    plan: Plan,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    advance: Progress,
+    references: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts."""
     for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        yield sampler.images(chunk, seeds[start : start + batch_size], plan, advance)
+        part = slice(start, start + batch_size)
+        yield sampler.images(prompts[part], seeds[part], plan, advance, None if references is None else references[part])

@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
 from typing import Any, ClassVar, Protocol
 
@@ -19,16 +19,19 @@ from torch import Tensor, nn
 
 from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.path import Path
+from sidcli.errors import InputError
 from sidcli.models.compatibility import Rules
+from sidcli.models.reference import Layout, layout_of
 
 
 @dataclass(frozen=True)
 class Cond:
     """Conditioning of a denoiser on B prompts: `states` float32 [B, tokens, width], and `added`, tensors [B, width] by the name
-    that the denoiser gives them."""
+    that the denoiser gives them. `reference` are the latents [B, C, h, w] of reference images, if the denoiser takes them."""
 
     states: Tensor
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
@@ -40,17 +43,23 @@ class Cond:
 
     def contiguous(self) -> Cond:
         """Return the cond with states in contiguous memory; each layer that reads a view would copy it."""
-        return Cond(self.states.contiguous(), self.added)
+        return replace(self, states=self.states.contiguous())
+
+    def with_reference(self, reference: Tensor | None) -> Cond:
+        """Return the cond with other reference images [B, C, h, w], or with none."""
+        return replace(self, reference=reference)
 
     def expand(self, count: int) -> Cond:
-        """Return the cond of one prompt, repeated `count` times."""
+        """Return the cond of one prompt without a reference, repeated `count` times."""
         return Cond(self.states.expand(count, -1, -1), {name: value.expand(count, -1) for name, value in self.added.items()})
 
     def cat(self, other: Cond) -> Cond:
-        """Return both conds as one batch, this one first."""
+        """Return both conds as one batch, this one first. Either both have a reference, or none has."""
+        pair = [one.reference for one in (self, other) if one.reference is not None]
         return Cond(
             torch.cat([self.states, other.states]),
             {name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+            torch.cat(pair) if pair else None,
         )
 
 
@@ -62,16 +71,32 @@ def guided_predictions(denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, emp
     """Return predictions [B, C, h, w] with classifier-free guidance, one per guidance scale, from one call of the network.
 
     `empty` is the cond of the empty prompt [1]. The unconditional half of the batch is computed only if a scale is not 1, the
-    conditional half only if a scale is not 0.
+    conditional half only if a scale is not 0. Both halves have the reference of `cond`.
     """
     if all(scale == 1.0 for scale in scales):
         return [denoise(x_t, t, cond)] * len(scales)
-    nothing = empty.expand(len(cond))
+    nothing = empty.expand(len(cond)).with_reference(cond.reference)
     if all(scale == 0.0 for scale in scales):
         return [denoise(x_t, t, nothing)] * len(scales)
     both = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(nothing))
     conditional, unconditional = both.chunk(2)
     return [guided(conditional, unconditional, scale) for scale in scales]
+
+
+def doubly_guided(
+    denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond, scale: float, reference_scale: float
+) -> Tensor:
+    """Return the prediction [B, C, h, w] with guidance on the reference and on the prompt, from one call of the network.
+
+    It is f(0, 0) + reference_scale (f(0, I) - f(0, 0)) + scale (f(T, I) - f(0, I)) with prompt T and reference I (equation 3 of
+    arXiv 2211.09800, with the order of text and image exchanged).
+    """
+    text_free = empty.expand(len(cond)).with_reference(cond.reference)
+    assert cond.reference is not None
+    blind = empty.expand(len(cond)).with_reference(torch.zeros_like(cond.reference))
+    rows = denoise(torch.cat([x_t] * 3), torch.cat([t] * 3), cond.cat(text_free).cat(blind))
+    both, seen, nothing = rows.chunk(3)
+    return nothing + reference_scale * (seen - nothing) + scale * (both - seen)
 
 
 class Head(nn.Module):
@@ -196,11 +221,16 @@ class Kind(ABC):
     def patch(self, config: Mapping[str, Any]) -> int:
         """Return the number of latents, in each direction, of which the denoiser makes one token; 1 if it makes none."""
 
-    def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Return channels, height and width of a latent."""
+    def frame_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return channels, height and width of the latent of an image."""
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        return config["in_channels"], height, width
+        return config["out_channels" if layout_of(config) else "in_channels"], height, width
+
+    def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return channels, height and width of what the denoiser denoises: the latent of an image, or a canvas with a reference."""
+        layout, shape = layout_of(config), self.frame_shape(config)
+        return layout.canvas(shape) if layout else shape
 
     # Text
 
@@ -217,6 +247,28 @@ class Kind(ABC):
         """Return the cond of one prompt on the meta device, from configurations alone."""
 
     # The denoiser
+
+    def reference_weights(self, net: Any) -> nn.Module:
+        """Return the layer of a denoiser that takes the reference image."""
+        return net.conv_in  # type: ignore[no-any-return]
+
+    def share_attention(self, net: Any, count: int) -> None:
+        """Let the self-attention of a denoiser see `count` consecutive images of a batch together; 1: each image alone.
+
+        Raises InputError if denoisers of this kind cannot.
+        """
+        raise InputError(f"{self.models} cannot share its self-attention between images", "--set pairs=grid")
+
+    def prepare(self, net: Any) -> None:
+        """Set up a denoiser that was just built or loaded as its configuration requires, where its class does not do so."""
+        return
+
+    def take_reference(self, net: Any, layout: Layout) -> None:
+        """Change a denoiser to one that takes a reference image. Its predictions do not depend on the reference at first.
+
+        Raises InputError if denoisers of this kind cannot.
+        """
+        raise InputError(f"{self.models} cannot be trained to take a reference image", "a Stable Diffusion 1, 2 or XL model can")
 
     @abstractmethod
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -38,6 +38,7 @@ from sidcli.models.hub import PICKLES, VARIANTS, WEIGHTS, check_weights, weights
 from sidcli.models.kind import Kind, tokenizer_of
 from sidcli.models.kinds import kind_of, kind_of_pipeline
 from sidcli.models.overrides import Overrides
+from sidcli.models.reference import Layout, layout_of
 from sidcli.models.rehearsal import rehearse
 from sidcli.models.sources import PARTS, Source, find, graph_format, read_card
 from sidcli.models.tokenizers import check_tokenizer
@@ -143,13 +144,18 @@ class Model(Known):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent at the model's image size."""
+        """Channels, height and width of what the denoiser denoises at the model's image size; see `Kind.latent_shape`."""
         return self.kind.latent_shape(self.denoiser.config)
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the denoiser takes a reference image; None if it takes none."""
+        return layout_of(self.denoiser.config)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        _, height, width = self.latent_shape
+        _, height, width = self.kind.frame_shape(self.denoiser.config)
         factor = self.codec.factor
         return height * factor, width * factor
 
@@ -396,6 +402,7 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
         net.eval().requires_grad_(False)
     denoiser = nets[known.kind.component]
     denoiser.register_to_config(sample_size=known.denoiser_config["sample_size"])
+    known.kind.prepare(denoiser)
     return Model(
         source,
         denoiser,

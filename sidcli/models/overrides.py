@@ -34,6 +34,6 @@ def check_sampling(steps: int | None, guidance: float | None) -> None:
     check_guidance(guidance)
 
 
-def check_guidance(guidance: float | None) -> None:
+def check_guidance(guidance: float | None, option: str = "--guidance") -> None:
     if guidance is not None and not math.isfinite(guidance):
-        raise UsageError(f"--guidance must be finite, not {guidance}")
+        raise UsageError(f"{option} must be finite, not {guidance}")

@@ -15,7 +15,7 @@ from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan, student_plan
-from sidcli.models.kind import guided_predictions
+from sidcli.models.kind import doubly_guided, guided_predictions
 from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import check_sampling
 from sidcli.progress import Progress, counted, silent
@@ -49,18 +49,27 @@ class Sampler:
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], noise: Sequence[Tensor], plan: Plan, stepped: Callable[[], None] = lambda: None
+        self,
+        prompts: Sequence[str],
+        noise: Sequence[Tensor],
+        plan: Plan,
+        stepped: Callable[[], None] = lambda: None,
+        references: Tensor | None = None,
     ) -> Tensor:
         """Return the clean latents of a plan; `stepped` is called after each denoising step.
 
-        A generator has its guidance built in and uses only the prompt.
+        A generator has its guidance built in and uses only the prompt and the latents `references` [B, C, h, w], if it takes them.
         """
-        cond = self.encode(prompts)
-        scale = 1.0 if plan.grid else plan.guidance
-        empty = cond if scale == 1.0 else self.encode([""])
+        cond = self.encode(prompts).with_reference(references)
+        scale, on_reference = (1.0, 1.0) if plan.grid else (plan.guidance, plan.reference_guidance)
+        empty = cond if scale == on_reference == 1.0 else self.encode([""])
+        denoise = partial(self.model.kind.denoise, self.denoiser)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            (predicted,) = guided_predictions(partial(self.model.kind.denoise, self.denoiser), x, t, cond, empty, (scale,))
+            if on_reference == 1.0 or references is None:
+                (predicted,) = guided_predictions(denoise, x, t, cond, empty, (scale,))
+            else:
+                predicted = doubly_guided(denoise, x, t, cond, empty, scale, on_reference)
             stepped()
             return predicted
 
@@ -71,24 +80,41 @@ class Sampler:
         return many_steps(predict, noise[0], self.model.path, plan.steps)
 
     @torch.no_grad()
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """Return the latents [B, C, h, w] of images uint8 [B, H, W, 3], on the device. The result does not depend on the batch."""
+        pixels = torch.tensor(images, device=self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        codec = self.model.codec.to(self.device)
+        return torch.cat([codec.encode(one[None]) for one in pixels])
+
+    @torch.no_grad()
     def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """Decode the latents of prompts and image seeds to images uint8 [B, H, W, 3].
+        """Decode the latents of prompts and image seeds to images uint8 [B, H, W, 3]. Of a canvas only the drawn frame is decoded.
 
         Raises NotFinite if an image has a value that is not finite.
         """
         copy = f"another copy of {self.model.source.name}, with weights in fp32"
         hint = copy if self.model.is_student else f"a smaller --guidance, or {copy}"
+        latents = self.model.layout.target(latents) if self.model.layout else latents
         return to_bytes(self.model.codec.to(self.device).decode(latents), prompts, seeds, hint)
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
-        """Return images uint8 [B, H, W, 3] for prompts and image seeds; see `Drawer`."""
+    def images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        advance: Progress = silent,
+        references: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return images uint8 [B, H, W, 3] for prompts, image seeds and, if the model takes them, reference images; see `Drawer`."""
         part, steps = len(prompts) / (plan.steps + 1), itertools.count(1)  # the decoder counts as a step
 
         def stepped() -> None:
             step = next(steps)
             advance(part, f"step {step}/{plan.steps}" if plan.steps > 1 else "")
 
-        images = self.decode(self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped), prompts, seeds)
+        known = None if references is None else self.encode_images(references)
+        latents = self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped, known)
+        images = self.decode(latents, prompts, seeds)
         advance(part)
         return images
 

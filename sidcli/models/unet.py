@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError, first_line
-from sidcli.models import compatibility, families, tokenizers
+from sidcli.models import compatibility, families, reference, tokenizers
 from sidcli.models.compatibility import (
     OTHER_COPY,
     OTHER_MODEL,
@@ -25,6 +25,7 @@ from sidcli.models.compatibility import (
 )
 from sidcli.models.drawing import sizes
 from sidcli.models.kind import Cond, Head, Kind
+from sidcli.models.reference import Layout, layout_of, share_attention
 from sidcli.printable import with_article
 
 
@@ -71,7 +72,7 @@ class Unet(Kind):
     def check_fit(self, name: str, networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:
         """Raises InputError if the inputs and outputs of a model's networks do not match each other."""
         unet, vae, text = networks["unet"], networks["vae"], networks["text_encoder"]
-        channels = positive_integer(unet, "in_channels", places["unet"])
+        channels = input_channels(unet, places["unet"])
         latent = positive_integer({"latent_channels": 4, **vae}, "latent_channels", places["vae"])
         if channels > latent:
             raise InputError(f"{name} takes {channels} channels in: an inpainting or editing model", OTHER_MODEL)
@@ -140,9 +141,37 @@ class Unet(Kind):
         pooled = torch.empty(1, texts[-1]["projection_dim"], device="meta")
         return Cond(states, {"text_embeds": pooled, "time_ids": torch.empty(1, len(sizes(0, 0)), device="meta")})
 
+    def build(self, component: str, config: Mapping[str, Any]) -> nn.Module:
+        network = super().build(component, config)
+        if component == self.component:
+            self.prepare(network)
+        return network
+
+    def share_attention(self, net: Any, count: int) -> None:
+        share_attention(net, count)
+
+    def prepare(self, net: Any) -> None:
+        layout = layout_of(net.config)
+        if layout and layout.name == "frames":
+            share_attention(net, layout.frames)
+
+    def take_reference(self, net: Any, layout: Layout) -> None:
+        net.register_to_config(in_channels=layout.channels(net.config.in_channels), **{reference.ENTRY: layout.name})
+        net.conv_in = reference.widen(net.conv_in, net.config.in_channels)
+        self.prepare(net)
+
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        more: dict[str, Any] = {"added_cond_kwargs": dict(cond.added)} if cond.added else {}
-        return net(x, t, cond.states, **more).sample
+        layout = layout_of(net.config)  # type: ignore[arg-type]
+        if layout is None:
+            return self._predict(net, x, t, cond, lambda value: value)
+        given = torch.zeros_like(layout.target(x)) if cond.reference is None else cond.reference
+        return layout.run(lambda inputs, repeated: self._predict(net, inputs, t, cond, repeated), x, given)
+
+    def _predict(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, repeated: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the UNet's output for its input, with timesteps and cond `repeated` for the rows of the input."""
+        added = {name: repeated(value) for name, value in cond.added.items()}
+        more: dict[str, Any] = {"added_cond_kwargs": added} if added else {}
+        return net(x, repeated(t), repeated(cond.states), **more).sample
 
     def blocks(self, net: Any) -> list[nn.Module]:
         return [*net.down_blocks, net.mid_block, *net.up_blocks]
@@ -160,13 +189,32 @@ class Unet(Kind):
         return output
 
     def head(self, config: Mapping[str, Any]) -> Head:
-        _, height, width = self.latent_shape(config)
+        _, height, width = self.frame_shape(config)
         channels = config["block_out_channels"]
         shrunk = 2 ** (len(channels) - 1)
         return Head(channels[-1], -(-height // shrunk), -(-width // shrunk), config["norm_num_groups"])
 
 
 UNET = Unet()
+
+
+def input_channels(unet: Mapping[str, Any], place: str) -> int:
+    """Return the channels of the latents that a UNet takes. Those of a reference do not count.
+
+    Raises InputError if its layout is unknown or does not have its number of input channels.
+    """
+    channels = positive_integer(unet, "in_channels", place)
+    name = unet.get(reference.ENTRY)
+    if name is None:
+        return channels
+    if name not in reference.LAYOUTS:
+        raise InputError(
+            f"{place}: {reference.ENTRY} is {value_text(name)}; it must be one of {', '.join(reference.LAYOUTS)}", OTHER_COPY
+        )
+    latent = positive_integer({"out_channels": 4, **unet}, "out_channels", place)
+    if channels != (wanted := reference.LAYOUTS[name].channels(latent)):
+        raise InputError(f"{place}: in_channels is {channels}; layout {name} has {wanted}", OTHER_COPY)
+    return latent
 
 
 def read_path(scheduler_config: Mapping[str, Any]) -> DiscretePath:

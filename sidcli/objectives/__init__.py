@@ -17,6 +17,7 @@ from sidcli.objectives.dmd import Dmd
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.lcm import Lcm
 from sidcli.objectives.regression import Regression
+from sidcli.objectives.self_distillation import SelfDistillation
 from sidcli.objectives.sid import Sid
 from sidcli.objectives.sida import Sida
 from sidcli.objectives.tlcm import Tlcm
@@ -34,6 +35,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tlcm": Tlcm,
     "tlcm2": Tlcm2,
     "boot": Boot,
+    "self-distillation": SelfDistillation,
 }
 
 

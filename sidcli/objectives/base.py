@@ -35,6 +35,8 @@ class Settings:
     """Settings that are the weight of a term of a loss: at least 0, like all whole numbers."""
     scale: ClassVar[str] = "guidance"
     """The setting that is the guidance scale of the teacher, after which run folders are named."""
+    draws_pairs: ClassVar[bool] = False
+    """Whether the teacher draws pairs of images of one subject to train on, if `--data` does not give them."""
     needs_pairs: ClassVar[bool] = False
     """Whether the images must be the teacher's own, because a phase uses the noise from which they were drawn."""
 
@@ -93,6 +95,8 @@ class Role:
     weight_decay: float = 0.0
     clip: float = 0.0
     """Maximum norm of the gradient of all weights of the network; 0: no limit."""
+    layout: str = ""
+    """Layout of the reference image that the network takes, unlike the teacher; see `models.reference`."""
     head: bool = False
     """Whether the network has a discriminator head on its middle block, which is trained and saved with it."""
     follows: str = ""
@@ -112,6 +116,10 @@ class Inputs:
     """Timesteps are in [t_range[0], t_range[1]), distributed as `diffusion.path.Path.draw` defines."""
     dropout: float = 0.0
     """Fraction of captions that are replaced by the empty prompt."""
+    reference_dropout: float = 0.0
+    """Fraction of reference images that are replaced by zeros, each with its caption."""
+    both_dropout: float = 0.0
+    """Fraction of samples of which caption and reference image are replaced."""
     reuse: bool = False
     """Use the samples of the previous phase instead of new noise. That phase must train the generator with the same `position`."""
     real: bool = False
@@ -133,6 +141,8 @@ class Batch:
     size: int
     """Number of samples in the global batch. Losses are sums over the elements of a sample and means over the global batch."""
     cond: Any = None
+    reference: Tensor | None = None
+    """Latents [B, C, h, w] of the reference images, if the generator takes them."""
     samples: Tensor | None = None
     """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them; images, if they are its source."""
     real: Batch | None = None
@@ -192,6 +202,10 @@ class Networks(Protocol):
 
     def clean(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         """Return the clean latent [B, C, h, w] that a network predicts from x_t, one tensor for each guidance scale."""
+
+    def weights(self, batch: Batch, reference: float) -> Tensor:
+        """Return the weight [1, 1, 1, w] of each column of the generator's samples in a loss: `reference` for the columns of the
+        reference image, if the samples have them, and 1 for all others."""
 
     def gradient_through(
         self, x: Tensor, networks: Sequence[Callable[[Tensor], list[Tensor]]], loss: Callable[..., tuple[Tensor, Values]]
@@ -269,6 +283,8 @@ class Objective(ABC):
     """Settings of the objective that have other defaults for the emoji teacher, because its runs are short."""
     is_one_step: ClassVar[bool] = False
     """Whether the student can have one step only."""
+    makes: ClassVar[Literal["student", "teacher"]] = "student"
+    """What the generator is: a student of few steps, or a model of many steps."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Settings of the run that have no effect on this objective."""
     discrete: ClassVar[bool] = False

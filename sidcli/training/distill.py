@@ -22,15 +22,17 @@ import torch
 
 from sidcli.data.captioned import CaptionedImages
 from sidcli.data.latents import TEACHER_IMAGES, EncodedImages, Latents, Source, TeacherImages, prepare
+from sidcli.data.pair_images import PairImages
+from sidcli.data.pairs import folder_of
 from sidcli.data.prompts import Prompts
 from sidcli.devices import pick_device
 from sidcli.distributed import count
 from sidcli.engine import Engine, Measurements, check_teacher
-from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, out_of_memory
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, SidError, UsageError, out_of_memory
 from sidcli.files import append_line, locked, write_json
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.outputs import check_run
-from sidcli.models.drawing import NotFinite, student_plan
+from sidcli.models.drawing import NotFinite
 from sidcli.models.loading import Model
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import fingerprint
@@ -39,7 +41,7 @@ from sidcli.report.decay import best, worsening
 from sidcli.report.page import write
 from sidcli.report.run import records, run_page
 from sidcli.settings import DistillConfig
-from sidcli.training import checkpoint, precision
+from sidcli.training import checkpoint, pairs, precision
 from sidcli.training.initial import Initial
 from sidcli.training.intervals import Intervals
 from sidcli.training.launch import install_handlers, restore_handlers
@@ -158,9 +160,10 @@ def run(
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
                 inputs |= {"init": initial.digest} if initial else {}
                 found = find_checkpoint(output, resume, config, inputs, listener)
-                if config.data:
-                    engine.data = open_data(engine, images, inputs["teacher"], listener)
+                if config.data or config.objective.draws_pairs:
+                    engine.data = open_data(engine, images, output, inputs["teacher"], listener)
                     inputs["data"] = engine.data.digest
+                check_references(engine)
                 if found:
                     restore(engine, found, inputs, listener)
                 engine.distributed.wait()
@@ -196,14 +199,32 @@ def write_results(loop: Loop, prompts: Prompts, step: int, started_from: Sequenc
     engine.distributed.wait()
 
 
-def open_data(engine: Engine, images: CaptionedImages | None, teacher: str, listener: RunListener) -> Latents:
+def check_references(engine: Engine) -> None:
+    """Raises UsageError if the student takes reference images and the data are no pairs, or the other way round."""
+    name, has_pairs = engine.sampler.model.source.name, isinstance(engine.data and engine.data.source, PairImages)
+    if engine.layout and not has_pairs:
+        raise UsageError(
+            f"{name} takes a reference image, and --data does not give pairs",
+            "--data runs/NAME, a run of --objective self-distillation",
+        )
+    if has_pairs and not engine.layout:
+        raise UsageError(
+            f"--data {engine.config.data} holds pairs with reference images, and {name} takes none", "leave --data out"
+        )
+
+
+def open_data(engine: Engine, images: CaptionedImages | None, output: Path, teacher: str, listener: RunListener) -> Latents:
     """Return the latents of images, or of the teacher's own images if `images` is None, from the cache or computed now.
 
-    `teacher` is the fingerprint of the teacher.
+    They may be pairs of images, of the folder `config.data` or drawn to `output`. `teacher` is the fingerprint of the teacher.
     """
     config, model = engine.config, engine.sampler.model
     source: Source
-    if images is None:
+    if config.objective.draws_pairs and not config.data:
+        source = PairImages(pairs.prepare(engine, output / "pairs", teacher, listener), model, engine.device)
+    elif folder := folder_of(config.data):
+        source = PairImages(folder, model, engine.device)
+    elif images is None:
         plan = plan_for(model, guidance=config.objective.drawing_guidance)
         count = config.data_num or TEACHER_IMAGES
         # Not the kernels, which a measurement selects: an interrupted command may select others, and must find its images again.
@@ -327,7 +348,7 @@ class Loop:
         """Measure the proxy metrics of the current student and append them to metrics.jsonl as a separate line."""
         self.proxy = self.proxy or self.open_proxy()
         with self.listener.progress("evaluate", PROXY_IMAGES + DIVERSITY_IMAGES, "images") as advance:
-            found = self.proxy.measure(student, student_plan(self.engine.sampling), advance)
+            found = self.proxy.measure(student, self.engine.plan, advance)
         self.write({"step": self.engine.step, **found})
         self.evaluations[self.engine.step] = self.candidates[self.engine.step] = found
         self.listener.note(

@@ -42,8 +42,15 @@ class TeacherDrawer:
     engine: Engine
     truncated = 0
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
-        return self.engine.teacher_images(prompts, seeds, plan, advance)
+    def images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        plan: Plan,
+        advance: Progress = silent,
+        references: np.ndarray | None = None,
+    ) -> np.ndarray:
+        return self.engine.teacher_images(prompts, seeds, plan, advance, references)
 
 
 class Proxy:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidcli import objectives
+from sidcli.data.pairs import HINT as PAIRS_HINT
+from sidcli.data.pairs import folder_of
 from sidcli.devices import choose_device
 from sidcli.environment import cache_folder, group
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
@@ -110,6 +112,9 @@ class Request:
         merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
         if merged.get("prompts", "auto") == "auto":
             merged["prompts"] = "emoji" if preset_for(self.teacher) == "emoji" else "general"
+        draws_pairs = self.start["objective"].draws_pairs
+        if not merged.get("data") and not draws_pairs and (folder := folder_of(self.teacher)):
+            merged["data"] = str(folder)  # a teacher that was tuned on pairs
         return DistillConfig(**merged)
 
     def check(self, dry_run: bool, evaluates: bool, tracker: str | None = None, resume: Path | None = None) -> None:
@@ -140,7 +145,7 @@ class Request:
     def images(self, listener: Listener) -> CaptionedImages | None:
         """Return the images to train on; None if there are none or the teacher draws them. Raises InputError if they are invalid."""
         config = self.config(self.recipe)
-        if config.data in ("", TEACHER_DRAWS):
+        if config.data in ("", TEACHER_DRAWS) or folder_of(config.data):
             return None
         from sidcli.data.captioned import open_captioned
 
@@ -237,7 +242,10 @@ def check_objective(config: DistillConfig) -> None:
             f"objective {name} trains the student from step {first + 1} on, and --steps is {config.steps}",
             "more --steps, or other settings; --list-settings prints them",
         )
-    if config.objective.needs_images and not config.data:
+    is_pairs = folder_of(config.data) is not None
+    if config.objective.draws_pairs and config.data and not is_pairs:
+        raise UsageError(f"--data {config.data} holds no pairs.jsonl, which objective {name} trains on", PAIRS_HINT)
+    if config.objective.needs_images and not (config.data or config.objective.draws_pairs):
         raise UsageError(
             f"objective {name} trains on images, and --data is not given",
             "--data teacher"
@@ -249,7 +257,7 @@ def check_objective(config: DistillConfig) -> None:
             f"--data {config.data}: objective {name} trains on images with the noise from which the teacher drew them",
             f"--data {TEACHER_DRAWS}",
         )
-    if config.data and not config.objective.needs_images:
+    if config.data and not (config.objective.needs_images or is_pairs):
         raise UsageError(
             f"--data {config.data}: objective {name} trains on prompts alone",
             'leave it out, or --data "" if a config file has it; objectives that train on images are'

@@ -68,7 +68,8 @@ def find_checkpoint(
             f"{found.folder} is beyond --steps {config.steps}",
             "more steps, an older checkpoint with --resume, or another --output",
         )
-    check_agreement(found, differences(found.config, config, {*inputs, "data"} if config.data else inputs), inputs)
+    has_data = config.data or config.objective.draws_pairs
+    check_agreement(found, differences(found.config, config, {*inputs, "data"} if has_data else inputs), inputs)
     return found
 
 
@@ -201,7 +202,7 @@ def student_card(engine: Engine, prompts: Prompts, started_from: Sequence[dict[s
     """Return the content of the student's sid.json: how it samples, how it was made, and the models of --init."""
     config = engine.config
     card = {
-        "kind": "student",
+        "kind": engine.objective.makes,
         "method": engine.objective.method,
         **engine.sampling,
         "teacher": provenance(engine.sampler.model),

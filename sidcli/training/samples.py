@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sidcli.data.prompts import EmojiPrompts
 from sidcli.emoji import world
 from sidcli.engine import Engine
 from sidcli.files import read_json, write_json
 from sidcli.formats.pictures import grid, save_png
-from sidcli.models.drawing import Drawer, Plan, draw, student_plan
+from sidcli.models.codec import to_bytes
+from sidcli.models.drawing import Drawer, Plan, draw
 from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.progress import RunListener
@@ -33,21 +35,30 @@ class Painter:
         self.texts = sample_prompts(engine, folder / "prompts.json")
         # A new run in an existing folder may have another teacher.
         self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
+        self.references: np.ndarray | None = None
+        if engine.layout:
+            self.texts, canvas = engine.pairs_at([-1 - index for index in range(GRID_IMAGES)])
+            reference, _ = canvas.chunk(2, -1)
+            with torch.no_grad():
+                self.references = to_bytes(engine.sampler.model.codec.decode(reference), self.texts, range(GRID_IMAGES), "")
         if engine.distributed.is_main:
             write_json(folder / "prompts.json", {"prompts": self.texts, "seeds": list(range(GRID_IMAGES))})
 
     def paint(self, student: Model) -> None:
         engine = self.engine
-        self.draw("samples", Sampler(student, engine.device), student_plan(engine.sampling), f"{engine.step:08d}")
+        self.draw("samples", Sampler(student, engine.device), engine.plan, f"{engine.step:08d}", self.references)
         if engine.step and not self.has_teacher:
-            self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher")
+            known = self.references if engine.sampler.model.layout else None
+            self.draw("teacher samples", TeacherDrawer(engine), plan_for(engine.sampler.model), "teacher", known)
             self.has_teacher = True
 
-    def draw(self, what: str, drawer: Drawer, plan: Plan, name: str) -> None:
+    def draw(self, what: str, drawer: Drawer, plan: Plan, name: str, references: np.ndarray | None) -> None:
+        """Draw the samples to a file, below the reference images if there are any."""
         size = min(GRID_IMAGES, self.engine.config.micro_batch)
         with self.listener.progress(what, GRID_IMAGES, "images") as advance:
-            batches = list(draw(drawer, plan, self.texts, range(GRID_IMAGES), size, advance))
-        save_png(grid([np.concatenate(batches)]), self.folder / f"{name}.png")
+            batches = list(draw(drawer, plan, self.texts, range(GRID_IMAGES), size, advance, references))
+        rows = [np.concatenate(batches)] if references is None else [references, np.concatenate(batches)]
+        save_png(grid(rows), self.folder / f"{name}.png")
 
 
 def sample_prompts(engine: Engine, file: Path) -> list[str]:

@@ -95,6 +95,8 @@ OPTIONS = {
         "--preview --no-preview",
         "--list-prompts",
         "--json",
+        "--reference",
+        "--reference-guidance",
         "--quiet -q",
     ],
     "eval": [

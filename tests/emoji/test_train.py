@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sidcli.emoji import train, world
+from sidcli.emoji import fit, train, world
 from sidcli.errors import InputError
 from sidcli.models.loading import load
 from sidcli.models.sources import Source, find
@@ -40,7 +40,7 @@ def test_a_bare_noun_has_each_of_its_backgrounds_equally_often() -> None:
         assert Counter(scene.color for scene in scenes) == dict.fromkeys(allowed, 3)
 
 
-def fit_of(folder: Path, steps: int = 8, seconds: float | None = None, fails_at: int | None = None) -> train.Fit:
+def fit_of(folder: Path, steps: int = 8, seconds: float | None = None, fails_at: int | None = None) -> fit.Fit:
     """A fit of a linear layer to random points, whose loss fails at one step."""
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
@@ -52,7 +52,7 @@ def fit_of(folder: Path, steps: int = 8, seconds: float | None = None, fails_at:
         error = (net(x) - x.sum(1, keepdim=True)).square().mean()
         return error, {"loss": error.detach()}
 
-    return train.Fit("line", net, loss, folder, steps, 0.1, seconds=seconds)
+    return fit.Fit("line", net, loss, folder, steps, 0.1, seconds=seconds)
 
 
 def test_a_resumed_fit_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_a_teacher_that_is_trained_further_starts_at_the_shipped_weights_and_kee
 
 
 def test_a_training_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
-    train.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 6})
-    train.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 6})
+    fit.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 6})
+    fit.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 6})
     with pytest.raises(InputError, match="holds a training with other settings: scenes: 6 -> 8"):
-        train.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 8})
+        fit.check_same(tmp_path / "settings.json", {"lr": 1.0, "scenes": 8})
 
 
 def test_only_a_teacher_of_the_emoji_world_is_trained_further(sd_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""Train the models of the emoji world's identities: the reader, and the teacher that draws sheets. See `sidcli.emoji.train`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from sidcli.diffusion.path import DiscretePath
+from sidcli.emoji import fit, identities, models, world
+from sidcli.emoji.identities import Panels, Sheet
+from sidcli.emoji.reader import HEADS, Reader
+from sidcli.errors import InputError
+from sidcli.files import atomic_folder
+from sidcli.formats.diffusers_folder import write_pipeline
+from sidcli.formats.order import Order
+from sidcli.models.codec import Codec
+from sidcli.models.drawing import Plan
+from sidcli.models.loading import load
+from sidcli.models.sampler import Sampler
+from sidcli.models.sources import WEIGHTS, Source, fingerprint
+from sidcli.randomness import key, normal
+
+SHARES: dict[Panels, float] = {1: 0.3, 2: 0.6, 4: 0.1}
+"""Share of the images of each kind in the training of the teacher of sheets."""
+
+
+def read_scenes(step: int, batch: int) -> tuple[list[identities.Portrait], Tensor]:
+    """Return panels of all identities for the reader, and their degraded images float32 [B, 3, 64, 64] in 0..255."""
+    panels = [
+        identities.sheet(world.METRIC_SEED, step * batch + sample, 1, identities.USES[sample % len(identities.USES)]).panels[0]
+        for sample in range(batch)
+    ]
+    pixels = torch.from_numpy(np.stack([identities.render(panel) for panel in panels])).permute(0, 3, 1, 2).float()
+    return panels, fit.degraded(pixels, step)
+
+
+def truth(panels: Sequence[identities.Portrait]) -> dict[str, Tensor]:
+    """Return the attributes of panels as int64 [B], by the name of the reader's head."""
+    values = {
+        "noun": [world.NOUN_LIST.index(panel.noun) for panel in panels],
+        "color": [world.COLOR_LIST.index(panel.color) for panel in panels],
+        **{name: [getattr(panel.identity, name) for panel in panels] for name in identities.Identity._fields},
+    }
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def train_reader(output: Path, steps: int, batch: int = 64) -> None:
+    """Train the reader. Every second image went through the VAE of the shipped teacher, as images of models do."""
+    net, codec = Reader(), Codec(load(Source("teacher", WEIGHTS / "teacher", "teacher")).vae)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        panels, pixels = read_scenes(step, batch)
+        with torch.no_grad(), fit.half_precision():
+            pixels[::2] = codec.decode(codec.encode(pixels[::2] / 127.5 - 1.0)) * 255.0
+        wanted = truth(panels)
+        with fit.half_precision():
+            logits = net(pixels)
+        total = sum((F.cross_entropy(logits[name].float(), wanted[name]) for name in HEADS), torch.zeros(()))
+        right = {name: (logits[name].argmax(1) == wanted[name]).float().mean() for name in HEADS}
+        return total, {"loss": total.detach(), **right}
+
+    fit.Fit("reader", net, loss, output, steps, lr=2e-3, decay=0.99).run()
+    save_file({name: value.half() for name, value in net.state_dict().items()}, output / "reader.safetensors")
+
+
+def sheets_at(step: int, batch: int) -> list[Sheet]:
+    """Return the sheets of a training step, all with as many panels. A step has `batch` panels in all."""
+    panels = panels_at(step)
+    count = max(1, batch // panels)
+    return [identities.sheet(world.TEACHER_SEED, step * count + sample, panels) for sample in range(count)]
+
+
+def panels_at(step: int) -> Panels:
+    """Return the number of panels of the sheets of a step: each kind evenly spread over the steps, in its share."""
+    passed = 0.0
+    for panels, share in SHARES.items():
+        passed += share
+        if math.floor((step + 1) * passed + 1e-9) > math.floor(step * passed + 1e-9):
+            return panels
+    return 1
+
+
+def pixels_of(sheets: Sequence[Sheet]) -> Tensor:
+    """Return the images of sheets as float32 [B, 3, H, W] in -1..1."""
+    drawn = np.stack([identities.render_sheet(picture) for picture in sheets])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def train_sheets(
+    output: Path, steps: int, batch: int = 32, start: Path = WEIGHTS / "teacher", lr: float = 5e-4, seconds: float | None = None
+) -> None:
+    """Train the teacher in the folder `start` to draw identities and sheets, and write it in half precision to `output`/sheets.
+
+    Raises InputError if `start` is not a teacher of the emoji world that predicts epsilon, or if `output` holds a training with other
+    settings.
+    """
+    teacher = load(Source("teacher", start, str(start)))
+    path = teacher.path
+    if teacher.is_student or not teacher.is_emoji or path.prediction != "epsilon" or not isinstance(path, DiscretePath):
+        raise InputError(f"{start} is not a teacher of the emoji world that predicts epsilon", "leave --start out")
+    fit.check_same(output / "sheets.json", {"start": fingerprint(teacher.source), "batch": batch, "lr": lr})
+    began = time.monotonic()
+    unet, codec = teacher.denoiser.requires_grad_(True), Codec(teacher.vae)
+    encoder, tokenizer = teacher.text_encoders[0], teacher.tokenizers[0]
+    abar = path.abar.float()
+    snr = abar / (1.0 - abar)
+    weight = snr.clamp(max=5.0) / snr
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        sheets = sheets_at(step, batch)
+        count = len(sheets)
+        drawn = torch.Generator().manual_seed(key(0, "sheets", step))
+        texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in sheets]
+        texts = [
+            "" if drop else text for text, drop in zip(texts, (torch.rand(count, generator=drawn) < 0.1).tolist(), strict=True)
+        ]
+        with torch.no_grad(), fit.half_precision():
+            x = codec.encode(pixels_of(sheets)).float()
+            states = encoder(models.tokens(tokenizer, texts)).last_hidden_state
+        # One timestep from each of `count` equal intervals, in random order, as in `train.train_teacher`.
+        t = ((torch.arange(count) + torch.rand(count, generator=drawn)) * (1000 / count)).long().clamp(max=999)
+        t = t[torch.randperm(count, generator=drawn)]
+        noise = torch.randn(x.shape, generator=drawn)
+        a = abar[t].view(-1, 1, 1, 1)
+        with fit.half_precision():
+            predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
+        error = (predicted - noise).square().mean((1, 2, 3))
+        weighted = (weight[t] * error).mean()
+        return weighted, {"mse": error.mean().detach(), f"weighted_{panels_at(step)}": weighted.detach()}
+
+    def probe() -> str:
+        sampler = Sampler(teacher, torch.device("cpu"))
+        shown = [identities.sheet(world.PROMPT_SEED, index, 2) for index in range(24)]
+        texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in shown]
+        noise = normal((4, 16, 32), 0, "sheets probe", 0, range(len(shown)))
+        with torch.no_grad(), fit.half_precision():
+            latents = sampler.latents(texts, [noise], Plan(15, 2.0)).float()
+            images = sampler.decode(latents, texts, range(len(shown)))
+        file = output / f"sheets-{training.step:06d}.png"
+        rows = [np.concatenate(list(images[place : place + 6]), 1) for place in range(0, len(images), 6)]
+        Image.fromarray(np.concatenate(rows)).save(file)
+        return str(file)
+
+    training = fit.Fit("sheets", unet, loss, output, steps, lr, decay=0.999, seconds=seconds)
+    training.run(probe, probe_steps=500)
+    print(f"sheets: {time.monotonic() - began:.0f} s", flush=True)
+    card = teacher.card | {"steps_trained": teacher.card.get("steps_trained", 0) + training.step, "sheets": True}
+    with atomic_folder(output / "sheets") as folder:
+        write_pipeline(folder, teacher, models.new_scheduler(), card, Order("fp16"))
