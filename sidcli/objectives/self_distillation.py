@@ -6,6 +6,7 @@ denoised together; see `models.reference` for the layouts. The result is a model
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,14 +58,18 @@ class SelfDistillationSettings(ImageSettings):
     judge: str = "features"
     """What decides whether a pair shows one subject: features, clip, dino, vlm, http, oracle (emoji world) or none."""
     judge_model: str = ""
-    """Model of the judge: name or folder for dino, clip and vlm; URL and model of http as URL#MODEL."""
-    same: float = -1.0
-    """Least score of the judge for "the same subject"; -1: the default of the judge."""
-    caption: float = -1.0
-    """Least score of the judge for "the captions are true"; -1: the default of the judge."""
+    """Model of the judge: name or folder of dino, clip and vlm, or the model of http."""
+    judge_url: str = ""
+    """Address of the OpenAI-compatible endpoint of http, such as http://localhost:8000/v1."""
+    same: str = "auto"
+    """Least score of the judge for "the same subject"; auto: the default of the judge."""
+    caption: str = "auto"
+    """Least score of the judge for "the captions are true"; auto: the default of the judge."""
     copy: float = 0.9
     """Similarity of the two images (SSIM) from which a pair is a copy, and is rejected."""
-    weights, scale = ("reference_weight",), "guidance"
+    cut: float = 0.8
+    """Least share of the cut between two panels of a sheet at which the image changes; less: the cut goes through a subject."""
+    weights, scale = ("reference_weight", "cut"), "guidance"
     shares = ("text_dropout", "reference_dropout", "both_dropout")
     draws_pairs = True
 
@@ -74,11 +79,21 @@ class SelfDistillationSettings(ImageSettings):
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        for name in ("same", "caption"):
+            if (value := getattr(self, name)) != "auto" and not _is_number(value):
+                raise UsageError(f"{name} must be a number or auto, not {value!r}")
         if (total := self.text_dropout + self.reference_dropout + self.both_dropout) >= 1:
             raise UsageError(f"text_dropout, reference_dropout and both_dropout add up to {total:g}; the sum must be below 1")
         for name in ("sheets", "sheet_steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 LAYOUTS = ("frames", "diptych", "channels")

@@ -7,9 +7,13 @@ resumes where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +23,28 @@ from PIL import Image
 from torch import Tensor
 
 from sidcli import randomness
-from sidcli.data.pairs import Box
+from sidcli.curation import JUDGES, open_judge
+from sidcli.curation.agreement import agreement
+from sidcli.curation.gates import Gates, copy_score, seam_score
+from sidcli.curation.judge import Pair, Verdict
+from sidcli.data.imagesets import digest
+from sidcli.data.pair_images import panels
+from sidcli.data.pairs import Box, PairRow, write_rows
 from sidcli.data.sheets import SheetPrompt, sheet_prompt
 from sidcli.engine import Engine
 from sidcli.errors import InputError
-from sidcli.files import read_json, write_json
-from sidcli.formats.pictures import save_png
+from sidcli.files import append_line, atomic_file, read_json, write_json
+from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan
 from sidcli.objectives.self_distillation import SelfDistillationSettings
-from sidcli.progress import RunListener
+from sidcli.progress import Progress, RunListener, counted, silent
 
 UNIT = 16
 """Sheets that are drawn together."""
 COLUMNS = 2
+EXAMPLES = 12
+"""Kept and rejected pairs in the picture of a curation, each."""
 
 
 def prepare(engine: Engine, folder: Path, teacher: str, listener: RunListener) -> Path:
@@ -139,5 +151,131 @@ def boxes(model_size: tuple[int, int], panels: int) -> list[Box]:
     return [(column * width, row * height, (column + 1) * width, (row + 1) * height) for row, column in places]
 
 
+def candidates(engine: Engine) -> list[PairRow]:
+    """Return all pairs of panels of the sheets, in order, without scores."""
+    settings, seed = settings_of(engine), engine.config.seed
+    places = boxes(engine.sampler.model.size, settings.panels)
+    rows = []
+    for index in range(settings.sheets):
+        prompt = sheet_prompt(engine.prompts, seed, index, settings.panels)
+        for one, other in combinations(range(settings.panels), 2):
+            captions = prompt.captions[one], prompt.captions[other]
+            rows.append(PairRow(sheet_file(index), (places[one], places[other]), prompt.subject, captions, seed, index))
+    return rows
+
+
 def curate(engine: Engine, folder: Path, listener: RunListener) -> None:
-    raise NotImplementedError
+    """Score all pairs with the judge, apply the gates, and write pairs.jsonl, the counts and a picture of the first pairs.
+
+    Raises InputError if no pair is kept.
+    """
+    settings, rows = settings_of(engine), candidates(engine)
+    scored, gates = scores(engine, folder, rows, listener)
+    reasons = [gates.rejection(Verdict(row.same, row.text), row.copy, row.cut) for row in scored]  # type: ignore[arg-type]
+    judged = [replace(row, kept=reason is None, reason=reason or row.reason) for row, reason in zip(scored, reasons, strict=True)]
+    write_rows(folder, judged)
+    counts: Counter[str] = Counter(reason or "kept" for reason in reasons)
+    found: dict[str, Any] = {"judge": settings.judge, "gates": asdict(gates), "pairs": len(rows), "counts": dict(counts)}
+    if engine.sampler.model.is_emoji:
+        found["oracle"] = against_oracle(engine, folder, judged)
+    write_json(folder / "curation.json", found)
+    save_png(examples(folder, judged), folder / "examples.png")
+    listener.note(summary(settings, counts, len(rows)))
+    if not counts["kept"]:
+        way = "" if settings.pairs == "shared-attention" else ", or --set pairs=shared-attention if the teacher cannot draw grids"
+        raise InputError(
+            f"none of {counted(len(rows), 'pair')} is kept; {folder / 'examples.png'} shows some",
+            f"lower --set same or caption{way}",
+        )
+
+
+def summary(settings: SelfDistillationSettings, counts: Counter[str], total: int) -> str:
+    """Return a sentence about the yield of a curation."""
+    rejected = ", ".join(f"{count} {reason}" for reason, count in counts.most_common() if reason != "kept")
+    return f"pairs: {counts['kept']} of {total} kept by judge {settings.judge} ({counts['kept'] / total:.0%})" + (
+        f"; rejected: {rejected}" if rejected else ""
+    )
+
+
+class Unjudged:
+    """A judge that accepts every pair, so that only the gates of copies and of cuts apply."""
+
+    name = "none"
+    same_threshold = text_threshold = 0.0
+
+    def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
+        advance(len(pairs))
+        return [Verdict(0.0, 0.0)] * len(pairs)
+
+
+def scores(engine: Engine, folder: Path, rows: Sequence[PairRow], listener: RunListener) -> tuple[list[PairRow], Gates]:
+    """Return the pairs with their scores, and the gates. Scores that an earlier call has written are not computed again."""
+    settings, model = settings_of(engine), engine.sampler.model
+    options = {"model": settings.judge_model or None, "url": settings.judge_url or None}
+    options = {name: value for name, value in options.items() if name in JUDGES.get(settings.judge, ()) or value}
+    file = folder / f"scores-{settings.judge}-{digest(sorted(options.items()))}.jsonl"
+    known = read_scores(file)[: len(rows)]
+    judge = Unjudged() if settings.judge == "none" else open_judge(settings.judge, model, engine.device, **options)
+    if len(known) < len(rows):
+        with listener.progress(f"judge pairs ({settings.judge})", len(rows) - len(known), "pairs") as advance:
+            for start in range(len(known), len(rows), UNIT):
+                part = rows[start : start + UNIT]
+                pairs = [Pair(*panels(folder, row), row.subject, row.captions) for row in part]
+                known += written(file, folder, zip(part, pairs, judge.judge(pairs, advance), strict=True), settings.pairs == "grid")
+    same = judge.same_threshold if settings.same == "auto" else float(settings.same)
+    text = judge.text_threshold if settings.caption == "auto" else float(settings.caption)
+    gates = Gates(same, text, settings.copy, settings.cut)
+    return [replace(row, **score) for row, score in zip(rows, known, strict=True)], gates
+
+
+def written(file: Path, folder: Path, judged: Iterable[tuple[PairRow, Pair, Verdict]], is_grid: bool) -> list[dict[str, Any]]:
+    """Append the scores of pairs to a file, and return them."""
+    found = []
+    for row, pair, verdict in judged:
+        score = {"same": verdict.same, "text": verdict.text, "reason": verdict.reason}
+        # Panels with a shared attention are images of their own, which meet in the sheet only.
+        score |= {"copy": copy_score(*pair.panels), "cut": seam(folder, row) if is_grid else 1.0}
+        append_line(file, json.dumps(score))
+        found.append(score)
+    return found
+
+
+def read_scores(file: Path) -> list[dict[str, Any]]:
+    """Return the scores in a file, up to a line that an interruption has cut off, which is removed."""
+    found: list[dict[str, Any]] = []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for line in lines:
+        try:
+            score = json.loads(line)
+            found.append({name: score[name] for name in ("same", "text", "reason", "copy", "cut")})
+        except (ValueError, KeyError, TypeError):
+            break
+    if len(found) < len(lines):
+        with atomic_file(file) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines[: len(found)]), encoding="utf-8")
+    return found
+
+
+def seam(folder: Path, row: PairRow) -> float:
+    """Return the lowest score of the seams at which the sheet of a pair was cut."""
+    with Image.open(folder / row.sheet) as opened:
+        sheet = np.asarray(opened.convert("RGB"))
+    (_, top, _, bottom), (height, width, _) = row.boxes[0], sheet.shape
+    found = [seam_score(sheet, width // COLUMNS, 1)]
+    return min(found + ([seam_score(sheet, height // 2, 0)] if bottom - top < height else []))
+
+
+def against_oracle(engine: Engine, folder: Path, rows: Sequence[PairRow]) -> dict[str, Any]:
+    """Return yield, precision and recall of the kept pairs by the oracle of the emoji world."""
+    oracle = open_judge("oracle", engine.sampler.model, engine.device)
+    verdicts = oracle.judge([Pair(*panels(folder, row), row.subject, row.captions) for row in rows])
+    truth = [one.same >= oracle.same_threshold and one.text >= oracle.text_threshold for one in verdicts]
+    found = agreement([row.kept for row in rows], truth)
+    return {"good": sum(truth), **{name: value and asdict(value) for name, value in vars(found).items()}}
+
+
+def examples(folder: Path, rows: Sequence[PairRow]) -> Image.Image:
+    """Return a picture of the first kept and the first rejected pairs, with the reasons."""
+    shown = [*[row for row in rows if row.kept][:EXAMPLES], *[row for row in rows if not row.kept][:EXAMPLES]]
+    pictures = [Image.fromarray(np.concatenate(panels(folder, row), 1)) for row in shown]
+    return contact_sheet(pictures, [f"{row.subject}: {'kept' if row.kept else row.reason}" for row in shown], 6)

@@ -67,7 +67,9 @@ class Painter:
     def __init__(self) -> None:
         self.drawn: list[int] = []
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
+    def images(
+        self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent, references: object = None
+    ) -> np.ndarray:
         self.drawn += seeds
         return np.stack([np.full((8, 8, 3), seed % 256, np.uint8) for seed in seeds])
 
@@ -108,7 +110,9 @@ def test_seconds_per_image_are_those_of_this_commands_drawing_and_none_where_the
 
 def test_progress_counts_parts_of_images_as_they_are_drawn_and_each_image_once() -> None:
     class Slow(Painter):
-        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
+        def images(
+            self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent, references: object = None
+        ) -> np.ndarray:
             for _ in range(4):
                 advance(len(prompts) / 4, "step")
             return super().images(prompts, seeds, plan)
@@ -308,7 +312,9 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
     rules, held = emoji(NETWORKS), []
 
     class Heavy(Painter):
-        def images(self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent) -> np.ndarray:
+        def images(
+            self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan, advance: Progress = silent, references: object = None
+        ) -> np.ndarray:
             held.append(sum(alive() is not None for alive in opened))
             return super().images(prompts, seeds, plan)
 
