@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidcli.diffusion.path import DiscretePath
@@ -29,7 +29,7 @@ from sidcli.models.sampler import Sampler
 from sidcli.models.sources import WEIGHTS, Source, fingerprint
 from sidcli.randomness import key, normal
 
-SHARES: dict[Panels, float] = {1: 0.3, 2: 0.6, 4: 0.1}
+SHARES: dict[Panels, float] = {1: 0.3, 2: 0.65, 4: 0.05}
 """Share of the images of each kind in the training of the teacher of sheets."""
 
 
@@ -96,11 +96,12 @@ def pixels_of(sheets: Sequence[Sheet]) -> Tensor:
 
 
 def train_sheets(
-    output: Path, steps: int, batch: int = 32, start: Path = WEIGHTS / "teacher", lr: float = 5e-4, seconds: float | None = None
+    output: Path, steps: int, batch: int = 32, start: Path = WEIGHTS / "teacher", lr: float = 1e-3, seconds: float | None = None
 ) -> None:
     """Train the teacher in the folder `start` to draw identities and sheets, and write it in half precision to `output`/sheets.
 
-    Raises InputError if `start` is not a teacher of the emoji world that predicts epsilon, or if `output` holds a training with other
+    Its text encoder is trained too: it must tell the background of one panel from that of another, which captions of one image do not
+    need. Raises InputError if `start` is not a teacher of the emoji world that predicts epsilon, or if `output` holds a training with other
     settings.
     """
     teacher = load(Source("teacher", start, str(start)))
@@ -110,7 +111,8 @@ def train_sheets(
     fit.check_same(output / "sheets.json", {"start": fingerprint(teacher.source), "batch": batch, "lr": lr})
     began = time.monotonic()
     unet, codec = teacher.denoiser.requires_grad_(True), Codec(teacher.vae)
-    encoder, tokenizer = teacher.text_encoders[0], teacher.tokenizers[0]
+    encoder, tokenizer = teacher.text_encoders[0].requires_grad_(True), teacher.tokenizers[0]
+    networks = nn.ModuleDict({"unet": unet, "text": encoder})
     abar = path.abar.float()
     snr = abar / (1.0 - abar)
     weight = snr.clamp(max=5.0) / snr
@@ -125,13 +127,13 @@ def train_sheets(
         ]
         with torch.no_grad(), fit.half_precision():
             x = codec.encode(pixels_of(sheets)).float()
-            states = encoder(models.tokens(tokenizer, texts)).last_hidden_state
         # One timestep from each of `count` equal intervals, in random order, as in `train.train_teacher`.
         t = ((torch.arange(count) + torch.rand(count, generator=drawn)) * (1000 / count)).long().clamp(max=999)
         t = t[torch.randperm(count, generator=drawn)]
         noise = torch.randn(x.shape, generator=drawn)
         a = abar[t].view(-1, 1, 1, 1)
         with fit.half_precision():
+            states = encoder(models.tokens(tokenizer, texts)).last_hidden_state
             predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
         error = (predicted - noise).square().mean((1, 2, 3))
         weighted = (weight[t] * error).mean()
@@ -150,7 +152,7 @@ def train_sheets(
         Image.fromarray(np.concatenate(rows)).save(file)
         return str(file)
 
-    training = fit.Fit("sheets", unet, loss, output, steps, lr, decay=0.999, seconds=seconds)
+    training = fit.Fit("sheets", networks, loss, output, steps, lr, decay=0.999, seconds=seconds)
     training.run(probe, probe_steps=500)
     print(f"sheets: {time.monotonic() - began:.0f} s", flush=True)
     card = teacher.card | {"steps_trained": teacher.card.get("steps_trained", 0) + training.step, "sheets": True}

@@ -35,9 +35,11 @@ from sidcli.models.kind import Cond
 from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Description, describe
 from sidcli.models.overrides import Overrides
+from sidcli.models.reference import LAYOUTS
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
 from sidcli.objectives.base import TEACHER, Phase, Role, branches
+from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
 from sidcli.training import checkpoint, initial
@@ -328,7 +330,10 @@ def forwards_per_image(config: DistillConfig, timesteps: int) -> int:
 
 def forwards_to_draw(config: DistillConfig, known: Description) -> int:
     """Return the forward passes for the images that the teacher draws before the training; 0 if it draws none."""
-    plan = plan_for(known, guidance=config.objective.drawing_guidance)
+    objective = config.objective
+    if isinstance(objective, SelfDistillationSettings) and not config.data:
+        return objective.sheets * objective.panels * objective.sheet_steps * branches(objective.sheet_guidance)
+    plan = plan_for(known, guidance=objective.drawing_guidance)
     return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
 
 
@@ -349,8 +354,10 @@ class Sizes:
         with torch.device("meta"):
             nets = {name: known.kind.build(name, settings) for name, settings in known.networks.items()}
         denoiser = nets[known.kind.component]
-        weights = count_weights(denoiser.parameters())
         asked = objectives.find(config.objective.name)(config, known.path.steps).roles
+        for layout in {role.layout for role in asked.values() if role.layout}:
+            known.kind.take_reference(denoiser, LAYOUTS[layout])
+        weights = count_weights(denoiser.parameters())
         roles = {name: (role, trained_weights(denoiser, role)) for name, role in asked.items()}
         text = sum(count_weights(nets[name].parameters()) for name in known.texts)
         return cls(denoiser, weights, roles, text, count_weights(nets["vae"].parameters()))
