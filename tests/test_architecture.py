@@ -17,7 +17,7 @@ FLOORS = [
     {"emoji"},
     {"metrics"},
     {"data", "report"},
-    {"engine", "evaluation"},
+    {"curation", "engine", "evaluation"},
     {"training"},
     {"api"},
     {"cli"},

@@ -33,7 +33,7 @@ from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import emoji_reference
 from sidcli.files import sha256, size_of
 from sidcli.metrics.clip import PREFIX, Clip, Embeddings, Similarity
-from sidcli.metrics.features import DinoFeatures, EmojiFeatures, Extractor, InceptionFeatures
+from sidcli.metrics.features import DINO, DinoFeatures, EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import Statistics
 from sidcli.metrics.transforms import square
 from sidcli.metrics.weights import INCEPTION, fetch
@@ -52,7 +52,7 @@ MAX_STATISTICS = 1 << 30
 """Maximum unpacked size of reference statistics, in bytes; statistics of 2048 features have 34 million bytes."""
 ROUNDING = 1e-6
 """Negative variances are accepted as float32 rounding errors up to this fraction of the largest variance."""
-PHOTO_CLIP, CMMD_CLIP, DINO = "ViT-g-14:laion2b_s12b_b42k", "ViT-L-14-336-quickgelu:openai", "facebook/dinov2-large"
+PHOTO_CLIP, CMMD_CLIP = "ViT-g-14:laion2b_s12b_b42k", "ViT-L-14-336-quickgelu:openai"
 
 
 @dataclass(frozen=True)

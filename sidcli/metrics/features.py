@@ -32,7 +32,8 @@ Made = TypeVar("Made")
 
 CLASSIFIER = WEIGHTS / "classifier.safetensors"
 """The classifier of the emoji world."""
-DINO_SIZE = 224
+DINO, DINO_SIZE = "facebook/dinov2-large", 224
+"""The default DINOv2, and the side in pixels of the images that it gets."""
 IMAGENET = (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32))
 
 
@@ -162,11 +163,14 @@ class InceptionFeatures:
 class DinoFeatures:
     """The extractor of DINOv2's normalized class token [B, D] of images resized to 224 x 224 (PIL bicubic), as in arXiv 2306.04675.
 
-    `model` is a folder or a hub id that transformers can load. Raises InputError if it cannot be loaded.
+    `model` is a folder or a hub id that transformers can load. Raises InputError, which names `user`, who needs it, and `option`, which
+    sets it, if it cannot be loaded.
     """
 
     model: str
     device: torch.device
+    user: str = "FD-DINOv2"
+    option: str = "--dino-model"
     reads_captions = False
 
     @property
@@ -188,8 +192,8 @@ class DinoFeatures:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"FD-DINOv2 needs {self.model}, which cannot be read: {reason}",
-                "put its config.json and model.safetensors into a folder and pass --dino-model FOLDER",
+                f"{self.user} needs {self.model}, which cannot be read: {reason}",
+                f"put its config.json and model.safetensors into a folder and pass {self.option} FOLDER",
             ) from error
 
     @torch.no_grad()

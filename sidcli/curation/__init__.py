@@ -1,0 +1,78 @@
+"""Curation of pairs for Diffusion Self-Distillation (arXiv 2411.18616): judges of pairs, gates, and their agreement with the truth.
+
+Importing this package imports no large library. `open_judge` imports the module of the judge.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sidcli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sidcli.curation.judge import Judge
+    from sidcli.models.loading import Model
+
+JUDGES: dict[str, tuple[str, ...]] = {
+    "features": ("seed",),
+    "clip": ("model",),
+    "dino": ("model", "seed"),
+    "vlm": ("model",),
+    "http": ("url", "model", "seconds", "parallel"),
+    "oracle": (),
+}
+"""Judge -> its options; see the class in its module."""
+NEEDED = {"vlm": ("model",), "http": ("url", "model")}
+
+
+def open_judge(name: str, teacher: Model | None, device: torch.device, **options: Any) -> Judge:
+    """Return the judge of a name. Options that are None are left out.
+
+    `teacher` is the diffusion model that drew the panels; `features` and `dino` score with it, and `clip` uses the open_clip model of
+    the emoji world if it draws that. Raises UsageError for an unknown judge or option, a missing option or a missing teacher, and
+    InputError if the model of a judge cannot be read.
+    """
+    if name not in JUDGES:
+        raise UsageError(f"no judge {name!r}", f"choose one of {', '.join(JUDGES)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    if unknown := sorted(set(given) - set(JUDGES[name])):
+        raise UsageError(
+            f"the judge {name} has no option {', '.join(unknown)}", f"its options: {', '.join(JUDGES[name]) or 'none'}"
+        )
+    if missing := [option for option in NEEDED.get(name, ()) if option not in given]:
+        raise UsageError(f"the judge {name} needs {' and '.join(missing)}", f"give --judge-{' and --judge-'.join(missing)}")
+    match name:
+        case "features":
+            from sidcli.curation.features import FeaturesJudge
+
+            return FeaturesJudge(_present(teacher, name), device, **given)
+        case "clip":
+            from sidcli.curation.clip import EMOJI, PUBLIC, ClipJudge
+
+            return ClipJudge(given.get("model", EMOJI if teacher is not None and teacher.is_emoji else PUBLIC), device)
+        case "dino":
+            from sidcli.curation.dino import DinoJudge
+            from sidcli.metrics.features import DINO
+
+            return DinoJudge(**{"model": DINO, **given}, teacher=_present(teacher, name), device=device)
+        case "vlm":
+            from sidcli.curation.vlm import VlmJudge
+
+            return VlmJudge(given["model"], device)
+        case "http":
+            from sidcli.curation.endpoint import HttpJudge
+
+            return HttpJudge(**given)
+        case _:
+            from sidcli.curation.oracle import OracleJudge, load_reader
+
+            return OracleJudge(load_reader(), device)
+
+
+def _present(teacher: Model | None, name: str) -> Model:
+    """Return the teacher. Raises UsageError if there is none."""
+    if teacher is None:
+        raise UsageError(f"the judge {name} scores with a teacher", "name the teacher, or choose another judge")
+    return teacher

@@ -1,0 +1,42 @@
+"""The judge `dino`: cosines of the class tokens of DINOv2. Captions are scored by the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from sidcli.curation.crops import subject
+from sidcli.curation.features import Relevance
+from sidcli.curation.judge import Pair, Verdict, in_batches, verdicts_of
+from sidcli.metrics.features import DinoFeatures
+from sidcli.models.loading import Model
+from sidcli.progress import Progress, silent
+
+BATCH = 8
+"""Pairs in one call of a network."""
+
+
+class DinoJudge:
+    """Compares crops of the subjects by DINOv2. DINOv2 reads no text: `text` is the teacher's `Relevance`.
+
+    `model` is a folder or a hub id; see `metrics.features.DinoFeatures`.
+    """
+
+    name = "dino"
+    same_threshold = 0.7  # not measured
+    text_threshold = 0.0
+
+    def __init__(self, model: str, teacher: Model, device: torch.device, seed: int = 0):
+        self.dino = DinoFeatures(model, device, "the judge dino", "--judge-model")
+        self.relevance = Relevance(teacher, device, seed)
+
+    def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
+        return in_batches(pairs, BATCH, self._judge, advance)
+
+    def _judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        panels = [panel for pair in pairs for panel in pair.panels]
+        seen = torch.from_numpy(self.dino([subject(panel) for panel in panels], ()))
+        text = self.relevance(self.relevance.encode(panels), [caption for pair in pairs for caption in pair.captions])
+        return verdicts_of(F.cosine_similarity(seen[0::2], seen[1::2]).tolist(), text.tolist())

@@ -1,0 +1,77 @@
+"""What a judge is: it scores whether two panels of a sheet show the same subject, and whether their captions are true.
+
+Pairs that pass are the training data of a model that sees a reference image (Diffusion Self-Distillation, arXiv 2411.18616).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from sidcli.progress import Progress, silent
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two panels of one sheet, images uint8 [H, W, 3] of one size.
+
+    `subject` is the noun phrase of what both should show, and `captions` are those of each panel alone, for example "a key on a red
+    background".
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    subject: str
+    captions: tuple[str, str]
+
+    @property
+    def panels(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.first, self.second
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The scores of a pair; higher is better. The scale is that of the judge.
+
+    `same`: whether the panels show the same subject. `text`: whether the captions are true, the lower score of the two panels.
+    `reason`: the words of a vision language model; "" of other judges.
+    """
+
+    same: float
+    text: float
+    reason: str = ""
+
+
+class Judge(Protocol):
+    """Scores pairs. Up to rounding, a verdict depends on its pair alone and not on the other pairs of a call.
+
+    A pair passes if `same` is at least `same_threshold` and `text` at least `text_threshold`, which are defaults.
+    """
+
+    name: str
+    same_threshold: float
+    text_threshold: float
+
+    def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
+        """Return one verdict per pair, in order. `advance` is called with the number of pairs that were judged."""
+        ...
+
+
+def in_batches(
+    pairs: Sequence[Pair], size: int, judge: Callable[[Sequence[Pair]], list[Verdict]], advance: Progress
+) -> list[Verdict]:
+    """Return the verdicts of `judge`, which gets at most `size` pairs at a time."""
+    verdicts: list[Verdict] = []
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        verdicts += judge(part)
+        advance(len(part))
+    return verdicts
+
+
+def verdicts_of(same: Sequence[float], text: Sequence[float]) -> list[Verdict]:
+    """Return verdicts from the scores of pairs [B] and those of the captions of their panels [2 B], of which the lower one counts."""
+    return [Verdict(alike, min(text[2 * place : 2 * place + 2])) for place, alike in enumerate(same)]

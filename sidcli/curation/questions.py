@@ -1,0 +1,73 @@
+"""What vision language models are asked about a pair, and how their answers are read. The wording is our own.
+
+As in Diffusion Self-Distillation (arXiv 2411.18616, section 3.1.3), a model reasons in three steps before it answers: it names what
+both images show, describes both, and concludes. Models tend to prefer an answer for the order of the images, so each pair is shown in
+both orders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sidcli.curation.judge import Pair, Verdict
+
+SAME = """Do both images show the same individual {subject}? Work in three steps.
+1. Name the object, character or scene that the two images have in common.
+2. Describe it in detail in each image: shape, proportions, colors, materials, patterns, markings and small parts.
+3. Compare the two descriptions and conclude whether both images show one and the same individual, not just two of one kind. \
+Background, place, size, pose, viewpoint and light may differ. Any other difference means that they are not the same.
+Then write a last line that is either "ANSWER: YES" or "ANSWER: NO"."""
+CAPTIONS = """Are both captions true?
+Caption of image 1: {captions[0]}
+Caption of image 2: {captions[1]}
+Compare each image with its caption, part by part: the subject, its attributes, the background and everything else that it names. \
+What a caption does not name may be anything.
+Then write a last line that is either "ANSWER: YES" if both captions are true, or "ANSWER: NO"."""
+ANSWER = re.compile(r"^[^a-z0-9\n]*answer[^a-z0-9\n]+(yes|no)[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
+
+Ask = Callable[[Sequence[np.ndarray], str], str]
+"""(images uint8 [H, W, 3], question) -> the words of a model."""
+
+
+def answer_of(words: str) -> bool | None:
+    """Return whether the last answer line of a text says yes. None if the text has no such line."""
+    found = ANSWER.findall(words)
+    return found[-1].lower() == "yes" if found else None
+
+
+def question_same(pair: Pair) -> str:
+    return SAME.format(subject=pair.subject)
+
+
+def question_captions(pair: Pair) -> str:
+    return CAPTIONS.format(captions=pair.captions)
+
+
+def verdict_of(pair: Pair, ask: Ask) -> Verdict:
+    """Return the verdict of a model on a pair, from three questions.
+
+    `same` is 1 if the answer is yes in both orders of the panels, 0.5 if the answers differ, else 0. `text` is 1 if both captions are
+    true, else 0. An answer that cannot be read counts as no, in both orders. `reason` holds all answers.
+    """
+    orders = [ask(panels, question_same(pair)) for panels in (pair.panels, pair.panels[::-1])]
+    about_captions = ask(pair.panels, question_captions(pair))
+    answers = [answer_of(words) for words in orders]
+    same = 0.0 if None in answers else sum(map(bool, answers)) / 2
+    reason = "\n\n".join(
+        f"{title}: {words.strip()}"
+        for title, words in zip(("same", "same, other order", "captions"), (*orders, about_captions), strict=True)
+    )
+    return Verdict(same, float(answer_of(about_captions) is True), reason)
+
+
+def content_of(images: Sequence[object], question: str) -> list[object]:
+    """Return the parts of a message: each image, after its number, then the question."""
+    numbered = [part for number, image in enumerate(images, 1) for part in (text_part(f"Image {number}:"), image)]
+    return [*numbered, text_part(question)]
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
