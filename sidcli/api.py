@@ -184,12 +184,12 @@ def sample(
         EnvironmentProblem: If the device is not available, or a folder cannot be written.
     """
     num, seed, steps, batch_size = _typed(num=(num, int), seed=(seed, int), steps=(steps, int), batch_size=(batch_size, int))
-    guidance, width, height = _typed(guidance=(guidance, float), width=(width, int), height=(height, int))
-    _typed(device=(device, str), output=("" if output is None else output, PATH), overwrite=(overwrite, bool))
-    texts = _prompts(prompts)
+    guidance, reference_guidance = _typed(guidance=(guidance, float), reference_guidance=(reference_guidance, float))
+    width, height, *_ = _typed(width=(width, int), height=(height, int), device=(device, str), overwrite=(overwrite, bool))
+    _typed(output=("" if output is None else output, PATH), reference=("" if reference is None else reference, PATH))
+    texts, shown = _prompts(prompts), _reference(reference)
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
-    (reference_guidance,) = _typed(reference_guidance=(reference_guidance, float))
     check_guidance(reference_guidance, "--reference-guidance")
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
@@ -205,7 +205,6 @@ def sample(
     listener = listener or Bars()
     from sidcli.models.sources import graph_format, read_card
 
-    shown = _reference(reference)
     if not (isinstance(given, str) and Path(given).is_dir() and graph_format(Path(given))):
         pick_device(device)  # before libraries that take seconds to import
     from sidcli.data.references import with_reference
@@ -219,8 +218,7 @@ def sample(
     listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
     with listener.progress("draw", count, "images") as advance:
         drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite, pixels)
-    if places and overwrite:
-        _remove(places.others, listener)
+    _remove(places.others if places and overwrite else (), listener)
     if drawn.truncated:
         were = "was" if drawn.truncated == 1 else "were"
         listener.note(f"{counted(drawn.truncated, 'prompt')} {were} longer than the text encoder reads and {were} truncated")

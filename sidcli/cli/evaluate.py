@@ -55,7 +55,7 @@ Protocol = Annotated[
     str,
     typer.Option(
         autocompletion=one_of(*PROTOCOLS),
-        help="emoji, coco2014-30k or custom; auto: emoji for emoji models, custom with a --reference or --prompts.",
+        help="emoji, emoji-subjects, coco2014-30k or custom; auto: emoji for emoji models, custom with a --reference or --prompts.",
     ),
 ]
 Reference = Annotated[
@@ -116,6 +116,7 @@ FLAGS = {
     "dino": typer.Option("--dino", "--fd-dinov2", rich_help_panel=METRICS, help="Frechet distance of DINOv2 features."),
     "accuracy": typer.Option(rich_help_panel=METRICS, help="Noun and color accuracy, on the emoji world."),
     "composition": typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and color pairs held out from training."),
+    "identity": typer.Option(rich_help_panel=METRICS, help="Identity, prompt and copy score, of models with a reference image."),
     "fid_infinity": typer.Option(rich_help_panel=METRICS, help="FID extrapolated to an infinite sample."),
 }
 """Options that select the metrics."""

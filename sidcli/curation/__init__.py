@@ -66,7 +66,8 @@ def open_judge(name: str, teacher: Model | None, device: torch.device, **options
 
             return HttpJudge(**given)
         case _:
-            from sidcli.curation.oracle import OracleJudge, load_reader
+            from sidcli.curation.oracle import OracleJudge
+            from sidcli.metrics.reader import load_reader
 
             return OracleJudge(load_reader(), device)
 

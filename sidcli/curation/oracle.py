@@ -7,31 +7,19 @@ from functools import cache
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from sidcli.curation.judge import Pair, Verdict, in_batches, verdicts_of
 from sidcli.emoji.identities import sheet_caption
 from sidcli.emoji.reader import Reader, Reading
 from sidcli.emoji.world import COLOR_LIST, NOUN_LIST, SIZE
-from sidcli.errors import InputError, UsageError
+from sidcli.errors import UsageError
 from sidcli.metrics.transforms import crop_and_resize
-from sidcli.models.sources import WEIGHTS
 from sidcli.progress import Progress, silent
 
-READER = WEIGHTS / "reader.safetensors"
 ALMOST = 0.9
 """Score per share of the attributes that agree, if not all of them do. It is below 1, the score of full agreement."""
 BATCH = 64
 """Pairs in one call of the reader."""
-
-
-def load_reader() -> Reader:
-    """Return the reader with its shipped weights. Raises InputError if they are missing."""
-    if not READER.is_file():
-        raise InputError(f"{READER} is missing: the reader of the emoji world has no weights", "install sid again")
-    reader = Reader().eval()
-    reader.load_state_dict(load_file(READER))
-    return reader
 
 
 @cache

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -136,6 +136,18 @@ def sheet(seed: int, index: int, panels: Panels, use: Use = "train", broken: flo
             if place == panels - 1 or rng.integers(2):
                 shown[place] = other_identity(identity, rng)
     return Sheet(tuple(portrait(noun, one, color, rng) for one, color in zip(shown, colors, strict=True)), is_broken)
+
+
+def unknown(index: int) -> Sheet:
+    """Return sheet `index` for evaluations: two panels of one subject, with an identity on which no model was trained."""
+    return sheet(world.REFERENCE_SEED, index, 2, "eval", 0.0)
+
+
+@cache
+def digest() -> str:
+    """Return a short hash of everything that determines the appearance of panels."""
+    rules = repr((TINTS, TINT_STRENGTH, OUTLINES, OUTLINE_WIDTH, BADGE_RADIUS, SPRITE_SIZES, MARGIN, USES))
+    return hashlib.blake2b(rules.encode() + world.digest().encode(), digest_size=6).hexdigest()
 
 
 def sheet_caption(noun: str, colors: tuple[str, ...]) -> str:

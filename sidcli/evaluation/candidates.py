@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sidcli.data.imagefiles import NOT_READ, SUFFIXES, ImageFiles, open_images
-from sidcli.data.imagesets import DrawnSet, FileSet, ImageSet, SceneSet
+from sidcli.data.imagesets import DrawnSet, FileSet, ImageSet, PanelSet, SceneSet
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.protocols import Captions, Protocol
@@ -17,6 +17,7 @@ from sidcli.evaluation.spec import ModelSpec
 from sidcli.files import readable
 from sidcli.models.drawing import Drawer, student_plan
 from sidcli.models.loading import Description, describe, load
+from sidcli.models.reference import layout_of
 from sidcli.models.sampler import Sampler, plan_for, untrained_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
 from sidcli.progress import Listener, counted
@@ -38,6 +39,11 @@ class Resolved:
     @property
     def is_teacher(self) -> bool:
         return self.known is not None and not self.known.is_student
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether it is a model that takes a reference image."""
+        return self.known is not None and layout_of(self.known.denoiser_config) is not None
 
     @property
     def is_emoji(self) -> bool:
@@ -121,12 +127,20 @@ def to_measure(
     """
     scenes = Candidate(REAL, "not drawn", SceneSet(world.PROMPT_SEED), held_out=SceneSet(world.PROMPT_SEED, True), is_real=True)
     rows = [scenes] if protocol.is_emoji else []
+    if protocol.has_subjects:
+        rows = [Candidate(REAL, "not drawn", PanelSet(1), is_real=True)]
     for one in found:
         if one.files is not None:
             size = len(one.files)
             rows.append(Candidate(one.spec.name, counted(size, "image"), FileSet(one.files), size))
             continue
-        if protocol.is_emoji and not one.is_emoji:
+        if protocol.has_subjects != one.takes_reference:
+            raise InputError(
+                f"{one.spec.name} takes {'a' if one.takes_reference else 'no'} reference image, {'as' if one.takes_reference else 'which'}"
+                f" the protocol {protocol.name} {'has none' if one.takes_reference else 'gives'}",
+                "--protocol emoji-subjects" if one.takes_reference else "--protocol emoji",
+            )
+        if (protocol.is_emoji or protocol.has_subjects) and not one.is_emoji:
             raise InputError(
                 f"{one.spec.name} does not draw the emoji world",
                 "--protocol coco2014-30k, or --protocol custom with --prompts FILE",
@@ -169,7 +183,7 @@ def _model(
         return opened[0]
 
     def drawn(asked: Captions) -> DrawnSet:
-        return DrawnSet(source, plan, asked.first(count), asked.key, seed, open_drawer, batch_size, place)
+        return DrawnSet(source, plan, asked.first(count), asked.key, seed, open_drawer, batch_size, place, asked.reference)
 
     return Candidate(
         spec.name,

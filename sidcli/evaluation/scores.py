@@ -15,16 +15,17 @@ import torch
 from sidcli import __version__
 from sidcli.data.imagesets import Collection, DrawnSet, FileSet
 from sidcli.distributed import Distributed
-from sidcli.emoji import world
+from sidcli.emoji import identities, world
 from sidcli.errors import UsageError
 from sidcli.evaluation.candidates import REAL, Candidate
-from sidcli.evaluation.protocols import Protocol, scenes
+from sidcli.evaluation.protocols import Protocol, scenes, subject_reference
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
 from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
+from sidcli.metrics.ssim import copy_score
 from sidcli.progress import Listener, counted
 
 PRDC = ("precision", "recall", "density", "coverage")
@@ -38,11 +39,15 @@ METRICS_OF_OPTION = {
     "clip": ("clip",),
     "accuracy": ("noun", "color", "bare_noun"),
     "composition": ("composition",),
+    "identity": ("identity", "subject_text", "copy"),
 }
 """The metrics that each option requests."""
 EXTRACTOR = dict.fromkeys(
     ("fid", "fid_infinity", "fid_teacher", "kid", *PRDC, "noun", "color", "bare_noun", "composition"), "features"
 ) | {
+    "identity": "reader",
+    "subject_text": "reader",
+    "copy": "reader",
     "clip": "clip",
     "cmmd": "embeddings",
     "fd_dinov2": "dino",
@@ -50,6 +55,7 @@ EXTRACTOR = dict.fromkeys(
 """The extractor of the protocol that each metric uses."""
 NEEDS_REFERENCE = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
 EMOJI_ONLY = ("noun", "color", "bare_noun", "composition")
+SUBJECTS_ONLY = ("identity", "subject_text", "copy")
 OTHER_CAPTIONS = {"composition": "held_out", "bare_noun": "bare"}
 """Metrics of images of other captions than the protocol's main list: the field of Candidate that holds those images."""
 MIN_IMAGES = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
@@ -110,6 +116,8 @@ def chosen(
         for metric, field in OTHER_CAPTIONS.items():
             if all(getattr(candidate, field) is None for candidate in candidates if not candidate.is_real):
                 impossible[metric] = "a model in the table; a folder of images has no images of these captions"
+    if not protocol.has_subjects:
+        impossible |= dict.fromkeys(SUBJECTS_ONLY, "--protocol emoji-subjects, and models that take a reference image")
     for names in [*(METRICS_OF_OPTION[option] for option in asked), *((name,) for name in gated)]:
         if set(names) <= set(impossible):
             works = [
@@ -119,7 +127,8 @@ def chosen(
     if everything:
         wanted = set(METRICS) - {"fid_infinity"} - ({"fd_dinov2"} if protocol.is_emoji else set())
     else:
-        wanted = {name for option in asked or ("fid", "clip", "accuracy") for name in METRICS_OF_OPTION[option]}
+        usual = ("identity", "clip") if protocol.has_subjects else ("fid", "clip", "accuracy")
+        wanted = {name for option in asked or usual for name in METRICS_OF_OPTION[option]}
     return [name for name in METRICS if name in (wanted - set(impossible)) | gated]
 
 
@@ -260,6 +269,8 @@ class Evaluation:
             return self.cmmd(features)
         if metric == "clip":
             return mean(features[:, 0])
+        if metric in SUBJECTS_ONLY:
+            return self.subject(candidate, metric, features)
         if metric in OTHER_CAPTIONS:
             other = self.other(candidate, metric)
             if other is None:
@@ -269,6 +280,18 @@ class Evaluation:
                 return share(np.all(self.right(features, True), axis=1))
             return share(self.answers(features)[0] == np.arange(len(features)) % len(world.NOUN_LIST))
         return share(self.right(features, False)[:, ("noun", "color").index(metric)])
+
+    def subject(self, candidate: Candidate, metric: str, features: np.ndarray) -> Measured:
+        """Return a metric of images with a reference, from the attributes [n, 5] that the reader sees in them."""
+        count = len(features)
+        if metric == "copy":
+            pairs = zip(candidate.images.read(range(count)), map(subject_reference, range(count)), strict=True)
+            return mean(np.array([copy_score(image, reference) for image, reference in pairs]))
+        sheets = [identities.unknown(index) for index in range(count)]
+        if metric == "identity":
+            return share((features[:, 2:] == [sheet.panels[0].identity for sheet in sheets]).all(1))
+        wanted = [(world.NOUN_LIST.index(sheet.noun), world.COLOR_LIST.index(sheet.colors[1])) for sheet in sheets]
+        return share((features[:, :2] == wanted).all(1))
 
     def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the classified nouns and background colors, as indices into NOUN_LIST and COLOR_LIST, each int [n]."""

@@ -12,7 +12,7 @@ from sidcli.errors import UsageError
 from sidcli.metrics.catalog import METRICS, metric_named
 from sidcli.models.overrides import check_sampling
 
-PROTOCOLS = ("auto", "emoji", "coco2014-30k", "custom")
+PROTOCOLS = ("auto", "emoji", "emoji-subjects", "coco2014-30k", "custom")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,13 @@ METRICS = {
     "bare_noun": Metric(
         "bare noun", False, 1, "images of prompts of a noun alone, with the noun of the prompt", 0, 1, percent=True
     ),
+    "identity": Metric(
+        "identity", False, 1, "images whose subject has the identity of the reference, seen by the emoji reader", 0, 1, percent=True
+    ),
+    "subject_text": Metric(
+        "noun and color", False, 1, "images of a reference with the noun and background of the prompt", 0, 1, percent=True
+    ),
+    "copy": Metric("copy score", True, 3, "mean structural similarity of image and reference", -1, 1),
     "composition": Metric("composition", False, 1, "images of held-out noun and color pairs, both right", 0, 1, percent=True),
 }
 ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "color": "color"}

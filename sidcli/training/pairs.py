@@ -25,7 +25,7 @@ from torch import Tensor
 from sidcli import randomness
 from sidcli.curation import JUDGES, open_judge
 from sidcli.curation.agreement import agreement
-from sidcli.curation.gates import Gates, copy_score, seam_score
+from sidcli.curation.gates import Gates, seam_score
 from sidcli.curation.judge import Pair, Verdict
 from sidcli.data.imagesets import digest
 from sidcli.data.pair_images import panels
@@ -35,6 +35,7 @@ from sidcli.engine import Engine
 from sidcli.errors import InputError
 from sidcli.files import append_line, atomic_file, read_json, write_json
 from sidcli.formats.pictures import contact_sheet, save_png
+from sidcli.metrics.ssim import copy_score
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan
 from sidcli.objectives.self_distillation import SelfDistillationSettings

@@ -124,6 +124,7 @@ OPTIONS = {
         "--device",
         "--processes",
         "--image-folder",
+        "--identity --no-identity",
         "--inception",
         "--clip-model",
         "--cmmd-model",
