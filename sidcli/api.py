@@ -313,15 +313,18 @@ def distill(
     check_name(device)
     listener = listener or Bars()
     checkpoint = Path(resume) if resume else None
-    request.check(False, bool(intervals.eval), tracker, checkpoint)
-    prompts, pictures = request.prompts(listener), request.images(listener)
-    resolved, _ = request.resolve(listener, device)
+    with request.naming_file():
+        request.check(False, bool(intervals.eval), tracker, checkpoint)
+        prompts, pictures = request.prompts(listener), request.images(listener)
+        resolved, _ = request.resolve(listener, device)
+        from sidcli.training import plan
+
+        plan.check(resolved, request.folder, intervals.checkpoints, listener)
     from sidcli.data.prompts import BUILT_IN
     from sidcli.models.loading import open_model
     from sidcli.training import distill as driver
-    from sidcli.training import initial, plan
+    from sidcli.training import initial
 
-    plan.check(resolved, request.folder, intervals.checkpoints, listener)
     if "prompts" not in request.own and resolved.prompts in BUILT_IN:
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
     known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)

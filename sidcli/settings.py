@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -129,7 +130,10 @@ class DistillConfig:
             "steps": (1 <= self.steps <= 10**9, "at least 1 and at most 10^9"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
             "micro-batch": (self.micro_batch >= 1, "at least 1"),
-            "t-min": (0 <= self.t_min < self.t_max, f"at least 0 and below --t-max {self.t_max}"),
+            "t-min": (
+                0 <= self.t_min < self.t_max,
+                f"at least 0 and below --t-max {self.t_max}" if self.t_min >= 0 else "at least 0",
+            ),
             "t-init": (self.t_init >= 1, "at least 1 and below the number of timesteps of the teacher, which is mostly 1000"),
             "lr-fake": (0 < self.lr_fake < math.inf, "positive"),
             "lr-generator": (0 < self.lr_generator < math.inf, "positive"),
@@ -137,7 +141,10 @@ class DistillConfig:
             "ema-images": (0 <= self.ema_images < math.inf, "at least 0"),
             "ema-rampup": (0 < self.ema_rampup < math.inf, "positive"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
-            "student-steps": (1 <= self.student_steps <= self.t_init, f"at least 1 and at most --t-init {self.t_init}"),
+            "student-steps": (
+                1 <= self.student_steps <= self.t_init,
+                f"at least 1 and at most --t-init {self.t_init}" if self.student_steps >= 1 else "at least 1",
+            ),
             "fake-warmup": (0 <= self.fake_warmup < self.steps, f"at least 0 and below --steps {self.steps}"),
             "fake-updates": (self.fake_updates >= 1, "at least 1"),
             "fake-lora": (0 <= self.fake_lora <= 1024, "at least 0 and at most 1024"),
@@ -165,6 +172,10 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields that a continued run may change: its length, and where and in which parts a step is computed, but not its result."""
+
+NO_PATH = {"t_init": sys.maxsize, "t_min": 0, "t_max": sys.maxsize}
+"""Fields whose defaults depend on the path of the teacher, with values that exclude none of the others. They replace the defaults
+until the path is known."""
 
 TEACHER_DRAWS = "teacher"
 """Value of the field `data` for images that the teacher draws."""

@@ -377,6 +377,37 @@ def test_a_shortcut_beside_all_of_the_settings_that_it_sets_is_refused(settings:
     asked_for(**{name: value for name, value in settings.items() if name not in ("kappa3", "lr_fake")})
 
 
+def test_settings_of_an_objective_without_a_fake_score_are_checked_too() -> None:
+    lcm: dict[str, Any] = {"objective": "lcm", "data": "a"}
+    with pytest.raises(UsageError, match=r"--lr 0\.001 has no effect: --lr-generator sets the only rate of objective lcm"):
+        asked_for(**lcm, lr=1e-3, lr_generator=1e-4)
+    assert asked_for(**lcm, lr=1e-3, lr_fake=1e-4).config({}).lr_generator == 1e-3
+    for setting, said in (({"lr_fake": -1.0}, "--lr-fake must be positive"), ({"renoise": "x"}, "--renoise must be one of")):
+        with pytest.raises(UsageError, match=said):
+            asked_for(**lcm, **setting).config({})
+
+
+def test_an_error_about_a_value_of_the_config_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("t_init = 1000\nt_max = 990\n")
+
+    def refused(*options: object) -> str:
+        done = sid("distill", "--dry-run", "--device", "cpu", "--config", file, "--teacher", "emoji-teacher", *options)
+        assert done.returncode == 2
+        return done.stderr.strip()
+
+    schedule = "must be at most 999, as the teacher's schedule has 1000 timesteps, not 1000"
+    assert refused() == f"error: {file}: t_init {schedule}; try: write another value there, or give --t-init"
+    assert refused("--t-init", 1000) == f"error: --t-init {schedule}"
+    assert refused("--t-min", 995) == f"error: {file}: --t-min must be at least 0 and below t_max 990, not 995; " + (
+        "try: write another value there, or give --t-max"
+    )
+    file.write_text('student_steps = 4\ndata = "teacher"\n[objective]\nname = "regression"\n')
+    assert refused() == f"error: {file}: objective regression trains a one-step student, and student_steps is 4; " + (
+        "try: leave it out, or choose another --objective"
+    )
+
+
 def test_a_setting_that_others_turn_off_is_noted() -> None:
     assert asked_for(renoise="fresh").notes == (
         "note: --renoise fresh has no effect on a student of one step; --student-steps N sets more",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from sidcli.progress import counted, duration
 from sidcli.settings import MEMORY, STRATEGIES, DistillConfig
 from sidcli.training.gpus import Gpu, parse_gpu
 from sidcli.training.intervals import Intervals
-from sidcli.training.request import Request, method_of
+from sidcli.training.request import Request, method_of, read_config
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
@@ -155,7 +156,7 @@ def distill(
     asked |= {"objective_settings": objectives.parse(method, set_ or []), "lr": lr, "images": images}
     asked |= {"memory": memory, "config": config}
     stopped = ("checkpoints are kept", "the same command again, to go on")
-    with open_console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", unused=()) as console:
+    with open_console(as_json, quiet, stopped, "--memory 12gb, or a smaller --micro-batch", hidden(config, settings)) as console:
         if dry_run:
             request = Request.of(teacher or model, Path(output) if output else None, **asked, settings=settings)
             plan_run(request, console, device, gpu, processes, intervals)
@@ -178,15 +179,22 @@ def check(output: str | None, device: str, plan_for: str | None) -> Gpu | None:
     return None if plan_for is None else parse_gpu(plan_for)
 
 
+def hidden(config: Path | None, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the libraries that diffusers and peft would import although this run does not need them."""
+    chosen = {**(read_config(config) if config else {}), **settings}
+    return () if chosen.get("optimizer") == "adam8bit" else ("bitsandbytes",)
+
+
 def plan_run(request: Request, console: Console, device: str, gpu: Gpu | None, processes: int, intervals: Intervals) -> None:
     """Print the plan of a run."""
-    request.check(True, bool(intervals.eval))
-    request.prompts(console)
-    request.images(console)
-    resolved, gpu = request.resolve(console, device, True, gpu)
-    from sidcli.training import plan
+    with request.naming_file():
+        request.check(True, bool(intervals.eval))
+        request.prompts(console)
+        request.images(console)
+        resolved, gpu = request.resolve(console, device, True, gpu)
+        from sidcli.training import plan
 
-    made = plan.make(resolved, request.folder, device, processes, console, intervals.checkpoints, gpu)
+        made = plan.make(resolved, request.folder, device, processes, console, intervals.checkpoints, gpu)
     console.result(made.lines(), made.as_dict())
 
 

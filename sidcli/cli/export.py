@@ -59,7 +59,9 @@ def export(
     Example: sid export runs/emoji-teacher-g2 --format diffusers -o cat-drawer
     """
     stopped, smaller = ("nothing half-written is left", "the same command again"), "free some memory, or pass --no-verify"
-    with open_console(as_json, quiet, stopped, smaller, () if format == "lora" else ("bitsandbytes", "peft")) as console:
+    with open_console(
+        as_json, quiet, stopped, smaller, ("bitsandbytes",) if format == "lora" else ("bitsandbytes", "peft")
+    ) as console:
         done = api.export(
             model,
             output,

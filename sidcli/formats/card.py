@@ -1,7 +1,8 @@
 """The model card of an exported folder, sid.json with its provenance, and the license files of the teacher.
 
 Every statement of a model card is computed from the student. A student is a derivative of its teacher (the OpenRAIL licenses name
-distillation), so an export includes the license files, the license name and the use restrictions of the teacher.
+distillation), so an export includes the license files, the license name and the use restrictions of the teacher, and those of the
+models that the student started from.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,23 @@ def license_of(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, YAMLError):
         return {}
     return {key: str(content[key]) for key in TERMS if content.get(key)}
+
+
+def license_files(folder: Path) -> list[Path]:
+    """Return the LICENSE files in a model's folder."""
+    return sorted(file for file in folder.glob("LICEN[CS]E*") if file.is_file())
+
+
+def add_licenses(folder: Path, files: Sequence[tuple[str, Path]]) -> None:
+    """Copy the LICENSE files of the models that a student started from to its folder. `files` are pairs of model and file.
+
+    If another text has the name of a file, the name of the model is added to it.
+    """
+    for model, file in files:
+        text, part = file.read_bytes(), re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name).strip("-.")
+        names = chain([file.name], (f"{file.stem}-{part}{number or ''}{file.suffix}" for number in count()))
+        places = (folder / name for name in names)
+        next(place for place in places if not place.exists() or place.read_bytes() == text).write_bytes(text)
 
 
 def provenance(model: Model | Description) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
     explains how to run the student.
     """
     write_json(folder / "sid.json", dict(card))
-    for file in model.source.folder.glob("LICEN[CS]E*"):
+    for file in license_files(model.source.folder):
         shutil.copyfile(file, folder / file.name)
     if card.get("kind") != "student":
         return
@@ -156,23 +175,29 @@ def _table(facts: Mapping[str, Any]) -> str:
 
 def _license(terms: Mapping[str, str], started_from: Sequence[Mapping[str, Any]]) -> str:
     """Return the statement about the license of the teacher, and about those of the models of --init that have another one."""
-    name = terms.get("license_name") or terms.get("license")
-    others = [
-        f" It is also a derivative of {source['name']}, whose license is {license}."
-        for source in started_from
-        if (license := source.get("license_name") or source.get("license")) not in (None, name)
-    ]
-    return _of_teacher(terms, name) + "".join(others)
-
-
-def _of_teacher(terms: Mapping[str, str], name: str | None) -> str:
-    if name is None:
-        return "This model is a derivative of its teacher, modified by distillation, and falls under the teacher's license."
-    named = f"[{name}]({terms['license_link']})" if "license_link" in terms else name
-    rule = f"This model is a derivative of its teacher, modified by distillation. License: {named}."
-    if any(word in name.lower() for word in RESTRICTED):
-        rule += (
-            " The use-based restrictions of that license (paragraph 5 and Attachment A) apply to this model and to all its"
-            " derivatives, and must be passed on with them."
-        )
+    name, named = _named(terms)
+    if named:
+        rule = f"This model is a derivative of its teacher, modified by distillation. License: {named}.{_restrictions(name)}"
+    else:
+        rule = "This model is a derivative of its teacher, modified by distillation, and falls under the teacher's license."
+    for source in started_from:
+        other, named = _named(source)
+        if other not in ("", name):
+            rule += f" It is also a derivative of {source['name']}, whose license is {named}.{_restrictions(other)}"
     return rule
+
+
+def _named(terms: Mapping[str, str]) -> tuple[str, str]:
+    """Return the name of a license, and the name as Markdown with its link; both are empty if it is not known."""
+    name = terms.get("license_name") or terms.get("license") or ""
+    return name, f"[{name}]({terms['license_link']})" if name and "license_link" in terms else name
+
+
+def _restrictions(license: str) -> str:
+    """Return a sentence about the use restrictions of a license, or "" if it has none."""
+    if not any(word in license.lower() for word in RESTRICTED):
+        return ""
+    return (
+        " The use-based restrictions of that license (paragraph 5 and Attachment A) apply to this model and to all its"
+        " derivatives, and must be passed on with them."
+    )

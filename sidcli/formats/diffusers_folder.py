@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from diffusers import (
 
 from sidcli.diffusion.path import FlowPath
 from sidcli.files import atomic_folder, read_json, write_json
-from sidcli.formats.card import PROMPT, call, has_stock_sampler, sides, write_card
+from sidcli.formats.card import PROMPT, add_licenses, call, has_stock_sampler, sides, write_card
 from sidcli.formats.order import DTYPES, Order
 from sidcli.models.compatibility import SCHEDULE
 from sidcli.models.drawing import Plan, is_consistency, student_plan
@@ -120,10 +121,16 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
 
 
-def write_student(path: Path, model: Model, card: dict[str, Any], dtype: str = "fp32") -> None:
-    """Write `model` with its scheduler as a pipeline folder. `path` is written completely or not at all."""
+def write_student(
+    path: Path, model: Model, card: dict[str, Any], dtype: str = "fp32", licenses: Sequence[tuple[str, Path]] = ()
+) -> None:
+    """Write `model` with its scheduler as a pipeline folder. `path` is written completely or not at all.
+
+    `licenses` are the LICENSE files of the models that it started from; see `card.add_licenses`.
+    """
     with atomic_folder(path) as folder:
         write(folder, dataclasses.replace(model, card=card), Order(dtype))
+        add_licenses(folder, licenses)
 
 
 def write(folder: Path, model: Model, order: Order) -> None:

@@ -7,6 +7,7 @@ networks and pipelines, which takes seconds, when they need them.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,6 +154,8 @@ class Kind(ABC):
     """Formats in which a student is exported."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules of the denoiser that get a LoRA adapter."""
+    is_square: ClassVar[bool] = False
+    """Whether a model draws square images only."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -218,8 +221,18 @@ class Kind(ABC):
     # Sizes
 
     @abstractmethod
-    def patch(self, config: Mapping[str, Any]) -> int:
-        """Return the number of latents, in each direction, of which the denoiser makes one token; 1 if it makes none."""
+    def patch(self, config: Mapping[str, Any], place: str) -> int:
+        """Return the number of latents, in each direction, of which the denoiser makes one token; 1 if it makes none.
+
+        Raises InputError, naming the file `place` of the configuration, if it has an invalid number.
+        """
+
+    def largest(self, config: Mapping[str, Any], place: str) -> float:
+        """Return the largest side of a latent that the denoiser can take.
+
+        Raises InputError, naming the file `place` of the configuration, if it defines none.
+        """
+        return math.inf
 
     def frame_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """Return channels, height and width of the latent of an image."""

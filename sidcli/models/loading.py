@@ -7,6 +7,7 @@ therefore cannot run code.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -170,9 +171,10 @@ def quiet_libraries() -> None:
 
     import transformers
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it; it warns about kernels that nothing here uses
     warnings.filterwarnings("ignore", module="diffusers|transformers|torch|open_clip|huggingface_hub|PIL")
 
 
@@ -349,15 +351,21 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
 def _size(overrides: Overrides, kind: Kind, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
     """Return height and width in pixels, from the overrides or the model, and set the denoiser's sample_size to match."""
     positive_integers(networks["vae"], "block_out_channels", places["vae"])
-    factor, config = codec_factor(networks["vae"]), networks[kind.component]
-    step = factor * kind.patch(config)
-    wanted = (overrides.height, overrides.width)
-    if not all(wanted):
-        height, width = _sample_size(config, places[kind.component])
-        wanted = (overrides.height or height * factor, overrides.width or width * factor)
-    for name, side in zip(("height", "width"), wanted, strict=True):
-        if not step <= side <= LARGEST or side % step:
-            raise UsageError(f"--{name} must be a multiple of {step}, in which this model draws, and at most {LARGEST}, not {side}")
+    factor, config, place = codec_factor(networks["vae"]), networks[kind.component], places[kind.component]
+    step, most = factor * kind.patch(config, place), min(LARGEST, factor * kind.largest(config, place))
+    asked = (overrides.height, overrides.width)
+    own = (0, 0) if all(asked) else _sample_size(config, place)
+    wanted = asked[0] or factor * own[0], asked[1] or factor * own[1]
+    rule = f"a multiple of {step}, in which this model draws, and at most {most}"
+    for name, side, given in zip(("height", "width"), wanted, asked, strict=True):
+        if step <= side <= most and side % step == 0:
+            continue
+        if given:
+            raise UsageError(f"--{name} must be {rule}, not {side}")
+        said = f"sample_size is {value_text(config['sample_size'])}, a {name} of {side} pixels"
+        raise InputError(f"{place}: {said}; it must be {rule}", "pass --width and --height")
+    if kind.is_square and any(asked) and wanted[0] != wanted[1]:
+        raise UsageError(f"this model draws square images, not {wanted[1]} x {wanted[0]} pixels", "--width equal to --height")
     inner = [side // factor for side in wanted]
     networks[kind.component] = config | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
     return wanted

@@ -93,6 +93,7 @@ class Sd3(Kind):
         *("in_channels", "patch_size", "pos_embed_max_size", "dual_attention_layers", "qk_norm"),
     )
     formats = ("diffusers",)
+    is_square = True
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
@@ -130,7 +131,17 @@ class Sd3(Kind):
         return {part: [None, None] for part in self.absent(model.texts)}
 
     def text_names(self, index: Mapping[str, Any], place: str) -> list[str]:
-        names = [name for name in self.texts if (index.get(name) or [None])[-1] is not None]
+        names = []
+        for name in self.texts:
+            match index.get(name):
+                case [str(), str()]:
+                    names.append(name)
+                case None | [None, None]:
+                    continue
+                case other:
+                    raise InputError(
+                        f"{place}: {name} is {value_text(other)}; it must be a library and a class, or [null, null]", OTHER_COPY
+                    )
         if not names:
             raise InputError(f"{place} names no text encoder", OTHER_MODEL)
         return names
@@ -185,8 +196,11 @@ class Sd3(Kind):
         reader = tokenizers.read_tokenizer if component in CLIPS else read_t5_tokenizer
         return reader(folder, config, place)
 
-    def patch(self, config: Mapping[str, Any]) -> int:
-        return int(config.get("patch_size", 2))
+    def patch(self, config: Mapping[str, Any], place: str) -> int:
+        return positive_integer({"patch_size": 2, **config}, "patch_size", place)
+
+    def largest(self, config: Mapping[str, Any], place: str) -> float:
+        return self.patch(config, place) * positive_integer({"pos_embed_max_size": 96, **config}, "pos_embed_max_size", place)
 
     def encoder(self, model: Any, device: torch.device) -> Sd3Encoder:
         encoders = dict(zip(model.texts, model.text_encoders, strict=True))
@@ -220,13 +234,13 @@ class Sd3(Kind):
 
     def feature_map(self, net: Any, output: Any) -> Tensor:
         _, height, width = self.latent_shape(net.config)
-        patch = self.patch(net.config)
+        patch = self.patch(net.config, self.title)
         states: Tensor = output[1]  # the first output is that of the text
         return states.transpose(1, 2).unflatten(2, (height // patch, width // patch))
 
     def head(self, config: Mapping[str, Any]) -> Head:
         _, height, width = self.latent_shape(config)
-        patch, heads = self.patch(config), config["num_attention_heads"]
+        patch, heads = self.patch(config, self.title), config["num_attention_heads"]
         return Head(heads * config["attention_head_dim"], height // patch, width // patch, heads)
 
 

@@ -122,7 +122,7 @@ class Unet(Kind):
     def read_tokenizer(self, component: str, folder: Path, config: Mapping[str, Any], place: str) -> CLIPTokenizer:
         return tokenizers.read_tokenizer(folder, config, place)
 
-    def patch(self, config: Mapping[str, Any]) -> int:
+    def patch(self, config: Mapping[str, Any], place: str) -> int:
         return 1
 
     def encoder(self, model: Any, device: torch.device) -> ClipEncoder:

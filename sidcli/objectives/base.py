@@ -287,6 +287,8 @@ class Objective(ABC):
     """What the generator is: a student of few steps, or a model of many steps."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Settings of the run that have no effect on this objective."""
+    continues: ClassVar[str] = ""
+    """Objective whose students it trains further (`--init`); "": it starts at the teacher."""
     discrete: ClassVar[bool] = False
     """Whether its equations need the discrete timesteps of a diffusion, which a teacher of flow matching does not have."""
     reads: ClassVar[str]

@@ -57,6 +57,10 @@ class Boot(Objective):
     def __init__(self, config: RunConfig, timesteps: int):
         super().__init__(config, timesteps)
         most = config.t_init - config.t_min
+        if most < 1:
+            raise UsageError(
+                f"--t-init must be above --t-min {config.t_min}, where the trajectory of boot ends, not {config.t_init}"
+            )
         if not 1 <= self.settings.stride <= most:
             raise UsageError(f"stride must be at least 1 and at most {most}, from --t-min to --t-init, not {self.settings.stride}")
 

@@ -7,6 +7,7 @@ from each point of a segment to the end of the segment.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidcli.errors import UsageError
@@ -62,6 +63,18 @@ class Tlcm(Objective):
 
         super().__init__(config, timesteps)
         self.grid = exit_grid(config.t_init, config.student_steps)
+        self.segments = [start - end for start, end in pairwise((*self.grid, 0))]
+        """Lengths of the segments in timesteps."""
+        self.check_segments()
+
+    def check_segments(self) -> None:
+        """Raises UsageError if the teacher's step is longer than every segment."""
+        stride, most = self.settings.stride, max(self.segments)
+        if stride > most:
+            raise UsageError(
+                f"stride must be at most {most}, the timesteps of the longest segment, not {stride}",
+                "a smaller --set stride, or fewer --student-steps",
+            )
 
     @property
     def sampling(self) -> dict[str, Any]:

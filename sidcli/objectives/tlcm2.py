@@ -48,6 +48,16 @@ class Tlcm2(Tlcm):
     Settings = Tlcm2Settings  # type: ignore[assignment]
     title = "Multistep consistency across segments (second stage of TLCM, arXiv 2406.05768)"
     emoji_settings: ClassVar = {"guidance": 3.0}
+    continues = "tlcm"
+
+    def check_segments(self) -> None:
+        """Raises UsageError if a segment has fewer timesteps than the teacher's steps through it."""
+        steps, most = self.settings.teacher_steps, min(self.segments)
+        if steps > most:
+            raise UsageError(
+                f"teacher_steps must be at most {most}, the timesteps of the shortest segment, not {steps}",
+                "fewer --set teacher_steps, or fewer --student-steps",
+            )
 
     def phases(self, step: int) -> list[Phase]:
         s, visits = self.settings, len(self.grid)

@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -182,18 +182,19 @@ def run(
             if cut := engine.sampler.truncated:
                 listener.note(f"{cut} training prompts were longer than the text encoder reads and were truncated")
             step = engine.step
-            write_results(loop, prompts, step, initial.sources if initial else ())
+            write_results(loop, prompts, step, initial)
     student, shown = output / "student", step * config.batch_size
     return Result(output, student, step, step - began_at, shown, seconds, writer.seconds, record)
 
 
-def write_results(loop: Loop, prompts: Prompts, step: int, started_from: Sequence[dict[str, Any]]) -> None:
+def write_results(loop: Loop, prompts: Prompts, step: int, initial: Initial | None) -> None:
     """Write the student, complete the record of a run of `step` steps, and write the report."""
     engine, output = loop.engine, loop.output
+    started_from, licenses = (initial.sources, initial.licenses) if initial else ((), ())
     reason = loop.return_to_best() if loop.intervals.keep_best else "the last step"
     student = engine.student()
     if engine.distributed.is_main:
-        write_student(output / "student", student, student_card(engine, prompts, started_from))
+        write_student(output / "student", student, student_card(engine, prompts, started_from), licenses=licenses)
         complete_record(output, {"steps": step, "images": step * engine.config.batch_size}, loop.trained, engine.step, reason)
         write(run_page(output), output / "report.html")
     engine.distributed.wait()

@@ -20,9 +20,11 @@ from torch import Tensor
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import sha256
 from sidcli.formats import lora
-from sidcli.formats.card import license_of, provenance
+from sidcli.formats.card import license_files, license_of, provenance
+from sidcli.models.drawing import student_plan
 from sidcli.models.loading import Description, Model, describe, load
 from sidcli.models.sources import find, fingerprint
+from sidcli.objectives.base import Objective
 from sidcli.progress import Listener
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -31,11 +33,15 @@ HINT = "--init takes a student, a run folder, a LoRA file, or A - B; all of the 
 
 @dataclass
 class Initial:
-    """Weights of the denoiser by name, a digest of the files that they are from, and the name, origin and license of each model."""
+    """Weights of the denoiser by name, a digest of the files that they are from, and the name, origin and license of each model.
+
+    `licenses` are the LICENSE files of the models, each with the name of its model.
+    """
 
     weights: Mapping[str, Tensor]
     digest: str
     sources: tuple[dict[str, Any], ...]
+    licenses: tuple[tuple[str, Path], ...] = ()
 
     def take(self) -> Mapping[str, Tensor]:
         """Return the weights, which this object then no longer holds: a training must not keep them in memory."""
@@ -65,12 +71,17 @@ def names(init: str) -> list[str]:
     return found
 
 
-def check(init: str, teacher: Description, listener: Listener) -> None:
-    """Raises InputError if a model is not found or is of another architecture than the teacher. Reads no weights."""
+def check(init: str, teacher: Description, listener: Listener) -> list[Description | None]:
+    """Return the descriptions of the models; None for a LoRA. Reads no weights.
+
+    Raises InputError if a model is not found or is of another architecture than the teacher.
+    """
+    found: list[Description | None] = []
     for name in names(init):
         if lora_file(name):
             if "lora" not in teacher.kind.formats:
                 raise InputError(f"--init {name} is a LoRA, which is not read for {teacher.kind.models}", HINT)
+            found.append(None)
             continue
         known = describe(find(name, listener, descriptions_only=True), None, listener)
         if known.kind is not teacher.kind:
@@ -86,6 +97,29 @@ def check(init: str, teacher: Description, listener: Listener) -> None:
             raise InputError(
                 f"--init {name} predicts {known.path.prediction}, and the teacher predicts {teacher.path.prediction}", HINT
             )
+        found.append(known)
+    return found
+
+
+def remarks(init: str, first: Description | None, objective: Objective, sampling: Mapping[str, Any]) -> list[str]:
+    """Return one sentence if the student that a run starts from draws at other timesteps than that of the run, and one if the
+    objective continues from students of another objective. `first` is the first model of `init`, None for a LoRA; `sampling` are the
+    entries of the card of the run's student.
+    """
+    if first is None:
+        return []
+    said, name = [], names(init)[0]
+    if first.is_student and (own := student_plan(first.card).describe()) != (new := student_plan(sampling).describe()):
+        said.append(
+            f"note: --init {name} draws in {own}, and the student of this run in {new}; --student-steps and --t-init set the latter"
+        )
+    trained = first.card.get("config", {}).get("objective", {}).get("name") if first.is_student else "none"
+    if objective.continues and trained not in (None, objective.continues, objective.settings.name):
+        kind = f"a student of {trained}" if first.is_student else "no student"
+        said.append(
+            f"note: objective {objective.settings.name} continues from a student of {objective.continues}, and --init {name} is {kind}"
+        )
+    return said
 
 
 def open_initial(init: str, teacher: Model, listener: Listener) -> Initial:
@@ -104,13 +138,18 @@ def open_initial(init: str, teacher: Model, listener: Listener) -> Initial:
         return found[0]
     (first, second), digest = found, hashlib.sha256(" ".join(one.digest for one in found).encode()).hexdigest()
     weights = {key: value + (first.weights[key] - second.weights[key]) for key, value in own.items()}
-    return Initial(weights, digest, first.sources + second.sources)
+    return Initial(weights, digest, first.sources + second.sources, first.licenses + second.licenses)
 
 
 def _weights(name: str, teacher: Model, listener: Listener) -> Initial:
     if file := lora_file(name):
         origin = {"name": name, "origin": str(file)} | license_of(file.parent)
-        return Initial(lora.applied(teacher, file, listener), sha256(file), (origin,))
+        return Initial(lora.applied(teacher, file, listener), sha256(file), (origin,), _licenses(name, file.parent))
     source = find(name, listener)
     model = load(source, None, listener)
-    return Initial(model.denoiser.state_dict(), fingerprint(source), (provenance(model), *model.card.get("init", ())))
+    sources = provenance(model), *model.card.get("init", ())
+    return Initial(model.denoiser.state_dict(), fingerprint(source), sources, _licenses(name, source.folder))
+
+
+def _licenses(name: str, folder: Path) -> tuple[tuple[str, Path], ...]:
+    return tuple((name, file) for file in license_files(folder))

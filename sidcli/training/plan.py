@@ -33,7 +33,7 @@ from sidcli.files import gigabytes
 from sidcli.formats.order import require
 from sidcli.models.kind import Cond
 from sidcli.models.kinds import kind_of
-from sidcli.models.loading import Description, describe
+from sidcli.models.loading import Description, describe, quiet_libraries
 from sidcli.models.overrides import Overrides
 from sidcli.models.reference import LAYOUTS
 from sidcli.models.sampler import plan_for
@@ -378,13 +378,17 @@ def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
     check_teacher(source.name, known.card.get("kind") == "student", known.path, config)
     if config.init:
-        initial.check(config.init, known, listener)
+        first, *_ = initial.check(config.init, known, listener)
+        objective = objectives.find(config.objective.name)(config, known.path.steps)
+        for remark in initial.remarks(config.init, first, objective, objective.sampling | known.path.sampling):
+            listener.note(remark)
     return known
 
 
 def settings_of_path(config: DistillConfig, listener: Listener) -> dict[str, Any]:
     """Return the settings that have other defaults with the path of the teacher. Reads no weights. The listener is told where the
     teacher is found."""
+    quiet_libraries()
     overrides = Overrides(config.prediction_type, config.model_config, config.width, config.height)
     return describe(find(config.teacher, listener, descriptions_only=True), overrides).path.settings
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,18 @@ from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
 from sidcli.models.overrides import check_guidance
 from sidcli.objectives.base import FAKE_OPTIONS
-from sidcli.settings import MEMORY, PRESETS, SELECTS, TEACHER_DRAWS, DistillConfig, checked, preset_for, read_toml, strategy
+from sidcli.settings import (
+    MEMORY,
+    NO_PATH,
+    PRESETS,
+    SELECTS,
+    TEACHER_DRAWS,
+    DistillConfig,
+    checked,
+    preset_for,
+    read_toml,
+    strategy,
+)
 
 if TYPE_CHECKING:
     from sidcli.data.captioned import CaptionedImages
@@ -31,6 +42,8 @@ if TYPE_CHECKING:
 
 
 TRACKERS = ("tensorboard", "wandb")
+RATES = ("lr_fake", "lr_generator")
+"""Settings that --lr sets."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,10 @@ class Request:
     """The run folder."""
     notes: tuple[str, ...] = ()
     """Messages on settings that are not used."""
+    file: Path | None = None
+    """The config file."""
+    of_file: frozenset[str] = field(default_factory=frozenset)
+    """Settings whose values are those of the config file."""
 
     @classmethod
     def of(
@@ -90,32 +107,50 @@ class Request:
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
         own = with_shortcuts(own, start, lr, images)
         used = start | MEMORY.get(memory, {}) | own
-        notes = [*about_replaced(replaced, used, config), *without_effect(used, {**settings, **others})]
-        return cls(teacher, start, own, memory, folder, tuple(notes))
+        notes = [*about_replaced(replaced, used, config), *without_effect(used, {**settings, **others}), *without_start(used)]
+        return cls(teacher, start, own, memory, folder, tuple(notes), config, frozenset(from_file.keys() - own.keys()))
 
     @property
     def recipe(self) -> dict[str, Any]:
         return MEMORY["fast" if self.memory == "auto" else self.memory]
 
-    def config(self, recipe: dict[str, Any]) -> DistillConfig:
+    def config(self, recipe: dict[str, Any], of_path: Mapping[str, Any] | None = None) -> DistillConfig:
         """Return the settings with a memory recipe. Those of a fake score that the objective does not have, and the
-        renoising of one that fixes it, keep their defaults.
+        renoising of one that fixes it, keep their defaults. `of_path` are the defaults that depend on the path of the teacher.
 
-        Raises UsageError for an invalid value.
+        Raises UsageError for an invalid value, also of a given setting that is not used.
         """
         if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
-        given = self.start | recipe | self.own | {"teacher": self.teacher}
+        given = {**(of_path or {}), **self.start, **recipe, **self.own, "teacher": self.teacher}
         unused = {*FAKE_OPTIONS, "renoise"} & {*objectives.find(self.start["objective"].name).unused}
         merged = {name: value for name, value in given.items() if name not in unused}
         batch = merged.get("batch_size", DistillConfig.batch_size)
         merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
         if merged.get("prompts", "auto") == "auto":
             merged["prompts"] = "emoji" if preset_for(self.teacher) == "emoji" else "general"
+        DistillConfig(**merged | {name: value for name, value in self.own.items() if name in unused})
         draws_pairs = self.start["objective"].draws_pairs
         if not merged.get("data") and not draws_pairs and (folder := folder_of(self.teacher)):
             merged["data"] = str(folder)  # a teacher that was tuned on pairs
         return DistillConfig(**merged)
+
+    @property
+    def before_path(self) -> DistillConfig:
+        """The settings before the path of the teacher is known: those that depend on it and are not given exclude no others."""
+        return self.config(self.recipe, NO_PATH)
+
+    @contextmanager
+    def naming_file(self) -> Iterator[None]:
+        """Context in which an error about a setting of the config file names the file, and the key instead of the option."""
+        try:
+            yield
+        except (UsageError, InputError) as error:
+            message, names = with_keys(error.message, self.of_file)
+            if not names:
+                raise
+            hint = error.hint or f"write another value there, or give --{names[0].replace('_', '-')}"
+            raise type(error)(f"{self.file}: {message}", re.sub("leave --([a-z-]+) out", "leave it out", hint)) from error
 
     def check(self, dry_run: bool, evaluates: bool, tracker: str | None = None, resume: Path | None = None) -> None:
         """Raises UsageError, InputError or EnvironmentProblem for invalid settings, folders or trackers."""
@@ -125,7 +160,7 @@ class Request:
             raise EnvironmentProblem(f"--tracker {tracker} needs a package that is not installed", f"pip install {tracker}")
         if resume and not (resume / "manifest.json").is_file():
             raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
-        config = self.config(self.recipe)
+        config = self.before_path
         check_objective(config)
         check_writable(self.folder) if dry_run else check_run(self.folder)
         if evaluates or config.data:
@@ -136,7 +171,7 @@ class Request:
     def prompts(self, listener: Listener) -> Prompts:
         from sidcli.data.prompts import PromptList, open_prompts
 
-        config = self.config(self.recipe)
+        config = self.before_path
         source = open_prompts(config.prompts, config.column)
         if isinstance(source, PromptList) and source.note:
             listener.note(source.note)
@@ -144,7 +179,7 @@ class Request:
 
     def images(self, listener: Listener) -> CaptionedImages | None:
         """Return the images to train on; None if there are none or the teacher draws them. Raises InputError if they are invalid."""
-        config = self.config(self.recipe)
+        config = self.before_path
         if config.data in ("", TEACHER_DRAWS) or folder_of(config.data):
             return None
         from sidcli.data.captioned import open_captioned
@@ -173,11 +208,18 @@ class Request:
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
-        usual = plan.settings_of_path(self.config(recipe), listener)
-        request = dataclasses.replace(self, start=usual | self.start)
+        usual = plan.settings_of_path(self.config(recipe, NO_PATH), listener)
         if self.memory == "auto" and not begun and (on_gpu or gpu):
-            return plan.choose({name: request.config(recipe) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
-        return request.config(recipe), gpu
+            return plan.choose({name: self.config(recipe, usual) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
+        return self.config(recipe, usual), gpu
+
+
+def with_keys(message: str, names: Collection[str]) -> tuple[str, list[str]]:
+    """Return a message with the keys of a config file instead of the options of these settings, and the settings that it names."""
+    found = [name for option in re.findall(r"--([a-z][a-z-]*)", message) if (name := option.replace("-", "_")) in names]
+    for name in found:
+        message = re.sub(rf"--{name.replace('_', '-')}(?![a-z-])", name, message)
+    return message, found
 
 
 def check_values(settings: Mapping[str, Any], guidance: float | None, lr: float | None, images: int | None, memory: str) -> None:
@@ -227,6 +269,17 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
         if joins >= images and scores.lsg_gan:
             said.append(f"note: the adversarial term joins after {joins:,} images, and the run has {images:,}")
     return said
+
+
+def without_start(settings: Mapping[str, Any]) -> list[str]:
+    """Return one sentence if the objective continues from students of another one, and the run starts from none."""
+    name = settings["objective"].name
+    first = objectives.find(name).continues
+    if not first or settings.get("init"):
+        return []
+    return [
+        f"note: objective {name} continues from a student of {first}, and --init is not given: the student starts at the teacher"
+    ]
 
 
 def check_objective(config: DistillConfig) -> None:
@@ -348,16 +401,20 @@ def objective_table(
 def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: float | None, images: int | None) -> dict[str, Any]:
     """Return `settings` with the fields that `lr` and `images` set. `start` has the batch size if `settings` does not.
 
-    Raises UsageError if `lr` sets neither learning rate.
+    Raises UsageError if `lr` sets no learning rate of the objective.
     """
     own = dict(settings)
     for whole, part in SELECTS.items():
         if whole in own and part not in own:
             own[part] = getattr(DistillConfig, part)  # that of a config file belongs to the prompts or images of that file
     if lr is not None:
-        if {"lr_fake", "lr_generator"} <= own.keys():
-            raise UsageError(f"--lr {lr:g} has no effect: --lr-fake and --lr-generator set both rates", "leave --lr out")
-        own = {"lr_fake": lr, "lr_generator": lr} | own
+        name = start["objective"].name
+        rates = [rate for rate in RATES if rate not in objectives.find(name).unused]
+        if set(rates) <= own.keys():
+            others = " and ".join(f"--{rate.replace('_', '-')}" for rate in rates)
+            what = "set both rates" if len(rates) > 1 else f"sets the only rate of objective {name}"
+            raise UsageError(f"--lr {lr:g} has no effect: {others} {what}", "leave --lr out")
+        own = dict.fromkeys(RATES, lr) | own
     if images is not None:
         size = own.get("batch_size", start.get("batch_size", DistillConfig.batch_size))
         own["steps"] = max(1, -(-images // max(1, size)))

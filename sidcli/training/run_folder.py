@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from sidcli import __version__
+from sidcli.data.latents import TEACHER_IMAGES
 from sidcli.data.prompts import Prompts
 from sidcli.devices import cores, processor
 from sidcli.engine import Engine
@@ -27,7 +28,7 @@ from sidcli.files import atomic_file, clear_leftovers, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.models.loading import Model
 from sidcli.progress import RunListener, counted
-from sidcli.settings import DistillConfig, differences
+from sidcli.settings import TEACHER_DRAWS, DistillConfig, differences
 from sidcli.training import checkpoint, precision
 from sidcli.training.intervals import Intervals
 
@@ -68,9 +69,19 @@ def find_checkpoint(
             f"{found.folder} is beyond --steps {config.steps}",
             "more steps, an older checkpoint with --resume, or another --output",
         )
-    has_data = config.data or config.objective.draws_pairs
-    check_agreement(found, differences(found.config, config, {*inputs, "data"} if has_data else inputs), inputs)
+    has_images = compares_images(found.config, config) or config.objective.draws_pairs
+    check_agreement(found, differences(found.config, config, {*inputs, "data"} if has_images else inputs), inputs)
     return found
+
+
+def compares_images(saved: Mapping[str, Any], config: DistillConfig) -> bool:
+    """Return whether the images of a continued run are compared by content. Another number of images of the teacher is known to
+    differ before they are drawn."""
+    before, now = (
+        values.get("data_num") or TEACHER_IMAGES if values.get("data") == TEACHER_DRAWS else 0
+        for values in (saved, dataclasses.asdict(config))
+    )
+    return bool(config.data) and before == now
 
 
 def check_agreement(found: checkpoint.Checkpoint, changed: list[str], inputs: dict[str, str]) -> None:

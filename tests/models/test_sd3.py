@@ -20,20 +20,21 @@ from sidcli.diffusion.path import FlowPath
 from sidcli.engine import Engine
 from sidcli.errors import InputError, Interrupted, UsageError
 from sidcli.files import read_json
+from sidcli.formats.diffusers_folder import write_student
 from sidcli.models.drawing import Plan
 from sidcli.models.hub import required_files
 from sidcli.models.kind import guided_predictions
 from sidcli.models.loading import Model, describe, load
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Sampler, plan_for, untrained_plan
-from sidcli.models.sd3 import SD3
+from sidcli.models.sd3 import SD3, T5_TOKENS
 from sidcli.models.sources import find, fingerprint
 from sidcli.objectives import OBJECTIVES
 from sidcli.objectives.base import FAKE, GENERATOR, TEACHER
 from sidcli.progress import Silence
 from sidcli.report.page import render
 from sidcli.report.run import run_page
-from sidcli.settings import DistillConfig
+from sidcli.settings import NO_PATH, DistillConfig
 from sidcli.training import plan
 from tests import tiny_sd3
 from tests.inprocess import sid
@@ -284,11 +285,39 @@ def test_a_dry_run_plans_it_with_the_settings_of_flow_matching(folder: Path, cap
 
 
 @pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--t-min", "985", "--student-steps", "700"], ("t_min = 985", "t_max = 1000", "student_steps = 700")),
+        (["--t-max", "10"], ("t_min = 0", "t_max = 10")),
+    ],
+)
+def test_timesteps_are_checked_against_the_defaults_of_flow_matching(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], wanted: tuple[str, ...]
+) -> None:
+    assert sid("distill", "--teacher", folder, "--prompts", "general", "--device", "cpu", "--dry-run", *options) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{line}\n" in said for line in wanted)
+
+
+def test_settings_that_the_path_sets_exclude_nothing_before_it_is_known() -> None:
+    assert FlowPath().settings.keys() == NO_PATH.keys()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--objective", "lcm", "--data", "teacher"], "objective lcm needs the discrete timesteps of a diffusion"),
         (["--t-init", "625"], "--t-init must be at least 1000"),
         (["--t-max", "1001"], "--t-max must be at most 1000"),
+        (["--t-min", "1000"], "--t-min must be at least 0 and below --t-max 1000, not 1000"),
+        (["--student-steps", "1001"], "--student-steps must be at least 1 and at most --t-init 1000, not 1001"),
+        (["--t-min", "-1"], "--t-min must be at least 0, not -1"),
+        (["--student-steps", "0"], "--student-steps must be at least 1, not 0"),
+        (
+            ["--width", "104", "--height", "104"],
+            "--height must be a multiple of 8, in which this model draws, and at most 96, not 104",
+        ),
+        (["--width", "48"], "this model draws square images, not 48 x 32 pixels"),
     ],
 )
 def test_what_needs_another_path_is_refused(
@@ -321,6 +350,28 @@ def test_an_exported_student_without_t5_says_how_the_stock_pipeline_loads_it(tmp
     said = (tmp_path / "out" / "README.md").read_text()
     assert 'StableDiffusion3Pipeline.from_pretrained("FOLDER", text_encoder_3=None, tokenizer_3=None)' in said
     assert 'pipe("a cat", sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=0)' in said
+
+
+def test_the_card_of_a_student_that_the_stock_pipeline_cannot_draw_with_says_that_sid_does(tmp_path: Path) -> None:
+    model = load(find(str(as_student(tiny_sd3.write_sd3(tmp_path / "sd3", tiny_sd3.TEXTS[1:])))))
+    write_student(tmp_path / "student", model, model.card)
+    said = (tmp_path / "student" / "README.md").read_text()
+    assert 'sid sample "a cat" --model FOLDER' in said and "StableDiffusion3Pipeline" not in said
+    assert "Other programs do not draw with this model: the stock pipeline cannot read prompts without text_encoder." in said
+
+
+@pytest.mark.parametrize(("texts", "tokens"), [(tiny_sd3.TEXTS, T5_TOKENS), (tiny_sd3.TEXTS[:2], tiny_sd3.TOKENS)])
+def test_a_prompt_counts_as_truncated_if_the_encoder_that_reads_most_of_it_does_not_read_all(
+    folder: Path, tmp_path: Path, texts: tuple[str, ...], tokens: int
+) -> None:
+    model = load(find(str(folder if texts == tiny_sd3.TEXTS else tiny_sd3.write_sd3(tmp_path / "sd3", texts))))
+    encoder = SD3.encoder(model, torch.device("cpu"))
+    one_token = "b" if texts == tiny_sd3.TEXTS else "cat "
+    around = 1 if texts == tiny_sd3.TEXTS else 2  # T5 adds a token at the end, CLIP also one at the start
+    encoder([one_token * (tokens - around - 1), one_token])
+    assert encoder.truncated == 0
+    encoder([one_token * 2 * tokens, one_token, one_token * (tokens + 1)])
+    assert encoder.truncated == 2
 
 
 def test_a_student_that_the_stock_pipeline_cannot_draw_with_is_not_exported(
@@ -360,11 +411,21 @@ def test_a_card_that_contradicts_the_scheduler_is_refused(copied: Path, card: di
         ("transformer/config.json", {"sample_size": [8, 12]}, "draws square images; sample_size is [8, 12]"),
         ("transformer/config.json", {"pos_embed_max_size": 10**6}, "pos_embed_max_size is 1000000, more than 1024"),
         ("transformer/config.json", {"num_layers": 10**6}, "120 layers at most are built"),
-        ("transformer/config.json", {"sample_size": 32}, "does not describe a network that generates images"),
+        (
+            "transformer/config.json",
+            {"sample_size": 32},
+            "sample_size is 32, a height of 128 pixels; it must be a multiple of 8, in which this model draws, and at most 96",
+        ),
+        ("transformer/config.json", {"patch_size": 3}, "sample_size is 8, a height of 32 pixels; it must be a multiple of 12"),
+        ("transformer/config.json", {"patch_size": 0}, "patch_size is 0; it must be a positive whole number"),
+        ("transformer/config.json", {"patch_size": "2"}, 'patch_size is "2"; it must be a positive whole number'),
+        ("transformer/config.json", {"pos_embed_max_size": None}, "pos_embed_max_size is null; it must be a positive whole number"),
         ("text_encoder_3/config.json", {"model_type": "umt5"}, "the third text encoder of this family is T5"),
         ("text_encoder_3/config.json", {"vocab_size": 20}, "text_encoder_3/config.json has vocab_size 20"),
         ("vae/config.json", {"shift_factor": "a"}, 'shift_factor is "a"; it must be a number'),
         (INDEX, {name: [None, None] for name in tiny_sd3.TEXTS}, "names no text encoder"),
+        (INDEX, {"text_encoder": 3}, "text_encoder is 3; it must be a library and a class, or [null, null]"),
+        (INDEX, {"text_encoder": []}, "text_encoder is []; it must be a library and a class, or [null, null]"),
         (INDEX, {"transformer": ["diffusers", "FluxTransformer2DModel"]}, "its transformer is a FluxTransformer2DModel"),
         (INDEX, {"tokenizer_3": ["transformers", "CLIPTokenizer"]}, "its tokenizer_3 is a CLIPTokenizer, not a T5Tokenizer"),
     ],

@@ -317,6 +317,18 @@ def test_segments_of_tlcm_end_where_the_student_draws(sd_folder: Path, config: D
     assert plan.grid == (999, 749, 499, 249) and plan.renoise == "ddim"
 
 
+@pytest.mark.parametrize(("name", "setting", "most"), [("tlcm", "stride", 250), ("tlcm2", "teacher_steps", 249)])
+def test_the_teacher_of_tlcm_stays_in_a_segment(config: DistillConfig, name: str, setting: str, most: int) -> None:
+    def built(value: int) -> object:
+        method = objectives.find(name)
+        own = method.Settings(**{setting: value})
+        return method(dataclasses.replace(config, t_init=999, student_steps=4, objective=own), 1000)
+
+    built(most)
+    with pytest.raises(UsageError, match=f"{setting} must be at most {most}, the timesteps of the .* segment, not {most + 1}"):
+        built(most + 1)
+
+
 # BOOT
 
 
@@ -335,6 +347,9 @@ def test_boot_refuses_a_step_longer_than_the_trajectory(sd_folder: Path, config:
             UsageError, match=f"stride must be at least 1 and at most {config.t_init - config.t_min}, .*, not {stride}"
         ):
             engine(sd_folder, config, "boot", {"stride": stride})
+    for t_init in (20, 5):
+        with pytest.raises(UsageError, match=f"--t-init must be above --t-min 20, where the trajectory .* ends, not {t_init}"):
+            objectives.Boot(dataclasses.replace(config, t_init=t_init, objective=objectives.Boot.Settings()), 1000)
 
 
 # LCM

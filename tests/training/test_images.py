@@ -65,6 +65,8 @@ def test_a_run_on_the_teachers_images_goes_on_from_a_checkpoint_bit_for_bit(
     run(sd_folder, drawn, tmp_path / "halves", continued)
     one, two = state(whole.run, 3), state(tmp_path / "halves", 3)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(InputError, match="made with other settings: data_num: 3 -> 2"):
+        run(sd_folder, dataclasses.replace(drawn, data_num=2), tmp_path / "halves", continued)
     bar = "teacher images to train on"
     assert sum(count for what, count, _ in heard.drawn if what == bar) == pytest.approx(3)
     assert not any(what == bar for what, _, _ in continued.drawn), "the images are drawn once for all runs"
@@ -96,6 +98,8 @@ def test_a_run_continues_with_the_same_images_in_another_place_and_refuses_other
         run(sd_folder, more, tmp_path / "run")
     with pytest.raises(InputError, match="made with other settings: data: contents changed"):
         run(sd_folder, dataclasses.replace(more, data=str(folder), data_num=2), tmp_path / "run")
+    with pytest.raises(InputError, match=r"made with other settings: data: .*copy -> teacher"):
+        run(sd_folder, dataclasses.replace(more, data="teacher"), tmp_path / "run")
     plain = dataclasses.replace(more, objective=objectives.Sid.Settings(), data="")
     with pytest.raises(InputError, match=r"objective: sida -> sid; data: .*copy -> "):
         run(sd_folder, plain, tmp_path / "run")

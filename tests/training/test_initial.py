@@ -21,10 +21,14 @@ from sidcli.formats.diffusers_folder import stock, write_student
 from sidcli.formats.order import Order
 from sidcli.models.loading import Description, Model, describe, load
 from sidcli.models.sources import find
+from sidcli.objectives import OBJECTIVES
 from sidcli.progress import Silence
 from sidcli.settings import DistillConfig
+from sidcli.training import plan
 from sidcli.training.initial import check, open_initial
+from sidcli.training.request import Request
 from tests import tiny, tiny_families, tiny_students
+from tests.training.test_distill import Silent
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,9 @@ def test_a_run_starts_from_the_weights_of_a_student_and_its_record_names_it(
     pair: tuple[Model, Model, Path], tmp_path: Path
 ) -> None:
     teacher, student, folder = pair
+    for place, text in ((teacher.source.path, "of the teacher"), (folder, "of the student")):
+        (place / "LICENSE.md").write_text(text)
+        (place / "LICENSE-OTHER").write_text("of both")
     options = {"steps": 1, "batch_size": 2, "lr": 1e-12, "precision": "fp32", "prompts": "general"}
     result = api.distill(teacher.source.path, tmp_path / "run", init=folder, listener=Quiet(), **options)
     trained = load(find(str(result.run))).denoiser.state_dict()
@@ -52,6 +59,8 @@ def test_a_run_starts_from_the_weights_of_a_student_and_its_record_names_it(
     told = json.loads((result.run / "student" / "sid.json").read_text())
     assert told["config"]["init"] == str(folder)
     (source,) = told["init"]
+    texts = {file.name: file.read_text() for file in (result.run / "student").glob("LICENSE*")}
+    assert texts == {"LICENSE.md": "of the teacher", "LICENSE-student.md": "of the student", "LICENSE-OTHER": "of both"}
     assert (source["name"], source["origin"]) == (str(folder), load(find(str(folder))).source.origin)
 
     moved = shutil.copytree(folder, tmp_path / "moved")
@@ -79,11 +88,16 @@ def test_a_model_card_states_the_license_of_a_model_that_the_student_started_fro
     (other / "sid.json").write_text(json.dumps(sid_json))
     sources = open_initial(f"{other} - {folder}", student, Silence()).sources
     assert [source.get("license") for source in sources] == ["cc-by-nc-4.0", None]
-    started = dataclasses.replace(student, card=student.card | {"init": list(sources)})
+    rail = {"name": "a/rail", "license": "openrail++", "license_link": "https://example.org/rail"}
+    started = dataclasses.replace(student, card=student.card | {"init": [*sources, rail]})
     export.run(started, "diffusers", tmp_path / "out", Order(), False, lambda count: None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"It is also a derivative of {other}, whose license is cc-by-nc-4.0." in card
-    assert f"| Started from | {other} and {folder} |" in card
+    restricted = (
+        "It is also a derivative of a/rail, whose license is [openrail++](https://example.org/rail). The use-based restrictions"
+    )
+    assert restricted in card and card.count("use-based restrictions") == 1
+    assert f"| Started from | {other} and {folder} and a/rail |" in card
 
 
 def test_licenses_are_kept_over_generations_and_a_damaged_model_card_has_none(
@@ -119,17 +133,12 @@ def test_a_lora_with_kohyas_names_is_read_too_and_what_it_changes_beside_the_une
     texts = {f"{text}.lora_down.weight": torch.randn(2, 16), f"{text}.lora_up.weight": torch.randn(16, 2)}
     texts[f"{text}.alpha"] = torch.tensor(2.0)
     save_file(lora.kohya(weights, teacher.denoiser.config) | texts, tmp_path / "other.safetensors")
-    notes: list[str] = []
-
-    class Notes(Silence):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    found = open_initial(str(tmp_path / "other.safetensors"), teacher, Notes()).weights
+    heard = Silent()
+    found = open_initial(str(tmp_path / "other.safetensors"), teacher, heard).weights
     for name, value in teacher.denoiser.state_dict().items():
         added = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"] if name == f"{layer}.weight" else 0
         assert torch.allclose(found[name], value + added, atol=1e-5)
-    assert any("also changes text_encoder" in note for note in notes)
+    assert any("also changes text_encoder" in note for note in heard.notes)
 
 
 def test_the_alpha_in_the_header_of_a_lora_scales_it(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
@@ -174,6 +183,42 @@ def test_what_does_not_fit_the_teacher_is_refused_before_a_weight_is_read(pair: 
         check(str(tmp_path / "cut.safetensors"), teacher, Silence())
     with pytest.raises(UsageError, match="--init must be left out with --student-lora"):
         DistillConfig(init="emoji", student_lora=4)
+
+
+def test_what_a_run_changes_in_the_sampling_of_the_student_that_it_starts_from_is_noted(
+    pair: tuple[Model, Model, Path], tmp_path: Path
+) -> None:
+    teacher, student, folder = pair
+    few = student.card | {"t_init": 999, "student_steps": 4, "config": {"objective": {"name": "tlcm"}}}
+    write_student(tmp_path / "few", student, few)
+
+    def notes(init: object, name: str = "sid", **settings: int) -> list[str]:
+        said = Silent()
+        config = DistillConfig(teacher=str(teacher.source.path), init=str(init), objective=OBJECTIVES[name].Settings(), **settings)
+        plan.describe_teacher(config, said)
+        return [note for note in said.notes if note.startswith("note: ")]
+
+    four, one = "4 steps at t = 999, 749, 499, 249", "1 step at t = 625"
+    options = "--student-steps and --t-init set the latter"
+    said = f"note: --init {tmp_path / 'few'} draws in {four}, and the student of this run in {one}; {options}"
+    assert notes(tmp_path / "few") == [said] and notes(f"{tmp_path / 'few'} - {folder}")[0].startswith("note: --init ")
+    assert not notes(folder) and not notes(teacher.source.path)
+    again = {"t_init": 999, "student_steps": 4}
+    assert not notes(tmp_path / "few", "tlcm2", **again)
+    wanted = "note: objective tlcm2 continues from a student of tlcm, and --init {} is {}".format
+    assert notes(teacher.source.path, "tlcm2", **again) == [wanted(teacher.source.path, "no student")]
+    write_student(tmp_path / "other", student, few | {"config": {"objective": {"name": "lcm"}}})
+    assert notes(tmp_path / "other", "tlcm2", **again) == [wanted(tmp_path / "other", "a student of lcm")]
+
+
+def test_a_second_stage_without_a_student_of_the_first_is_noted() -> None:
+    def notes(**settings: str) -> tuple[str, ...]:
+        return Request.of("someone/sd", None, "tlcm2", None, None, {}, None, None, "auto", None, settings).notes
+
+    (said,) = notes()
+    assert said.startswith("note: objective tlcm2 continues from a student of tlcm, and --init is not given") and not notes(
+        init="a"
+    )
 
 
 def test_a_lora_of_another_model_is_refused(pair: tuple[Model, Model, Path], tmp_path: Path) -> None:
