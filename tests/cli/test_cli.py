@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sidcli.cli.common import open_console
+from sidcli.cli.distill import hidden
 from sidcli.formats.order import FORMATS
 from sidcli.models.loading import load
 from sidcli.models.sources import find
@@ -411,6 +413,19 @@ def test_a_continued_run_keeps_the_memory_recipe_it_began_with(tmp_path: Path) -
     assert (config["fake_lora"], config["micro_batch"], config["objective"]["kappa1"]) == (4, 3, 2.0)
     typed = json.loads(sid(*asked, "--memory", "fast", "--micro-batch", "2", cwd=tmp_path).stdout)["config"]
     assert (typed["fake_lora"], typed["micro_batch"]) == (0, 2)
+
+
+def test_a_training_hides_bitsandbytes_unless_its_optimizer_is_from_there(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('optimizer = "adam8bit"\n')
+    for config, settings, needed in ((None, {}, False), (file, {}, True), (file, {"optimizer": "adam"}, False)):
+        assert hidden(config, settings) == (() if needed else ("bitsandbytes",))
+    assert not hidden(None, {"optimizer": "adam8bit"})
+
+
+def test_bitsandbytes_tells_errors_but_not_which_kernels_it_lacks() -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
 
 
 def test_no_installed_library_requires_a_package_that_a_command_hides() -> None:

@@ -32,10 +32,17 @@ CONFIG = DistillConfig(
 """A learning rate, for so small batches, at which the student gets worse from the second step on."""
 
 
-def run(output: Path, config: DistillConfig = CONFIG, **more: object) -> list[str]:
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "PROXY_IMAGES", 8)
+    monkeypatch.setattr(proxy, "DIVERSITY_IMAGES", 2)
+    monkeypatch.setattr(samples, "GRID_IMAGES", 2)
+
+
+def run(output: Path, config: DistillConfig = CONFIG, resume: Path | None = None, **more: object) -> list[str]:
     listener = Silent()
     intervals = distill.Intervals(save=100, sample=100, log=1, eval=1, keep=1, **more)  # type: ignore[arg-type]
-    distill.run(load(find("emoji-teacher")), config, open_prompts("emoji"), output, "cpu", intervals, None, listener)
+    distill.run(load(find("emoji-teacher")), config, open_prompts("emoji"), output, "cpu", intervals, resume, listener)
     return listener.notes
 
 
@@ -43,18 +50,13 @@ def student_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "student" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_run_that_gets_worse_is_noticed_and_keep_best_writes_the_student_from_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distill, "PROXY_IMAGES", 8)
-    monkeypatch.setattr(proxy, "DIVERSITY_IMAGES", 2)
-    monkeypatch.setattr(samples, "GRID_IMAGES", 2)
+@pytest.mark.usefixtures("few_images")
+def test_a_run_that_gets_worse_is_noticed_and_keep_best_writes_the_student_from_before(tmp_path: Path) -> None:
     output = tmp_path / "run"
     notes = run(output, dataclasses.replace(CONFIG, steps=3), keep_best=True)
     notes += run(output, keep_best=True)
     warnings = [note for note in notes if note.startswith("warning: the student has been getting worse since step ")]
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    values = {line["step"]: line["proxy_cmmd"] for line in lines if line.get("proxy_cmmd") is not None and line["step"]}
+    values = measured(output)
     best = min(values, key=lambda step: values[step])
     assert warnings and best < 3 and list(values) == [1, 2, 3, 4, 5]
     assert sorted(checkpoint.numbered(output / "checkpoints")) == [best, 5]
@@ -70,6 +72,33 @@ def test_a_run_that_gets_worse_is_noticed_and_keep_best_writes_the_student_from_
     run(output)
     assert not torch.equal(student_of(output)["conv_in.weight"], student["conv_in.weight"]), "without the option, the last step"
     assert json.loads((output / "run.json").read_text())["student"] == {"step": 5, "reason": "the last step"}
+
+
+def measured(output: Path) -> dict[int, float]:
+    """CMMD to the teacher of each trained student that was measured, by step."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["proxy_cmmd"] for line in lines if line.get("proxy_cmmd") is not None and line["step"]}
+
+
+def written(output: Path) -> int:
+    """The step of the student that a run wrote."""
+    return json.loads((output / "student" / "sid.json").read_text())["steps_trained"]
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_run_that_goes_on_from_an_older_checkpoint_writes_the_best_student_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "PROXY_IMAGES", 3)
+    output = tmp_path / "run"
+    run(output, dataclasses.replace(CONFIG, steps=3), keep_best=True)
+    before, student, checkpoints = measured(output), student_of(output), output / "checkpoints"
+    best = written(output)
+    assert best < 3 and before[best] == min(before.values())
+    run(output, dataclasses.replace(CONFIG, steps=best + 1), checkpoints / checkpoint.folder_name(best), keep_best=True)
+    assert measured(output) == {step: value for step, value in before.items() if step <= best + 1} and written(output) == best
+    assert all(torch.equal(value, student[name]) for name, value in student_of(output).items())
+    assert sorted(checkpoint.numbered(checkpoints)) == [best, best + 1], "the later one is set aside"
 
 
 def test_keep_best_needs_measurements() -> None:
