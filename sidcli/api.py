@@ -219,10 +219,14 @@ def sample(
     with listener.progress("draw", count, "images") as advance:
         drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite, pixels)
     _remove(places.others if places and overwrite else (), listener)
-    if drawn.truncated:
-        were = "was" if drawn.truncated == 1 else "were"
-        listener.note(f"{counted(drawn.truncated, 'prompt')} {were} longer than the text encoder reads and {were} truncated")
+    _tell_truncated(drawn.truncated, listener)
     return drawn
+
+
+def _tell_truncated(count: int, listener: Listener) -> None:
+    if count:
+        were = "was" if count == 1 else "were"
+        listener.note(f"{counted(count, 'prompt')} {were} longer than the text encoder reads and {were} truncated")
 
 
 def _remove(images: Sequence[Path], listener: Listener) -> None:
