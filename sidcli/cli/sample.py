@@ -66,6 +66,11 @@ Preview = Annotated[bool, typer.Option(help="Show the image, or the contact shee
 ListPrompts = Annotated[
     bool, typer.Option("--list-prompts", help="Print the words that the built-in models know, with example prompts, and stop.")
 ]
+STOPPED = (
+    "images that were drawn are kept",
+    "the same command with --overwrite, which draws them again, or the missing prompts with another --output",
+)
+"""What is kept of an interrupted command, and how to go on."""
 
 
 def sample(
@@ -105,12 +110,8 @@ def sample(
         return
     check_column(column, prompts)
     texts, about_prompts = read_prompts(prompt or [], prompts, column or "")
-    stopped = (
-        "images that were drawn are kept",
-        "the same command with --overwrite, which draws them again, or the missing prompts with another --output",
-    )
     smaller = "a smaller --batch-size" if batch_size > 1 else "a smaller --width and --height, or a smaller model"
-    with open_console(as_json, quiet, stopped, smaller) as console:
+    with open_console(as_json, quiet, STOPPED, smaller) as console:
         if about_prompts:
             console.note(about_prompts)
         drawn = api.sample(
