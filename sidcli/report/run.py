@@ -24,7 +24,7 @@ from sidcli.objectives import OBJECTIVES
 from sidcli.progress import counted, duration, plural
 from sidcli.report.charts import evenly, number
 from sidcli.report.decay import worsening
-from sidcli.report.page import Commands, Curve, Curves, Facts, Page, Section, Timeline
+from sidcli.report.page import Commands, Curve, Curves, Facts, Gallery, Page, Section, Timeline
 from sidcli.settings import flat
 
 FRAMES = 24
@@ -70,6 +70,16 @@ class Run:
         return _whole(self.student, "student_steps") or _whole(self.config, "student_steps") or 1
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether the run tunes a model of many steps to take a reference image."""
+        objective = OBJECTIVES.get(str(flat(self.config).get("objective")))
+        return objective is not None and objective.makes == "teacher"
+
+    @property
+    def takes_reference(self) -> bool:
+        return "reference_layout" in _json(self.folder / "student" / "unet" / "config.json")
+
+    @property
     def done(self) -> float:
         """Number of training steps so far."""
         return max(self.records, default=_whole(self.student, "steps_trained") or 0)
@@ -95,8 +105,8 @@ def run_page(folder: Path) -> Page:
     if not sections:
         raise InputError(f"{folder} holds no run that can be read", "give the folder that sid distill wrote")
     kind = "one" if run.student_steps == 1 else str(run.student_steps)
-    subtitle = f"{kind}-step student distilled from {run.teacher or 'a teacher'}"
-    return Page(folder.resolve().name, subtitle, _summary(run), sections)
+    what = "model with a reference image, tuned" if run.is_tuned else f"{kind}-step student distilled"
+    return Page(folder.resolve().name, f"{what} from {run.teacher or 'a teacher'}", _summary(run), sections)
 
 
 def run_sections(folder: Path) -> tuple[Section, ...]:
@@ -110,6 +120,7 @@ def _sections(run: Run) -> tuple[Section, ...]:
     losses = {key: (key.replace("_", " ").capitalize(), None) for key in curves if key not in PROXIES and key not in COSTS}
     sections = (
         _overview(run),
+        *_pairs(run.folder / "pairs"),
         _timeline(run.folder / "samples"),
         _curves("Progress", PROXIES, curves, (_reading(run), *_decay(run), *_goal(run), *([RATIO] if "ratio" in curves else []))),
         _curves("Losses", losses, curves, ("For the health of the run: they should stay finite and of one order of magnitude.",)),
@@ -181,6 +192,21 @@ def _overview(run: Run) -> Facts | None:
     return Facts("Overview", list(pairs.items()), is_open=True) if pairs else None
 
 
+def _pairs(folder: Path) -> tuple[Section, ...]:
+    """Return the results of the curation of pairs and a picture of some of them, those that can be read."""
+    sections: list[Section] = []
+    if facts := _flat(_json(folder / "curation.json")):
+        notes = ("The scores of all pairs, kept and rejected, are in pairs/pairs.jsonl.",)
+        sections.append(Facts("Pairs of images of one subject", facts, notes, is_open=True))
+    try:
+        with Image.open(folder / "examples.png") as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return tuple(sections)
+    row = [("the first of each", [picture])]
+    return (*sections, Gallery("Pairs that were kept, then pairs that were rejected", ["pairs and reasons"], row))
+
+
 def _timeline(folder: Path) -> Timeline | None:
     files = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda file: int(file.stem))
     known = _json(folder / "prompts.json")
@@ -230,6 +256,14 @@ def _curves(
 
 
 def _commands(run: Run) -> Commands | None:
+    model = shlex.quote(str(run.folder))
+    if run.takes_reference:
+        commands = [("On the command line:", f'sid sample "a cat" --reference reference.png --model {model}')]
+        if run.is_tuned:
+            commands.append(("Distill it to one step:", f"sid distill --teacher {model}"))
+        if run.student.get("world") == "emoji":
+            commands.append(("Measure it:", f"sid eval {model}"))
+        return Commands("How to run the model", commands)
     t_init, steps = _whole(run.student, "t_init"), run.student_steps
     if t_init is None:
         return None
@@ -241,7 +275,6 @@ def _commands(run: Run) -> Commands | None:
         f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(run.folder / 'student'))}{_absent(run.folder)})\n"
         f'pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")'
     )
-    model = shlex.quote(str(run.folder))
     stock = [("In diffusers (keep guidance_scale=0):", code)] if _is_stock(run.folder) else []
     return Commands(
         "How to run the student",

@@ -1,6 +1,7 @@
 """Diffusion Self-Distillation in three stages (sheets, curation, tuning), and its distillation to one step."""
 
 import dataclasses
+import html
 import json
 import os
 import shutil
@@ -93,6 +94,9 @@ def test_the_stages_end_in_a_model_that_draws_the_subject_of_a_reference(tuned: 
     first, second = (api.sample("a cat", tuned, reference=file, steps=2).images[0] for file in files)
     assert first.size == (64, 64), "only the second frame is drawn"
     assert np.asarray(first).tolist() != np.asarray(second).tolist()
+    page = (tuned / "report.html").read_text()
+    assert "model with a reference image, tuned from" in page and "Pairs of images of one subject" in page
+    assert f'sid sample "a cat" --reference reference.png --model {tuned}' in html.unescape(page)
     with Image.open(tuned / "samples" / "00000002.png") as picture:
         assert picture.size == (8 * 64, 2 * 64), "the references above what was drawn from them"
 
