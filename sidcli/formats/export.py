@@ -22,11 +22,13 @@ from sidcli.errors import GateError, InputError, UsageError
 from sidcli.files import atomic_folder, check_space, sha256
 from sidcli.formats import lora, single_file_folder
 from sidcli.formats.card import has_stock_sampler, provenance, terms_of
+from sidcli.formats.graph import example_references
 from sidcli.formats.order import DEFAULT_RANK, FORMATS, Order
 from sidcli.models import official_pkl
 from sidcli.models.drawing import is_consistency
 from sidcli.models.loading import Description, Model, describe_model, open_model
 from sidcli.models.overrides import Overrides
+from sidcli.models.reference import layout_of
 from sidcli.models.sampler import T_INIT, Sampler, plan_for
 from sidcli.progress import Listener, Progress
 
@@ -63,6 +65,9 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
             f"{name} is {known.kind.models}, which --format {format_name} does not support",
             f"use --format {' or '.join(known.kind.formats)}",
         )
+    if layout_of(known.denoiser_config) and FORMATS[format_name].in_diffusers:
+        able = " or ".join(other for other, form in FORMATS.items() if not form.in_diffusers)
+        raise InputError(f"{name} takes a reference image, which --format {format_name} does not support", f"use --format {able}")
     if problem := known.kind.stock_problem(known.texts):
         raise InputError(f"{name} is not exported: {problem}", "draw with `sid sample`")
     if not has_stock_sampler(known.card):
@@ -319,7 +324,7 @@ def compare(model: Model, folder: Path, order: Order, exporter: ModuleType) -> t
 
 
 def picture(model: Model) -> np.ndarray:
-    return Sampler(model, torch.device("cpu")).images([PROMPT], [0], plan_for(model))[0]
+    return Sampler(model, torch.device("cpu")).images([PROMPT], [0], plan_for(model), references=example_references(model))[0]
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> int:

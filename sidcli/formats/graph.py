@@ -1,4 +1,5 @@
 """Export of a student as graphs without options: token ids -> states, and (noise, states) -> images. All constants are inside.
+A student that takes a reference image gets it as a third input.
 
 The formats onnx, openvino and torch-export write these graphs. A program that runs them needs a tokenizer and standard normal
 noise, but no diffusion library.
@@ -10,6 +11,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from sidcli.models.codec import Codec
 from sidcli.models.drawing import Plan, sizes
 from sidcli.models.kind import Cond, tokenizer_of
 from sidcli.models.loading import Model
+from sidcli.models.reference import layout_of
 from sidcli.models.sampler import plan_for
 
 USAGE = """```python
@@ -63,6 +66,11 @@ time_ids = np.array([{time_ids}], np.float32)
 images, = run("generator", noise=noise, states=states, text_embeds=text_embeds, time_ids=time_ids)"""
 
 
+READ_REFERENCE = """reference = Image.open("reference.png").convert("RGB").resize({size})
+reference = np.asarray(reference, np.float32).transpose(2, 0, 1)[None] / 255
+"""
+
+
 class Drawing(nn.Module):
     """A module that computes images [B, 3, H, W] in 0..1 from noise [B, C, h, w] and states [B, tokens, width].
 
@@ -77,10 +85,17 @@ class Drawing(nn.Module):
         assert isinstance(self.path, DiscretePath) and self.path.values  # computed before the graph is traced
 
     def forward(self, noise: Tensor, states: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> Tensor:
+        return self.drawn(noise, states, None, text_embeds, time_ids)
+
+    def drawn(
+        self, noise: Tensor, states: Tensor, reference: Tensor | None, text_embeds: Tensor | None, time_ids: Tensor | None
+    ) -> Tensor:
+        """Return the images. `reference` are the latents [B, C, h, w] of reference images, if the denoiser takes them."""
         # text_embeds stay float32: the UNet concatenates them with an embedding of time_ids that is always float32 and converts the
         # result, and ONNX cannot concatenate tensors of different types.
         added = {} if text_embeds is None or time_ids is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        cond = Cond(states.to(self.denoiser.dtype), added)
+        known = None if reference is None else reference.to(self.denoiser.dtype)
+        cond = Cond(states.to(self.denoiser.dtype), added, known)
         latents = few_steps(
             lambda x, t: self.kind.denoise(self.denoiser, x.to(self.denoiser.dtype), t, cond),
             lambda _: noise,
@@ -88,7 +103,30 @@ class Drawing(nn.Module):
             self.plan.grid,
             self.plan.renoise,
         )
-        return Codec(self.vae).decode(latents)
+        layout = layout_of(self.denoiser.config)
+        return Codec(self.vae).decode(layout.target(latents) if layout else latents)
+
+
+class ReferenceDrawing(Drawing):
+    """The same for a student that takes reference images: float32 [B, 3, H, W] in 0..1 after the states."""
+
+    def forward(  # type: ignore[override]
+        self,
+        noise: Tensor,
+        states: Tensor,
+        reference: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        return self.drawn(noise, states, Codec(self.vae).encode(2.0 * reference - 1.0), text_embeds, time_ids)
+
+
+def example_references(model: Model) -> np.ndarray | None:
+    """Return a reference image uint8 [1, H, W, 3] for the verification of an export; None if the model takes none."""
+    if model.layout is None:
+        return None
+    rows, columns = np.indices(model.size)
+    return np.stack([rows * 5 % 256, columns * 3 % 256, (rows + columns) % 256], -1).astype(np.uint8)[None]
 
 
 def stays_float32(model: Model, dtype: torch.dtype) -> bool:
@@ -139,21 +177,27 @@ def write_graphs(folder: Path, model: Model, order: Order, write_one: Writer, ki
         if not isinstance(outputs, Tensor):
             pooled = outputs[1]
     inputs["states"] = torch.cat(states, dim=-1)
+    if model.layout:
+        inputs["reference"] = torch.zeros(2, 3, *model.size)
     if model.is_xl:
         inputs |= {"text_embeds": pooled, "time_ids": torch.tensor(sizes(*model.size)).repeat(2, 1)}
     axes = {name: {0: "batch"} for name in inputs}
     multiple = size_step(model)
     if multiple:
         axes["noise"] |= {2: "height", 3: "width"}
-    write_one(Drawing(model, plan, order.torch_dtype), inputs, ["images"], folder / GENERATOR, axes)
+    drawing = (ReferenceDrawing if model.layout else Drawing)(model, plan, order.torch_dtype)
+    write_one(drawing, inputs, ["images"], folder / GENERATOR, axes)
     facts = {
         "format": kind,
         "latent_shape": model.latent_shape,
         "size": model.size,
         "multiple": multiple,
         "tokens": lengths,
+        **({"reference": True} if model.layout else {}),
     }
     draw = (DRAW_XL if model.is_xl else DRAW).format(lengths=lengths, time_ids=[int(side) for side in sizes(*model.size)])
+    if model.layout:
+        draw = READ_REFERENCE.format(size=model.size[::-1]) + draw.replace("states=states", "states=states, reference=reference")
     usage = USAGE.format(
         imports=imports,
         run=run,
@@ -173,6 +217,8 @@ def size_step(model: Model) -> int:
     A UNet halves its latent at every level. The size is fixed if a side becomes 1 or odd, because tracing treats a side of 1 as a
     constant and an odd side as a special case.
     """
+    if model.layout:  # the shape of the reference follows from that of the noise
+        return 0
     step = 2 ** (len(model.denoiser.config.block_out_channels) - 1)
     sides = model.latent_shape[1:]
     return step * model.codec.factor if all(side % step == 0 and side > step for side in sides) else 0

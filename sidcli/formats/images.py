@@ -160,4 +160,4 @@ def open_graphs(
         raise UsageError(f"{name} holds graphs: they run on the CPU, and what they predict is inside", "leave those options out")
     drawer = runtime.open_graphs(source.path, graphs if backend == "auto" else backend)
     drawer.resize(known.height, known.width)
-    return Opened(source, drawer, plan)
+    return Opened(source, drawer, plan, tuple(drawer.size) if drawer.card["graph"].get("reference") else None)

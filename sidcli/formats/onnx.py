@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidcli.formats.graph import write_graphs
+from sidcli.formats.graph import example_references, write_graphs
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import open_graphs
 from sidcli.models.loading import Model
@@ -56,4 +56,5 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with onnxruntime."""
-    return open_graphs(folder, "onnx").images([prompt], [seed], plan_for(model))[0]
+    sampler = open_graphs(folder, "onnx")
+    return sampler.images([prompt], [seed], plan_for(model), references=example_references(model))[0]

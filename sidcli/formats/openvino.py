@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from sidcli.formats import onnx
-from sidcli.formats.graph import write_graphs
+from sidcli.formats.graph import example_references, write_graphs
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import library, open_graphs, openvino_core
 from sidcli.models.loading import Model
@@ -38,4 +38,5 @@ def write(folder: Path, model: Model, order: Order) -> None:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with OpenVINO."""
-    return open_graphs(folder, "openvino").images([prompt], [seed], plan_for(model))[0]
+    sampler = open_graphs(folder, "openvino")
+    return sampler.images([prompt], [seed], plan_for(model), references=example_references(model))[0]

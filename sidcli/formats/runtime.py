@@ -84,7 +84,7 @@ class GraphSampler:
     ) -> np.ndarray:
         """Return images uint8 [B, H, W, 3] for prompts and image seeds. A seed gives the same noise as in `Sampler`.
 
-        Graphs take no reference images: `references` is None.
+        `references` are images uint8 [B, H, W, 3], if the graphs take them.
 
         Raises NotFinite if an image has a value that is not finite.
         """
@@ -97,6 +97,8 @@ class GraphSampler:
             pooled = rest[0] if rest else pooled
         noise = np.stack([torch_noise(self.shape, seed) for seed in seeds])
         inputs = {"noise": noise, "states": np.concatenate(states, axis=-1)}
+        if references is not None:
+            inputs["reference"] = references.transpose(0, 3, 1, 2).astype(np.float32) / 255
         if pooled is not None:
             inputs |= {"text_embeds": pooled, "time_ids": np.tile(np.array(sizes(*self.size), np.float32), (len(prompts), 1))}
         drawn = self.opened[GENERATOR](inputs)[0]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidcli.formats.graph import write_graphs
+from sidcli.formats.graph import example_references, write_graphs
 from sidcli.formats.order import Order
 from sidcli.formats.runtime import GENERATOR, GraphSampler, Run, open_tokenizers, text_graphs
 from sidcli.models.card import read_file
@@ -51,4 +51,5 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
 
     card = read_file(folder / "sid.json")
     graphs = {name: opened(name) for name in [*text_graphs(folder, card), GENERATOR]}
-    return GraphSampler(card, open_tokenizers(folder, card), graphs).images([prompt], [seed], plan_for(model))[0]
+    sampler = GraphSampler(card, open_tokenizers(folder, card), graphs)
+    return sampler.images([prompt], [seed], plan_for(model), references=example_references(model))[0]
