@@ -242,14 +242,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_for(teacher: str) -> str:
-    """Return `emoji` for the embedded teacher and folders made from it, else `sd15`. Reads no weights."""
-    if teacher == "emoji-teacher":
+    """Return `emoji` for the embedded teachers and folders and runs made from them, else `sd15`. Reads no weights."""
+    if teacher in ("emoji-teacher", "emoji-sheets"):
         return "emoji"
-    card = Path(teacher) / "sid.json"
-    try:
-        return "emoji" if json.loads(read_bytes(card)).get("world") == "emoji" else "sd15"
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return "sd15"
+    for card in (Path(teacher) / "sid.json", Path(teacher) / "student" / "sid.json"):
+        try:
+            return "emoji" if json.loads(read_bytes(card)).get("world") == "emoji" else "sd15"
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+    return "sd15"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
