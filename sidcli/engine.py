@@ -601,9 +601,12 @@ class Engine:
             denoiser = self.kind.build(self.kind.component, trained.net.config)
         if trained.role.lora:
             average = self.kind.merged(self._copy(trained.role), average, trained.role.lora)
-        kept = denoiser.state_dict().keys() - dict(denoiser.named_parameters()).keys()
-        buffers = {name: value.cpu() for name, value in self.teacher.named_buffers() if name in kept}
-        denoiser.load_state_dict(average | buffers, assign=True)
+        buffers = {name: value.cpu() for name, value in self.teacher.named_buffers()}
+        stored = buffers.keys() & denoiser.state_dict().keys()
+        denoiser.load_state_dict(average | {name: buffers[name] for name in stored}, assign=True)
+        for name in buffers.keys() - stored:  # a buffer that is in no file, such as the position embeddings of some transformers
+            module, _, buffer = name.rpartition(".")
+            setattr(denoiser.get_submodule(module), buffer, buffers[name])
         return self.sampler.model.with_denoiser(denoiser.eval().requires_grad_(False))
 
     @property

@@ -41,6 +41,37 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *((letter, -2.0) for letter in "▁" + string.ascii_letters)], extra_ids=0)
 
 
+def t5_encoder(width: int, tokens: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=tokens,
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    return T5EncoderModel(config)
+
+
+def new_vae(channels: int, scale: float, shift: float | None) -> AutoencoderKL:
+    """A VAE whose latents have a quarter of the sides of an image."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=scale,
+        shift_factor=shift,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def write_sd3(folder: Path, texts: Sequence[str] = TEXTS, shift: float = 3.0, layers: int = 3) -> Path:
     """Latents of 16 channels, 8 x 8, in patches of 2 x 2; images 32 x 32; CLIP encoders of 16 and 24 channels, T5 of 48. Encoders that
     are not in `texts` are left out."""
@@ -57,34 +88,12 @@ def write_sd3(folder: Path, texts: Sequence[str] = TEXTS, shift: float = 3.0, la
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=16,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = new_vae(16, 1.5305, 0.0609)
     words, letters = CLIPTokenizer.from_pretrained(WEIGHTS / "teacher" / "tokenizer"), t5_tokenizer()
-    t5 = T5Config(
-        vocab_size=len(letters),
-        d_model=48,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-    )
     parts: dict[str, Any] = {
         "text_encoder": _clip(words, 16, "quick_gelu"),
         "text_encoder_2": _clip(words, 24, "gelu"),
-        "text_encoder_3": T5EncoderModel(t5),
+        "text_encoder_3": t5_encoder(48, len(letters)),
         "tokenizer": words,
         "tokenizer_2": words,
         "tokenizer_3": letters,

@@ -78,18 +78,14 @@ def has_stock_sampler(card: Mapping[str, Any]) -> bool:
     return is_consistency(card) or card.get("renoise", "ddim") == "ddim" or student_plan(card).steps == 1
 
 
-def sides(model: Model) -> dict[str, int]:
-    """Return the arguments that make a stock pipeline draw at the model's size: none if it is square, else height and width.
-
-    The default size of the SDXL pipeline is always square.
-    """
-    height, width = model.size
-    return {} if height == width else {"height": height, "width": width}
+def call_options(model: Model) -> dict[str, Any]:
+    """Return the arguments, other than its steps, with which a stock pipeline draws a student as sid does."""
+    return model.kind.call_options(model.denoiser.config, model.size)
 
 
-def call(plan: Plan, size: Mapping[str, int]) -> str:
+def call(plan: Plan, options: Mapping[str, Any]) -> str:
     """Return Python code that calls a stock pipeline `pipe`."""
-    arguments = {**plan.in_diffusers, **size, "guidance_scale": 0}
+    arguments = {**plan.in_diffusers, **options}
     return f'pipe("{PROMPT}", {", ".join(f"{name}={value}" for name, value in arguments.items())})'
 
 
@@ -117,7 +113,7 @@ def write_card(folder: Path, model: Model, card: Mapping[str, Any], usage: str) 
         library_name=library,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "distillation", steps, *_method_tags(card), *(["lora"] * is_lora)],
-        inference={"parameters": plan.in_diffusers | {"guidance_scale": 0}} if in_diffusers else None,
+        inference={"parameters": plan.in_diffusers | call_options(model)} if in_diffusers else None,
         **terms,
     )
     title = f"{'One' if plan.steps == 1 else plan.steps}-step {'LoRA' if is_lora else 'text-to-image model'}"

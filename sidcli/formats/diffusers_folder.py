@@ -27,7 +27,7 @@ from diffusers import (
 
 from sidcli.diffusion.path import FlowPath
 from sidcli.files import atomic_folder, read_json, write_json
-from sidcli.formats.card import PROMPT, add_licenses, call, has_stock_sampler, sides, write_card
+from sidcli.formats.card import PROMPT, add_licenses, call, call_options, has_stock_sampler, write_card
 from sidcli.formats.order import DTYPES, Order
 from sidcli.models.compatibility import SCHEDULE
 from sidcli.models.drawing import Plan, is_consistency, student_plan
@@ -43,7 +43,7 @@ pipe = {pipeline}.from_pretrained("FOLDER"{options})
 ```
 
 `FOLDER` is this folder or its id on the hub. Keep the scheduler: {keep}.
-Keep `guidance_scale=0`: the model needs no guidance at inference."""
+Keep `guidance_scale={scale}`: the model needs no guidance at inference."""
 KEEP = "its first timestep is the one this model was\ntrained at"
 KEEP_FLOW = "its shift moves the timesteps to those\nthat this model was trained at"
 KEEP_CONSISTENCY = "this model was trained for its timesteps\nand its sampling. It draws in 1 to {most} steps"
@@ -142,7 +142,7 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
     """Draw one image, uint8 [H, W, 3], with stock diffusers."""
     options: dict[str, Any] = {"dtype": order.torch_dtype, "variant": order.variant, "local_files_only": True}
     pipe = stock(model).from_pretrained(folder, **options, **dict.fromkeys(model.kind.absent(model.texts)))
-    return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))
+    return run_pipeline(pipe, plan_for(model), prompt, seed, **call_options(model))
 
 
 def stock(model: Model) -> Any:
@@ -154,7 +154,7 @@ def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) 
     """Draw one image, uint8 [H, W, 3], with a stock pipeline that contains a student."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return np.asarray(pipe(prompt, **plan.in_diffusers, guidance_scale=0, generator=generator, **options).images[0])
+    return np.asarray(pipe(prompt, **plan.in_diffusers, generator=generator, **options).images[0])
 
 
 def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, Any], order: Order, weights: bool = True) -> None:
@@ -181,7 +181,7 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
     }
     write_json(folder / "model_index.json", index)
     if card.get("kind") == "student":
-        card = card | {"format": "diffusers", "dtype": order.dtype}
+        card = card | {"format": "diffusers", "dtype": order.dtype, "call": call_options(model)}
         write_card(folder, model, card, usage(model, card, order))
     else:
         write_card(folder, model, card, "")
@@ -200,6 +200,7 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
         imports="import torch\n" if options else "",
         pipeline=stock(model).__name__,
         options=options + (f', variant="{order.variant}"' if order.variant else "") + absent,
-        call=call(student_plan(card), sides(model)),
+        call=call(student_plan(card), card["call"]),
+        scale=card["call"]["guidance_scale"],
         keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else keep,
     )

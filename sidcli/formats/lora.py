@@ -17,7 +17,7 @@ from torch import Tensor
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import save_tensors, write_json
 from sidcli.formats import single_file_folder
-from sidcli.formats.card import PROMPT, call, sides, write_card
+from sidcli.formats.card import PROMPT, call, call_options, write_card
 from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, scheduler_of, stock
 from sidcli.formats.order import DTYPES, Order
@@ -209,7 +209,7 @@ def write(folder: Path, model: Model, order: Order) -> None:
         keep=KEEP_CONSISTENCY if is_consistency(model.card) else KEEP,
         loader=loader,
         places=places,
-        call=call(student_plan(model.card), _sides(model, teacher)),
+        call=call(student_plan(model.card), _options(model, teacher)),
         rank=order.rank,
         kept=kept,
     )
@@ -247,10 +247,10 @@ def _loader(teacher: Model, order: Order) -> tuple[str, str]:
     return f'from_pretrained("TEACHER"{variant}, {dtype})', f" `TEACHER` is the folder of {name}."
 
 
-def _sides(model: Model, teacher: Model) -> dict[str, int]:
-    """Return the arguments that make a pipeline with the teacher's UNet draw at the student's size."""
+def _options(model: Model, teacher: Model) -> dict[str, Any]:
+    """Return the arguments, other than its steps, with which a pipeline with the teacher's UNet draws as the student does."""
     height, width = model.size
-    return sides(model) if model.size == teacher.size else {"height": height, "width": width}
+    return call_options(model) if model.size == teacher.size else {"height": height, "width": width} | call_options(model)
 
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
@@ -268,7 +268,7 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
         networks |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = stock(model)(**networks, scheduler=scheduler_of(model))
     pipe.load_lora_weights(folder)
-    return run_pipeline(pipe, plan_for(model), prompt, seed, **_sides(model, teacher))
+    return run_pipeline(pipe, plan_for(model), prompt, seed, **_options(model, teacher))
 
 
 def _teacher(order: Order) -> Model:

@@ -14,7 +14,7 @@ import torch
 from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError
 from sidcli.files import write_json
-from sidcli.formats.card import PROMPT, sides, write_card
+from sidcli.formats.card import PROMPT, call_options, write_card
 from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, write_pipeline
 from sidcli.formats.order import Order
@@ -160,4 +160,4 @@ def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np
         write_pipeline(Path(described), model, scheduler, model.card, order, weights=False)
         options = {"config": described, "local_files_only": True, "dtype": order.torch_dtype}
         pipe = stock(model).from_single_file(str(folder / FILE), **options, scheduler=scheduler)
-    return run_pipeline(pipe, plan_for(model), prompt, seed, **sides(model))
+    return run_pipeline(pipe, plan_for(model), prompt, seed, **call_options(model))

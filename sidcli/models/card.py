@@ -64,6 +64,7 @@ CARD: dict[str, Rule] = {
     "init": SOURCES,
     "config": OBJECT,
     "graph": OBJECT,
+    "call": OBJECT,
 }
 """Entry of a card -> its rule. Other entries are only shown to the user."""
 GRAPH: dict[str, Rule] = {

@@ -30,7 +30,7 @@ NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tex
 PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 """Folders of a pipeline that sid reads."""
 DESCRIPTIONS = re.compile(
-    r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_[23])?/[^/]+\.(json|txt)"
+    r"model_index\.json|sid\.json|README\.md|LICEN[CS]E[^/]*|scheduler/[^/]+\.json|tokenizer(_[23])?/([^/]+\.(json|txt)|spiece\.model)"
     rf"|({'|'.join(NETWORKS)})/config\.json"
 )
 WEIGHTS = re.compile(
@@ -92,8 +92,8 @@ def check_weights(place: str, network: str, files: Sequence[str]) -> None:
 
 
 def has_vocabulary(files: Collection[str]) -> bool:
-    """Return whether a tokenizer's folder contains its vocabulary: tokenizer.json, or both vocab.json and merges.txt."""
-    return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files)
+    """Return whether a tokenizer's folder contains its vocabulary: tokenizer.json, spiece.model, or both vocab.json and merges.txt."""
+    return not {"tokenizer.json", "spiece.model"}.isdisjoint(files) or {"vocab.json", "merges.txt"} <= set(files)
 
 
 def is_complete(folder: Path) -> bool:

@@ -156,6 +156,10 @@ class Kind(ABC):
     """Modules of the denoiser that get a LoRA adapter."""
     is_square: ClassVar[bool] = False
     """Whether a model draws square images only."""
+    size_entries: ClassVar[tuple[str, ...]] = ("sample_size",)
+    """Entries of the denoiser's configuration that `resized` sets."""
+    former_classes: ClassVar[Mapping[str, str]] = {}
+    """Component -> the former name of its class, which the files of published models still have."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -183,6 +187,14 @@ class Kind(ABC):
     def stock_problem(self, texts: Sequence[str]) -> str:
         """Return why the stock pipeline cannot draw from prompts with these text encoders, or ""."""
         return ""
+
+    def call_options(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Return the arguments, other than its steps, with which the stock pipeline draws a student as sid does.
+
+        `config` is the denoiser's configuration, `size` height and width in pixels. By default a pipeline draws square images.
+        """
+        height, width = size
+        return ({} if height == width else {"height": height, "width": width}) | {"guidance_scale": 0}
 
     @abstractmethod
     def index_entries(self, model: Any) -> dict[str, Any]:
@@ -218,6 +230,10 @@ class Kind(ABC):
         network: nn.Module = kind(self.text_config(component, config)) if is_text else kind.from_config(dict(config))
         return network
 
+    def usual_guidance(self, config: Mapping[str, Any]) -> float:
+        """Return the guidance scale at which a teacher draws by default."""
+        return 7.5
+
     # Sizes
 
     @abstractmethod
@@ -244,6 +260,10 @@ class Kind(ABC):
         """Return channels, height and width of what the denoiser denoises: the latent of an image, or a canvas with a reference."""
         layout, shape = layout_of(config), self.frame_shape(config)
         return layout.canvas(shape) if layout else shape
+
+    def resized(self, config: Mapping[str, Any], size: int | list[int]) -> dict[str, Any]:
+        """Return the denoiser's configuration for latents of this size: the side of a square, or height and width."""
+        return {**config, "sample_size": size}
 
     # Text
 
@@ -330,21 +350,26 @@ class Kind(ABC):
 
     def add_adapters(self, net: Any, rank: int) -> None:
         """Add LoRA adapters of this rank to every module in `lora_targets`. Their output is zero at first."""
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
-        net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.lora_targets)))
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.lora_targets)), net)
 
     def merged(self, net: Any, adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         """Return the weights of a denoiser, float32 on the CPU, with trained adapters merged into them; see `add_adapters`."""
+        from diffusers.utils.peft_utils import recurse_remove_peft_layers
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         copies: dict[int, Any] = {
             id(value): nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)) for value in net.parameters()
         }
         twin = copy.deepcopy(net, copies)
         self.add_adapters(twin, rank)
         twin.load_state_dict(adapters, strict=False)
-        twin.fuse_lora()
-        twin.unload_lora()
-        return twin.state_dict()
+        for module in twin.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+        merged: dict[str, Tensor] = recurse_remove_peft_layers(twin).state_dict()
+        return merged
 
 
 def tokenizer_of(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file, those of 3 from a folder.
+"""Load the networks of Stable Diffusion 1, 2 and XL from a diffusers folder or a single file, those of transformers from a folder.
 
 Only JSON and safetensors files are read, and this module selects the network classes, not the model's files. An untrusted model
 therefore cannot run code.
@@ -66,6 +66,11 @@ class Known:
     card: dict[str, Any]
 
     @property
+    def usual_guidance(self) -> float:
+        """Guidance scale at which models with such a denoiser draw by default."""
+        raise NotImplementedError
+
+    @property
     def is_student(self) -> bool:
         return self.card.get("kind") == "student"
 
@@ -76,7 +81,7 @@ class Known:
 
     @property
     def default_guidance(self) -> float:
-        return float(self.card.get("guidance", 7.5))
+        return float(self.card.get("guidance", self.usual_guidance))
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,15 @@ class Description(Known):
     @property
     def denoiser_config(self) -> dict[str, Any]:
         return self.networks[self.kind.component]
+
+    @property
+    def size_entries(self) -> dict[str, Any]:
+        """Entries of the denoiser's configuration that depend on the size of the images."""
+        return {entry: self.denoiser_config[entry] for entry in self.kind.size_entries if entry in self.denoiser_config}
+
+    @property
+    def usual_guidance(self) -> float:
+        return self.kind.usual_guidance(self.denoiser_config)
 
 
 @dataclass(eq=False)
@@ -134,6 +148,10 @@ class Model(Known):
     def networks(self) -> dict[str, Any]:
         """All networks by the name of their component."""
         return {self.kind.component: self.denoiser, "vae": self.vae, **dict(zip(self.texts, self.text_encoders, strict=True))}
+
+    @property
+    def usual_guidance(self) -> float:
+        return self.kind.usual_guidance(self.denoiser.config)
 
     @property
     def is_xl(self) -> bool:
@@ -258,13 +276,14 @@ def _read_folder(source: Source) -> tuple[Kind, dict[str, dict[str, Any]], dict[
     networks = {}
     for name in names:
         asked, wanted = _class_of(source, index, name), kind.network_class(name).__name__
-        if asked != wanted:
+        same = (wanted, kind.former_classes.get(name))
+        if asked not in same:
             raise InputError(
                 f"{source.name}: its {name} is {with_article(asked)}, not {with_article(wanted)}", "use a stock pipeline"
             )
         place = source.part(name) / "config.json"
         networks[name] = read_json(place)
-        if networks[name].get("_class_name", asked) != asked:
+        if networks[name].get("_class_name", asked) not in (asked, *same):
             raise InputError(
                 f"{source.name}: its {name} is {with_article(str(networks[name]['_class_name']))}, not {with_article(asked)}",
                 "use a stock pipeline",
@@ -367,7 +386,7 @@ def _size(overrides: Overrides, kind: Kind, networks: dict[str, dict[str, Any]],
     if kind.is_square and any(asked) and wanted[0] != wanted[1]:
         raise UsageError(f"this model draws square images, not {wanted[1]} x {wanted[0]} pixels", "--width equal to --height")
     inner = [side // factor for side in wanted]
-    networks[kind.component] = config | {"sample_size": inner[0] if inner[0] == inner[1] else inner}
+    networks[kind.component] = kind.resized(config, inner[0] if inner[0] == inner[1] else inner)
     return wanted
 
 
@@ -409,7 +428,7 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
         check_finite(known, name, net)
         net.eval().requires_grad_(False)
     denoiser = nets[known.kind.component]
-    denoiser.register_to_config(sample_size=known.denoiser_config["sample_size"])
+    denoiser.register_to_config(**known.size_entries)
     known.kind.prepare(denoiser)
     return Model(
         source,
@@ -436,6 +455,8 @@ def _network(known: Description, name: str) -> Any:
     options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder, name)}
     if name in known.texts:  # the folder's config.json can select another implementation, even a downloaded one
         options |= {"config": known.kind.text_config(name, known.networks[name]), "attn_implementation": "sdpa"}
+    if name == known.kind.component:
+        options |= known.size_entries
     # The libraries only warn when they initialize missing weights randomly and ignore weights that do not fit.
     net, report = known.kind.network_class(name).from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options

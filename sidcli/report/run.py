@@ -269,13 +269,15 @@ def _commands(run: Run) -> Commands | None:
         return None
     own = {name: run.student[name] for name in ("sampler", "solver_steps", "shift") if name in run.student}
     plan = student_plan({"t_init": t_init, "student_steps": steps, **own})
-    visits = ", ".join(f"{name}={value}" for name, value in plan.in_diffusers.items())
+    found = run.student.get("call")  # students of earlier versions have none
+    options = found if isinstance(found, dict) else {"guidance_scale": 0}
+    arguments = ", ".join(f"{name}={value}" for name, value in {**plan.in_diffusers, **options}.items())
     code = (
         "from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(run.folder / 'student'))}{_absent(run.folder)})\n"
-        f'pipe("a cat", {visits}, guidance_scale=0).images[0].save("cat.png")'
+        f'pipe("a cat", {arguments}).images[0].save("cat.png")'
     )
-    stock = [("In diffusers (keep guidance_scale=0):", code)] if _is_stock(run.folder) else []
+    stock = [(f"In diffusers (keep guidance_scale={options.get('guidance_scale')}):", code)] if _is_stock(run.folder) else []
     return Commands(
         "How to run the student",
         [("On the command line:", f'sid sample "a cat" --model {model}'), *stock, *_measuring(run, model)],

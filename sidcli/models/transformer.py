@@ -1,0 +1,151 @@
+"""What the kinds of transformers share: text encoders of CLIP and T5, tokens of patches, and checks of their latents."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sidcli.errors import InputError
+from sidcli.models import families, t5, tokenizers
+from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, check_scale, is_number, positive_integer, sides_of, value_text
+from sidcli.models.kind import Cond, Head, Kind
+
+
+class Tokens(NamedTuple):
+    """Token ids and attention mask of B prompts for one text encoder, int64 [B, length]. The mask is 0 behind the end of a prompt."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Transformer(Kind):
+    """A kind whose denoiser is a transformer. Its last text encoder is T5, those before it are of CLIP."""
+
+    component, title = "transformer", "transformer"
+    formats = ("diffusers",)
+    text_classes: ClassVar[Mapping[str, str]]
+    """Text encoder -> its class in transformers."""
+
+    @abstractmethod
+    def t5_tokens(self, config: Mapping[str, Any]) -> int:
+        """Return the number of tokens that T5 reads for a denoiser with this configuration, as the stock pipeline does."""
+
+    @abstractmethod
+    def cond(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tokens], config: Mapping[str, Any]) -> Cond:
+        """Return the cond of B prompts from their tokens by text encoder; `config` is the denoiser's configuration."""
+
+    def prepared(self, prompt: str) -> str:
+        """Return the text that the tokenizers read."""
+        return prompt
+
+    # Files
+
+    def network_class(self, component: str) -> Any:
+        if component in self.texts:
+            import transformers
+
+            return getattr(transformers, self.text_classes[component])
+        import diffusers
+
+        return getattr(diffusers, self.rules.classes[component])
+
+    def text_config(self, component: str, config: Mapping[str, Any]) -> Any:
+        return (t5 if component == self.texts[-1] else families).text_config(config)
+
+    def read_tokenizer(self, component: str, folder: Path, config: Mapping[str, Any], place: str) -> Any:
+        return (t5 if component == self.texts[-1] else tokenizers).read_tokenizer(folder, config, place)
+
+    # Text
+
+    def encoder(self, model: Any, device: torch.device) -> TextEncoders:
+        return TextEncoders(self, model, device)
+
+    def rehearsed_cond(self, built: Mapping[str, Any], length: int) -> Cond:
+        config, encoders = built[self.component].config, {name: built[name] for name in self.texts if name in built}
+        lengths = {name: self.t5_tokens(config) if name == self.texts[-1] else length for name in encoders}
+        tokens = {name: torch.zeros(1, count, dtype=torch.long, device="meta") for name, count in lengths.items()}
+        return self.cond(encoders, {name: Tokens(ids, ids) for name, ids in tokens.items()}, config)
+
+    # The denoiser
+
+    def patch(self, config: Mapping[str, Any], place: str) -> int:
+        return positive_integer({"patch_size": 2, **config}, "patch_size", place)
+
+    def blocks(self, net: Any) -> list[nn.Module]:
+        return list(net.transformer_blocks)
+
+    def middle(self, net: Any) -> nn.Module:
+        blocks = self.blocks(net)
+        return blocks[len(blocks) // 2]
+
+    def feature_map(self, net: Any, output: Any) -> Tensor:
+        _, height, width = self.latent_shape(net.config)
+        patch = self.patch(net.config, self.title)
+        states: Tensor = output[1] if isinstance(output, tuple) else output  # the first of two outputs is that of the text
+        return states.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+
+    def head(self, config: Mapping[str, Any]) -> Head:
+        _, height, width = self.latent_shape(config)
+        patch, heads = self.patch(config, self.title), config["num_attention_heads"]
+        return Head(heads * config["attention_head_dim"], height // patch, width // patch, heads)
+
+
+class TextEncoders:
+    """The text encoders of a model on a device, by name. `truncated` counts prompts that are longer than the last of them reads."""
+
+    def __init__(self, kind: Transformer, model: Any, device: torch.device):
+        self.kind, self.config, self.device, self.truncated = kind, model.denoiser.config, device, 0
+        self.encoders = {name: encoder.to(device) for name, encoder in zip(model.texts, model.text_encoders, strict=True)}
+        self.tokenizers = dict(zip(model.texts, model.tokenizers, strict=True))
+
+    def tokens(self, name: str, prompts: Sequence[str]) -> Tokens:
+        """Return the tokens of B prompts for the encoder `name`."""
+        tokenizer, texts = self.tokenizers[name], [self.kind.prepared(prompt) for prompt in prompts]
+        length = self.kind.t5_tokens(self.config) if name == self.kind.texts[-1] else tokenizer.model_max_length
+        if name == list(self.encoders)[-1]:
+            self.truncated += sum(len(row) > length for row in tokenizer(texts).input_ids)
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return Tokens(found.input_ids.to(self.device), found.attention_mask.to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        return self.kind.cond(self.encoders, {name: self.tokens(name, prompts) for name in self.encoders}, self.config)
+
+
+def check_latents(name: str, channels: int, vae: Mapping[str, Any], place: str) -> None:
+    """Raises InputError if the transformer of the model `name` does not take the latents of its VAE, whose configuration is in `place`."""
+    latent = positive_integer({"latent_channels": 4, **vae}, "latent_channels", place)
+    if channels != latent:
+        raise InputError(f"{name}: the transformer takes latents of {channels} channels, its VAE gives {latent}", OTHER_COPY)
+    check_scale(place, vae)
+    shift = vae.get("shift_factor")
+    if shift is not None and not is_number(shift):
+        raise InputError(f"{place}: shift_factor is {value_text(shift)}; it must be a number", OTHER_COPY)
+
+
+def check_outputs(config: Mapping[str, Any], place: str, *supported: int) -> None:
+    """Raises InputError if the number of output channels of a transformer is not a supported one."""
+    channels = config["in_channels"]
+    if config.get("out_channels", supported[0]) not in (None, *supported):
+        raise InputError(f"{place}: out_channels is {config['out_channels']} where in_channels is {channels}", OTHER_MODEL)
+
+
+def check_square(name: str, config: Mapping[str, Any]) -> None:
+    """Raises InputError if the images are not square. The position embeddings of the transformer then fit no exported student."""
+    height, width = sides_of(config) or (0, 0)
+    if height != width:
+        raise InputError(
+            f"{name} draws square images; sample_size is {value_text(config['sample_size'])}", "--width equal to --height"
+        )
+
+
+def check_t5(name: str, config: Mapping[str, Any], entry: str, text: Mapping[str, Any], places: Sequence[str]) -> None:
+    """Raises InputError if an entry of the transformer's configuration is not the width of T5; `places` are the files of both."""
+    wanted, width = positive_integer(config, entry, places[0]), positive_integer(text, "d_model", places[1])
+    if wanted != width:
+        raise InputError(f"{name}: {entry} is {wanted}, and the states of T5 have width {width}", OTHER_COPY)
