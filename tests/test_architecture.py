@@ -78,7 +78,8 @@ def test_the_classes_of_denoisers_are_named_where_models_are_read_and_made() -> 
     for name in modules():
         text = (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
         assert "UNet2DConditionModel" not in text or name.split(".")[0] in ("models", "emoji"), name
-        assert "SD3" not in text or name in ("models.sd3", "models.kinds"), name
+        for start, module in (("SD3", "sd3"), ("PixArtTransformer", "pixart")):
+            assert start not in text or name in (f"models.{module}", "models.kinds"), name
 
 
 def test_rich_and_typer_stay_in_their_rooms_and_click_nowhere() -> None:

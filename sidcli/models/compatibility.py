@@ -167,7 +167,7 @@ DISCRETE = Rules(
     SUPPORTED_VALUES,
 )
 """Stable Diffusion 1, 2 and XL."""
-OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3 model that draws from text alone"
+OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3 or PixArt-Sigma model that draws from text alone"
 OTHER_COPY = "take another copy of the model"
 
 

@@ -1,0 +1,42 @@
+"""A tiny random PixArt-Sigma pipeline with the real class layout, built offline in a second."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+from tests import tiny_sd3
+
+
+def write_pixart(folder: Path) -> Path:
+    """Latents of 4 channels, 8 x 8, in patches of 2 x 2; images 32 x 32; T5 of 48 channels."""
+    torch.manual_seed(17)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        cross_attention_dim=32,
+        caption_channels=48,
+        interpolation_scale=2,
+        use_additional_conditions=False,
+    )
+    letters = tiny_sd3.t5_tokenizer()
+    PixArtSigmaPipeline(
+        tokenizer=letters,
+        text_encoder=tiny_sd3.t5_encoder(48, len(letters)),
+        vae=tiny_sd3.new_vae(4, 0.13025, None),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+    ).save_pretrained(folder)
+    return folder
+
+
+def spiece_model(pieces: list[tuple[str, float]]) -> bytes:
+    """A file of SentencePiece with these pieces and their scores. Texts of 128 bytes and more are left out."""
+    rows = [b"\x0a" + bytes([len(text.encode())]) + text.encode() + b"\x15" + struct.pack("<f", score) for text, score in pieces]
+    settings = b"\x18\x01" + b"\x35" + struct.pack("<f", 0.5)  # the fields of a trainer, which are not read
+    return b"".join(b"\x0a" + bytes([len(row)]) + row for row in rows) + b"\x12" + bytes([len(settings)]) + settings
