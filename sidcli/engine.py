@@ -29,7 +29,7 @@ from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.models.drawing import Plan, student_plan
-from sidcli.models.kind import Cond, guided_predictions
+from sidcli.models.kind import Cond
 from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Model
 from sidcli.models.reference import LAYOUTS, layout_of
@@ -230,7 +230,7 @@ class Networks:
     def predict(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         """Return raw predictions [B, C, h, w] of a network under guidance, one for each guidance scale, from one forward pass."""
         engine, net = self._engine, self._call(role)
-        return guided_predictions(
+        return engine.kind.guided(
             lambda x, t, cond: engine.denoise(net, x, t, cond), x_t, batch.t, batch.cond, engine.empty, scales
         )
 

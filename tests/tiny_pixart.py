@@ -35,8 +35,14 @@ def write_pixart(folder: Path) -> Path:
     return folder
 
 
-def spiece_model(pieces: list[tuple[str, float]]) -> bytes:
-    """A file of SentencePiece with these pieces and their scores. Texts of 128 bytes and more are left out."""
-    rows = [b"\x0a" + bytes([len(text.encode())]) + text.encode() + b"\x15" + struct.pack("<f", score) for text, score in pieces]
-    settings = b"\x18\x01" + b"\x35" + struct.pack("<f", 0.5)  # the fields of a trainer, which are not read
-    return b"".join(b"\x0a" + bytes([len(row)]) + row for row in rows) + b"\x12" + bytes([len(settings)]) + settings
+def spiece_model(pieces: list[tuple[str, float]], charsmap: bytes = b"") -> bytes:
+    """A file of SentencePiece with these pieces and their scores, and this map of characters of its normalizer."""
+    rows = [_sized(1, text.encode()) + b"\x15" + struct.pack("<f", score) for text, score in pieces]
+    trainer = b"\x18\x01" + b"\x35" + struct.pack("<f", 0.5) + _sized(7, b"x" * 200)  # is not read
+    return b"".join(_sized(1, row) for row in rows) + _sized(2, trainer) + _sized(3, _sized(2, charsmap))
+
+
+def _sized(field: int, content: bytes) -> bytes:
+    """A field of a message, with its length below 2^14 before it."""
+    size = len(content)
+    return bytes([field << 3 | 2, *([size] if size < 128 else [size & 127 | 128, size >> 7])]) + content

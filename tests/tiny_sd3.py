@@ -18,20 +18,18 @@ TOKENS = 24
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def _clip(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=width,
-            hidden_act=activation,
-            max_position_embeddings=TOKENS,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+def clip_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=width,
+        hidden_act=activation,
+        max_position_embeddings=TOKENS,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -91,8 +89,8 @@ def write_sd3(folder: Path, texts: Sequence[str] = TEXTS, shift: float = 3.0, la
     vae = new_vae(16, 1.5305, 0.0609)
     words, letters = CLIPTokenizer.from_pretrained(WEIGHTS / "teacher" / "tokenizer"), t5_tokenizer()
     parts: dict[str, Any] = {
-        "text_encoder": _clip(words, 16, "quick_gelu"),
-        "text_encoder_2": _clip(words, 24, "gelu"),
+        "text_encoder": CLIPTextModelWithProjection(clip_config(words, 16, "quick_gelu")),
+        "text_encoder_2": CLIPTextModelWithProjection(clip_config(words, 24, "gelu")),
         "text_encoder_3": t5_encoder(48, len(letters)),
         "tokenizer": words,
         "tokenizer_2": words,

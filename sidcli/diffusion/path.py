@@ -202,6 +202,8 @@ class FlowPath(Path):
     steps: int = 1000
     shift: float = 1.0
     prediction: Prediction = "flow"
+    even: bool = False
+    """Whether teachers draw at the timesteps of students, whose times before the shift are evenly spaced from 1 to 1 / steps."""
 
     def exact(self, t: Timestep) -> tuple[Coefficient, Coefficient]:
         if not isinstance(t, Tensor):
@@ -217,7 +219,7 @@ class FlowPath(Path):
         return flow_grid(t_init, self.shift, steps)
 
     def teacher_grid(self, steps: int) -> tuple[float, ...]:
-        return flow_teacher_grid(self.steps, self.shift, steps)
+        return flow_grid(self.steps, self.shift, steps) if self.even else flow_teacher_grid(self.steps, self.shift, steps)
 
     def draw(self, t_range: tuple[int, int], draws: Draws) -> Tensor:
         """Return timesteps float32 [B] from the part of the distribution LOGIT that lies in the range (arXiv 2509.25127)."""

@@ -94,6 +94,7 @@ BETAS: dict[str, tuple[tuple[type, ...], str]] = {
 MAX_LAYERS = {
     "num_hidden_layers": 100,
     "num_layers": 120,
+    "num_single_layers": 120,
     "layers_per_block": 10,
     "transformer_layers_per_block": 40,
     "reverse_transformer_layers_per_block": 40,
@@ -167,7 +168,7 @@ DISCRETE = Rules(
     SUPPORTED_VALUES,
 )
 """Stable Diffusion 1, 2 and XL."""
-OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3 or PixArt-Sigma model that draws from text alone"
+OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3, PixArt-Sigma or FLUX.1 model that draws from text alone"
 OTHER_COPY = "take another copy of the model"
 
 

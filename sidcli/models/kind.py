@@ -23,6 +23,7 @@ from sidcli.diffusion.path import Path
 from sidcli.errors import InputError
 from sidcli.models.compatibility import Rules
 from sidcli.models.reference import Layout, layout_of
+from sidcli.objectives.base import branches
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class Kind(ABC):
     """Whether a model draws square images only."""
     size_entries: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Entries of the denoiser's configuration that `resized` sets."""
+    default_side: ClassVar[int | None] = None
+    """Latents on a side of a model whose configuration has no sample_size; None: it must have one."""
     former_classes: ClassVar[Mapping[str, str]] = {}
     """Component -> the former name of its class, which the files of published models still have."""
 
@@ -205,8 +208,11 @@ class Kind(ABC):
         """Return the text encoders that a model_index.json names, in order. Raises InputError if a necessary one is missing."""
 
     @abstractmethod
-    def read_path(self, scheduler: Mapping[str, Any]) -> Path:
-        """Return the path of a scheduler configuration. Raises InputError if it defines none that is supported."""
+    def read_path(self, scheduler: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+        """Return the path of a scheduler configuration, which can depend on the image size in the denoiser's configuration `config`.
+
+        Raises InputError if it defines none that is supported.
+        """
 
     @abstractmethod
     def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:
@@ -306,6 +312,14 @@ class Kind(ABC):
     @abstractmethod
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the prediction [B, C, h, w] for x_t [B, C, h, w], timesteps [B] and the cond of B prompts."""
+
+    def guided(self, denoise: Denoise, x_t: Tensor, t: Tensor, cond: Cond, empty: Cond, scales: Sequence[float]) -> list[Tensor]:
+        """Return predictions [B, C, h, w] under guidance, one per guidance scale; `empty` is the cond of the empty prompt [1]."""
+        return guided_predictions(denoise, x_t, t, cond, empty, scales)
+
+    def rows(self, config: Mapping[str, Any], scales: Sequence[float]) -> int:
+        """Return the rows per image that `guided` computes for these guidance scales."""
+        return branches(*scales)
 
     @abstractmethod
     def blocks(self, net: Any) -> list[nn.Module]:

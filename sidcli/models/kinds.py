@@ -7,13 +7,14 @@ from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.models.compatibility import OTHER_MODEL
+from sidcli.models.flux import FLUX
 from sidcli.models.kind import Kind
 from sidcli.models.pixart import PIXART
 from sidcli.models.sd3 import SD3
 from sidcli.models.unet import UNET
 from sidcli.printable import with_article
 
-KINDS: tuple[Kind, ...] = (UNET, SD3, PIXART)
+KINDS: tuple[Kind, ...] = (UNET, SD3, PIXART, FLUX)
 
 
 def kind_of_pipeline(name: str, index: Mapping[str, Any]) -> Kind:

@@ -246,7 +246,7 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
         places = {name: str(source.part(name) / "config.json") for name in networks}
     size = _size(overrides, kind, networks, places)
     kind.check_fit(source.name, networks, places)
-    path = kind.read_path(scheduler_config)
+    path = kind.read_path(scheduler_config, networks[kind.component])
     cards.check_start(card, cards.place_of(source.path), path.starts, path.sampling)
     if (start := start_of(scheduler_config)) is not None:
         cards.check_agrees(card, cards.place_of(source.path), start)
@@ -371,6 +371,8 @@ def _size(overrides: Overrides, kind: Kind, networks: dict[str, dict[str, Any]],
     """Return height and width in pixels, from the overrides or the model, and set the denoiser's sample_size to match."""
     positive_integers(networks["vae"], "block_out_channels", places["vae"])
     factor, config, place = codec_factor(networks["vae"]), networks[kind.component], places[kind.component]
+    if kind.default_side:
+        config = {"sample_size": kind.default_side, **config}
     step, most = factor * kind.patch(config, place), min(LARGEST, factor * kind.largest(config, place))
     asked = (overrides.height, overrides.width)
     own = (0, 0) if all(asked) else _sample_size(config, place)

@@ -81,7 +81,7 @@ class PixArt(Transformer):
     def text_names(self, index: Mapping[str, Any], place: str) -> list[str]:
         return [TEXT]
 
-    def read_path(self, scheduler: Mapping[str, Any]) -> DiscretePath:
+    def read_path(self, scheduler: Mapping[str, Any], config: Mapping[str, Any]) -> DiscretePath:
         return read_path(scheduler)
 
     def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:

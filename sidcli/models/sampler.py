@@ -15,7 +15,7 @@ from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan, student_plan
-from sidcli.models.kind import doubly_guided, guided_predictions
+from sidcli.models.kind import doubly_guided
 from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import check_sampling
 from sidcli.progress import Progress, counted, silent
@@ -60,14 +60,14 @@ class Sampler:
 
         A generator has its guidance built in and uses only the prompt and the latents `references` [B, C, h, w], if it takes them.
         """
-        cond = self.encode(prompts).with_reference(references)
+        cond, kind = self.encode(prompts).with_reference(references), self.model.kind
         scale, on_reference = (1.0, 1.0) if plan.grid else (plan.guidance, plan.reference_guidance)
         empty = cond if scale == on_reference == 1.0 else self.encode([""])
-        denoise = partial(self.model.kind.denoise, self.denoiser)
+        denoise = partial(kind.denoise, self.denoiser)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             if on_reference == 1.0 or references is None:
-                (predicted,) = guided_predictions(denoise, x, t, cond, empty, (scale,))
+                (predicted,) = kind.guided(denoise, x, t, cond, empty, (scale,))
             else:
                 predicted = doubly_guided(denoise, x, t, cond, empty, scale, on_reference)
             stepped()

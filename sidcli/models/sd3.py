@@ -13,19 +13,8 @@ from torch import Tensor, nn
 
 from sidcli.diffusion.path import FlowPath
 from sidcli.errors import InputError
-from sidcli.models import t5, tokenizers
-from sidcli.models.card import MAX_SHIFT
-from sidcli.models.compatibility import (
-    ACCEPTED,
-    MAX_TIMESTEPS,
-    OTHER_COPY,
-    OTHER_MODEL,
-    SUPPORTED_VALUES,
-    Rules,
-    is_number,
-    positive_integer,
-    value_text,
-)
+from sidcli.models import flow, t5, tokenizers
+from sidcli.models.compatibility import ACCEPTED, OTHER_COPY, OTHER_MODEL, SUPPORTED_VALUES, Rules, positive_integer, value_text
 from sidcli.models.kind import Cond, tokenizer_of
 from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_square, check_t5
 
@@ -34,11 +23,10 @@ CLIP_TOKENS, T5_TOKENS = 77, 256
 """Tokens of each CLIP encoder, if there is none, and of T5, as the stock pipeline reads them."""
 MAX_POSITIONS = 1024
 """Maximum positions on a side. Published models have 192 and 384; a mistyped number could exhaust the memory."""
-SIGMAS = "only the shift of the timesteps is supported"
 RULES = Rules(
     ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
-    ("FlowMatchEulerDiscreteScheduler",),
-    "use a model with FlowMatchEulerDiscreteScheduler",
+    flow.SCHEDULERS,
+    flow.HINT,
     {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"},
     {
         "transformer": frozenset(
@@ -49,23 +37,14 @@ RULES = Rules(
             }
         ),
         "vae": ACCEPTED["vae"] | {"shift_factor"},
-        "scheduler": frozenset(
-            {
-                *("num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
-                "time_shift_type",
-            }
-        ),
+        "scheduler": flow.ACCEPTED,
     },
     {
         "transformer": {},
         "vae": {entry: rule for entry, rule in SUPPORTED_VALUES["vae"].items() if entry != "shift_factor"},
         "text_encoder": SUPPORTED_VALUES["text_encoder"],
         T5: t5.VALUES,
-        "scheduler": {
-            **{entry: ((False, None), SIGMAS) for entry in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling")},
-            **{entry: ((False, None), SIGMAS) for entry in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")},
-            "shift_terminal": ((None,), SIGMAS),
-        },
+        "scheduler": flow.VALUES,
     },
 )
 
@@ -117,21 +96,12 @@ class Sd3(Transformer):
             raise InputError(f"{place} names no text encoder", OTHER_MODEL)
         return names
 
-    def read_path(self, scheduler: Mapping[str, Any]) -> FlowPath:
-        if scheduler.get("prediction_type", "flow") != "flow":
-            raise InputError(
-                f"prediction type {scheduler['prediction_type']!r} is not supported: {self.models} predicts the velocity of its flow",
-                "leave --prediction-type out",
-            )
+    def read_path(self, scheduler: Mapping[str, Any], config: Mapping[str, Any]) -> FlowPath:
+        flow.check_prediction(scheduler, self.models)
         return FlowPath(scheduler.get("num_train_timesteps", 1000), float(scheduler.get("shift", 1.0)))
 
     def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:
-        steps = positive_integer({"num_train_timesteps": 1000, **scheduler}, "num_train_timesteps", place)
-        if steps > MAX_TIMESTEPS:
-            raise InputError(f"{place}: num_train_timesteps is {steps}, more than {MAX_TIMESTEPS}", OTHER_COPY)
-        shift = scheduler.get("shift", 1.0)
-        if not (is_number(shift) and 0 < shift <= MAX_SHIFT):
-            raise InputError(f"{place}: shift is {value_text(shift)}; it must be above 0 and at most {MAX_SHIFT}", OTHER_COPY)
+        flow.check_schedule(place, scheduler)
 
     def check_fit(self, name: str, networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:
         net, place = networks[self.component], places[self.component]

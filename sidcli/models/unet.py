@@ -63,7 +63,7 @@ class Unet(Kind):
             raise InputError(f"{place} is of {with_article(index['_class_name'])} and names no text_encoder_2", OTHER_MODEL)
         return names
 
-    def read_path(self, scheduler: Mapping[str, Any]) -> DiscretePath:
+    def read_path(self, scheduler: Mapping[str, Any], config: Mapping[str, Any]) -> DiscretePath:
         return read_path(scheduler)
 
     def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:

@@ -165,6 +165,8 @@ class Pass:
     role: str
     branches: int
     gradient: Literal["weights", "input", "none"]
+    scales: tuple[float, ...] = ()
+    """Guidance scales of its predictions. Some networks need fewer rows than `branches` for them."""
 
     @property
     def forwards(self) -> int:

@@ -63,7 +63,8 @@ class Dmd(OnSharedSamples):
         return Phase(FAKE, inputs, predict_noise, denoising_gradient, passes)
 
     def generator_phase(self, step: int) -> Phase:
-        scores = Pass(FAKE, 1, "none"), Pass(TEACHER, branches(self.settings.guidance), "none")
+        scale = self.settings.guidance
+        scores = Pass(FAKE, 1, "none"), Pass(TEACHER, branches(scale), "none", (scale,))
         phase = self.generator_update(step, self.gradient, (Pass(GENERATOR, 2, "weights"), *scores))  # type: ignore[arg-type]
         return replace(phase, inputs=replace(phase.inputs, real=True), forward=generate_both)
 

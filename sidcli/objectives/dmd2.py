@@ -70,8 +70,8 @@ class Dmd2(OnSharedSamples):
         return adversarial.discriminating_gradient(nets, outputs, batch, self.settings.gan_fake * outputs[0][0].numel())
 
     def generator_phase(self, step: int) -> Phase:
-        gan = self.settings.needs_images
-        scores = Pass(FAKE, 1, "input" if gan else "none"), Pass(TEACHER, branches(self.settings.guidance), "none")
+        gan, scale = self.settings.needs_images, self.settings.guidance
+        scores = Pass(FAKE, 1, "input" if gan else "none"), Pass(TEACHER, branches(scale), "none", (scale,))
         gradient = self.adversarial_gradient if gan else self.matching_gradient
         return self.generator_update(step, gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=gan)
 

@@ -44,13 +44,14 @@ class Sid(ScoreDistillation):
         s = self.settings
         dropout = 0.0 if s.kappa1 == s.kappa2 == s.kappa3 == 1.0 else s.dropout
         inputs = self.fake_inputs(step, update, (self.config.t_min, self.config.t_max), dropout)
-        passes = (Pass(GENERATOR, 1, "none"), Pass(FAKE, branches(s.kappa1), "weights"))
+        passes = (Pass(GENERATOR, 1, "none"), Pass(FAKE, branches(s.kappa1), "weights", (s.kappa1,)))
         return Phase(FAKE, inputs, partial(predict_noise, scale=s.kappa1), denoising_gradient, passes)
 
     def generator_phase(self, step: int) -> Phase:
         s = self.settings
-        scores = Pass(FAKE, branches(s.kappa2, s.kappa3), "input"), Pass(TEACHER, branches(s.kappa4), "input")
-        return self.generator_update(step, self.score_gradient, (Pass(GENERATOR, 1, "weights"), *scores), split=True)
+        fake = Pass(FAKE, branches(s.kappa2, s.kappa3), "input", (s.kappa2, s.kappa3))
+        passes = Pass(GENERATOR, 1, "weights"), fake, Pass(TEACHER, branches(s.kappa4), "input", (s.kappa4,))
+        return self.generator_update(step, self.score_gradient, passes, split=True)
 
     def score_gradient(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
         """Return d loss / d x through both scores (equation 23 of arXiv 2404.04057 with guidance), and measurements."""

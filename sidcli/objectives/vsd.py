@@ -36,9 +36,9 @@ class Vsd(OnSharedSamples):
         return Phase(FAKE, inputs, predict_noise, weighted_denoising_gradient, passes)
 
     def generator_phase(self, step: int) -> Phase:
-        rows = branches(self.settings.guidance)
-        passes = (Pass(GENERATOR, 1, "weights"), Pass(FAKE, rows, "none"), Pass(TEACHER, rows, "none"))
-        return self.generator_update(step, self.score_difference, passes)
+        scale = self.settings.guidance
+        scores = (Pass(role, branches(scale), "none", (scale,)) for role in (FAKE, TEACHER))
+        return self.generator_update(step, self.score_difference, (Pass(GENERATOR, 1, "weights"), *scores))
 
     def score_difference(self, nets: Networks, x: Tensor, batch: Batch) -> tuple[Tensor, Values]:
         """Return the gradient sigma_t^2 (eps_phi - eps_psi) (arXiv 2305.16213) and measurements.

@@ -38,7 +38,7 @@ from sidcli.models.overrides import Overrides
 from sidcli.models.reference import LAYOUTS
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
-from sidcli.objectives.base import TEACHER, Phase, Role, branches
+from sidcli.objectives.base import TEACHER, Pass, Phase, Role
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
@@ -132,7 +132,8 @@ class Activations:
         hooks = [part.register_forward_pre_hook(self.enter, with_kwargs=True) for part in blocks]
         hooks += [part.register_forward_hook(self.leave) for part in blocks]
         attention = mock.patch(
-            "torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v)
+            "torch.nn.functional.scaled_dot_product_attention",
+            lambda query, key, value, **_: FusedAttention.apply(query, key, value),
         )
         with attention, torch.autograd.graph.saved_tensors_hooks(self.keep, lambda value: value):
             yield
@@ -318,23 +319,30 @@ def recorded_rate(output: Path) -> float | None:
         return None
 
 
-def phases(config: DistillConfig, timesteps: int) -> list[Phase]:
-    """Return the phases of the last training step, which trains every network."""
-    return objectives.find(config.objective.name)(config, timesteps).phases(config.steps - 1)
+def phases(config: DistillConfig, known: Description) -> list[Phase]:
+    """Return the phases of the last training step, which trains every network, with the rows that a teacher's kind needs for guidance."""
+
+    def counted(one: Pass) -> Pass:
+        return dataclasses.replace(one, branches=known.kind.rows(known.denoiser_config, one.scales)) if one.scales else one
+
+    made = objectives.find(config.objective.name)(config, known.path.steps).phases(config.steps - 1)
+    return [dataclasses.replace(phase, passes=tuple(map(counted, phase.passes))) for phase in made]
 
 
-def forwards_per_image(config: DistillConfig, timesteps: int) -> int:
+def forwards_per_image(config: DistillConfig, known: Description) -> int:
     """Return the forward passes per image and step, without recomputation: for SiD 18 with guidance, 11 without."""
-    return sum(one.forwards for phase in phases(config, timesteps) for one in phase.passes)
+    return sum(one.forwards for phase in phases(config, known) for one in phase.passes)
 
 
 def forwards_to_draw(config: DistillConfig, known: Description) -> int:
     """Return the forward passes for the images that the teacher draws before the training; 0 if it draws none."""
     objective = config.objective
     if isinstance(objective, SelfDistillationSettings) and not config.data:
-        return objective.sheets * objective.panels * objective.sheet_steps * branches(objective.sheet_guidance)
+        rows = known.kind.rows(known.denoiser_config, (objective.sheet_guidance,))
+        return objective.sheets * objective.panels * objective.sheet_steps * rows
     plan = plan_for(known, guidance=objective.drawing_guidance)
-    return (config.data_num or TEACHER_IMAGES) * plan.steps * branches(plan.guidance) if config.data == TEACHER_DRAWS else 0
+    rows = known.kind.rows(known.denoiser_config, (plan.guidance,))
+    return (config.data_num or TEACHER_IMAGES) * plan.steps * rows if config.data == TEACHER_DRAWS else 0
 
 
 @dataclass(frozen=True)
@@ -452,13 +460,13 @@ def make(
         "gradients": max(4 * trained for _, trained in sizes.roles.values()),
         "optimizers": 0 if config.offload_optimizer else moments,
         "average": 0 if config.offload_average else averages,
-        "activations": max(phase_activations(phase, sizes, config, cond, kind) for phase in phases(config, known.path.steps)),
+        "activations": max(phase_activations(phase, sizes, config, cond, kind) for phase in phases(config, known)),
     }
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
     pace, peak = recorded_rate(output), sum(memory.values())
     once = forward_flops(sizes.denoiser, cond)
-    flops = once * forwards_per_image(config, known.path.steps)
+    flops = once * forwards_per_image(config, known)
     tensors = len(list(sizes.denoiser.parameters()))
     gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else list(GPUS.values())
     return Plan(

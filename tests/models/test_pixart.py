@@ -14,6 +14,7 @@ from transformers import T5Tokenizer
 
 from sidcli.errors import UsageError
 from sidcli.formats.diffusers_folder import write_student
+from sidcli.models import spiece
 from sidcli.models.drawing import Plan
 from sidcli.models.hub import required_files
 from sidcli.models.loading import Model, describe, load
@@ -78,20 +79,16 @@ def test_the_tokens_behind_a_prompt_do_not_matter_and_neither_do_capitals(pixart
     assert torch.equal(first, second) and first.shape == x.shape
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("full", {}),
-        ("lora", {"student_lora": 4, "fake_lora": 4}),
-        ("four", {"student_steps": 4, "gradient_checkpointing": True, "split_backward": True, "micro_batch": 1}),
-    ],
-)
+SAVING = {"gradient_checkpointing": True, "split_backward": True, "micro_batch": 1}
+
+
+@pytest.mark.parametrize(("steps", "options"), [(1, {}), (4, {"student_lora": 4, "fake_lora": 4, **SAVING})])
 def test_the_stock_pipeline_draws_with_a_student_as_sid_does(
-    folder: Path, settings: DistillConfig, tmp_path: Path, name: str, options: dict[str, Any]
+    folder: Path, settings: DistillConfig, tmp_path: Path, steps: int, options: dict[str, Any]
 ) -> None:
-    result = run(folder, dataclasses.replace(settings, **options), tmp_path / name)
+    result = run(folder, dataclasses.replace(settings, student_steps=steps, **options), tmp_path / "run")
     student = load(find(str(result.run)))
-    how = {"timesteps": [625, 468, 312, 156]} if name == "four" else {"num_inference_steps": 1}
+    how = {"timesteps": [625, 468, 312, 156]} if steps == 4 else {"num_inference_steps": 1}
     assert plan_for(student).in_diffusers == how
     image = drawn(student)
     assert apart(image, stock(result.student, guidance_scale=0, **how, **PLAIN)) <= 1
@@ -130,6 +127,11 @@ def test_the_files_of_the_published_model_are_read(copied: Path, pixart: Model) 
     assert sorted(required_files(names)) == sorted(names)
 
 
+def test_the_pieces_and_the_map_of_characters_of_a_file_are_read() -> None:
+    pieces = [("<pad>", 0.0), ("▁long" * 40, -0.5)]
+    assert spiece.parse(tiny_pixart.spiece_model(pieces, b"y" * 300)) == (pieces, b"y" * 300)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\x0a", b"\x0a\x7f", b"\x0b", b"\xff" * 11, b"\x0a\x02\x15\x00", b"\x0a\x03\x0a\x01\xff"]
 )
@@ -141,6 +143,7 @@ def test_a_damaged_file_of_pieces_is_refused(copied: Path, content: bytes) -> No
 
 def test_a_discriminator_reads_a_map_of_the_middle_block(pixart: Model) -> None:
     cond = Sampler(pixart, torch.device("cpu")).encode(["a", "b"])
+    assert PIXART.middle(pixart.denoiser) is pixart.denoiser.transformer_blocks[1]
     for wanted in ((2, 32, 4, 4), (2,)):
         with PIXART.features(pixart.denoiser) as found:
             PIXART.denoise(pixart.denoiser, torch.randn(2, *pixart.latent_shape), torch.tensor([900, 20]), cond)

@@ -394,12 +394,13 @@ def test_the_plan_counts_the_target_network(sd_folder: Path, config: DistillConf
         objective = objectives.settings({"name": "lcm", "target": target})
         given = dataclasses.replace(config, teacher=str(sd_folder), objective=objective, data="folder")
         made = plan.make(given, Path("run"), "cpu", 1, Silence())
-        sizes = plan.Sizes.of(plan.describe_teacher(given, Silence()), given)
+        known = plan.describe_teacher(given, Silence())
+        sizes = plan.Sizes.of(known, given)
         assert ("target" in made.parameters) == bool(target) and made.device_memory.get("target", 0) == bool(
             target
         ) * 4 * sizes.weights
         assert sizes.state(given) == engine(sd_folder, config, "lcm", {"target": target}).state_bytes
-        assert plan.forwards_per_image(given, 1000) == 3 + 2 + 1
+        assert plan.forwards_per_image(given, known) == 3 + 2 + 1
 
 
 def test_a_student_of_lcm_learns_the_guided_step_of_the_teacher(sd_folder: Path, config: DistillConfig) -> None:
