@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,15 +61,15 @@ OWN_WORDS = {"vocab", "merges", "tokenizer_object", "fast_tokenizer_files"}
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError, RecursionError)
 
 
-class Known:
+class Known(ABC):
     """Properties of a model that its card, the content of sid.json, defines. A model that sid did not write has an empty card."""
 
     card: dict[str, Any]
 
     @property
+    @abstractmethod
     def usual_guidance(self) -> float:
         """Guidance scale at which models with such a denoiser draw by default."""
-        raise NotImplementedError
 
     @property
     def is_student(self) -> bool:
