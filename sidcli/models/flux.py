@@ -82,7 +82,7 @@ class Flux(Transformer):
         sides = (
             {} if self.latent_shape(config)[1:] == (self.default_side,) * 2 else dict(zip(("height", "width"), size, strict=True))
         )
-        if config["guidance_embeds"]:
+        if config.get("guidance_embeds"):
             return sides | {"guidance_scale": 1}
         return sides | {"guidance_scale": 0, "max_sequence_length": self.t5_tokens(config)}
 
