@@ -192,7 +192,8 @@ def test_every_family_format_and_dtype_draws_what_sid_draws_and_its_card_says_ho
     assert (told["t_init"], told["format"], told["dtype"]) == (625, form, dtype)
     assert card.body.strip().startswith(f"# One-step {'LoRA' if form == 'lora' else 'text-to-image model'}\n")
     assert {"one-step", "arxiv:2406.01561"} <= set(card.data["tags"]) and card.data["pipeline_tag"] == "text-to-image"
-    parameters = {"parameters": {"num_inference_steps": 1, "guidance_scale": 0}}
+    sides = {} if height == width else {"height": height, "width": width}
+    parameters = {"parameters": {"num_inference_steps": 1, **sides, "guidance_scale": 0}}
     assert card.data.get("inference") == (parameters if form in ("diffusers", "lora") else None)
     assert card.data.get("library_name") == {"single-file": None, "torch-export": None, "lora": "diffusers"}.get(form, form)
     assert card.facts["Image size"] == f"{width} x {height} pixels" and card.facts["Timesteps"] == "625"
@@ -308,7 +309,8 @@ def test_the_card_of_a_student_of_four_steps_at_another_size_says_so_everywhere(
         assert ("first of the model's 4 steps alone" in card.body) == (family != "sd2"), "AUTOMATIC1111 has one sigma to set"
         assert "0.7.0 or newer" in card.body
     else:
-        assert card.data["inference"]["parameters"] == {"timesteps": [625, 468, 312, 156], "guidance_scale": 0}
+        called = {"timesteps": [625, 468, 312, 156], "height": 16, "width": 40, "guidance_scale": 0}
+        assert card.data["inference"]["parameters"] == called
         assert is_near(run_card(card, teacher, tmp_path / "cat.png"), ours(meant(form, teacher, student)), "fp32")
     for command in card.commands():
         check_command(command, card, student, "fp32", monkeypatch)
