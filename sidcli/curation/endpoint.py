@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -64,10 +64,14 @@ class HttpJudge:
                 words = self.ask(client, images, question)
                 return self.ask(client, images, question) if answer_of(words) is None else words
 
+            def judge(some: Sequence[Pair]) -> list[Verdict]:
+                asked = [threads.submit(verdict_of, pair, ask) for pair in some]
+                for finished in as_completed(asked):
+                    finished.result()  # raises the first error, whichever pair it is of
+                return [finished.result() for finished in asked]
+
             try:
-                return in_batches(
-                    pairs, self.parallel, lambda some: list(threads.map(lambda pair: verdict_of(pair, ask), some)), advance
-                )
+                return in_batches(pairs, self.parallel, judge, advance)
             except BaseException:
                 self.stopped.set()  # the other threads would send their requests again, while this one waits for them
                 raise

@@ -7,7 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
@@ -26,8 +26,8 @@ from tests.curation.rendered import noise_pair
 PAIR = noise_pair(0)
 YES = "1. A key.\n2. Both are gold.\n3. The same.\nANSWER: YES"
 NO = "ANSWER: NO"
-Answer = str | bytes | int | Literal["stall", "drip", "cut"] | Callable[[dict[str, Any]], str]
-"""The words of the model, or a function of the request that returns them; a whole body; an HTTP status; or what befalls the connection."""
+Answer = str | bytes | int | Literal["stall", "drip", "flood", "cut"] | Callable[[dict[str, Any]], str | int]
+"""The words of the model, a whole body, an HTTP status, or a function of the request that returns one of them; or a trouble."""
 
 
 @dataclass
@@ -76,8 +76,14 @@ class Requests(BaseHTTPRequestHandler):
                 self.close_connection = True
             case "drip":  # a byte at a time: no single read times out
                 self.start(200, 1000)
-                while not served.released.wait(0.02):
-                    self.wfile.write(b" ")
+                with suppress(OSError):
+                    while not served.released.wait(0.02):
+                        self.wfile.write(b" ")
+            case "flood":
+                self.start(200, 1 << 40)
+                with suppress(OSError):
+                    while not served.released.is_set():
+                        self.wfile.write(b" " * 65536)
             case "cut":
                 self.start(200, 1000)
                 self.wfile.write(b"{")
@@ -234,6 +240,11 @@ def test_an_answer_without_a_verdict_is_asked_for_once_more_and_then_counts_as_n
     assert ("not sure" if isinstance(nonsense, str) else "no words in the answer: ") in verdict.reason
 
 
+def test_an_endless_answer_is_not_read_to_its_end(serve: Serve) -> None:
+    (verdict,) = judge_at(serve("flood", "flood", NO), seconds=5.0).judge([PAIR])
+    assert verdict.same == 0.0 and "no words in the answer" in verdict.reason
+
+
 def test_words_that_no_file_can_hold_are_replaced(serve: Serve) -> None:
     (verdict,) = judge_at(serve(b'{"choices": [{"message": {"content": "\\ud800\\nANSWER: YES"}}]}')).judge([PAIR])
     assert verdict.same == 1.0 and verdict.reason.encode()
@@ -251,11 +262,23 @@ def test_pairs_that_are_asked_about_at_the_same_time_keep_their_order(serve: Ser
     assert [verdict.same for verdict in verdicts] == [1, 0, 0, 1, 0, 0, 1] and told == [3, 3, 1]
 
 
-def test_a_refusal_stops_the_questions_about_other_pairs(serve: Serve) -> None:
-    served = serve(401, 503)
-    with pytest.raises(EnvironmentProblem):
-        judge_at(served, parallel=2).judge([noise_pair(seed) for seed in range(8)])
-    assert len(served.requests) <= 5
+def test_a_refusal_ends_the_waits_of_the_questions_about_other_pairs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "WAITS", (5.0,))
+    pairs = [noise_pair(seed) for seed in range(8)]
+    refused = {endpoint.data_url(panel) for panel in pairs[1].panels}
+    seen = threading.Semaphore(0)
+
+    def answer(body: dict[str, Any]) -> int:
+        if body["messages"][0]["content"][1]["image_url"]["url"] not in refused:
+            seen.release()
+            return 503
+        seen.acquire()  # the question about the first pair is there, too
+        return 401
+
+    served = serve(answer)
+    with pytest.raises(EnvironmentProblem, match="status 401"):
+        judge_at(served, parallel=2).judge(pairs)
+    assert len(served.requests) == 2
     served.answers = [YES]
     judge = HttpJudge(served.url, "some-vlm")
     judge.stopped.set()

@@ -226,14 +226,15 @@ def test_the_names_and_interfaces_of_judges_are_known_without_torch() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_clip_is_that_of_the_emoji_world_for_its_teachers(emoji: Model, stand_ins: dict[str, Path]) -> None:
+def test_clip_is_that_of_the_emoji_world_for_its_teachers(emoji: Model, sd: Model, stand_ins: dict[str, Path]) -> None:
     judge = open_judge("clip", emoji, CPU, model=None)
     assert isinstance(judge, ClipJudge) and judge.clip.model == clip.EMOJI
     other = open_judge("clip", emoji, CPU, model=str(stand_ins["clip"]))
     assert isinstance(other, ClipJudge) and other.clip.model == str(stand_ins["clip"])
     assert (judge.same_threshold, judge.text_threshold) != (other.same_threshold, other.text_threshold)
-    public = open_judge("clip", None, CPU)
-    assert isinstance(public, ClipJudge) and public.clip.name == clip.PUBLIC
+    for teacher in (None, sd):
+        public = open_judge("clip", teacher, CPU)
+        assert isinstance(public, ClipJudge) and public.clip.name == clip.PUBLIC
 
 
 @pytest.mark.parametrize(
