@@ -24,14 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sidcli import objectives, randomness
 from sidcli.data.latents import Latents
 from sidcli.data.prompts import Prompts
-from sidcli.diffusion.path import DiscretePath, Path
+from sidcli.diffusion.path import DiscretePath
 from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from sidcli.models.drawing import Plan, student_plan
 from sidcli.models.kind import Cond
 from sidcli.models.kinds import kind_of
-from sidcli.models.loading import Model
+from sidcli.models.loading import Description, Model
 from sidcli.models.reference import LAYOUTS, layout_of
 from sidcli.models.sampler import Sampler
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
@@ -675,12 +675,20 @@ def check_split(batch_size: int, processes: int) -> None:
         raise UsageError(f"--batch-size {batch_size} does not split over {processes} processes evenly")
 
 
-def check_teacher(name: str, is_student: bool, path: Path, config: DistillConfig) -> None:
-    """Raises InputError if the teacher is a student, UsageError if the settings need timesteps or an objective that do not fit its
-    path."""
-    if is_student:
+def check_teacher(teacher: Model | Description, config: DistillConfig) -> None:
+    """Raises InputError if the teacher is a student or takes a reference image already, UsageError if the settings need timesteps or an
+    objective that do not fit its path or its reference image."""
+    name, path = teacher.source.name, teacher.path
+    if teacher.is_student:
         raise InputError(f"{name} is a student already", "pass the teacher it came from")
     method, timesteps, (first, last) = objectives.find(config.objective.name), path.steps, path.starts
+    if teacher.layout and config.objective.draws_pairs:
+        raise InputError(f"{name} takes a reference image already", "pass the teacher that it was tuned from")
+    if teacher.layout and config.objective.needs_images:
+        raise UsageError(
+            f"objective {config.objective.name} trains on images, and {name} takes a reference image",
+            "--objective sid, vsd, or dmd2 without its GAN",
+        )
     if method.discrete and not isinstance(path, DiscretePath):
         able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete)
         raise UsageError(

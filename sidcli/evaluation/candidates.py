@@ -17,7 +17,6 @@ from sidcli.evaluation.spec import ModelSpec
 from sidcli.files import readable
 from sidcli.models.drawing import Drawer, student_plan
 from sidcli.models.loading import Description, describe, load
-from sidcli.models.reference import layout_of
 from sidcli.models.sampler import Sampler, plan_for, untrained_plan
 from sidcli.models.sources import Source, find, graph_format, read_card
 from sidcli.progress import Listener, counted
@@ -43,7 +42,7 @@ class Resolved:
     @property
     def takes_reference(self) -> bool:
         """Whether it is a model that takes a reference image."""
-        return self.known is not None and layout_of(self.known.denoiser_config) is not None
+        return self.known is not None and self.known.layout is not None
 
     @property
     def is_emoji(self) -> bool:

@@ -28,7 +28,6 @@ from sidcli.models import official_pkl
 from sidcli.models.drawing import is_consistency
 from sidcli.models.loading import Description, Model, describe_model, open_model
 from sidcli.models.overrides import Overrides
-from sidcli.models.reference import layout_of
 from sidcli.models.sampler import T_INIT, Sampler, plan_for
 from sidcli.progress import Listener, Progress
 
@@ -65,7 +64,7 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
             f"{name} is {known.kind.models}, which --format {format_name} does not support",
             f"use --format {' or '.join(known.kind.formats)}",
         )
-    if layout_of(known.denoiser_config) and FORMATS[format_name].in_diffusers:
+    if known.layout and FORMATS[format_name].in_diffusers:
         able = " or ".join(other for other, form in FORMATS.items() if not form.in_diffusers)
         raise InputError(f"{name} takes a reference image, which --format {format_name} does not support", f"use --format {able}")
     if problem := known.kind.stock_problem(known.texts):

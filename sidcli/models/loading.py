@@ -112,6 +112,11 @@ class Description(Known):
         return self.networks[self.kind.component]
 
     @property
+    def layout(self) -> Layout | None:
+        """How the denoiser takes a reference image; None if it takes none."""
+        return layout_of(self.denoiser_config)
+
+    @property
     def size_entries(self) -> dict[str, Any]:
         """Entries of the denoiser's configuration that depend on the size of the images."""
         return {entry: self.denoiser_config[entry] for entry in self.kind.size_entries if entry in self.denoiser_config}

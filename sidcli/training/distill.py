@@ -148,7 +148,7 @@ def run(
     process of the run has died.
     """
     check_run(output)
-    check_teacher(teacher.source.name, teacher.is_student, teacher.path, config)
+    check_teacher(teacher, config)
     with StopFlag().installed() as stop, advice(config):
         with stop.at_once():
             device = pick_device(device_name)

@@ -384,7 +384,7 @@ def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     """Return the teacher's description after a check against the settings and the model of `--init`. Reads no weights."""
     source = find(config.teacher, descriptions_only=True)
     known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
-    check_teacher(source.name, known.card.get("kind") == "student", known.path, config)
+    check_teacher(known, config)
     if config.init:
         first, *_ = initial.check(config.init, known, listener)
         objective = objectives.find(config.objective.name)(config, known.path.steps)

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sidcli import api, engine, objectives
+from sidcli import api, curation, engine, objectives
 from sidcli.data import pairs as store
 from sidcli.data.prompts import open_prompts
 from sidcli.errors import InputError, Interrupted, UsageError
 from sidcli.models.loading import load
 from sidcli.models.reference import layout_of
 from sidcli.models.sources import find
+from sidcli.objectives import self_distillation
 from sidcli.progress import Progress
 from sidcli.settings import DistillConfig
 from sidcli.training import distill
@@ -219,6 +221,11 @@ def test_references_and_pairs_are_refused_where_they_do_not_belong(
         check_objective(dataclasses.replace(config, objective=SETTINGS, data=str(tmp_path)))
     with pytest.raises(UsageError, match="draws the subject of a reference image, and none is given"):
         api.sample("a cat", tuned, steps=1)
+    with pytest.raises(InputError, match="takes a reference image already"):
+        run(tuned, dataclasses.replace(config, objective=SETTINGS), tmp_path / "three")
+    with pytest.raises(UsageError, match=r"objective regression trains on images, and .* takes a reference image"):
+        method = objectives.Regression.Settings()
+        run(tuned, dataclasses.replace(config, objective=method, data="teacher"), tmp_path / "four")
     reference = tuned / "pairs" / "sheets" / "00000000.png"
     with pytest.raises(UsageError, match="takes no reference image"):
         api.sample("a cat", sd_folder, reference=reference, steps=1)
@@ -239,3 +246,36 @@ def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_sam
         api.sample("a cat", tmp_path / "onnx")
     with pytest.raises(InputError, match="takes a reference image, which --format diffusers does not support"):
         api.export(student, tmp_path / "folder", "diffusers", listener=api.SILENT)
+
+
+def test_the_objective_has_the_judges_that_there_are() -> None:
+    assert set(self_distillation.JUDGES) == {*curation.JUDGES, "none"}
+
+
+@pytest.mark.parametrize("layout", self_distillation.LAYOUTS)
+def test_the_gradient_is_that_of_the_error_of_both_images_with_the_weight_of_the_reference(
+    sd: Any, config: DistillConfig, layout: str
+) -> None:
+    settings = dataclasses.replace(SETTINGS, layout=layout, reference_weight=0.25)
+    made = engine.Engine(sd, dataclasses.replace(config, objective=settings), open_prompts("general"), torch.device("cpu"))
+    torch.manual_seed(0)
+    channels, height, width = made.kind.frame_shape(made.teacher.config)
+    canvases = torch.randn(4, channels, height, 2 * width)
+    made.data = SimpleNamespace(at=lambda seed, position: (canvases[position], f"caption {position}"))  # type: ignore[assignment]
+    (phase,) = made.objective.phases(0)
+    batch = made._on_device(made.draw_batch(phase.inputs, 0, range(4)))
+    drop_text, drop_reference = (torch.tensor(drops) for drops in made._drops(phase.inputs, range(4)))
+    assert batch.prompts == [f"caption {place}" if not drop else "" for place, drop in enumerate(drop_text.tolist())]
+    assert torch.equal(batch.reference, canvases[..., :width] * ~drop_reference.view(-1, 1, 1, 1))  # type: ignore[arg-type]
+    noise = torch.randn_like(batch.noise).double().requires_grad_()
+    error = (noise - batch.noise.double()).square()
+    if layout == "channels":
+        assert torch.equal(batch.samples, canvases[..., width:])  # type: ignore[arg-type]
+        loss = error.sum() / 4
+    else:
+        assert torch.equal(batch.samples, canvases)  # type: ignore[arg-type]
+        loss = (0.25 * error[..., :width].sum() + error[..., width:].sum()) / 4
+    (expected,) = torch.autograd.grad(loss, noise)
+    gradient, values = phase.gradient(made.nets, noise.detach().float(), batch)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+    assert float(values["generator_loss"]) == pytest.approx(float(loss), rel=1e-5)
