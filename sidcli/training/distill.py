@@ -155,6 +155,7 @@ def run(
             before = resume.resolve().parent.parent if resume else output
             arithmetic, seconds_per_image = precision.choose(teacher, config, device, before / "run.json", listener)
             engine = Engine(teacher, config, prompts, device, arithmetic, initial.take() if initial else None)
+            check_intervals(engine, intervals)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
@@ -198,6 +199,15 @@ def write_results(loop: Loop, prompts: Prompts, step: int, initial: Initial | No
         complete_record(output, {"steps": step, "images": step * engine.config.batch_size}, loop.trained, engine.step, reason)
         write(run_page(output), output / "report.html")
     engine.distributed.wait()
+
+
+def check_intervals(engine: Engine, intervals: Intervals) -> None:
+    """Raises UsageError if the student is to be measured during the training and takes a reference image."""
+    if engine.layout and intervals.eval:
+        raise UsageError(
+            f"--eval-every {intervals.eval} does not measure models that take a reference image",
+            "leave it out; sid eval --protocol emoji-subjects measures a model of the emoji world afterwards",
+        )
 
 
 def check_references(engine: Engine) -> None:

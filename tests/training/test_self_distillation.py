@@ -34,6 +34,7 @@ from tests.training.test_distill import KillAt, Silent, state
 SETTINGS = objectives.SelfDistillation.Settings(
     sheets=3, sheet_steps=2, judge="none", pairs="shared-attention", copy=2.0, text_dropout=0.3, reference_dropout=0.3
 )
+MEASURED = distill.Intervals(eval=1)
 STAGES = ("draw sheets", "judge pairs (features)")
 
 
@@ -221,6 +222,10 @@ def test_references_and_pairs_are_refused_where_they_do_not_belong(
         check_objective(dataclasses.replace(config, objective=SETTINGS, data=str(tmp_path)))
     with pytest.raises(UsageError, match="draws the subject of a reference image, and none is given"):
         api.sample("a cat", tuned, steps=1)
+    with pytest.raises(UsageError, match="--eval-every 1 does not measure models that take a reference image"):
+        api.distill(
+            sd_folder, tmp_path / "five", objective_settings={"sheets": 1}, objective="self-distillation", intervals=MEASURED
+        )
     with pytest.raises(InputError, match="takes a reference image already"):
         run(tuned, dataclasses.replace(config, objective=SETTINGS), tmp_path / "three")
     with pytest.raises(UsageError, match=r"objective regression trains on images, and .* takes a reference image"):
