@@ -59,7 +59,7 @@ class DistillConfig:
     column: str = ""
     """Column of a table given as --prompts."""
     data: str = ""
-    """Images for objectives that need them: folder with captions, webdataset's .tar files, or teacher, which draws them."""
+    """Images for objectives that need them: folder with captions, webdataset's .tar files, teacher (it draws them), or pairs of a run."""
     data_num: int = 0
     """Images of --data to use."""
     t_init: int = 625
