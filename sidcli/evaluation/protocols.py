@@ -349,7 +349,7 @@ def read_statistics(file: Path) -> Statistics:
     return Statistics(mean, covariance, 0)
 
 
-def choose(name: str, all_emoji: bool, all_subjects: bool, images_are_emoji: AbstractSet[bool], own: bool) -> str:
+def choose(name: str, all_emoji: bool, images_are_emoji: AbstractSet[bool], own: bool, all_subjects: bool = False) -> str:
     """Resolve `auto`: `emoji` for emoji models, unless the user gives captions or a reference (`own`), else `custom`.
 
     If all models take a reference image (`all_subjects`), it is `emoji-subjects` instead of `emoji`.

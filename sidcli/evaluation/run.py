@@ -81,7 +81,7 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     models_are_emoji = {one.is_emoji for one in found if one.files is None} == {True}
     images_are_emoji = {one.is_emoji for one in found if one.files is not None}
     have_references = {one.takes_reference for one in found if one.files is None} == {True}
-    name = choose(rules.name, models_are_emoji, have_references, images_are_emoji, bool(rules.reference or rules.prompts))
+    name = choose(rules.name, models_are_emoji, images_are_emoji, bool(rules.reference or rules.prompts), have_references)
     files = request.networks
     networks = Networks(distributed.device, listener, files.inception, files.clip, files.cmmd, files.dino)
     protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)

@@ -59,7 +59,7 @@ SUBJECTS_ONLY = ("identity", "subject_text", "copy")
 OTHER_CAPTIONS = {"composition": "held_out", "bare_noun": "bare"}
 """Metrics of images of other captions than the protocol's main list: the field of Candidate that holds those images."""
 MIN_IMAGES = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
-MIN_IMAGES |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4}
+MIN_IMAGES |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4, "copy": 2}
 """Minimum number of generated images for a metric and its interval; 1 for a metric without an entry."""
 MIN_REFERENCE_IMAGES = {"fid": 2, "fd_dinov2": 2, "fid_infinity": 2, "kid": 2} | dict.fromkeys(PRDC, NEIGHBORS + 1)
 """Minimum number of reference images for a metric."""

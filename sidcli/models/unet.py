@@ -161,7 +161,8 @@ class Unet(Kind):
         self.prepare(net)
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        layout = layout_of(net.config)  # type: ignore[arg-type]
+        inner: Any = getattr(net, "module", net)  # DistributedDataParallel has the network in `module`
+        layout = layout_of(inner.config)
         if layout is None:
             return self._predict(net, x, t, cond, lambda value: value)
         given = torch.zeros_like(layout.target(x)) if cond.reference is None else cond.reference

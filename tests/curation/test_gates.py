@@ -9,10 +9,11 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from sidcli.curation.gates import Gates, copy_score, seam_score
+from sidcli.curation.gates import Gates, seam_score
 from sidcli.curation.judge import Verdict
 from sidcli.emoji.identities import render, render_sheet, sheet
 from sidcli.metrics.appearance import LUMA
+from sidcli.metrics.ssim import copy_score
 from tests.curation.rendered import noise
 
 GATES = Gates(same=0.9, text=0.2)

@@ -209,7 +209,7 @@ def test_the_oracle_reads_panels_of_any_size(reader: Reader) -> None:
 
 
 def test_the_oracle_without_weights_is_an_error_that_names_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(oracle, "READER", tmp_path / "reader.safetensors")
+    monkeypatch.setattr("sidcli.metrics.reader.READER", tmp_path / "reader.safetensors")
     with pytest.raises(InputError, match=r"reader\.safetensors is missing"):
         open_judge("oracle", None, CPU)
 

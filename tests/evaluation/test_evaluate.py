@@ -25,7 +25,7 @@ from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.candidates import REAL, Candidate, check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, listed
 from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, pictures, table
-from sidcli.evaluation.scores import METRICS_OF_OPTION, Evaluation, Row, chosen
+from sidcli.evaluation.scores import METRICS_OF_OPTION, SUBJECTS_ONLY, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.models.drawing import Plan, png_info
@@ -569,7 +569,7 @@ def test_each_metric_knows_how_many_images_it_needs_and_has_a_finite_value_of_so
     rules = emoji(Networks(CPU, Silence(), dino=str(stand_ins["dino"])))
     teacher = Candidate("t", "", SceneSet(5), held_out=SceneSet(6), bare=SceneSet(9), is_teacher=True)
     two = [teacher, Candidate("s", "", SceneSet(7), held_out=SceneSet(8), bare=SceneSet(10))]
-    for metric in METRICS:
+    for metric in set(METRICS) - {*SUBJECTS_ONLY}:
         needed = {}
         for n in (1, 2, 3, 4, 5, 6, 20, 100):
             drawn, real = (n, 100) if few == "drawn" else (100, n)
@@ -746,7 +746,7 @@ def test_eval_measures_everything_draws_once_and_answers_from_its_cache(tmp_path
         ("emoji", "1 step at t = 625"),
     ]
     student = rows["emoji", "1 step at t = 625"]["metrics"]
-    assert set(student) == set(METRICS) - {"fid_infinity", "fd_dinov2"}
+    assert set(student) == set(METRICS) - {"fid_infinity", "fd_dinov2", *SUBJECTS_ONLY}
     assert student["fid"]["low"] < student["fid"]["value"] < student["fid"]["high"]
     assert student["noun"]["value"] > 0.7 and student["composition"]["value"] > 0.3
     assert result["protocol"]["name"] == "emoji" and result["protocol"]["networks"]["features"].startswith("emoji classifier")

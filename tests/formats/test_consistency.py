@@ -48,7 +48,7 @@ def test_stock_diffusers_draws_what_sid_draws(form: str, family: str, tmp_path: 
     assert card.body.strip().startswith("# 4-step ") and {"few-step", "arxiv:2310.04378"} <= set(card.data["tags"])
     assert card.facts["Timesteps"] == "999, 759, 499, 259"
     assert card.facts["Sampling"] == "multistep consistency sampling, in up to 50 steps"
-    assert card.data["inference"]["parameters"] == {"num_inference_steps": 4, "guidance_scale": 0}
+    assert card.data["inference"]["parameters"] == {"num_inference_steps": 4, "height": 16, "width": 40, "guidance_scale": 0}
     assert is_near(run_card(card, teacher, tmp_path / "cat.png"), ours(meant(form, teacher, student)), "fp32")
     for command in card.commands():
         check_command(command, card, student, "fp32", monkeypatch)
