@@ -236,8 +236,8 @@ def test_a_signal_at_any_moment_ends_a_training_saved_with_its_own_code_and_no_p
     else:
         step_reached(command, tmp_path / "run", int(moment.split()[1]))
     os.kill(command.pid, number)
-    command.communicate()
-    assert command.returncode == 128 + number
+    _, said = command.communicate()
+    assert command.returncode == 128 + number, said
     with pytest.raises(ProcessLookupError):
         os.killpg(command.pid, 0)
     if moment != "loading":
