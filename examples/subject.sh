@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# From the built-in teacher of sheets to a one-step student that draws the subject of a reference image in another scene.
+# From the built-in teacher to a one-step student that draws the subject of a reference image in another scene: a teacher that draws
+# sheets, pairs of panels, a model that takes a reference image, its student. Each command continues where it was interrupted.
 set -euo pipefail
-SHEETS=${SHEETS:-1000} STEPS=${STEPS:-600} NUM=${NUM:-300}
+TEACHING=${TEACHING:-20000} SHEETS=${SHEETS:-4000} STEPS=${STEPS:-3000} NUM=${NUM:-300}
 
-sid distill --teacher emoji-sheets --objective self-distillation --set sheets="$SHEETS" --steps "$STEPS" --output subject --quiet
+python -m sidcli.emoji.train sheets --steps "$TEACHING" --output build
+sid distill --teacher build/sheets --objective self-distillation --set sheets="$SHEETS" --steps "$STEPS" --output subject --quiet
 sid distill --teacher subject --steps "$STEPS" --output subject-one-step --quiet
 python -c "
 from PIL import Image

@@ -242,8 +242,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_for(teacher: str) -> str:
-    """Return `emoji` for the embedded teachers and folders and runs made from them, else `sd15`. Reads no weights."""
-    if teacher in ("emoji-teacher", "emoji-sheets"):
+    """Return `emoji` for the embedded teacher and for folders and runs made from it, else `sd15`. Reads no weights."""
+    if teacher == "emoji-teacher":
         return "emoji"
     for card in (Path(teacher) / "sid.json", Path(teacher) / "student" / "sid.json"):
         try:

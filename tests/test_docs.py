@@ -72,3 +72,13 @@ def test_the_slurm_script_is_bash_and_its_training_has_the_options_of_sid() -> N
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     (line,) = re.findall(r"-m sidcli distill ([^']+)'", script.read_text(encoding="utf-8"))
     typer.main.get_command(app).commands["distill"].make_context("distill", shlex.split(line))  # type: ignore[attr-defined]
+
+
+def test_the_script_of_a_subject_is_bash_and_its_commands_have_the_options_of_sid() -> None:
+    script = REPOSITORY / "examples" / "subject.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line.startswith("sid ")]
+    assert len(lines) == 4
+    for line in lines:
+        _, name, *words = shlex.split(Template(line).substitute(SHEETS="1", STEPS="1", NUM="10"))
+        typer.main.get_command(app).commands[name].make_context(name, words)  # type: ignore[attr-defined]

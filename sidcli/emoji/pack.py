@@ -2,7 +2,7 @@
 
 python -m sidcli.emoji.pack nets --build build/emoji --guidance 2    (teacher, classifier, open_clip)
 python -m sidcli.emoji.pack student --run runs/emoji-teacher-g2
-python -m sidcli.emoji.pack sheets --build build/emoji    (the teacher of sheets, the reader)
+python -m sidcli.emoji.pack reader --build build/emoji
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from sidcli.errors import InputError
 from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline, write_student
 from sidcli.formats.order import Order
-from sidcli.models.difference import extracted
 from sidcli.models.loading import load
-from sidcli.models.sources import DIFFERENCE, WEIGHTS, Source
+from sidcli.models.sources import WEIGHTS, Source
 
 
 def half(source: Path, target: Path) -> None:
@@ -65,32 +64,17 @@ def pack_student(run: Path) -> None:
     (WEIGHTS / "student" / "README.md").unlink()
 
 
-def pack_sheets(build: Path, rank: int = 24) -> None:
-    """Write the teacher of sheets as its difference to the packed teacher, and the reader of identities."""
-    base, changed = (load(Source("teacher", folder, str(folder))) for folder in (WEIGHTS / "teacher", build / "sheets"))
-    tensors = {
-        key: value
-        for name in ("unet", "text_encoder")
-        for key, value in extracted(name, changed.networks[name].state_dict(), base.networks[name].state_dict(), rank).items()
-    }
-    with atomic_folder(WEIGHTS / "sheets") as folder:
-        shutil.copy(WEIGHTS / "teacher" / "model_index.json", folder)
-        save_file(tensors, folder / DIFFERENCE)
-        write_json(folder / "sid.json", changed.card)
-    shutil.copy(build / "reader.safetensors", WEIGHTS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("nets", "student", "sheets"))
+    parser.add_argument("what", choices=("nets", "student", "reader"))
     parser.add_argument("--build", type=Path, default=Path("build/emoji"))
     parser.add_argument("--run", type=Path)
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args()
     if options.what == "nets":
         pack_nets(options.build, options.guidance)
-    elif options.what == "sheets":
-        pack_sheets(options.build)
+    elif options.what == "reader":
+        half(options.build / "reader.safetensors", WEIGHTS / "reader.safetensors")
     elif options.run is None:
         parser.error("student needs --run")
     else:

@@ -69,7 +69,7 @@ def train_reader(output: Path, steps: int, batch: int = 64) -> None:
         return total, {"loss": total.detach(), **right}
 
     fit.Fit("reader", net, loss, output, steps, lr=2e-3, decay=0.99).run()
-    save_file({name: value.half() for name, value in net.state_dict().items()}, output / "reader.safetensors")
+    save_file(net.state_dict(), output / "reader.safetensors")
 
 
 def sheets_at(step: int, batch: int) -> list[Sheet]:

@@ -24,7 +24,7 @@ from sidcli.diffusion.path import Path as DiffusionPath
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import read_json, readable
 from sidcli.models import card as cards
-from sidcli.models import difference, single_file
+from sidcli.models import single_file
 from sidcli.models.codec import Codec, codec_factor
 from sidcli.models.compatibility import (
     OTHER_MODEL,
@@ -42,7 +42,7 @@ from sidcli.models.kinds import kind_of, kind_of_pipeline
 from sidcli.models.overrides import Overrides
 from sidcli.models.reference import Layout, layout_of
 from sidcli.models.rehearsal import rehearse
-from sidcli.models.sources import DIFFERENCE, PARTS, Source, find, graph_format, read_card
+from sidcli.models.sources import PARTS, Source, find, graph_format, read_card
 from sidcli.models.tokenizers import check_tokenizer
 from sidcli.models.unet import UNET
 from sidcli.printable import with_article
@@ -475,8 +475,6 @@ def _network(known: Description, name: str) -> Any:
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise InputError(f"{folder} {what} {', '.join(sorted(found)[:3])}{more}", "take another copy of the model")
-    if known.source.is_embedded and (file := known.source.path / DIFFERENCE).is_file():
-        difference.add(net, name, file)
     return net
 
 

@@ -20,12 +20,9 @@ from sidcli.progress import Listener, Silence
 WEIGHTS = Path(__file__).parent.parent / "emoji" / "weights"
 EMBEDDED: dict[str, tuple[Path, Path | None]] = {
     "emoji-teacher": (WEIGHTS / "teacher", None),
-    "emoji-sheets": (WEIGHTS / "sheets", WEIGHTS / "teacher"),
     "emoji": (WEIGHTS / "student", WEIGHTS / "teacher"),
 }
 """Embedded model -> (its folder, folder of the model that provides the components it lacks, or None)."""
-DIFFERENCE = "difference.safetensors"
-"""File of an embedded model with the difference of its weights to those of its base; see `models.difference`."""
 FILES = (
     *PICKLES,
     ".safetensors",
@@ -194,8 +191,7 @@ def fingerprint(source: Source) -> str:
     for folder in (source.base, source.path):  # files in `path` take precedence over those in `base`
         files |= {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()} if folder else {}
     names = sorted(files)
-    chosen = [*names] if graph_format(source.path) else required_files(names)
-    chosen += [DIFFERENCE] if DIFFERENCE in files else []
+    chosen = names if graph_format(source.path) else required_files(names)
     content = [(name, sha256(files[name])) for name in sorted(chosen)]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 

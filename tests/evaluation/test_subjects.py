@@ -14,6 +14,7 @@ from sidcli.models.loading import load
 from sidcli.models.reference import LAYOUTS
 from sidcli.models.sources import find
 from sidcli.models.unet import UNET
+from sidcli.settings import preset_for
 
 SILENT = api.SILENT
 
@@ -55,3 +56,10 @@ def test_models_are_refused_by_a_protocol_that_does_not_fit(model: Path) -> None
         api.evaluate(str(model), protocol="emoji", num=12, listener=SILENT)
     with pytest.raises(UsageError, match="identity needs --protocol emoji-subjects"):
         api.evaluate("emoji", ["identity"], num=12, listener=SILENT)
+
+
+def test_a_run_of_the_emoji_world_has_its_preset_as_a_teacher(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    model.rename(tmp_path / "run" / "student")
+    assert preset_for(str(tmp_path / "run")) == preset_for(str(tmp_path / "run" / "student")) == "emoji"
+    assert preset_for(str(tmp_path)) == "sd15"
