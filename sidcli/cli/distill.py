@@ -206,7 +206,8 @@ def tell(result: Result, console: Console) -> None:
             f"finished: {counted(result.step, 'step')}, {counted(result.images, 'image')} per network; this command trained for "
             f"{duration(result.seconds)}, checkpointing overhead {share:.1f} %"
         )
-    console.note(f'generate with it: sid sample "a cat" --model {shlex.quote(str(result.run))}')
+    more = " --reference FILE" if result.takes_reference else ""
+    console.note(f'generate with it: sid sample "a cat"{more} --model {shlex.quote(str(result.run))}')
     data = {"run": str(result.run), "student": str(result.student), "step": result.step, "images": result.images}
     times = {"seconds": round(result.seconds, 1), "saving_seconds": round(result.saving, 2)}
     console.result([str(result.student)], data | times | {"last": result.last})

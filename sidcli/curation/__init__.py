@@ -42,7 +42,7 @@ def open_judge(name: str, teacher: Model | None, device: torch.device, **options
             f"the judge {name} has no option {', '.join(unknown)}", f"its options: {', '.join(JUDGES[name]) or 'none'}"
         )
     if missing := [option for option in NEEDED.get(name, ()) if option not in given]:
-        raise UsageError(f"the judge {name} needs {' and '.join(missing)}", f"give --judge-{' and --judge-'.join(missing)}")
+        raise UsageError(f"the judge {name} needs {' and '.join(missing)}", " ".join(f"--set judge_{one}=..." for one in missing))
     match name:
         case "features":
             from sidcli.curation.features import FeaturesJudge

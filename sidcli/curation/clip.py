@@ -15,7 +15,7 @@ from sidcli.progress import Progress, silent
 EMOJI = str(WEIGHTS / "clip")
 """The open_clip model of the emoji world."""
 PUBLIC = "ViT-L-14-336-quickgelu:openai"
-HINT = "--judge-model FOLDER with open_clip_config.json and open_clip_model.safetensors, or --judge-model ARCHITECTURE:TAG"
+HINT = "--set judge_model=FOLDER with open_clip_config.json and open_clip_model.safetensors, or --set judge_model=ARCHITECTURE:TAG"
 EMOJI_THRESHOLDS = 0.9, -0.25
 """Of `same`, the best F1 score on rendered panels; of `text`, which hardly tells captions apart on subjects with an identity, what nine
 in ten true pairs of captions reach."""

@@ -29,7 +29,7 @@ class DinoJudge:
     text_threshold = 0.0
 
     def __init__(self, model: str, teacher: Model, device: torch.device, seed: int = 0):
-        self.dino = DinoFeatures(model, device, "the judge dino", "--judge-model")
+        self.dino = DinoFeatures(model, device, "the judge dino", "--set judge_model")
         self.relevance = Relevance(teacher, device, seed)
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:

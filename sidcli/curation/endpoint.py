@@ -35,7 +35,7 @@ WAITS = (1.0, 2.0, 4.0)
 BUSY = (408, 425, 429)
 """HTTP statuses other than 5xx after which a request is sent again."""
 HINTS = {401: f"set {KEY} to a key that it accepts", 403: f"set {KEY} to a key that may use this model"}
-OTHER_HINT = "check --judge-url and --judge-model"
+OTHER_HINT = "check --set judge_url and --set judge_model"
 
 
 class HttpJudge:

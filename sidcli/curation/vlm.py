@@ -20,7 +20,7 @@ from sidcli.progress import Progress, silent
 
 LONGEST = 768
 """Maximum number of tokens of an answer."""
-HINT = "--judge-model FOLDER of an image-text-to-text model of transformers in safetensors, or the id of one in the hub's cache"
+HINT = "--set judge_model=FOLDER of an image-text-to-text model of transformers in safetensors, or the id of one in the hub's cache"
 
 
 def folder_of(model: str) -> Path:

@@ -28,7 +28,7 @@ def panels(folder: Path, row: PairRow) -> tuple[np.ndarray, np.ndarray]:
         with Image.open(file, formats=["PNG"]) as opened:
             sheet = opened.convert("RGB")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not a PNG image: {error}", "delete pairs.jsonl to draw and judge the sheets again") from error
+        raise InputError(f"{file} is not a PNG image: {error}", "delete it; the run that drew it draws it again") from error
     if any(box[2] > sheet.width or box[3] > sheet.height for box in row.boxes):
         raise InputError(f"{file} is {sheet.width} x {sheet.height} pixels, smaller than its panels", HINT)
     first, second = (np.asarray(sheet.crop(box)) for box in row.boxes)

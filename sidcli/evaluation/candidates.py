@@ -134,11 +134,13 @@ def to_measure(
             rows.append(Candidate(one.spec.name, counted(size, "image"), FileSet(one.files), size))
             continue
         if protocol.has_subjects != one.takes_reference:
-            raise InputError(
-                f"{one.spec.name} takes {'a' if one.takes_reference else 'no'} reference image, {'as' if one.takes_reference else 'which'}"
-                f" the protocol {protocol.name} {'has none' if one.takes_reference else 'gives'}",
-                "--protocol emoji-subjects" if one.takes_reference else "--protocol emoji",
-            )
+            if one.takes_reference:
+                said = f"{one.spec.name} needs a reference image, and the protocol {protocol.name} gives none"
+                hint = "--protocol emoji-subjects" if one.is_emoji else "outside of the emoji world no protocol gives one yet"
+            else:
+                said = f"{one.spec.name} takes no reference image, which the protocol {protocol.name} gives"
+                hint = "--protocol emoji"
+            raise InputError(said, hint)
         if (protocol.is_emoji or protocol.has_subjects) and not one.is_emoji:
             raise InputError(
                 f"{one.spec.name} does not draw the emoji world",

@@ -127,7 +127,7 @@ def chosen(
     if everything:
         wanted = set(METRICS) - {"fid_infinity"} - ({"fd_dinov2"} if protocol.is_emoji else set())
     else:
-        usual = ("identity", "clip") if protocol.has_subjects else ("fid", "clip", "accuracy")
+        usual = ("identity",) if protocol.has_subjects else ("fid", "clip", "accuracy")
         wanted = {name for option in asked or usual for name in METRICS_OF_OPTION[option]}
     return [name for name in METRICS if name in (wanted - set(impossible)) | gated]
 

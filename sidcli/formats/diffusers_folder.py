@@ -52,6 +52,12 @@ sid sample "{prompt}" --model FOLDER
 ```
 
 This model adds its own noise between its steps (`{renoise}`), which no scheduler of diffusers does."""
+REFERENCE = """```bash
+sid sample "{prompt}" --reference reference.png --model FOLDER
+```
+
+The model draws the subject of a reference image. No pipeline of diffusers gives it one; `sid export --format onnx` writes graphs that other
+programs run."""
 SID_ONLY = """```bash
 sid sample "{prompt}" --model FOLDER
 ```
@@ -191,6 +197,8 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
     """Return Markdown that explains how to run a student's folder."""
     if not has_stock_sampler(card):
         return OWN_NOISE.format(prompt=PROMPT, renoise=card["renoise"])
+    if model.layout:
+        return REFERENCE.format(prompt=PROMPT)
     if problem := model.kind.stock_problem(model.texts):
         return SID_ONLY.format(prompt=PROMPT, problem=problem)
     keep = KEEP_FLOW if isinstance(model.path, FlowPath) else KEEP

@@ -84,6 +84,7 @@ class Result:
     saving: float
     """Part of `seconds` in which the training waited for checkpoints."""
     last: dict[str, Any]
+    takes_reference: bool = False
 
 
 class StopFlag:
@@ -185,7 +186,7 @@ def run(
             step = engine.step
             write_results(loop, prompts, step, initial)
     student, shown = output / "student", step * config.batch_size
-    return Result(output, student, step, step - began_at, shown, seconds, writer.seconds, record)
+    return Result(output, student, step, step - began_at, shown, seconds, writer.seconds, record, bool(engine.layout))
 
 
 def write_results(loop: Loop, prompts: Prompts, step: int, initial: Initial | None) -> None:
@@ -244,6 +245,8 @@ def open_data(engine: Engine, images: CaptionedImages | None, output: Path, teac
         source = TeacherImages(model, teacher, plan, engine.prompts, count, config.micro_batch, precision, draw)
     else:
         source = EncodedImages(images, config.data_num or len(images), model, engine.device)
+    if isinstance(source, PairImages) and not source.rows:
+        raise InputError(f"{source.folder} has no pair that was kept", "lower the thresholds of the run that judged them")
     data = prepare(source, engine.distributed, listener)
     model.vae.to("cpu")  # training does not use the VAE
     for line in data.notes(images.skipped if images else ()):

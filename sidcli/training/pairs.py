@@ -44,6 +44,13 @@ from sidcli.progress import Progress, RunListener, counted, silent
 UNIT = 16
 """Sheets that are drawn together."""
 COLUMNS = 2
+WAYS = {
+    "other subject": "a lower --set same, or another --set judge",
+    "caption": "a lower --set caption, or another --set judge",
+    "copy": "a higher --set copy",
+    "cut": "a lower --set cut",
+}
+"""Gate -> how to let more pairs pass."""
 EXAMPLES = 12
 """Kept and rejected pairs in the picture of a curation, each."""
 
@@ -95,6 +102,8 @@ def check_same(folder: Path, engine: Engine, teacher: str) -> None:
     if file.exists() and (before := read_json(file)) != settings:
         changed = [f"{key}: {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
         raise InputError(f"{folder} holds sheets of other settings: {'; '.join(changed)}", "choose another --output for a new run")
+    if not file.exists() and any((folder / "sheets").glob("*.png")):
+        raise InputError(f"{folder} holds sheets and no sheets.json, which says how they were drawn", f"delete {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 
@@ -184,9 +193,10 @@ def curate(engine: Engine, folder: Path, listener: RunListener) -> None:
     listener.note(summary(settings, counts, len(rows)))
     if not counts["kept"]:
         way = "" if settings.pairs == "shared-attention" else ", or --set pairs=shared-attention if the teacher cannot draw grids"
+        (most, _), *_ = counts.most_common()
         raise InputError(
-            f"none of {counted(len(rows), 'pair')} is kept; {folder / 'examples.png'} shows some",
-            f"lower --set same or caption{way}",
+            f"none of {counted(len(rows), 'pair')} is kept: most fail the gate {most!r}; {folder / 'examples.png'} shows some",
+            f"{WAYS[most]}{way}",
         )
 
 

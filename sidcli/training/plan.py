@@ -290,7 +290,9 @@ class Plan:
             )
         ]
         if self.drawing_flops:
-            count = counted(c.data_num or TEACHER_IMAGES, "image")
+            objective = c.objective
+            sheets = objective.sheets if isinstance(objective, SelfDistillationSettings) else 0
+            count = counted(sheets, "sheet") if sheets else counted(c.data_num or TEACHER_IMAGES, "image")
             rows += [("data", f"{count} that the teacher draws first, {self.drawing_flops / 1e12:.3g} TFLOP")]
         rows += [("time", f"{about_seconds(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
         if self.seconds is not None or not self.estimates:

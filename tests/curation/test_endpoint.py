@@ -202,7 +202,7 @@ def test_an_endpoint_that_is_not_there_is_an_error(serve: Serve) -> None:
 
 @pytest.mark.parametrize(
     ("status", "hint"),
-    [(401, "SID_API_KEY"), (403, "SID_API_KEY"), (404, "--judge-url"), (400, "--judge-model"), (307, "--judge-url")],
+    [(401, "SID_API_KEY"), (403, "SID_API_KEY"), (404, "--set judge_url"), (400, "--set judge_model"), (307, "--set judge_url")],
 )
 def test_an_endpoint_that_refuses_is_an_error_at_once(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, status: int, hint: str

@@ -245,8 +245,8 @@ def test_clip_is_that_of_the_emoji_world_for_its_teachers(emoji: Model, sd: Mode
         ("oracle", {"model": "x"}, "the judge oracle has no option model; its options: none"),
         ("features", {}, "the judge features scores with a teacher; name the teacher, or choose another judge"),
         ("dino", {}, "the judge dino scores with a teacher; name the teacher, or choose another judge"),
-        ("vlm", {"model": None}, "the judge vlm needs model; give --judge-model"),
-        ("http", {}, "the judge http needs url and model; give --judge-url and --judge-model"),
+        ("vlm", {"model": None}, "the judge vlm needs model; --set judge_model=..."),
+        ("http", {}, "the judge http needs url and model; --set judge_url=... --set judge_model=..."),
     ],
 )
 def test_a_judge_that_cannot_be_opened_as_asked_is_refused(name: str, options: dict[str, object], said: str) -> None:
@@ -260,4 +260,4 @@ def test_a_missing_model_of_a_judge_is_named_with_the_option_that_gives_another(
     for ask in (lambda: opened.judge([noise_pair(0)]), lambda: open_judge("clip", sd, CPU, model=str(tmp_path))):
         with pytest.raises(InputError) as caught:
             ask()
-        assert str(tmp_path) in caught.value.message and "--judge-model" in caught.value.hint
+        assert str(tmp_path) in caught.value.message and "--set judge_model" in caught.value.hint

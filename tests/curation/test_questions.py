@@ -139,7 +139,7 @@ def test_weights_that_can_run_code_a_missing_template_and_other_models_are_refus
     for model in (str(folder), str(sd_folder), str(stand_ins["dino"]), "nobody/nothing", str(tmp_path / "nowhere"), ""):
         with pytest.raises(InputError) as caught:
             open_judge("vlm", None, CPU, model=model)
-        assert "--judge-model FOLDER" in caught.value.hint and model in caught.value.message
+        assert "--set judge_model=FOLDER" in caught.value.hint and model in caught.value.message
 
 
 def test_a_model_in_the_cache_of_the_hub_is_found_by_its_id_and_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_a_model_with_a_reference_is_measured_beside_the_true_images(model: Path
     outcome = api.evaluate(str(model), num=12, steps=2, listener=SILENT)
     assert outcome is not None and outcome.protocol == "emoji-subjects"
     real, drawn = outcome.rows
-    assert set(drawn.metrics) == {"identity", "subject_text", "copy", "clip"}
+    assert set(drawn.metrics) == {"identity", "subject_text", "copy"}
     assert real.metrics["identity"].value > 0.8 and real.metrics["subject_text"].value > 0.9
     assert drawn.metrics["identity"].value < 0.3, "it has not seen the reference"
     pairs = [identities.unknown(index).panels for index in range(12)]
@@ -52,7 +52,7 @@ def test_sheets_of_unknown_identities_are_in_no_training() -> None:
 def test_models_are_refused_by_a_protocol_that_does_not_fit(model: Path) -> None:
     with pytest.raises(InputError, match="takes no reference image, which the protocol emoji-subjects gives"):
         api.evaluate("emoji", protocol="emoji-subjects", num=12, listener=SILENT)
-    with pytest.raises(InputError, match="takes a reference image, as the protocol emoji has none"):
+    with pytest.raises(InputError, match="needs a reference image, and the protocol emoji gives none"):
         api.evaluate(str(model), protocol="emoji", num=12, listener=SILENT)
     with pytest.raises(UsageError, match="identity needs --protocol emoji-subjects"):
         api.evaluate("emoji", ["identity"], num=12, listener=SILENT)

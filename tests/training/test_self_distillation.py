@@ -284,3 +284,21 @@ def test_the_gradient_is_that_of_the_error_of_both_images_with_the_weight_of_the
     gradient, values = phase.gradient(made.nets, noise.detach().float(), batch)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
     assert float(values["generator_loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_pairs_of_which_none_was_kept_and_damaged_folders_of_pairs_are_refused_in_one_line(
+    sd_folder: Path, tuned: Path, tuning: DistillConfig, tmp_path: Path
+) -> None:
+    rows = [dataclasses.replace(row, kept=False) for row in store.read_rows(tuned / "pairs")]
+    store.write_rows(tuned / "pairs", rows)
+    with pytest.raises(InputError, match="has no pair that was kept"):
+        run(sd_folder, dataclasses.replace(tuning, data=str(tuned)), tmp_path / "other")
+    (tuned / "pairs" / "sheets.json").unlink()
+    with pytest.raises(InputError, match=r"holds sheets and no sheets\.json"):
+        run(sd_folder, dataclasses.replace(tuning, steps=3), tuned)
+
+
+def test_the_card_of_a_student_with_references_says_how_to_draw_with_it(tuned: Path, config: DistillConfig, tmp_path: Path) -> None:
+    one_step = dataclasses.replace(config, teacher=str(tuned), data=str(tuned), steps=1)
+    text = (run(tuned, one_step, tmp_path / "one").student / "README.md").read_text()
+    assert 'sid sample "a cat" --reference reference.png --model FOLDER' in text and "DiffusionPipeline" not in text
