@@ -26,7 +26,7 @@ from sidcli import randomness
 from sidcli.curation import JUDGES, open_judge
 from sidcli.curation.agreement import agreement
 from sidcli.curation.gates import Gates, seam_score
-from sidcli.curation.judge import Pair, Verdict
+from sidcli.curation.judge import Judge, Pair, Verdict
 from sidcli.data.imagesets import digest
 from sidcli.data.pair_images import panels
 from sidcli.data.pairs import Box, PairRow, write_rows
@@ -61,8 +61,9 @@ def prepare(engine: Engine, folder: Path, teacher: str, listener: RunListener) -
     Raises InputError if the folder holds sheets of other settings, or if no pair is kept.
     """
     if engine.distributed.is_main:
+        judge = opened_judge(engine)  # a judge that cannot be opened is an error before the sheets are drawn
         draw_sheets(engine, folder, teacher, listener)
-        curate(engine, folder, listener)
+        curate(engine, folder, judge, listener)
     engine.distributed.wait()
     return folder
 
@@ -174,13 +175,13 @@ def candidates(engine: Engine) -> list[PairRow]:
     return rows
 
 
-def curate(engine: Engine, folder: Path, listener: RunListener) -> None:
+def curate(engine: Engine, folder: Path, judge: Judge, listener: RunListener) -> None:
     """Score all pairs with the judge, apply the gates, and write pairs.jsonl, the counts and a picture of the first pairs.
 
     Raises InputError if no pair is kept.
     """
     settings, rows = settings_of(engine), candidates(engine)
-    scored, gates = scores(engine, folder, rows, listener)
+    scored, gates = scores(engine, folder, rows, judge, listener)
     reasons = [gates.rejection(Verdict(row.same, row.text), row.copy, row.cut) for row in scored]  # type: ignore[arg-type]
     judged = [replace(row, kept=reason is None, reason=reason or row.reason) for row, reason in zip(scored, reasons, strict=True)]
     write_rows(folder, judged)
@@ -219,14 +220,27 @@ class Unjudged:
         return [Verdict(0.0, 0.0)] * len(pairs)
 
 
-def scores(engine: Engine, folder: Path, rows: Sequence[PairRow], listener: RunListener) -> tuple[list[PairRow], Gates]:
-    """Return the pairs with their scores, and the gates. Scores that an earlier call has written are not computed again."""
-    settings, model = settings_of(engine), engine.sampler.model
+def judge_options(settings: SelfDistillationSettings) -> dict[str, str | None]:
+    """Return the options of the judge by name: those that it has, and others that are given, which `open_judge` refuses."""
     options = {"model": settings.judge_model or None, "url": settings.judge_url or None}
-    options = {name: value for name, value in options.items() if name in JUDGES.get(settings.judge, ()) or value}
-    file = folder / f"scores-{settings.judge}-{digest(sorted(options.items()))}.jsonl"
+    return {name: value for name, value in options.items() if name in JUDGES.get(settings.judge, ()) or value}
+
+
+def opened_judge(engine: Engine) -> Judge:
+    """Return the judge of a run. Raises UsageError or InputError if it cannot be opened."""
+    settings = settings_of(engine)
+    if settings.judge == "none":
+        return Unjudged()
+    return open_judge(settings.judge, engine.sampler.model, engine.device, **judge_options(settings))
+
+
+def scores(
+    engine: Engine, folder: Path, rows: Sequence[PairRow], judge: Judge, listener: RunListener
+) -> tuple[list[PairRow], Gates]:
+    """Return the pairs with their scores, and the gates. Scores that an earlier call has written are not computed again."""
+    settings = settings_of(engine)
+    file = folder / f"scores-{settings.judge}-{digest(sorted(judge_options(settings).items()))}.jsonl"
     known = read_scores(file)[: len(rows)]
-    judge = Unjudged() if settings.judge == "none" else open_judge(settings.judge, model, engine.device, **options)
     if len(known) < len(rows):
         with listener.progress(f"judge pairs ({settings.judge})", len(rows) - len(known), "pairs") as advance:
             for start in range(len(known), len(rows), UNIT):

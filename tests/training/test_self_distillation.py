@@ -298,6 +298,15 @@ def test_pairs_of_which_none_was_kept_and_damaged_folders_of_pairs_are_refused_i
         run(sd_folder, dataclasses.replace(tuning, steps=3), tuned)
 
 
+def test_a_judge_that_cannot_be_opened_is_refused_before_a_sheet_is_drawn(
+    sd_folder: Path, tuning: DistillConfig, tmp_path: Path
+) -> None:
+    asked = dataclasses.replace(SETTINGS, judge="http")
+    with pytest.raises(UsageError, match="the judge http needs url and model"):
+        run(sd_folder, dataclasses.replace(tuning, objective=asked), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.png"))
+
+
 def test_the_card_of_a_student_with_references_says_how_to_draw_with_it(tuned: Path, config: DistillConfig, tmp_path: Path) -> None:
     one_step = dataclasses.replace(config, teacher=str(tuned), data=str(tuned), steps=1)
     text = (run(tuned, one_step, tmp_path / "one").student / "README.md").read_text()
