@@ -245,7 +245,7 @@ class Networks:
     def clean(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         return [self.path.clean(value, x_t, batch.t) for value in self.predict(role, x_t, batch, *scales)]
 
-    def weights(self, batch: Batch, reference: float) -> Tensor:
+    def weights(self, reference: float) -> Tensor:
         engine = self._engine
         one = torch.ones(1, 1, 1, engine.frame_width, device=engine.device)
         return one if engine.layout is None else engine.layout.join(reference * one, one)

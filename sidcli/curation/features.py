@@ -46,8 +46,7 @@ class Relevance:
         """Return the latents [B, C, h, w] of images uint8 [H, W, 3] of any size, at the size of the teacher's images."""
         size = self.model.size
         fitted = [panel if panel.shape[:2] == size else crop_and_resize(panel, *size) for panel in panels]
-        pixels = torch.from_numpy(np.stack(fitted)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        return self.model.codec.to(self.device).encode(pixels)
+        return self.sampler.encode_images(fitted)
 
     def noised(self, x: Tensor, time: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_t, the noise in it [B, C, h, w] and the timesteps t [B] at a share of the path's timesteps."""

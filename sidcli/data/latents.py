@@ -131,7 +131,7 @@ class EncodedImages:
         for index, (pixels, mode, reason) in zip(indices, in_threads(self._read, indices), strict=True):
             advance(1)
             name = self.images.name(index)
-            latent = None if pixels is None else self._encoded(codec.encode, pixels)
+            latent = None if pixels is None else self._encoded(codec.encode_image, pixels)
             if pixels is None or latent is None:
                 skipped.append((name, reason or "the VAE's output is not finite"))
                 continue
@@ -153,12 +153,10 @@ class EncodedImages:
             return None, mode, f"{width} x {height} pixels, too small for {wanted_width} x {wanted_height}"
         return crop_and_resize(pixels, wanted_height, wanted_width), mode, ""
 
-    def _encoded(self, encode: Callable[[Tensor], Tensor], pixels: np.ndarray) -> Tensor | None:
+    def _encoded(self, encode: Callable[[np.ndarray], Tensor], pixels: np.ndarray) -> Tensor | None:
         """Return a latent [1, C, h, w], or None if it is not finite. Images are encoded one at a time: the result does not depend
         on a batch size, and memory stays small."""
-        image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            latent = encode(image).cpu()
+        latent = encode(pixels).cpu()
         return latent if latent.isfinite().all() else None
 
 

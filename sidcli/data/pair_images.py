@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ class PairImages:
         codec, found = self.model.codec.to(self.device), []
         pixels = [image for pair in self._read(indices) for image in pair]
         for start in range(0, len(pixels), 2):
-            encoded = [self._encoded(codec, image) for image in pixels[start : start + 2]]
+            encoded = [codec.encode_image(crop_and_resize(image, *self.model.size)).cpu() for image in pixels[start : start + 2]]
             found.append(torch.cat(encoded, -1))
             advance(1)
         return torch.cat([torch.empty(0, *self.shape), *found]), Unit(tuple(indices), digest([image.tobytes() for image in pixels]))
@@ -83,9 +82,3 @@ class PairImages:
         for index in indices:
             first, second = panels(self.folder, self.rows[index // 2])
             yield (second, first) if index % 2 else (first, second)
-
-    @torch.no_grad()
-    def _encoded(self, codec: Any, image: np.ndarray) -> torch.Tensor:
-        resized = crop_and_resize(image, *self.model.size)
-        pixels = torch.from_numpy(resized.copy()).to(self.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-        return codec.encode(pixels).cpu()  # type: ignore[no-any-return]

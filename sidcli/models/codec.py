@@ -60,6 +60,12 @@ class Codec:
         mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.float()
         return (mean - self.shift) * self.scale
 
+    @torch.no_grad()
+    def encode_image(self, pixels: np.ndarray) -> Tensor:
+        """Return the latent [1, C, h, w] of an image uint8 [H, W, 3], on the VAE's device."""
+        image = torch.tensor(pixels, device=self.vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return self.encode(image)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] to images float32 [B, 3, H, W] in 0..1. A value that is not finite becomes NaN."""
         value = latents / self.scale

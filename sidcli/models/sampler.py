@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -79,12 +79,10 @@ class Sampler:
             return few_steps(predict, noise.__getitem__, self.model.path, plan.grid, plan.renoise)
         return many_steps(predict, noise[0], self.model.path, plan.steps)
 
-    @torch.no_grad()
-    def encode_images(self, images: np.ndarray) -> Tensor:
-        """Return the latents [B, C, h, w] of images uint8 [B, H, W, 3], on the device. The result does not depend on the batch."""
-        pixels = torch.tensor(images, device=self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def encode_images(self, images: Iterable[np.ndarray]) -> Tensor:
+        """Return the latents [B, C, h, w] of B images uint8 [H, W, 3], on the device. The result does not depend on the batch."""
         codec = self.model.codec.to(self.device)
-        return torch.cat([codec.encode(one[None]) for one in pixels])
+        return torch.cat([codec.encode_image(image) for image in images])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:

@@ -205,7 +205,7 @@ class Networks(Protocol):
     def clean(self, role: str, x_t: Tensor, batch: Batch, *scales: float) -> list[Tensor]:
         """Return the clean latent [B, C, h, w] that a network predicts from x_t, one tensor for each guidance scale."""
 
-    def weights(self, batch: Batch, reference: float) -> Tensor:
+    def weights(self, reference: float) -> Tensor:
         """Return the weight [1, 1, 1, w] of each column of the generator's samples in a loss: `reference` for the columns of the
         reference image, if the samples have them, and 1 for all others."""
 

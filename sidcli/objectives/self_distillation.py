@@ -137,7 +137,7 @@ class SelfDistillation(Objective):
         `reference_weight`. It is the loss of the two-frame video of section 3.2.
         """
         assert batch.samples is not None
-        weight = nets.path.noise_weight(batch.t) * nets.weights(batch, self.settings.reference_weight)
+        weight = nets.path.noise_weight(batch.t) * nets.weights(self.settings.reference_weight)
         difference = noise - batch.noise
         loss = (weight * difference.square()).sum() / batch.size
         return difference * (2.0 * weight / batch.size), {"generator_loss": loss, "sample_std": spread(batch.samples, batch)}

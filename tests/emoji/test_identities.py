@@ -36,7 +36,7 @@ def test_captions_of_sheets_name_all_backgrounds_and_no_identity() -> None:
     for index in range(50):
         sheet = identities.sheet(1, index, 4)
         text = identities.sheet_caption(sheet.noun, sheet.colors)
-        assert text.count(" on ") == 4 and text == identities.sheet_caption(sheet.noun, sheet.colors)
+        assert [text.index(f"on {color}") for color in sheet.colors] == sorted(text.index(f"on {color}") for color in sheet.colors)
 
 
 def test_a_sheet_is_its_panels_side_by_side_and_each_attribute_changes_the_image() -> None:

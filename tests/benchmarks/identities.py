@@ -1,0 +1,82 @@
+"""Measure the reader of identities on true images, and a teacher of sheets with it.
+
+python -m tests.benchmarks.identities                             (the reader, also on images that went through the VAE)
+python -m tests.benchmarks.identities --teacher build/emoji/sheets    (also sheets of two panels that this teacher draws)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sidcli.emoji import identities, world
+from sidcli.metrics.reader import ReaderFeatures
+from sidcli.models.drawing import Plan
+from sidcli.models.loading import load
+from sidcli.models.sampler import Sampler
+from sidcli.models.sources import find
+from sidcli.randomness import normal
+
+BATCH = 16
+CPU = torch.device("cpu")
+
+
+def told(title: str, shares: dict[str, np.ndarray]) -> None:
+    print(title, ", ".join(f"{name} {100 * np.mean(hits):.1f} %" for name, hits in shares.items()), flush=True)
+
+
+def measure_reader(count: int) -> None:
+    """Print the accuracy of the reader on panels with identities for evaluation, and on the same panels after the VAE."""
+    panels = [identities.unknown(index).panels[1] for index in range(count)]
+    pixels = np.stack([identities.render(panel) for panel in panels])
+    sampler = Sampler(load(find("emoji-teacher")), CPU)
+    decoded = sampler.decode(sampler.encode_images(pixels), [""] * count, range(count))
+    for title, images in (("true images:", pixels), ("after the VAE:", decoded)):
+        seen = ReaderFeatures()(list(images))
+        wanted = np.array([(world.NOUN_LIST.index(one.noun), world.COLOR_LIST.index(one.color), *one.identity) for one in panels])
+        told(title, {"identity": (seen == wanted)[:, 2:].all(1), "noun": seen[:, 0] == wanted[:, 0]})
+
+
+def measure_sheets(name: str, count: int, steps: int, guidance: float) -> None:
+    """Print how often sheets of a teacher show the noun, both backgrounds, and one identity in both panels."""
+    sampler, reader = Sampler(load(find(name)), CPU), ReaderFeatures()
+    sheets = [identities.sheet(world.PROMPT_SEED, index, 2) for index in range(count)]
+    channels, height, width = sampler.model.latent_shape
+    panels: list[Sequence[np.ndarray]] = []
+    for start in range(0, count, BATCH):
+        part = range(start, min(start + BATCH, count))
+        texts = [identities.sheet_caption(sheets[index].noun, sheets[index].colors) for index in part]
+        noise = normal((channels, height, 2 * width), 0, "benchmark of sheets", 0, part)
+        images = sampler.decode(sampler.latents(texts, [noise], Plan(steps, guidance)), texts, part)
+        panels += [np.split(image, 2, axis=1) for image in images]
+    left, right = (reader([pair[place] for pair in panels]) for place in (0, 1))
+    nouns = np.array([world.NOUN_LIST.index(sheet.noun) for sheet in sheets])
+    colors = np.array([[world.COLOR_LIST.index(color) for color in sheet.colors] for sheet in sheets])
+    told(
+        f"{count} sheets, {steps} steps, guidance {guidance:g}:",
+        {
+            "noun in the left panel": left[:, 0] == nouns,
+            "both backgrounds": (left[:, 1] == colors[:, 0]) & (right[:, 1] == colors[:, 1]),
+            "one identity in both panels": (left[:, 2:] == right[:, 2:]).all(1),
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=400, help="true images; default: 400")
+    parser.add_argument("--teacher", help="folder of a teacher of sheets")
+    parser.add_argument("--sheets", type=int, default=48, help="sheets to draw; default: 48")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    options = parser.parse_args()
+    measure_reader(options.num)
+    if options.teacher:
+        measure_sheets(options.teacher, options.sheets, options.steps, options.guidance)
+
+
+if __name__ == "__main__":
+    main()
