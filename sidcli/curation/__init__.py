@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from sidcli.models.loading import Model
 
 JUDGES: dict[str, tuple[str, ...]] = {
-    "features": ("seed",),
+    "features": (),
     "clip": ("model",),
-    "dino": ("model", "seed"),
+    "dino": ("model",),
     "vlm": ("model",),
-    "http": ("url", "model", "seconds", "parallel"),
+    "http": ("url", "model"),
     "oracle": (),
 }
 """Judge -> its options; see the class in its module."""

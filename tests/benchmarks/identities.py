@@ -1,6 +1,7 @@
-"""Measure the reader of identities on true images, and a teacher of sheets with it.
+"""Measure the reader of identities on true images, judges on true pairs, and a teacher of sheets with the reader.
 
 python -m tests.benchmarks.identities                             (the reader, also on images that went through the VAE)
+python -m tests.benchmarks.identities --judges                    (also judges on 300 true pairs, half of them of two identities)
 python -m tests.benchmarks.identities --teacher build/emoji/sheets    (also sheets of two panels that this teacher draws)
 """
 
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sidcli.curation import open_judge
+from sidcli.curation.agreement import agreement, auc, calibrated
 from sidcli.emoji import identities, world
 from sidcli.metrics.reader import ReaderFeatures
 from sidcli.models.drawing import Plan
@@ -19,6 +22,7 @@ from sidcli.models.loading import load
 from sidcli.models.sampler import Sampler
 from sidcli.models.sources import find
 from sidcli.randomness import normal
+from tests.curation.rendered import rendered
 
 BATCH = 16
 CPU = torch.device("cpu")
@@ -38,6 +42,26 @@ def measure_reader(count: int) -> None:
         seen = ReaderFeatures()(list(images))
         wanted = np.array([(world.NOUN_LIST.index(one.noun), world.COLOR_LIST.index(one.color), *one.identity) for one in panels])
         told(title, {"identity": (seen == wanted)[:, 2:].all(1), "noun": seen[:, 0] == wanted[:, 0]})
+
+
+def measure_judges(count: int) -> None:
+    """Print for each judge how well its score of one subject separates pairs, and its threshold with the best F1 score.
+
+    Thresholds of this benchmark are set on the pairs of seed 7 and applied to those of seed 8.
+    """
+    teacher = load(find("emoji-teacher"))
+    (tuned, truth), (checked, known) = rendered(count, 7), rendered(count, 8)
+    for name in ("features", "clip", "oracle"):
+        judge = open_judge(name, teacher, CPU)
+        own, others = ([verdict.same for verdict in judge.judge(pairs)] for pairs in (tuned, checked))
+        level = calibrated(own, truth)
+        found = agreement([score >= level for score in others], known)
+        assert found.precision and found.recall
+        print(
+            f"{name}: AUC {auc(own, truth):.3f} and {auc(others, known):.3f}; threshold {level:.3f}: "
+            f"precision {found.precision.value:.3f}, recall {found.recall.value:.3f}",
+            flush=True,
+        )
 
 
 def measure_sheets(name: str, count: int, steps: int, guidance: float) -> None:
@@ -68,12 +92,16 @@ def measure_sheets(name: str, count: int, steps: int, guidance: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=400, help="true images; default: 400")
+    parser.add_argument("--judges", action="store_true", help="measure judges, too")
+    parser.add_argument("--pairs", type=int, default=300, help="pairs for each seed of --judges; default: 300")
     parser.add_argument("--teacher", help="folder of a teacher of sheets")
     parser.add_argument("--sheets", type=int, default=48, help="sheets to draw; default: 48")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args()
     measure_reader(options.num)
+    if options.judges:
+        measure_judges(options.pairs)
     if options.teacher:
         measure_sheets(options.teacher, options.sheets, options.steps, options.guidance)
 

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from sidcli.curation import endpoint, open_judge
+from sidcli.curation import endpoint
 from sidcli.curation.endpoint import HttpJudge, address
 from sidcli.curation.judge import Judge
 from sidcli.errors import EnvironmentProblem, UsageError
@@ -128,7 +127,7 @@ def serve() -> Iterator[Serve]:
 
 
 def judge_at(served: Endpoint, seconds: float = 20.0, parallel: int = 1) -> Judge:
-    return open_judge("http", None, torch.device("cpu"), url=served.url, model="some-vlm", seconds=seconds, parallel=parallel)
+    return HttpJudge(served.url, "some-vlm", seconds, parallel)
 
 
 def test_three_questions_are_asked_as_the_protocol_says(serve: Serve) -> None:
