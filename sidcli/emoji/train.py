@@ -462,6 +462,9 @@ def main() -> None:
             options.add_argument("--lr", type=float, help="highest learning rate; default: 5e-4")
         if name == "sheets":
             length.add_argument("--seconds", type=float, help="train for this time instead of --steps")
+            options.add_argument("--device", help="default: cpu")
+            options.add_argument("--batch", type=int, help="panels per step; default: 32")
+            options.add_argument("--lr", type=float, help="highest learning rate; default: 1e-3")
     given = vars(parser.parse_args())
     torch.manual_seed(0)  # for the initial weights; all later random numbers come from sidcli.randomness
     parts[given.pop("part")][0](**given)

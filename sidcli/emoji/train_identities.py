@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -89,14 +91,38 @@ def panels_at(step: int) -> Panels:
     return 1
 
 
-def pixels_of(sheets: Sequence[Sheet]) -> Tensor:
-    """Return the images of sheets as float32 [B, 3, H, W] in -1..1."""
-    drawn = np.stack([identities.render_sheet(picture) for picture in sheets])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def drawn_at(step: int, batch: int) -> np.ndarray:
+    """Return the images of the sheets of a training step, uint8 [B, H, W, 3]. It computes without torch, as forked processes must."""
+    return np.stack([identities.render_sheet(picture) for picture in sheets_at(step, batch)])
+
+
+class Ahead:
+    """The images of the sheets of consecutive steps, which all cores but one draw before they are needed.
+
+    Create it before CUDA is used: its processes are forks of this one.
+    """
+
+    def __init__(self, batch: int):
+        count = max(1, (os.cpu_count() or 1) - 1)
+        self.cores, self.batch, self.depth = ProcessPoolExecutor(count), batch, 2 * count
+        self.waiting: dict[int, Future[np.ndarray]] = {}
+
+    def at(self, step: int) -> np.ndarray:
+        """Return the images of a step, uint8 [B, H, W, 3], and start on those of the next steps."""
+        for coming in range(step, step + self.depth):
+            if coming not in self.waiting:
+                self.waiting[coming] = self.cores.submit(drawn_at, coming, self.batch)
+        return self.waiting.pop(step).result()
 
 
 def train_sheets(
-    output: Path, steps: int, batch: int = 32, start: Path = WEIGHTS / "teacher", lr: float = 1e-3, seconds: float | None = None
+    output: Path,
+    steps: int,
+    batch: int = 32,
+    start: Path = WEIGHTS / "teacher",
+    lr: float = 1e-3,
+    seconds: float | None = None,
+    device: str = "cpu",
 ) -> None:
     """Train the teacher in the folder `start` to draw identities and sheets, and write it in half precision to `output`/sheets.
 
@@ -104,16 +130,17 @@ def train_sheets(
     need. Raises InputError if `start` is not a teacher of the emoji world that predicts epsilon, or if `output` holds a training with other
     settings.
     """
+    place, ahead = torch.device(device), Ahead(batch)
     teacher = load(Source("teacher", start, str(start)))
     path = teacher.path
     if teacher.is_student or not teacher.is_emoji or path.prediction != "epsilon" or not isinstance(path, DiscretePath):
         raise InputError(f"{start} is not a teacher of the emoji world that predicts epsilon", "leave --start out")
     fit.check_same(output / "sheets.json", {"start": fingerprint(teacher.source), "batch": batch, "lr": lr})
     began = time.monotonic()
-    unet, codec = teacher.denoiser.requires_grad_(True), Codec(teacher.vae)
-    encoder, tokenizer = teacher.text_encoders[0].requires_grad_(True), teacher.tokenizers[0]
+    unet, codec = teacher.denoiser.to(place).requires_grad_(True), Codec(teacher.vae.to(place))
+    encoder, tokenizer = teacher.text_encoders[0].to(place).requires_grad_(True), teacher.tokenizers[0]
     networks = nn.ModuleDict({"unet": unet, "text": encoder})
-    abar = path.abar.float()
+    abar = path.abar.float().to(place)
     snr = abar / (1.0 - abar)
     weight = snr.clamp(max=5.0) / snr
 
@@ -125,22 +152,23 @@ def train_sheets(
         texts = [
             "" if drop else text for text, drop in zip(texts, (torch.rand(count, generator=drawn) < 0.1).tolist(), strict=True)
         ]
+        pixels = torch.from_numpy(ahead.at(step)).to(place).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         with torch.no_grad(), fit.half_precision():
-            x = codec.encode(pixels_of(sheets)).float()
+            x = codec.encode(pixels).float()
         # One timestep from each of `count` equal intervals, in random order, as in `train.train_teacher`.
         t = ((torch.arange(count) + torch.rand(count, generator=drawn)) * (1000 / count)).long().clamp(max=999)
-        t = t[torch.randperm(count, generator=drawn)]
-        noise = torch.randn(x.shape, generator=drawn)
+        t = t[torch.randperm(count, generator=drawn)].to(place)
+        noise = torch.randn(x.shape, generator=drawn).to(place)
         a = abar[t].view(-1, 1, 1, 1)
         with fit.half_precision():
-            states = encoder(models.tokens(tokenizer, texts)).last_hidden_state
+            states = encoder(models.tokens(tokenizer, texts).to(place)).last_hidden_state
             predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
         error = (predicted - noise).square().mean((1, 2, 3))
         weighted = (weight[t] * error).mean()
         return weighted, {"mse": error.mean().detach(), f"weighted_{panels_at(step)}": weighted.detach()}
 
     def probe() -> str:
-        sampler = Sampler(teacher, torch.device("cpu"))
+        sampler = Sampler(teacher, place)
         shown = [identities.sheet(world.PROMPT_SEED, index, 2) for index in range(24)]
         texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in shown]
         noise = normal((4, 16, 32), 0, "sheets probe", 0, range(len(shown)))

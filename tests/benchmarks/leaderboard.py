@@ -1,7 +1,7 @@
 """Train each objective on the emoji teacher with equal FLOPs and several seeds, measure every student, and write one table and one picture.
 
-    python tests/benchmarks/leaderboard.py --tflops 60 --seeds 0 1 2
-    python tests/benchmarks/leaderboard.py --device cuda --beside 12 --batch-size 64 --lr 2e-4 --tflops 100 --minutes 6.5
+    python -m tests.benchmarks.leaderboard --tflops 60 --seeds 0 1 2
+    python -m tests.benchmarks.leaderboard --device cuda --beside 12 --batch-size 64 --lr 2e-4 --tflops 100 --minutes 6.5
 
 A cell is one objective with one seed: `sid distill`, as many steps as the FLOPs allow according to `sid distill --dry-run`, and `sid eval`.
 Where the teacher draws images before a training, these take half of the FLOPs. Each cell is a line of results/leaderboard.jsonl as soon as
@@ -17,10 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -32,6 +29,7 @@ from PIL import Image
 
 from sidcli.cli import main as run_command
 from sidcli.emoji import world
+from tests.benchmarks.beside import Task, run_beside
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER, TEACHER_STEPS = "emoji-teacher", 20
@@ -187,29 +185,20 @@ def run_cells(entries: Sequence[Entry], given: argparse.Namespace) -> list[str]:
 
     No cell starts after `minutes`. The first process draws the teacher's images, which every measurement needs.
     """
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     present = {(row["objective"], row["seed"]) for row in rows_of(given, entries)}
-    queue = [(entry.name, str(seed)) for seed in given.seeds for entry in entries if (entry.name, seed) not in present]
-    queue = [("", ""), *queue] if queue else []
-    until, failed = time.monotonic() + 60 * given.minutes, []
-    working: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
-    while working or (queue and time.monotonic() < until):
-        while queue and len(working) < given.beside and time.monotonic() < until:
-            name, seed = queue.pop(0)
-            command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, seed]
-            working[name, seed] = subprocess.Popen(command, env=environment)
-        time.sleep(0.2)
-        for (name, seed), process in list(working.items()):
-            if process.poll() is None:
-                continue
-            del working[name, seed]
-            if process.returncode:
-                failed.append(f"{name or TEACHER} {seed}".strip())
-            elif name:
-                print(table(rows_of(given, entries)), flush=True)
-    if queue:
-        print(f"not started within {given.minutes:g} minutes: {sum(name != '' for name, _ in queue)} cells")
+    cells = [(entry.name, str(seed)) for seed in given.seeds for entry in entries if (entry.name, seed) not in present]
+    this = (sys.executable, __file__, *sys.argv[1:], "--cell")
+    tasks = [Task(" ".join(cell), (*this, *cell)) for cell in cells]
+    if tasks:
+        tasks.insert(0, Task(TEACHER, (*this, "", "")))
+
+    def show(name: str) -> None:
+        if name != TEACHER:
+            print(table(rows_of(given, entries)), flush=True)
+
+    failed, left = run_beside(tasks, given.beside, given.minutes, show=show)
+    if left:
+        print(f"not started within {given.minutes:g} minutes: {sum(name != TEACHER for name in left)} cells")
     return failed
 
 

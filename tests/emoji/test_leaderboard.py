@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import leaderboard
+from tests.benchmarks import beside, leaderboard
 from tests.benchmarks.leaderboard import Entry
 
 ENTRIES = (Entry("sid", ("--objective", "sid")), Entry("vsd", ("--objective", "vsd")))
@@ -49,8 +49,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
                     rows.write(row(self.name, int(self.seed)))
             return self.returncode
 
-    monkeypatch.setattr(leaderboard.subprocess, "Popen", Process)
-    monkeypatch.setattr(leaderboard.time, "sleep", lambda _: None)
+    monkeypatch.setattr(beside.subprocess, "Popen", Process)
+    monkeypatch.setattr(beside.time, "sleep", lambda _: None)
     return order
 
 

@@ -11,6 +11,7 @@ from tests.gpu import visit as module
 from tests.gpu.record import read
 
 TRAIN, MEASURE, BOARD = "sidcli.emoji.train", "tests.gpu.measure", "tests.benchmarks.leaderboard"
+SUBJECTS = "tests.benchmarks.subjects"
 
 
 class Visit(module.Visit):
@@ -20,7 +21,12 @@ class Visit(module.Visit):
 
     def start(self, name: str, *arguments: object) -> subprocess.Popen[bytes]:
         self.asked = [*getattr(self, "asked", []), (name, *map(str, arguments))]
-        if name == TRAIN:
+        if name == TRAIN and arguments[0] == "sheets":
+            for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+                file = Path(str(arguments[2])) / f"sheets/{part}.safetensors"
+                file.parent.mkdir(parents=True)
+                file.write_text(part)
+        elif name == TRAIN:
             folder = Path(str(arguments[2]))
             (folder / "teacher-more/unet").mkdir(parents=True)
             (folder / "teacher-more/unet/diffusion_pytorch_model.safetensors").write_text("weights")
@@ -71,3 +77,23 @@ def test_no_cell_of_the_leaderboard_starts_when_too_little_time_is_left_to_end_i
     assert words[0] == BOARD and "--beside" in words
     assert float(words[words.index("--minutes") + 1]) == pytest.approx((540 - module.LAST_CELLS) / 60, abs=0.1)
     assert words[words.index("--output") + 1] == str(visit.output / "leaderboard.jsonl")
+
+
+def test_the_teacher_of_sheets_is_kept_and_then_tuned(visit: Visit) -> None:
+    visit.tune_subjects()
+    training, rows = visit.asked
+    assert training[:2] == (TRAIN, "sheets") and rows[0] == SUBJECTS
+    assert float(training[training.index("--seconds") + 1]) == pytest.approx(540 * module.SHEETS_SHARE, abs=5)
+    assert rows[rows.index("--teacher") + 1] == str(Path(training[3]) / "sheets")
+    assert rows[rows.index("--output") + 1] == str(visit.output / "subjects.jsonl")
+    kept = {file.name: file.read_text() for file in visit.output.glob("sheets-*.safetensors")}
+    assert kept == {
+        "sheets-unet.safetensors": "unet/diffusion_pytorch_model",
+        "sheets-text.safetensors": "text_encoder/model",
+    }
+
+
+def test_a_teacher_of_sheets_whose_training_failed_is_not_tuned(visit: Visit) -> None:
+    visit.command = ("false",)
+    visit.tune_subjects()
+    assert [words[0] for words in visit.asked] == [TRAIN]

@@ -5,9 +5,11 @@
     python -m tests.gpu.visit --only right fast     # some parts
     python -m tests.gpu.visit --only teacher        # the emoji teacher is trained further and measured; needs a visit of its own
     python -m tests.gpu.visit --only leaderboard    # every objective with equal FLOPs; needs a visit of its own
+    python -m tests.gpu.visit --only subjects       # Diffusion Self-Distillation, from sheets to one step; needs a visit of its own
 
-The part `teacher` writes the UNet to OUTPUT/teacher.safetensors, the part `leaderboard` its rows to OUTPUT/leaderboard.jsonl. Rows
-that are there from an earlier visit are kept, and their cells are not repeated.
+The part `teacher` writes the UNet to OUTPUT/teacher.safetensors, the part `subjects` the UNet and the text encoder of the teacher of
+sheets to OUTPUT/sheets-*.safetensors. The parts `leaderboard` and `subjects` write rows to OUTPUT/leaderboard.jsonl and
+OUTPUT/subjects.jsonl. Rows that are there from an earlier visit are kept, and their cells are not repeated.
 
 Each result is appended to OUTPUT/visit.jsonl as soon as it is there; a part that fails or runs out of time does not stop the others.
 At the end a table goes to stdout and to OUTPUT/visit.md, and the students that were trained to OUTPUT/*.safetensors.
@@ -48,6 +50,10 @@ LEADERBOARD = ("--tflops", 100, "--batch-size", 64, "--lr", 2e-4, "--beside", 12
 """At batch size 64, an update of sid takes about 50 ms of an H200's time, and 250 ms of a CPU core's to launch it: from six cells
 upward the GPU is busy. 100 TFLOP are about 120 updates of sid. With twelve cells at a time, a cell takes 110 s on an H200 (start and
 measurement 35 s), so that 45 cells end within seven minutes; 130 s on an H100."""
+SHEETS = ("--batch", 256, "--lr", 1e-3)
+SHEETS_SHARE = 0.4
+"""Share of a visit in which the teacher of sheets is trained."""
+SUBJECTS = ("--sheets", 4000, "--steps", 2000, "--student-steps", 1500, "--batch-size", 32, "--num", 1000, "--beside", 8)
 LAST_CELLS = 130.0
 """Seconds before the end of the visit at which the last cells of the leaderboard start."""
 
@@ -201,6 +207,26 @@ class Visit:
         record = {"part": "leaderboard", "name": "rows", "event": "done", "ok": is_done or None, "bound": "", "values": values}
         append(self.file, record | {"seconds": round(time.monotonic() - started, 1)})
 
+    def tune_subjects(self) -> None:
+        """Train the teacher of sheets, keep it, and measure judges, tuned models and their one-step students."""
+        folder, started = Path(tempfile.mkdtemp()), time.monotonic()
+        os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
+        seconds = 8.0 if self.smoke else SHEETS_SHARE * self.left()
+        arguments = ("--output", folder, "--device", self.device, "--seconds", seconds)
+        training = self.start("sidcli.emoji.train", "sheets", *arguments, *(("--batch", 8) if self.smoke else SHEETS))
+        if not self.finish(training, "subjects", "training", self.deadline - 10):
+            return
+        shutil.copy(folder / "sheets/unet/diffusion_pytorch_model.safetensors", self.output / "sheets-unet.safetensors")
+        shutil.copy(folder / "sheets/text_encoder/model.safetensors", self.output / "sheets-text.safetensors")
+        file = self.output / "subjects.jsonl"
+        place = ("--teacher", folder / "sheets", "--device", self.device, "--output", file, "--runs", tempfile.mkdtemp())
+        tiny = ("--sheets", 16, "--sheet-steps", 2, "--steps", 2, "--student-steps", 2, "--batch-size", 2, "--num", 4)
+        minutes = (self.left() - LAST_CELLS / 2) / 60
+        table = self.start("tests.benchmarks.subjects", *place, "--minutes", minutes, *(tiny if self.smoke else SUBJECTS))
+        is_done = self.finish(table, "subjects", "rows", self.deadline - 5)
+        record = {"part": "subjects", "name": "rows", "event": "done", "ok": is_done or None, "bound": ""}
+        append(self.file, record | {"values": {"rows": len(read(file))}, "seconds": round(time.monotonic() - started, 1)})
+
     def keep(self, students: Sequence[Path]) -> None:
         """Copy these students to the output, in place of those copied before."""
         for old in self.output.glob("*.safetensors"):
@@ -229,7 +255,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parts = ("right", "fast", "strong", "teacher", "leaderboard")
+    parts = ("right", "fast", "strong", "teacher", "leaderboard", "subjects")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts[:3], help="default: right fast strong")
     parser.add_argument("--checks", nargs="+", help="only these checks of the first two parts")
     parser.add_argument("--without", nargs="+", default=[], help="all but these checks")
@@ -268,6 +294,8 @@ def main() -> None:
         visit.train_teacher(8.0 if given.smoke else min(given.seconds, visit.left() - GUIDANCE - 40))
     if "leaderboard" in given.only:
         visit.fill_leaderboard()
+    if "subjects" in given.only:
+        visit.tune_subjects()
     visit.quiet.touch()
     if compiling:
         try:

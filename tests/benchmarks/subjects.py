@@ -1,0 +1,221 @@
+"""Pairs of a teacher of sheets, the judges of these pairs, models tuned on them, and one-step students: one table of all of them.
+
+    python -m sidcli.emoji.train sheets --output build/emoji
+    python -m tests.benchmarks.subjects --teacher build/emoji/sheets
+    python -m tests.benchmarks.subjects --teacher build/emoji/sheets --device cuda --beside 6
+
+The teacher draws its sheets once; every judge scores the same pairs. A row of results/subjects.jsonl is a judge with its yield, precision
+and recall against the oracle, or a model with its identity, text and copy scores. A row that is there is not measured again, and an
+interrupted run continues: its trainings are runs of `sid distill`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidcli import objectives
+from sidcli.cli.console import Console, DistillProgress
+from sidcli.data.prompts import open_prompts
+from sidcli.devices import pick_device
+from sidcli.engine import Engine
+from sidcli.errors import InputError
+from sidcli.models.loading import load
+from sidcli.models.sources import find, fingerprint
+from sidcli.settings import DistillConfig
+from sidcli.training import pairs
+from tests.benchmarks.beside import Task, run_beside
+from tests.benchmarks.leaderboard import RESULTS, sid
+
+JUDGES = ("none", "oracle", "features", "clip")
+"""The first one draws the sheets of all."""
+METRICS = ("identity", "subject_text", "copy")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table. `after` names the cell that must have ended before this one starts."""
+
+    name: str
+    kind: str
+    options: tuple[str, ...] = ()
+    after: str = ""
+
+
+def judged(judge: str) -> Cell:
+    return Cell(f"judge {judge}", "judge", (judge,), "" if judge == JUDGES[0] else f"judge {JUDGES[0]}")
+
+
+def tuned(layout: str, judge: str) -> Cell:
+    return Cell(f"{layout}, pairs of {judge}", "tuned", (layout, judge), f"judge {judge}")
+
+
+def student(objective: str, teacher: Cell) -> Cell:
+    return Cell(f"one step by {objective}", "student", (objective, teacher.name), teacher.name)
+
+
+BEST = tuned("frames", "oracle")
+CELLS = (
+    *map(judged, JUDGES),
+    Cell("text only", "teacher"),
+    BEST,
+    tuned("frames", "clip"),
+    tuned("frames", "none"),
+    tuned("diptych", "oracle"),
+    tuned("channels", "oracle"),
+    student("sid", BEST),
+    student("dmd2", BEST),
+)
+
+
+def folder_of(name: str, given: argparse.Namespace) -> Path:
+    plain = "".join(c if c.isalnum() else "-" for c in name)
+    return given.runs / plain
+
+
+def judge_pairs(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
+    """Judge the pairs of all sheets, which the first judge draws, and return what `curation.json` says.
+
+    Pairs are written as a run of `sid distill` writes them, without a training.
+    """
+    folder, first = folder_of(cell.name, given), folder_of(f"judge {JUDGES[0]}", given)
+    if folder != first and not (folder / "sheets.json").exists():
+        shutil.copytree(first / "sheets", folder / "sheets", dirs_exist_ok=True)
+        shutil.copy(first / "sheets.json", folder)
+    settings = objectives.SelfDistillation.Settings(
+        judge=cell.options[0], sheets=given.sheets, sheet_steps=given.sheet_steps, sheet_guidance=given.sheet_guidance
+    )
+    config = DistillConfig(teacher=given.teacher, prompts="emoji", objective=settings, precision=given.precision)
+    teacher = load(find(given.teacher))
+    engine = Engine(teacher, config, open_prompts("emoji"), pick_device(given.device))
+    with suppress(InputError):  # no pair is kept: the counts say so, too
+        pairs.prepare(engine, folder, fingerprint(teacher.source), DistillProgress(Console()))
+    found = json.loads((folder / "curation.json").read_text(encoding="utf-8"))
+    return {"pairs": found["pairs"], "counts": found["counts"], **found["oracle"]}
+
+
+def train(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
+    """Tune a model, or distill one to a single step, and return its row."""
+    run, options = folder_of(cell.name, given), ["--batch-size", given.batch_size, "--device", given.device]
+    if cell.kind == "tuned":
+        layout, judge = cell.options
+        options += ["--teacher", given.teacher, "--objective", "self-distillation", "--steps", given.steps]
+        options += ["--set", f"layout={layout}", "--data", folder_of(f"judge {judge}", given)]
+    else:
+        objective, teacher = cell.options
+        options += ["--teacher", folder_of(teacher, given), "--objective", objective, "--steps", given.student_steps]
+    trained = sid("distill", *options, "--precision", given.precision, "-o", run)
+    seconds = json.loads((run / "run.json").read_text(encoding="utf-8"))["seconds"]
+    drawn = f"{run},steps={given.draw_steps}" if cell.kind == "tuned" else str(run)
+    return {"images": trained["images"], "seconds": seconds, **measured(drawn, given)}
+
+
+def measured(model: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Measure a model under the protocol of subjects, and return the values and intervals of its metrics."""
+    options = ("--protocol", "emoji-subjects", "--identity", "--num", given.num, "--batch-size", 64, "--device", given.device)
+    row = sid("eval", model, *options)["models"][-1]
+    metrics = {name: row["metrics"][name] for name in METRICS if name in row["metrics"]}
+    return {"drawn in": row["sampling"], **metrics}
+
+
+def row_of(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
+    if cell.kind == "judge":
+        values = judge_pairs(cell, given)
+    elif cell.kind == "teacher":
+        values = measured(f"{given.teacher},steps={given.draw_steps}", given)
+    else:
+        values = train(cell, given)
+    return {"name": cell.name, "kind": cell.kind, **settings_of(given), **values}
+
+
+def settings_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the rows of one table share."""
+    names = ("sheets", "sheet_steps", "sheet_guidance", "steps", "student_steps", "batch_size", "num", "draw_steps")
+    return {name: getattr(given, name) for name in names}
+
+
+def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of the output with these settings."""
+    if not given.output.exists():
+        return []
+    known = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()]
+    return [row for row in known if row.items() >= settings_of(given).items()]
+
+
+def run_cells(cells: Sequence[Cell], given: argparse.Namespace) -> list[str]:
+    """Run the cells that have no row yet, each in a process, `beside` at a time; return the names of those that failed."""
+    ended = [row["name"] for row in rows(given)]
+    tasks = [
+        Task(cell.name, (sys.executable, __file__, *sys.argv[1:], "--cell", cell.name), cell.after)
+        for cell in cells
+        if cell.name not in ended
+    ]
+    failed, left = run_beside(tasks, given.beside, given.minutes, ended, lambda _: print(table(rows(given)), flush=True))
+    if left:
+        print(f"not started: {', '.join(left)}")
+    return failed
+
+
+def shown(value: object) -> str:
+    if isinstance(value, dict):  # a metric with its interval
+        return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Return the tables of judges and of models as Markdown."""
+    lines = []
+    for kinds, columns in (
+        (("judge",), ("pairs", "good", "kept", "precision", "recall")),
+        (("teacher", "tuned", "student"), ("drawn in", *METRICS, "seconds")),
+    ):
+        own = [row for row in found if row["kind"] in kinds]
+        if own:
+            lines += [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+            lines += [f"| {row['name']} | {' | '.join(shown(row.get(column)) for column in columns)} |" for row in own]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="build/emoji/sheets", help="folder of the teacher of sheets")
+    parser.add_argument("--sheets", type=int, default=2000)
+    parser.add_argument("--sheet-steps", type=int, default=15)
+    parser.add_argument("--sheet-guidance", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=600, help="of a tuning")
+    parser.add_argument("--student-steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num", type=int, default=300, help="references of a measurement")
+    parser.add_argument("--only", nargs="+", help="names of rows; by default all")
+    parser.add_argument("--draw-steps", type=int, default=15, help="denoising steps of tuned models in a measurement")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--beside", type=int, default=1, help="rows at a time; more than one on a GPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no row starts after this time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/subjects"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "subjects.jsonl")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # what a process of its own computes
+    given = parser.parse_args()
+    if given.cell:
+        row = row_of(next(cell for cell in CELLS if cell.name == given.cell), given)
+        with given.output.open("a", encoding="utf-8") as results:
+            results.write(json.dumps(row) + "\n")
+        return
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    cells = [cell for cell in CELLS if given.only is None or cell.name in given.only]
+    failed = run_cells(cells, given)
+    print(table(rows(given)))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
