@@ -320,7 +320,7 @@ class Engine:
         self.arithmetic = arithmetic or default_arithmetic(config.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-        self.sampler = Sampler(teacher, self.device)
+        self.sampler = Sampler(dataclasses.replace(teacher, text_on_cpu=config.offload_text), self.device)
         self.path = teacher.path
         self.kind = teacher.kind
         self.teacher = self.sampler.denoiser
@@ -471,11 +471,21 @@ class Engine:
 
     def _batch(self, key: Key) -> Batch:
         """Return a micro-batch on the device, and start to draw the next micro-batch in a thread."""
-        drawn = (self._drawn.pop(key, None) or self._drawer.submit(self.draw_batch, *key)).result()
+        drawn = (self._drawn.pop(key, None) or self._drawer.submit(self._ahead, *key)).result()
         self._drawn.clear()
         following = self._next_key(key)
-        self._drawn[following] = self._drawer.submit(self.draw_batch, *following)
+        self._drawn[following] = self._drawer.submit(self._ahead, *following)
         return self._on_device(drawn)
+
+    def _ahead(self, inputs: Inputs, step: int, samples: Sequence[int]) -> Batch:
+        """Draw a micro-batch and, if the text encoders are in CPU memory, encode its prompts, while the device computes another one."""
+        drawn = self.draw_batch(inputs, step, samples)
+        return self._encoded(drawn) if self.config.offload_text else drawn
+
+    def _encoded(self, drawn: Batch) -> Batch:
+        """Return a batch with the cond of its prompts."""
+        real = None if drawn.real is None else self._encoded(drawn.real)
+        return dataclasses.replace(drawn, cond=self.sampler.encode(drawn.prompts), real=real)
 
     def _on_device(self, drawn: Batch) -> Batch:
         """Return a batch on the device, with the cond of its prompts."""
@@ -484,7 +494,7 @@ class Engine:
         samples = None if drawn.samples is None else drawn.samples.to(on)
         real = None if drawn.real is None else self._on_device(drawn.real)
         reference = None if drawn.reference is None else drawn.reference.to(on)
-        cond = self.sampler.encode(drawn.prompts).with_reference(reference)
+        cond = (drawn.cond or self.sampler.encode(drawn.prompts)).with_reference(reference)
         return dataclasses.replace(
             drawn, latents=latents, noise=noise, t=t, cond=cond, reference=reference, samples=samples, real=real
         )

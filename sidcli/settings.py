@@ -116,6 +116,8 @@ class DistillConfig:
     """Keep the weight average in CPU memory."""
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory."""
+    offload_text: bool = False
+    """Keep the text encoders in CPU memory, and encode prompts there."""
     compile: str = "auto"
     # Compilation of SD 1.5 did not finish within five minutes on an H200, and its speedup is not measured.
     """torch.compile; auto is off."""
@@ -167,6 +169,7 @@ MAY_CHANGE = frozenset(
         "split_backward",
         "offload_average",
         "offload_optimizer",
+        "offload_text",
         "compile",
         "shard",
     }
@@ -197,6 +200,7 @@ MEMORY: dict[str, dict[str, Any]] = {
         "split_backward": True,
         "offload_average": True,
         "offload_optimizer": True,
+        "offload_text": True,
         "teacher_bf16": True,
         "fake_lora": 64,
     },

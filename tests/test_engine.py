@@ -238,6 +238,16 @@ def test_every_memory_recipe_takes_a_step_in_every_precision(sd: Model, config: 
     assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
 
 
+def test_prompts_that_are_encoded_ahead_give_the_same_steps(sd_folder: Path, config: DistillConfig) -> None:
+    built = [
+        engine(load(find(str(sd_folder))), dataclasses.replace(config, micro_batch=2, offload_text=away)) for away in (False, True)
+    ]
+    for one in built * 2:
+        one.train_step()
+    here, ahead = (one.tensors()["generator"] for one in built)
+    assert all(torch.equal(value, ahead[name]) for name, value in here.items())
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
 def test_an_engine_loaded_from_its_tensors_goes_on_as_if_it_had_never_stopped(
     sd_folder: Path, config: DistillConfig, optimizer: str

@@ -47,6 +47,11 @@ class Cond:
         """Return the cond with states in contiguous memory; each layer that reads a view would copy it."""
         return replace(self, states=self.states.contiguous())
 
+    def to(self, device: torch.device) -> Cond:
+        """Return the cond on a device."""
+        added = {name: value.to(device) for name, value in self.added.items()}
+        return Cond(self.states.to(device), added, None if self.reference is None else self.reference.to(device))
+
     def with_reference(self, reference: Tensor | None) -> Cond:
         """Return the cond with other reference images [B, C, h, w], or with none."""
         return replace(self, reference=reference)

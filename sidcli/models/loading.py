@@ -142,6 +142,8 @@ class Model(Known):
     """Whether the empty prompt is encoded as zeros, as in SDXL."""
     texts: tuple[str, ...] = ()
     """Names of the text encoders; by default the first ones of the kind."""
+    text_on_cpu: bool = False
+    """Whether the text encoders stay in CPU memory and encode there, wherever the denoiser is."""
 
     def __post_init__(self) -> None:
         self.texts = self.texts or self.kind.texts[: len(self.text_encoders)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
 from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan, student_plan
-from sidcli.models.kind import doubly_guided
+from sidcli.models.kind import Cond, doubly_guided
 from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import check_sampling
 from sidcli.progress import Progress, counted, silent
 
 T_INIT = 625
 """Timestep of the one-step generator in the paper, with sigma / a = 2.5."""
+ENCODING = Lock()
+"""A training encodes prompts in a thread, and the tokenizers of transformers cannot be used by two threads at once."""
 TEACHER_STEPS = 50
 """Default number of steps of a teacher."""
 
@@ -40,8 +43,13 @@ class Sampler:
 
     def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.encode = model.kind.encoder(model, device)
+        self.text = model.kind.encoder(model, torch.device("cpu") if model.text_on_cpu else device)
         self.denoiser = model.denoiser.to(device)
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Return the cond of B prompts on the device."""
+        with ENCODING:
+            return self.text(prompts).to(self.device)
 
     def noise(self, seeds: Sequence[int], draws: int = 1) -> list[Tensor]:
         """Return `draws` tensors of standard normal latents [B, C, h, w] on the device, one seed per image."""
@@ -118,7 +126,7 @@ class Sampler:
 
     @property
     def truncated(self) -> int:
-        return self.encode.truncated
+        return self.text.truncated
 
 
 def untrained_plan(path: Path, steps: int) -> Plan:

@@ -499,6 +499,7 @@ def advice(config: DistillConfig) -> Iterator[None]:
             "--split-backward": not config.split_backward,
             "--offload-average": not config.offload_average,
             "--offload-optimizer": not config.offload_optimizer,
+            "--offload-text": not config.offload_text,
             "--memory 24gb or --memory 12gb": not config.fake_lora,
         }
         left = [name for name, helps in switches.items() if helps]

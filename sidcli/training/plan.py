@@ -457,7 +457,7 @@ def make(
     averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {
         "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
-        "text encoder": 4 * sizes.text,
+        "text encoder": 0 if config.offload_text else 4 * sizes.text,
         **{name.replace("_", " "): 4 * trained for name, (_, trained) in sizes.roles.items()},
         "gradients": max(4 * trained for _, trained in sizes.roles.values()),
         "optimizers": 0 if config.offload_optimizer else moments,
@@ -466,6 +466,7 @@ def make(
     }
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
+    away += 4 * sizes.text if config.offload_text else 0
     pace, peak = recorded_rate(output), sum(memory.values())
     once = forward_flops(sizes.denoiser, cond)
     flops = once * forwards_per_image(config, known)

@@ -71,6 +71,7 @@ OPTIONS = {
         "--split-backward --no-split-backward",
         "--offload-average --no-offload-average",
         "--offload-optimizer --no-offload-optimizer",
+        "--offload-text --no-offload-text",
         "--processes",
         "--shard --no-shard",
     ],

@@ -1,5 +1,7 @@
 """The codec and the UNet family on tiny pipelines."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from sidcli.models.codec import Codec
 from sidcli.models.kind import Cond, guided_predictions
 from sidcli.models.loading import Model
+from sidcli.models.sampler import Sampler
 from sidcli.models.unet import UNET
 
 
@@ -60,3 +63,11 @@ def test_blocks_are_the_networks_own_and_features_are_those_of_the_middle(name: 
     (found,) = collected
     assert found.shape[:2] == (2, sd.denoiser.config.block_out_channels[-1]) and found.requires_grad
     assert not sd.denoiser.mid_block._forward_hooks
+
+
+def test_text_encoders_that_stay_on_the_cpu_give_their_cond_on_the_device(sd: Model) -> None:
+    model = dataclasses.replace(copy.deepcopy(sd), text_on_cpu=True)
+    sampler = Sampler(model, torch.device("meta"))
+    places = {value.device.type for encoder in model.text_encoders for value in encoder.parameters()}
+    assert places == {"cpu"}
+    assert sampler.encode(["a cat"]).states.device.type == next(model.denoiser.parameters()).device.type == "meta"

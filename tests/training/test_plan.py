@@ -88,7 +88,9 @@ def test_the_plan_counts_what_a_forward_pass_really_keeps(sd: Model, config: Dis
     assert alive.requires_grad and counted == pytest.approx(sum(kept.values()), rel=0.1)
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "split_backward", "offload_average", "offload_optimizer"])
+@pytest.mark.parametrize(
+    "option", ["gradient_checkpointing", "split_backward", "offload_average", "offload_optimizer", "offload_text"]
+)
 def test_every_memory_option_makes_the_plan_smaller(sd_folder: Path, option: str) -> None:
     plain = DistillConfig(teacher=str(sd_folder), prompts="general", micro_batch=1)
     assert planned(dataclasses.replace(plain, **{option: True})) < planned(plain)  # type: ignore[arg-type]
