@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from sidcli.data.pairs import folder_of
 from sidcli.data.tables import check_column
 from sidcli.devices import check_name, choose_device, pick_device
 from sidcli.errors import UsageError
@@ -35,6 +36,8 @@ from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sidcli.data.references import Reference
     from sidcli.evaluation.run import Outcome
     from sidcli.formats.export import Exported
@@ -146,7 +149,7 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
-    reference: PathLike | None = None,
+    reference: PathLike | Image | Sequence[PathLike | Image] | None = None,
     reference_guidance: float | None = None,
     output: PathLike | None = None,
     overwrite: bool = False,
@@ -167,7 +170,8 @@ def sample(
         num: Images per prompt, with seeds `seed`, `seed` + 1, ...
         steps: Denoising steps; by default 50 for a teacher, and the student's own number for a student.
         guidance: Guidance scale of a teacher.
-        reference: Image file whose subject the images show, for a model that takes one.
+        reference: Image whose subject the images show, for a model that takes one: a file or a PIL image, or a list of them with one for
+            each prompt.
         reference_guidance: Guidance scale of the reference; 1, the default, is no guidance.
         output: A .png file for one image, or a folder for several; None: no file is written.
         width, height: Image size in pixels; 0: the model's own size.
@@ -186,8 +190,9 @@ def sample(
     num, seed, steps, batch_size = _typed(num=(num, int), seed=(seed, int), steps=(steps, int), batch_size=(batch_size, int))
     guidance, reference_guidance = _typed(guidance=(guidance, float), reference_guidance=(reference_guidance, float))
     width, height, *_ = _typed(width=(width, int), height=(height, int), device=(device, str), overwrite=(overwrite, bool))
-    _typed(output=("" if output is None else output, PATH), reference=("" if reference is None else reference, PATH))
-    texts, shown = _prompts(prompts), _reference(reference)
+    _typed(output=("" if output is None else output, PATH))
+    texts = _prompts(prompts)
+    given_references = _references(reference, len(texts))
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
     check_guidance(reference_guidance, "--reference-guidance")
@@ -207,17 +212,17 @@ def sample(
 
     if not (isinstance(given, str) and Path(given).is_dir() and graph_format(Path(given))):
         pick_device(device)  # before libraries that take seconds to import
-    from sidcli.data.references import with_reference
+    from sidcli.data.references import with_references
     from sidcli.emoji import vocabulary
     from sidcli.formats import images
 
     opened = images.open_drawer(given, backend, device, steps, guidance, listener, known)
     if read_card(opened.source).get("world") == "emoji" and (about := vocabulary.remark(texts, opened.source.name)):
         listener.note(about)
-    opened, pixels = with_reference(opened, shown, reference_guidance, listener)
+    opened, shown = with_references(opened, given_references, len(texts), reference_guidance, listener)
     listener.note(f"drawing with {opened.source.name} ({opened.plan.describe()})")
     with listener.progress("draw", count, "images") as advance:
-        drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite, pixels)
+        drawn = images.run(opened, texts, num, seed, places, batch_size, advance, overwrite, shown)
     _remove(places.others if places and overwrite else (), listener)
     _tell_truncated(drawn.truncated, listener)
     return drawn
@@ -237,13 +242,25 @@ def _remove(images: Sequence[Path], listener: Listener) -> None:
         listener.note(f"removed {counted(len(images), 'image')} of an earlier call from {images[0].parent}")
 
 
-def _reference(file: PathLike | None) -> Reference | None:
-    """Return the reference image in a file. Raises InputError if it is missing or is no image."""
-    if file is None:
-        return None
+def _references(given: object, count: int) -> list[Reference]:
+    """Return the reference images: none, one, or one for each of `count` prompts.
+
+    Raises InputError if a file is missing or is no image, UsageError for another number or another type.
+    """
+    if given is None:
+        return []
+    from PIL.Image import Image
+
     from sidcli.data.references import Reference
 
-    return Reference.read(Path(file))
+    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not all(isinstance(one, str | os.PathLike | Image) for one in listed):
+        raise UsageError(f"reference must be a path, a PIL image, or a list of them, not {given!r}")
+    if len(listed) not in (1, count):
+        raise UsageError(
+            f"{counted(len(listed), 'reference image')} for {counted(count, 'prompt')}", "give one, or one for each prompt"
+        )
+    return [Reference.of(one) if isinstance(one, Image) else Reference.read(Path(one)) for one in listed]
 
 
 @_refuses_unknown
@@ -329,7 +346,7 @@ def distill(
     from sidcli.training import distill as driver
     from sidcli.training import initial
 
-    if "prompts" not in request.own and resolved.prompts in BUILT_IN:
+    if "prompts" not in request.own and resolved.prompts in BUILT_IN and not folder_of(resolved.data):
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
     known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)
     loaded = open_model(request.teacher, listener, known)

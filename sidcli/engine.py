@@ -694,11 +694,8 @@ def check_teacher(teacher: Model | Description, config: DistillConfig) -> None:
     method, timesteps, (first, last) = objectives.find(config.objective.name), path.steps, path.starts
     if teacher.layout and config.objective.draws_pairs:
         raise InputError(f"{name} takes a reference image already", "pass the teacher that it was tuned from")
-    if teacher.layout and config.objective.needs_images:
-        raise UsageError(
-            f"objective {config.objective.name} trains on images, and {name} takes a reference image",
-            "--objective sid, vsd, or dmd2 without its GAN",
-        )
+    if teacher.layout:
+        objectives.check_reference(config.objective, name)
     if method.discrete and not isinstance(path, DiscretePath):
         able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete)
         raise UsageError(

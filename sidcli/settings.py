@@ -9,6 +9,7 @@ import math
 import sys
 import tomllib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sidcli.models.card import RENOISE
 from sidcli.models.overrides import PREDICTIONS
 from sidcli.numeric import plain
 from sidcli.objectives.base import Settings
+from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.objectives.sid import SidSettings
 
 CHOICES = {
@@ -247,14 +249,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset_for(teacher: str) -> str:
     """Return `emoji` for the embedded teacher and for folders and runs made from it, else `sd15`. Reads no weights."""
-    if teacher == "emoji-teacher":
-        return "emoji"
+    return "emoji" if teacher == "emoji-teacher" or card_of(teacher).get("world") == "emoji" else "sd15"
+
+
+def card_of(teacher: str) -> dict[str, Any]:
+    """Return the content of sid.json in a folder or a run folder; empty if there is none that can be read."""
     for card in (Path(teacher) / "sid.json", Path(teacher) / "student" / "sid.json"):
-        try:
-            return "emoji" if json.loads(read_bytes(card)).get("world") == "emoji" else "sd15"
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-    return "sd15"
+        with suppress(OSError, ValueError, RecursionError):
+            if isinstance(content := json.loads(read_bytes(card)), dict):
+                return content
+    return {}
+
+
+def takes_reference(teacher: str) -> bool:
+    """Return whether a teacher in a folder was tuned to take a reference image. Reads no weights."""
+    config = card_of(teacher).get("config")
+    table = config.get("objective") if isinstance(config, dict) else None
+    return isinstance(table, dict) and table.get("name") == SelfDistillationSettings.name
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from sidcli import distill, evaluate, export, load, objectives, sample
 from sidcli.api import SILENT, Bars
 from sidcli.errors import InputError, UsageError
 from sidcli.numeric import plain
+from sidcli.objectives import SelfDistillation
+from sidcli.objectives.self_distillation import SHEET_SETTINGS
 from sidcli.progress import Silence
 from sidcli.settings import MEMORY, DistillConfig, checked, differences, read_toml
 from sidcli.training.request import Request, method_of
@@ -357,9 +359,10 @@ def test_the_guidance_scale_is_given_once() -> None:
 
 def asked_for(**settings: Any) -> Request:
     """A request with this objective (default: sid), config file, guidance options, `lr` or settings."""
+    teacher = settings.pop("teacher", "emoji-teacher")
     names = ("objective", "guidance", "guidance_strategy", "lr", "config")
     objective, guidance, strategy, lr, config = (settings.pop(name, None) for name in names)
-    return Request.of("emoji-teacher", None, objective, guidance, strategy, {}, lr, None, "auto", config, settings)
+    return Request.of(teacher, None, objective, guidance, strategy, {}, lr, None, "auto", config, settings)
 
 
 KAPPAS = {f"kappa{index}": 1.5 for index in (1, 2, 3, 4)}
@@ -432,6 +435,44 @@ def test_a_setting_that_others_turn_off_is_noted() -> None:
         "note: --renoise ddim has no effect on objective lcm",
     )
     assert not asked_for(**pairs, lr=1e-4).notes
+
+
+def test_a_setting_of_another_judge_or_of_another_kind_of_sheets_is_noted() -> None:
+    own: dict[str, Any] = {"objective": "self-distillation"}
+    assert asked_for(**own, judge="clip", judge_url="http://here", judge_model="x").notes == (
+        "note: --set judge_url=http://here has no effect on the judge clip; it is a setting of http",
+    )
+    assert asked_for(**own, judge_model="x").notes == (
+        "note: --set judge_model=x has no effect on the judge features; it is a setting of clip, dino, vlm, http",
+    )
+    assert asked_for(**own, judge="none", same="0.5", copy=0.5).notes == (
+        "note: --set same=0.5 has no effect on the judge none, which accepts every pair",
+    )
+    assert asked_for(**own, pairs="shared-attention", cut=0.5).notes == (
+        "note: --set cut=0.5 has no effect with pairs=shared-attention, which draws each panel alone",
+    )
+    assert asked_for(**own, layout="channels", reference_weight=0.5).notes == (
+        "note: --set reference_weight=0.5 has no effect with layout=channels, which does not draw the first image",
+    )
+    assert not asked_for(**own, judge="http", judge_url="http://here", judge_model="x", same="0.5", cut=0.5, sheets=4).notes
+
+
+def test_settings_of_prompts_and_sheets_are_noted_beside_pairs_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "pairs.jsonl").touch()
+    given: dict[str, Any] = {"prompts": "general", "data_num": 5}
+    captions = f"has no effect beside the pairs of {tmp_path}, which have captions"
+    said = [f"note: --prompts general {captions}", f"note: --data-num 5 {captions}"]
+    sheets: dict[str, Any] = {name: getattr(SelfDistillation.Settings(), name) for name in SHEET_SETTINGS}
+    unused = [f"note: --{name} 8 has no effect on objective self-distillation" for name in ("fake-lora", "t-init")]
+    drawn = [
+        f"note: --set {name}={value} has no effect beside the pairs of {tmp_path}, which are" for name, value in sheets.items()
+    ]
+    notes = asked_for(objective="self-distillation", data=str(tmp_path), fake_lora=8, t_init=8, **given, **sheets).notes
+    assert [note.removesuffix(" drawn and judged") for note in notes] == [*unused, *said, *drawn]
+    assert asked_for(objective="sid", data=str(tmp_path), **given).notes == (*said,)
+    assert asked_for(teacher=str(tmp_path), objective="sid", **given).notes == (*said,), "its pairs are the default"
+    assert not asked_for(teacher=str(tmp_path), objective="self-distillation", **given, **sheets).notes
 
 
 def test_a_setting_without_effect_does_not_prevent_a_run_from_being_continued() -> None:

@@ -5,9 +5,11 @@ Importing this package imports no large library. `open_judge` imports the module
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sidcli.errors import UsageError
+from sidcli.objectives import self_distillation
 
 if TYPE_CHECKING:
     import torch
@@ -15,16 +17,21 @@ if TYPE_CHECKING:
     from sidcli.curation.judge import Judge
     from sidcli.models.loading import Model
 
-JUDGES: dict[str, tuple[str, ...]] = {
-    "features": (),
-    "clip": ("model",),
-    "dino": ("model",),
-    "vlm": ("model",),
-    "http": ("url", "model"),
-    "oracle": (),
-}
+JUDGES = {name: options for name, options in self_distillation.JUDGES.items() if name != "none"}
 """Judge -> its options; see the class in its module."""
 NEEDED = {"vlm": ("model",), "http": ("url", "model")}
+
+
+def check_options(name: str, given: Mapping[str, Any]) -> None:
+    """Raises UsageError for an unknown judge or option, or a missing option. Reads no file."""
+    if name not in JUDGES:
+        raise UsageError(f"no judge {name!r}", f"choose one of {', '.join(JUDGES)}")
+    if unknown := sorted(set(given) - set(JUDGES[name])):
+        raise UsageError(
+            f"the judge {name} has no option {', '.join(unknown)}", f"its options: {', '.join(JUDGES[name]) or 'none'}"
+        )
+    if missing := [option for option in NEEDED.get(name, ()) if given.get(option) is None]:
+        raise UsageError(f"the judge {name} needs {' and '.join(missing)}", " ".join(f"--set judge_{one}=..." for one in missing))
 
 
 def open_judge(name: str, teacher: Model | None, device: torch.device, **options: Any) -> Judge:
@@ -34,15 +41,8 @@ def open_judge(name: str, teacher: Model | None, device: torch.device, **options
     the emoji world if it draws that. Raises UsageError for an unknown judge or option, a missing option or a missing teacher, and
     InputError if the model of a judge cannot be read.
     """
-    if name not in JUDGES:
-        raise UsageError(f"no judge {name!r}", f"choose one of {', '.join(JUDGES)}")
     given = {option: value for option, value in options.items() if value is not None}
-    if unknown := sorted(set(given) - set(JUDGES[name])):
-        raise UsageError(
-            f"the judge {name} has no option {', '.join(unknown)}", f"its options: {', '.join(JUDGES[name]) or 'none'}"
-        )
-    if missing := [option for option in NEEDED.get(name, ()) if option not in given]:
-        raise UsageError(f"the judge {name} needs {' and '.join(missing)}", " ".join(f"--set judge_{one}=..." for one in missing))
+    check_options(name, given)
     match name:
         case "features":
             from sidcli.curation.features import FeaturesJudge

@@ -17,7 +17,7 @@ EMOJI = str(WEIGHTS / "clip")
 PUBLIC = "ViT-L-14-336-quickgelu:openai"
 HINT = "--set judge_model=FOLDER with open_clip_config.json and open_clip_model.safetensors, or --set judge_model=ARCHITECTURE:TAG"
 EMOJI_THRESHOLDS = 0.9, -0.25
-"""Of `same`, the best F1 score on rendered panels; of `text`, which hardly tells captions apart on subjects with an identity, what nine
+"""Of `same`, the best F1 score on rendered panels; of `caption`, which hardly tells captions apart on subjects with an identity, what nine
 in ten true pairs of captions reach."""
 THRESHOLDS = 0.85, 0.2
 """Of other models; not measured."""
@@ -32,10 +32,11 @@ class ClipJudge:
     """
 
     name = "clip"
+    unit = BATCH
 
     def __init__(self, model: str, device: torch.device):
         self.clip = Clip(model, device, HINT)
-        self.same_threshold, self.text_threshold = EMOJI_THRESHOLDS if model == EMOJI else THRESHOLDS
+        self.same_threshold, self.caption_threshold = EMOJI_THRESHOLDS if model == EMOJI else THRESHOLDS
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
         return in_batches(pairs, BATCH, self._judge, advance)
@@ -44,5 +45,5 @@ class ClipJudge:
         panels = [panel for pair in pairs for panel in pair.panels]
         subjects = self.clip.see([subject(panel) for panel in panels])
         captions = self.clip.read([caption for pair in pairs for caption in pair.captions])
-        text = (self.clip.see(panels) * captions).sum(1)
-        return verdicts_of((subjects[0::2] * subjects[1::2]).sum(1).tolist(), text.tolist())
+        caption = (self.clip.see(panels) * captions).sum(1)
+        return verdicts_of((subjects[0::2] * subjects[1::2]).sum(1).tolist(), caption.tolist())

@@ -19,14 +19,15 @@ BATCH = 8
 
 
 class DinoJudge:
-    """Compares crops of the subjects by DINOv2. DINOv2 reads no text: `text` is the teacher's `Relevance`.
+    """Compares crops of the subjects by DINOv2. DINOv2 reads no text: `caption` is the teacher's `Relevance`.
 
     `model` is a folder or a hub id; see `metrics.features.DinoFeatures`.
     """
 
     name = "dino"
+    unit = BATCH
     same_threshold = 0.7  # not measured
-    text_threshold = 0.0
+    caption_threshold = 0.0
 
     def __init__(self, model: str, teacher: Model, device: torch.device, seed: int = 0):
         self.dino = DinoFeatures(model, device, "the judge dino", "--set judge_model")
@@ -38,5 +39,5 @@ class DinoJudge:
     def _judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         panels = [panel for pair in pairs for panel in pair.panels]
         seen = torch.from_numpy(self.dino([subject(panel) for panel in panels], ()))
-        text = self.relevance(self.relevance.encode(panels), [caption for pair in pairs for caption in pair.captions])
-        return verdicts_of(F.cosine_similarity(seen[0::2], seen[1::2]).tolist(), text.tolist())
+        caption = self.relevance(self.relevance.encode(panels), [text for pair in pairs for text in pair.captions])
+        return verdicts_of(F.cosine_similarity(seen[0::2], seen[1::2]).tolist(), caption.tolist())

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sidcli import environment
 from sidcli.curation.judge import Pair, Verdict, in_batches
-from sidcli.curation.questions import answer_of, content_of, verdict_of
+from sidcli.curation.questions import BEGINNING, Reading, answer_of, content_of, verdict_of
 from sidcli.errors import EnvironmentProblem, UsageError, first_line
 from sidcli.printable import printable
 from sidcli.progress import Progress, silent
@@ -31,29 +31,33 @@ LONGEST = 768
 MOST = 1 << 20
 """Bytes of an answer that are read."""
 WAITS = (1.0, 2.0, 4.0)
-"""Seconds before each further attempt of a request, after a busy or failing endpoint."""
+"""Seconds before each further attempt of a request, after a busy or failing endpoint, or an answer that is not of the protocol."""
 BUSY = (408, 425, 429)
 """HTTP statuses other than 5xx after which a request is sent again."""
 HINTS = {401: f"set {KEY} to a key that it accepts", 403: f"set {KEY} to a key that may use this model"}
 OTHER_HINT = "check --set judge_url and --set judge_model"
+AGAIN = "run it again when the endpoint answers; pairs that have scores keep them"
+NO_PROTOCOL = "check --set judge_url: it must speak the chat completions protocol of OpenAI; pairs that have scores keep them"
 
 
 class HttpJudge:
     """Asks the questions of `questions` at an endpoint, `parallel` pairs at a time.
 
     `url` is the address of the protocol, for example http://localhost:8000/v1, and `model` the name of a model there. The value of
-    SID_API_KEY is sent as a bearer token. A request that takes longer than `seconds`, or that a busy endpoint refuses, is sent again
-    three times; then EnvironmentProblem is raised, and at once if the endpoint refuses it for another reason. An answer without a
-    verdict is asked for once more. Raises UsageError for an invalid URL.
+    SID_API_KEY is sent as a bearer token. A request that takes longer than `seconds`, that a busy endpoint refuses, or whose answer is
+    not of the protocol, is sent again three times; then `judge` raises EnvironmentProblem, and at once if the endpoint refuses it for
+    another reason. Words without a verdict are asked for once more and then count as no; `judge` raises InputError if the first words
+    are all without one. Raises UsageError for an invalid URL.
     """
 
     name = "http"
+    unit = 4
     same_threshold = 1.0
-    text_threshold = 1.0
+    caption_threshold = 1.0
 
     def __init__(self, url: str, model: str, seconds: float = 120.0, parallel: int = 4):
         self.url, self.model, self.seconds, self.parallel = address(url), model, seconds, parallel
-        self.headers = headers()
+        self.headers, self.reading = headers(), Reading(f"{model} at {self.url}")
         self.stopped = Event()
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
@@ -68,7 +72,7 @@ class HttpJudge:
                 asked = [threads.submit(verdict_of, pair, ask) for pair in some]
                 for finished in as_completed(asked):
                     finished.result()  # raises the first error, whichever pair it is of
-                return [finished.result() for finished in asked]
+                return self.reading.check([finished.result() for finished in asked])
 
             try:
                 return in_batches(pairs, self.parallel, judge, advance)
@@ -80,27 +84,30 @@ class HttpJudge:
         """Return the model's words about images uint8 [H, W, 3]."""
         shown = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
         messages = [{"role": "user", "content": content_of(shown, question)}]
-        return words_of(self.send(client, {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": LONGEST}))
+        return self.send(client, {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": LONGEST})
 
-    def send(self, client: httpx2.Client, body: dict[str, Any]) -> bytes:
-        """Return the content of the answer to a request. Raises EnvironmentProblem if there is none."""
-        happened = ""
+    def send(self, client: httpx2.Client, body: dict[str, Any]) -> str:
+        """Return the model's words in the answer to a request. Raises EnvironmentProblem if there are none."""
+        happened = hint = ""
         for wait in (0.0, *WAITS):
             if self.stopped.wait(wait):
                 break
             try:
                 status, content = self.post(client, body)
             except httpx2.TimeoutException:
-                happened = f"did not answer within {self.seconds:g} seconds"
+                happened, hint = f"did not answer within {self.seconds:g} seconds", AGAIN
             except httpx2.RequestError as error:
-                happened = f"cannot be reached: {printable(first_line(error))}"
+                happened, hint = f"cannot be reached: {printable(first_line(error))}", AGAIN
             else:
+                if status == 200 and (words := words_of(content)) is not None:
+                    return words
                 if status == 200:
-                    return content
-                happened = f"answered with status {status}: {excerpt(content)}"
+                    happened, hint = f"answered without words of a model: {excerpt(content)}", NO_PROTOCOL
+                    continue
+                happened, hint = f"answered with status {status}: {excerpt(content)}", AGAIN
                 if status < 500 and status not in BUSY:
                     raise EnvironmentProblem(f"{self.url} {happened}", HINTS.get(status, OTHER_HINT))
-        raise EnvironmentProblem(f"{self.url} {happened}", "run it again when the endpoint answers")
+        raise EnvironmentProblem(f"{self.url} {happened}", hint)
 
     def post(self, client: httpx2.Client, body: dict[str, Any]) -> tuple[int, bytes]:
         """Return status and content of the answer to one request. The time limit of httpx is one per read, this one is for all."""
@@ -147,17 +154,16 @@ def data_url(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def words_of(content: bytes) -> str:
-    """Return the words of the model in an answer of the protocol, or a line that shows the answer if it has none."""
+def words_of(content: bytes) -> str | None:
+    """Return the words of the model in an answer of the protocol; None if it has none."""
     try:
         words = json.loads(content)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        words = None
-    if not isinstance(words, str):
-        return f"no words in the answer: {excerpt(content)}"
-    return words.encode("utf-8", "replace").decode("utf-8")  # without halves of surrogate pairs, which no file can hold
+        return None
+    # Without halves of surrogate pairs, which no file can hold.
+    return words.encode("utf-8", "replace").decode("utf-8") if isinstance(words, str) else None
 
 
 def excerpt(content: bytes) -> str:
     """Return the start of an answer on one line."""
-    return printable(content[:200].decode("utf-8", "replace")) or "no content"
+    return printable(content[:BEGINNING].decode("utf-8", "replace")) or "no content"

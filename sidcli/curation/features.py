@@ -20,7 +20,7 @@ from sidcli.randomness import normal
 
 SAME_TIME = 0.1
 """Share of the timesteps at which features of panels are compared."""
-TEXT_TIMES = (0.8, 0.9)
+CAPTION_TIMES = (0.8, 0.9)
 """Shares of the timesteps at which the predictions with and without a caption are compared. A background shows early."""
 BATCH = 8
 """Pairs in one call of the network."""
@@ -29,7 +29,7 @@ BATCH = 8
 class Relevance:
     """Scores captions with a teacher: how much a caption improves its prediction of the noise in a panel.
 
-    The score of panel x with caption c is the mean over latents and over TEXT_TIMES of
+    The score of panel x with caption c is the mean over latents and over CAPTION_TIMES of
 
         (eps - eps(x_t, ""))^2 - (eps - eps(x_t, c))^2,
 
@@ -64,24 +64,25 @@ class Relevance:
         """Return the scores float32 [B] of panels, given by their latents [B, C, h, w], and their captions."""
         cond = self.sampler.encode(captions).cat(self.empty.expand(len(captions)))
         total = torch.zeros(len(captions), device=self.device)
-        for time in TEXT_TIMES:
+        for time in CAPTION_TIMES:
             x_t, noise, t = (torch.cat([value, value]) for value in self.noised(latents, time))
             error = self.model.path.noise(self.predict(x_t, t, cond), x_t, t) - noise
             told, untold = error.square().flatten(1).mean(1).chunk(2)
             total += untold - told
-        return total / len(TEXT_TIMES)
+        return total / len(CAPTION_TIMES)
 
 
 class FeaturesJudge:
     """Compares the features of the middle block of a teacher, averaged over positions, by their cosine.
 
-    The crops of the subjects are noised with the same noise at SAME_TIME, and the prompt is the subject. `text` is the `Relevance` of
+    The crops of the subjects are noised with the same noise at SAME_TIME, and the prompt is the subject. `caption` is the `Relevance` of
     the captions to the whole panels.
     """
 
     name = "features"
+    unit = BATCH
     same_threshold = 0.83  # the best F1 score of the emoji teacher on rendered panels
-    text_threshold = 0.0  # the captions help
+    caption_threshold = 0.0  # the captions help
 
     def __init__(self, teacher: Model, device: torch.device, seed: int = 0):
         self.relevance = Relevance(teacher, device, seed)
@@ -103,5 +104,5 @@ class FeaturesJudge:
         panels = [panel for pair in pairs for panel in pair.panels]
         subjects = self.relevance.encode([subject(panel) for panel in panels])
         seen = self.features(subjects, [pair.subject for pair in pairs for _ in pair.panels])
-        text = self.relevance(self.relevance.encode(panels), [caption for pair in pairs for caption in pair.captions])
-        return verdicts_of(F.cosine_similarity(seen[0::2], seen[1::2]).tolist(), text.tolist())
+        caption = self.relevance(self.relevance.encode(panels), [text for pair in pairs for text in pair.captions])
+        return verdicts_of(F.cosine_similarity(seen[0::2], seen[1::2]).tolist(), caption.tolist())

@@ -36,24 +36,26 @@ class Pair:
 class Verdict:
     """The scores of a pair; higher is better. The scale is that of the judge.
 
-    `same`: whether the panels show the same subject. `text`: whether the captions are true, the lower score of the two panels.
-    `reason`: the words of a vision language model; "" of other judges.
+    `same`: whether the panels show the same subject. `caption`: whether the captions are true, the lower score of the two panels.
+    `words`: those of a vision language model; "" of other judges.
     """
 
     same: float
-    text: float
-    reason: str = ""
+    caption: float
+    words: str = ""
 
 
 class Judge(Protocol):
     """Scores pairs. Up to rounding, a verdict depends on its pair alone and not on the other pairs of a call.
 
-    A pair passes if `same` is at least `same_threshold` and `text` at least `text_threshold`, which are defaults.
+    Scores are stored after each `unit` pairs, so that an error or an interruption loses at most the scores of one unit.
+    A pair passes if `same` is at least `same_threshold` and `caption` at least `caption_threshold`, which are defaults.
     """
 
     name: str
+    unit: int
     same_threshold: float
-    text_threshold: float
+    caption_threshold: float
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
         """Return one verdict per pair, in order. `advance` is called with the number of pairs that were judged."""
@@ -72,6 +74,6 @@ def in_batches(
     return verdicts
 
 
-def verdicts_of(same: Sequence[float], text: Sequence[float]) -> list[Verdict]:
+def verdicts_of(same: Sequence[float], captions: Sequence[float]) -> list[Verdict]:
     """Return verdicts from the scores of pairs [B] and those of the captions of their panels [2 B], of which the lower one counts."""
-    return [Verdict(alike, min(text[2 * place : 2 * place + 2])) for place, alike in enumerate(same)]
+    return [Verdict(alike, min(captions[2 * place : 2 * place + 2])) for place, alike in enumerate(same)]

@@ -51,12 +51,13 @@ def agreeing(first: Sequence[int], second: Sequence[int]) -> float:
 class OracleJudge:
     """Reads noun, background, tint, outline and badge of both panels.
 
-    `same` is 1 if nouns and identities agree, `text` if nouns and backgrounds are those of the captions; otherwise they are below 1.
+    `same` is 1 if nouns and identities agree, `caption` if nouns and backgrounds are those of the captions; otherwise they are below 1.
     """
 
     name = "oracle"
+    unit = BATCH
     same_threshold = 1.0
-    text_threshold = 1.0
+    caption_threshold = 1.0
 
     def __init__(self, reader: Reader, device: torch.device):
         self.reader, self.device = reader.eval().to(device), device

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sidcli.curation.judge import Pair, Verdict
+from sidcli.errors import InputError
+from sidcli.printable import printable
 
 SAME = """Do both images show the same individual {subject}? Work in three steps.
 1. Name the object, character or scene that the two images have in common.
@@ -27,6 +29,9 @@ Compare each image with its caption, part by part: the subject, its attributes, 
 What a caption does not name may be anything.
 Then write a last line that is either "ANSWER: YES" if both captions are true, or "ANSWER: NO"."""
 ANSWER = re.compile(r"^[^a-z0-9\n]*answer[^a-z0-9\n]+(yes|no)[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
+
+BEGINNING = 200
+"""Characters of an answer in an error message."""
 
 Ask = Callable[[Sequence[np.ndarray], str], str]
 """(images uint8 [H, W, 3], question) -> the words of a model."""
@@ -49,18 +54,36 @@ def question_captions(pair: Pair) -> str:
 def verdict_of(pair: Pair, ask: Ask) -> Verdict:
     """Return the verdict of a model on a pair, from three questions.
 
-    `same` is 1 if the answer is yes in both orders of the panels, 0.5 if the answers differ, else 0. `text` is 1 if both captions are
-    true, else 0. An answer that cannot be read counts as no, in both orders. `reason` holds all answers.
+    `same` is 1 if the answer is yes in both orders of the panels, 0.5 if the answers differ, else 0. `caption` is 1 if both captions are
+    true, else 0. An answer that cannot be read counts as no, in both orders. `words` holds all answers.
     """
     orders = [ask(panels, question_same(pair)) for panels in (pair.panels, pair.panels[::-1])]
     about_captions = ask(pair.panels, question_captions(pair))
     answers = [answer_of(words) for words in orders]
     same = 0.0 if None in answers else sum(map(bool, answers)) / 2
-    reason = "\n\n".join(
-        f"{title}: {words.strip()}"
+    words = "\n\n".join(
+        f"{title}:\n{words.strip()}"
         for title, words in zip(("same", "same, other order", "captions"), (*orders, about_captions), strict=True)
     )
-    return Verdict(same, float(answer_of(about_captions) is True), reason)
+    return Verdict(same, float(answer_of(about_captions) is True), words)
+
+
+class Reading:
+    """Tells a model that does not understand the questions from one that leaves some of them open."""
+
+    def __init__(self, name: str):
+        self.name, self.has_read = name, False
+
+    def check(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """Return the verdicts. Raises InputError if none of their answers can be read, and none could be before."""
+        self.has_read = self.has_read or any(answer_of(verdict.words) is not None for verdict in verdicts)
+        if not self.has_read:
+            said = printable(" ".join(verdicts[0].words.split()))[:BEGINNING]
+            raise InputError(
+                f'{self.name} ends none of its answers with "ANSWER: YES" or "ANSWER: NO": {said}',
+                "--set judge_model: a vision language model that follows instructions",
+            )
+        return list(verdicts)
 
 
 def content_of(images: Sequence[object], question: str) -> list[object]:

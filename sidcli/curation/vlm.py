@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from sidcli.curation.judge import Pair, Verdict, in_batches
-from sidcli.curation.questions import content_of, verdict_of
+from sidcli.curation.questions import Reading, content_of, verdict_of
 from sidcli.errors import InputError, first_line
 from sidcli.files import read_json, readable
 from sidcli.models.sources import check_links
@@ -88,14 +88,16 @@ class Vlm:
 
 
 class VlmJudge:
-    """Asks a vision language model the questions of `questions`."""
+    """Asks a vision language model the questions of `questions`. `judge` raises InputError if it answers none of the first ones."""
 
     name = "vlm"
+    unit = 4
     same_threshold = 1.0
-    text_threshold = 1.0
+    caption_threshold = 1.0
 
     def __init__(self, model: str, device: torch.device):
-        self.vlm = Vlm(model, device)
+        self.vlm, self.reading = Vlm(model, device), Reading(model)
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
-        return in_batches(pairs, 1, lambda some: [verdict_of(pair, self.vlm.ask) for pair in some], advance)
+        verdicts = in_batches(pairs, 1, lambda some: [verdict_of(pair, self.vlm.ask) for pair in some], advance)
+        return self.reading.check(verdicts)

@@ -12,7 +12,8 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -78,18 +79,9 @@ class ImageFiles:
     def read_with_mode(self, index: int) -> tuple[np.ndarray, str]:
         """Return image `index` as `read` does, and the mode in which Pillow reads the file, for example CMYK or RGBA."""
         name, hint = f"{self.name}/{self.members[index]}", "replace this image or remove it"
-        try:
-            with self.opened(self.members[index], MAX_BYTES) as file:
-                image = Image.open(pixels_only(file), formats=FORMATS)
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                return _rgb(image), image.mode
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{name} has more than {MAX_PIXELS} pixels", hint) from error
-        except UnidentifiedImageError as error:
-            raise InputError(f"{name} is not a {READABLE} image", hint) from error
-        except DAMAGE as error:
-            raise InputError(f"{name} cannot be read: {str(error) or type(error).__name__}", hint) from error
+        with decoding(name, hint), self.opened(self.members[index], MAX_BYTES) as file:
+            image = opened_image(file)
+            return rgb(image), image.mode
 
     def record(self, index: int, name: str) -> str | None:
         """Return the `prompt` or the `model` that `sid` wrote into a PNG file, or None if the image has no such record."""
@@ -102,21 +94,45 @@ class ImageFiles:
         return value if isinstance(value, str) else None
 
 
-def read_image(file: Path) -> tuple[np.ndarray, str]:
-    """Return one image as `ImageFiles.read_with_mode` does. Raises InputError if the file is missing or cannot be read."""
+@contextmanager
+def open_image(file: Path) -> Iterator[Image.Image]:
+    """Context with the image in a file. Raises InputError, also inside of the context, if the file is missing or cannot be read."""
+    hint = f"give a {READABLE} image"
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{file} is not a file", f"give a {READABLE} image")
+            raise InputError(f"{file} is not a file", hint)
         if status.st_size > MAX_BYTES:
-            raise InputError(f"{file} has {status.st_size} bytes; images may have {MAX_BYTES}", f"give a {READABLE} image")
-        one = ImageFiles(str(file.parent), "", (file.name,), lambda name, most: file.open("rb"))
-        return one.read_with_mode(0)
+            raise InputError(f"{file} has {status.st_size} bytes; images may have {MAX_BYTES}", hint)
+        with file.open("rb") as content, decoding(str(file), hint):
+            yield opened_image(content)
     except OSError as error:
-        raise InputError(f"cannot read the image {file}: {error.strerror or error}", f"give a {READABLE} image") from error
+        raise InputError(f"cannot read the image {file}: {error.strerror or error}", hint) from error
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def opened_image(file: BinaryIO) -> Image.Image:
+    """Return an image whose pixels are not read yet. Raises an exception of DAMAGE, or DecompressionBombError if it is too large."""
+    image = Image.open(pixels_only(file), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return image
+
+
+@contextmanager
+def decoding(name: str, hint: str) -> Iterator[None]:
+    """Context that raises InputError, which names an image, for what Pillow raises if it is damaged, unreadable or too large."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has more than {MAX_PIXELS} pixels", hint) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is not a {READABLE} image", hint) from error
+    except DAMAGE as error:
+        raise InputError(f"{name} cannot be read: {str(error) or type(error).__name__}", hint) from error
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """Return an image as uint8 [H, W, 3]. Alpha is dropped."""
     if image.mode == "I;16":  # 16-bit gray: Pillow would clip its values at 255
         gray = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)

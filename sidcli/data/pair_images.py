@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sidcli.data.imagefiles import DAMAGE
 from sidcli.data.imagesets import digest
 from sidcli.data.latents import FORMAT, Unit
 from sidcli.data.pairs import HINT, PairRow, read_rows
@@ -26,12 +27,24 @@ def panels(folder: Path, row: PairRow) -> tuple[np.ndarray, np.ndarray]:
     try:
         with Image.open(file, formats=["PNG"]) as opened:
             sheet = opened.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not a PNG image: {error}", "delete it; the run that drew it draws it again") from error
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{file} is not a PNG image: {error}", "run the command of its run folder again, which draws it again"
+        ) from error
     if any(box[2] > sheet.width or box[3] > sheet.height for box in row.boxes):
         raise InputError(f"{file} is {sheet.width} x {sheet.height} pixels, smaller than its panels", HINT)
     first, second = (np.asarray(sheet.crop(box)) for box in row.boxes)
     return first, second
+
+
+def is_intact(file: Path, size: tuple[int, int]) -> bool:
+    """Return whether a file is a PNG image of this width and height whose checksums are right. Its pixels are not decoded."""
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            opened.verify()
+            return opened.size == size
+    except (*DAMAGE, Image.DecompressionBombError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 A folder of pairs holds `pairs.jsonl`, one pair in each line, and the sheets from which the images are cut:
 
     pairs.jsonl   {"sheet": "sheets/00000000.png", "boxes": [[0, 0, 64, 64], [64, 0, 128, 64]], "subject": "key",
-                   "captions": ["a key on a red background", ...], "seed": 0, "index": 0, "same": 0.93, "text": 0.8, "copy": 0.1,
-                   "cut": 0.9, "kept": true, "reason": ""}
+                   "captions": ["a key on a red background", ...], "seed": 0, "index": 0, "same": 0.93, "caption": 0.8, "copy": 0.1,
+                   "cut": 0.9, "words": "", "kept": true, "reason": ""}
     sheets/       images of several panels
 
 Rejected pairs stay in the file with their scores, so that other thresholds need no new sheets. This module imports no torch.
@@ -20,6 +20,7 @@ from typing import Any
 
 from sidcli.errors import InputError
 from sidcli.files import atomic_file, read_bytes
+from sidcli.progress import counted
 
 ROWS = "pairs.jsonl"
 MAX_ROWS = 1 << 30
@@ -42,12 +43,14 @@ class PairRow:
     index: int
     """Number of the sheet."""
     same: float | None = None
-    text: float | None = None
+    caption: float | None = None
     copy: float | None = None
     cut: float | None = None
+    words: str = ""
+    """What a vision language model said about the pair."""
     kept: bool = True
     reason: str = ""
-    """Why the pair was rejected, or what the judge said."""
+    """The gate that rejected the pair; "" of a kept pair."""
 
 
 def folder_of(place: str) -> Path | None:
@@ -56,9 +59,32 @@ def folder_of(place: str) -> Path | None:
     return next((folder for folder in folders if place and (folder / ROWS).is_file()), None)
 
 
+def lines_of(rows: Sequence[PairRow]) -> bytes:
+    """Return the content of pairs.jsonl."""
+    return "".join(f"{json.dumps(asdict(row))}\n" for row in rows).encode()
+
+
 def write_rows(folder: Path, rows: Sequence[PairRow]) -> None:
     with atomic_file(folder / ROWS) as temporary:
-        temporary.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows), encoding="utf-8")
+        temporary.write_bytes(lines_of(rows))
+
+
+def difference(found: bytes, wrote: Sequence[PairRow]) -> str:
+    """Return in words how the content of pairs.jsonl differs from the pairs that sid wrote: their number, or the first that differs."""
+    lines = found.splitlines()
+    if len(lines) != len(wrote):
+        return f"it has {counted(len(lines), 'line')} instead of {len(wrote)}"
+    changed = [number for number, (line, row) in enumerate(zip(lines, wrote, strict=True)) if line != lines_of([row]).rstrip()]
+    if not changed:
+        return "its line ends differ"
+    number = changed[0]
+    try:
+        before, now = asdict(wrote[number]), asdict(_row(json.loads(lines[number])))
+        what = ", ".join(f"{name}: {before[name]} -> {value}" for name, value in now.items() if value != before[name])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        what = "not a pair"
+    more = f", and {counted(len(changed) - 1, 'other line')}" if len(changed) > 1 else ""
+    return f"line {number + 1} has {what or 'another spelling'}{more}"
 
 
 def read_rows(folder: Path) -> list[PairRow]:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,10 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
     """
     name, nets = known.source.name, networks(known)
     if not known.is_student:
-        raise InputError(f"{name} is not a student", "export a run folder, its student/, or `emoji`")
+        raise InputError(
+            f"{name} is not a student",
+            f"distill it first: sid distill --teacher {shlex.quote(name)}; sid sample --model draws with it as it is",
+        )
     if format_name not in known.kind.formats:
         raise InputError(
             f"{name} is {known.kind.models}, which --format {format_name} does not support",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,12 @@ class Drawn:
     seed: int
     file: Path | None
     image: Image.Image | None
+    reference: Mapping[str, Any] | None = None
+    """The record of its reference image: file and SHA-256."""
+
+    def as_dict(self) -> dict[str, Any]:
+        made = {"file": str(self.file), "prompt": self.prompt, "seed": self.seed}
+        return made | ({"reference": dict(self.reference)} if self.reference else {})
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,17 @@ class Samples:
         return {
             "model": self.source.origin,
             "sampling": self.plan.describe(),
-            "images": [{"file": str(one.file), "prompt": one.prompt, "seed": one.seed} for one in self.drawn],
+            "images": [one.as_dict() for one in self.drawn],
             "sheet": str(self.sheet) if self.sheet else None,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A reference image uint8 [H, W, 3] in the size of a model, and its record for the images that are drawn from it."""
+
+    pixels: np.ndarray
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,26 +96,28 @@ def run(
     batch_size: int,
     advance: Progress,
     replace: bool = True,
-    reference: np.ndarray | None = None,
+    references: Sequence[Shown] = (),
 ) -> Samples:
     """Draw `num` images of each prompt with seeds seed, seed + 1, ..., in files at `places`, or in memory if it is None.
 
-    `reference` is the reference image uint8 [H, W, 3] of all of them, if the model takes one.
+    `references` are those of the prompts, one for each, if the model takes a reference image.
 
     Raises UsageError if a file exists and `replace` is False.
     """
     source, plan = opened.source, opened.plan
     jobs = [(prompt, seed + index) for prompt in prompts for index in range(num)]
+    shown = [one for one in references for _ in range(num)]
     drawn: list[Drawn] = []
     thumbnails: list[Image.Image] = []
-    references = None if reference is None else np.broadcast_to(reference, (len(jobs), *reference.shape))
-    batches = draw(opened.drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance, references)
+    pixels = [one.pixels for one in shown] or None
+    batches = draw(opened.drawer, plan, [job[0] for job in jobs], [job[1] for job in jobs], batch_size, advance, pixels)
     images = (Image.fromarray(image) for batch in batches for image in batch)
     for index, ((prompt, image_seed), picture) in enumerate(zip(jobs, images, strict=True)):
         file = places.files[index] if places else None
+        record = shown[index].record if shown else None
         if file:
-            save_png(picture, file, png_info(prompt, image_seed, source, plan), replace)
-        drawn.append(Drawn(prompt, image_seed, file, None if file else picture))
+            save_png(picture, file, png_info(prompt, image_seed, source, plan, record), replace)
+        drawn.append(Drawn(prompt, image_seed, file, None if file else picture, record))
         if places and places.sheet and index < SHEET_IMAGES:
             thumbnails.append(picture)
     sheet = places.sheet if places else None

@@ -119,8 +119,13 @@ def sizes(height: int, width: int) -> list[float]:
     return [float(height), float(width), 0.0, 0.0, float(height), float(width)]
 
 
-def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlugin.PngInfo:
-    """Return the prompt, seed, model and sampling of an image as PNG metadata: one JSON text chunk named `sid`."""
+def png_info(
+    prompt: str, seed: int, source: Source, plan: Plan, reference: Mapping[str, Any] | None = None
+) -> PngImagePlugin.PngInfo:
+    """Return the prompt, seed, model and sampling of an image as PNG metadata: one JSON text chunk named `sid`.
+
+    `reference` is the record of the reference image, if the model takes one.
+    """
     info = PngImagePlugin.PngInfo()
     made = {
         "prompt": prompt,
@@ -128,6 +133,7 @@ def png_info(prompt: str, seed: int, source: Source, plan: Plan) -> PngImagePlug
         "model": source.origin,
         "revision": source.revision,
         "sampling": plan.describe(),
+        **({"reference": dict(reference)} if reference else {}),
     }
     info.add_itxt("sid", json_text(made))
     return info
@@ -160,9 +166,13 @@ def draw(
     seeds: Sequence[int],
     batch_size: int,
     advance: Progress,
-    references: np.ndarray | None = None,
+    references: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts."""
+    """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts.
+
+    `references` are images uint8 [H, W, 3], one for each prompt, for a model that takes them.
+    """
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        yield sampler.images(prompts[part], seeds[part], plan, advance, None if references is None else references[part])
+        shown = None if references is None else np.stack(references[part])
+        yield sampler.images(prompts[part], seeds[part], plan, advance, shown)

@@ -46,6 +46,15 @@ def find(name: object) -> type[Objective]:
     return OBJECTIVES[name]
 
 
+def check_reference(settings: Settings, teacher: str) -> None:
+    """Raises UsageError if an objective does not distill a teacher that takes a reference image. `teacher` is its name."""
+    if settings.needs_images or not find(settings.name).takes_references:
+        raise UsageError(
+            f"{teacher} takes a reference image, and objective {settings.name} does not distill such a teacher",
+            "--objective sid, vsd, or dmd2 without its GAN",
+        )
+
+
 def names(objective: type[Objective]) -> list[str]:
     """Return the names of the objective's settings."""
     return [field.name for field in dataclasses.fields(objective.Settings) if field.name != "name"]

@@ -33,6 +33,8 @@ class Settings:
     """Settings that are a share of something: at least 0 and below 1."""
     weights: ClassVar[tuple[str, ...]] = ()
     """Settings that are the weight of a term of a loss: at least 0, like all whole numbers."""
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Least and greatest values of settings that are a number."""
     scale: ClassVar[str] = "guidance"
     """The setting that is the guidance scale of the teacher, after which run folders are named."""
     draws_pairs: ClassVar[bool] = False
@@ -62,7 +64,11 @@ class Settings:
                 raise UsageError(f"{setting.name} must be finite, not {value}")
             if setting.name in self.shares and not 0 <= value < 1:
                 raise UsageError(f"{setting.name} must be at least 0 and below 1, not {value}")
-            if (setting.name in self.weights or type(value) is int) and value < 0:
+            if setting.name in self.ranges:
+                least, most = self.ranges[setting.name]
+                if not least <= value <= most:
+                    raise UsageError(f"{setting.name} must be at least {least:,} and at most {most:,}, not {value}")
+            elif (setting.name in self.weights or type(value) is int) and value < 0:
                 raise UsageError(f"{setting.name} must be at least 0, not {value}")
 
 
@@ -293,6 +299,8 @@ class Objective(ABC):
     """Objective whose students it trains further (`--init`); "": it starts at the teacher."""
     discrete: ClassVar[bool] = False
     """Whether its equations need the discrete timesteps of a diffusion, which a teacher of flow matching does not have."""
+    takes_references: ClassVar[bool] = False
+    """Whether it distills a teacher that takes a reference image, if its settings need no images."""
     reads: ClassVar[str]
     """Sentence for reports that explains how to read the losses."""
 

@@ -41,6 +41,7 @@ class Dmd2(OnSharedSamples):
     Settings = Dmd2Settings
     title = "DMD2 without its GAN (arXiv 2405.14867)"
     with_gan = "DMD2 (arXiv 2405.14867)"
+    takes_references = True
     defaults: ClassVar = {"fake_updates": 10, "lr_fake": 1e-5, "lr_generator": 1e-5}
     reads = "The generator's loss of DMD2 is the size of its gradient and does not show progress."
     generator = fake = Role(0.0, betas=(0.9, 0.999), weight_decay=0.01, clip=10.0)

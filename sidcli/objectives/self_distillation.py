@@ -6,7 +6,7 @@ denoised together; see `models.reference` for the layouts. The result is a model
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,7 @@ from sidcli.objectives.base import (
     Pass,
     Phase,
     Role,
+    RunConfig,
     Values,
     spread,
 )
@@ -37,7 +38,7 @@ class SelfDistillationSettings(ImageSettings):
     """How the network sees both images: frames (shared attention), diptych (one wide image) or channels (no first image)."""
     reference_weight: float = 1.0
     """Weight of the loss on the first image of a pair, which shows the reference."""
-    text_dropout: float = 0.05
+    caption_dropout: float = 0.05
     """Share of the pairs without the caption, for guidance on the prompt."""
     reference_dropout: float = 0.05
     """Share of the pairs without the reference, for guidance on the reference."""
@@ -69,8 +70,16 @@ class SelfDistillationSettings(ImageSettings):
     """Similarity of the two images (SSIM) from which a pair is a copy, and is rejected."""
     cut: float = 0.8
     """Least share of the cut between two panels of a sheet at which the image changes; less: the cut goes through a subject."""
-    weights, scale = ("reference_weight", "cut"), "guidance"
-    shares = ("text_dropout", "reference_dropout", "both_dropout")
+    ranges: ClassVar = {
+        "reference_weight": (0, 1000),
+        "guidance": (-100, 100),
+        "sheets": (1, 10_000_000),
+        "sheet_guidance": (-100, 100),
+        "sheet_steps": (1, 1000),
+        "copy": (0.01, 1),
+        "cut": (0, 1),
+    }
+    shares = ("caption_dropout", "reference_dropout", "both_dropout")
     draws_pairs = True
 
     def __post_init__(self) -> None:
@@ -79,26 +88,65 @@ class SelfDistillationSettings(ImageSettings):
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
-        for name in ("same", "caption"):
-            if (value := getattr(self, name)) != "auto" and not _is_number(value):
-                raise UsageError(f"{name} must be a number or auto, not {value!r}")
-        if (total := self.text_dropout + self.reference_dropout + self.both_dropout) >= 1:
-            raise UsageError(f"text_dropout, reference_dropout and both_dropout add up to {total:g}; the sum must be below 1")
-        for name in ("sheets", "sheet_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in THRESHOLDS:
+            least = 0 if self.judge in ANSWERS else -1
+            if (value := getattr(self, name)) != "auto" and not _is_within(value, least, 1):
+                raise UsageError(f"{name} must be auto or a number from {least} to 1 with the judge {self.judge}, not {value!r}")
+        if (total := self.caption_dropout + self.reference_dropout + self.both_dropout) >= 1:
+            raise UsageError(f"caption_dropout, reference_dropout and both_dropout add up to {total:g}; the sum must be below 1")
+
+    @property
+    def judge_options(self) -> dict[str, str | None]:
+        """The options of the judge by name; None: its default."""
+        return {name: getattr(self, f"judge_{name}") or None for name in JUDGES[self.judge]}
+
+    def without_effect(self, given: Collection[str], pairs: str) -> dict[str, str]:
+        """Return the settings in `given` that others turn off, each with the reason. `pairs` is the place of pairs that are there.
+
+        The end of a sentence: --set NAME=VALUE has no effect ...
+        """
+        if pairs:
+            off = dict.fromkeys(SHEET_SETTINGS, f"beside the pairs of {pairs}, which are drawn and judged")
+        else:
+            off = {
+                f"judge_{option}": f"on the judge {self.judge}; it is a setting of {', '.join(owners)}"
+                for option in ("model", "url")
+                if self.judge not in (owners := [judge for judge, options in JUDGES.items() if option in options])
+            }
+            off |= dict.fromkeys(THRESHOLDS, "on the judge none, which accepts every pair") if self.judge == "none" else {}
+            off |= {"cut": "with pairs=shared-attention, which draws each panel alone"} if self.pairs != "grid" else {}
+        off |= (
+            {"reference_weight": "with layout=channels, which does not draw the first image"} if self.layout == "channels" else {}
+        )
+        return {name: reason for name, reason in off.items() if name in given}
 
 
-def _is_number(text: str) -> bool:
+def _is_within(text: str, least: float, most: float) -> bool:
     try:
-        return math.isfinite(float(text))
+        return least <= float(text) <= most
     except ValueError:
         return False
 
 
 LAYOUTS = ("frames", "diptych", "channels")
 PAIRS = ("grid", "shared-attention")
-JUDGES = ("features", "clip", "dino", "vlm", "http", "oracle", "none")
+THRESHOLDS = ("same", "caption")
+SHEET_SETTINGS = ("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps")
+SHEET_SETTINGS += ("judge", "judge_model", "judge_url", *THRESHOLDS, "copy", "cut")
+"""Settings of the first two stages of a run, sheets and curation."""
+ANSWERS = ("vlm", "http", "oracle")
+"""Judges whose scores are between 0, no, and 1, yes. Scores of others are cosines, and differences of errors whose scale is the variance
+of the noise, 1."""
+JUDGES: dict[str, tuple[str, ...]] = {
+    "features": (),
+    "clip": ("model",),
+    "dino": ("model",),
+    "vlm": ("model",),
+    "http": ("url", "model"),
+    "oracle": (),
+    "none": (),
+}
+"""Judge -> its options, of which judge_NAME is the setting; see `curation`."""
 
 
 class SelfDistillation(Objective):
@@ -110,6 +158,13 @@ class SelfDistillation(Objective):
     makes = "teacher"
     unused = (*FAKE_OPTIONS, "t_init", "renoise")
     reads = "The loss of self-distillation is the error of the predicted noise; it falls slowly and fluctuates with the timesteps."
+
+    def __init__(self, config: RunConfig, timesteps: int):
+        super().__init__(config, timesteps)
+        if self.settings.sheet_steps > timesteps:
+            raise UsageError(
+                f"sheet_steps must be at most {timesteps}, the timesteps of the teacher, not {self.settings.sheet_steps}"
+            )
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -123,7 +178,7 @@ class SelfDistillation(Objective):
     def phases(self, step: int) -> list[Phase]:
         s, config = self.settings, self.config
         inputs = Inputs(
-            *("generator", step, step, (config.t_min, config.t_max), s.text_dropout),
+            *("generator", step, step, (config.t_min, config.t_max), s.caption_dropout),
             reference_dropout=s.reference_dropout,
             both_dropout=s.both_dropout,
             source="images",

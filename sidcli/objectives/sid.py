@@ -38,6 +38,7 @@ class SidSettings(Settings):
 class Sid(ScoreDistillation):
     Settings = SidSettings
     title = "SiD-LSG (arXiv 2406.01561)"
+    takes_references = True
     reads = "The losses of SiD fluctuate and do not show progress."
 
     def fake_phase(self, step: int, update: int) -> Phase:

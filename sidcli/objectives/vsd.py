@@ -25,6 +25,7 @@ class VsdSettings(Settings):
 class Vsd(OnSharedSamples):
     Settings = VsdSettings
     title = "Variational Score Distillation (SwiftBrush, arXiv 2312.05239)"
+    takes_references = True
     defaults: ClassVar = {"fake_lora": 64, "lr_fake": 1e-3}
     emoji_defaults: ClassVar = {"lr_fake": 1e-3}
     reads = "The generator's loss of VSD is the size of its gradient and does not show progress."

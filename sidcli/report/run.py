@@ -195,7 +195,7 @@ def _overview(run: Run) -> Facts | None:
 def _pairs(folder: Path) -> tuple[Section, ...]:
     """Return the results of the curation of pairs and a picture of some of them, those that can be read."""
     sections: list[Section] = []
-    if facts := _flat(_json(folder / "curation.json")):
+    if facts := _flat({name: value for name, value in _json(folder / "curation.json").items() if name != "sha256"}):
         notes = ("The scores of all pairs, kept and rejected, are in pairs/pairs.jsonl.",)
         sections.append(Facts("Pairs of images of one subject", facts, notes, is_open=True))
     try:

@@ -23,17 +23,18 @@ from PIL import Image
 from torch import Tensor
 
 from sidcli import randomness
-from sidcli.curation import JUDGES, open_judge
+from sidcli.curation import open_judge
 from sidcli.curation.agreement import agreement
-from sidcli.curation.gates import Gates, seam_score
+from sidcli.curation.gates import Gates, cut_score
 from sidcli.curation.judge import Judge, Pair, Verdict
 from sidcli.data.imagesets import digest
-from sidcli.data.pair_images import panels
-from sidcli.data.pairs import Box, PairRow, write_rows
+from sidcli.data.pair_images import is_intact, panels
+from sidcli.data.pairs import MAX_ROWS, ROWS, Box, PairRow, difference, lines_of, write_rows
+from sidcli.data.prompts import EmojiPrompts
 from sidcli.data.sheets import SheetPrompt, sheet_prompt
 from sidcli.engine import Engine
-from sidcli.errors import InputError
-from sidcli.files import append_line, atomic_file, read_json, write_json
+from sidcli.errors import InputError, Interrupted
+from sidcli.files import append_line, atomic_file, read_bytes, read_json, sha256, write_json
 from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.ssim import copy_score
 from sidcli.models.codec import to_bytes
@@ -45,7 +46,7 @@ UNIT = 16
 """Sheets that are drawn together."""
 COLUMNS = 2
 WAYS = {
-    "other subject": "a lower --set same, or another --set judge",
+    "same": "a lower --set same, or another --set judge",
     "caption": "a lower --set caption, or another --set judge",
     "copy": "a higher --set copy",
     "cut": "a lower --set cut",
@@ -53,17 +54,33 @@ WAYS = {
 """Gate -> how to let more pairs pass."""
 EXAMPLES = 12
 """Kept and rejected pairs in the picture of a curation, each."""
+FEW = 0.02
+"""Share of kept pairs below which a note says how more pairs pass."""
+SCORES = ("same", "caption", "copy", "cut", "words")
+"""Entries of a line of scores."""
 
 
 def prepare(engine: Engine, folder: Path, teacher: str, listener: RunListener) -> Path:
     """Return the folder with the pairs of a run, after what is missing was drawn and judged. `teacher` is its fingerprint.
 
-    Raises InputError if the folder holds sheets of other settings, or if no pair is kept.
+    Raises InputError if the folder holds sheets of other settings, if pairs.jsonl was edited, or if no pair is kept, Interrupted at a
+    signal.
     """
     if engine.distributed.is_main:
-        judge = opened_judge(engine)  # a judge that cannot be opened is an error before the sheets are drawn
-        draw_sheets(engine, folder, teacher, listener)
-        curate(engine, folder, judge, listener)
+        judge = opened_judge(engine)
+        try:
+            check_same(folder, engine, teacher)
+            if units := missing_units(engine, folder, listener):
+                if settings_of(engine).judge != "none":
+                    try_judge(engine, judge, listener)
+                draw_sheets(engine, folder, units, listener)
+            curate(engine, folder, judge, listener)
+        except Interrupted as error:
+            raise Interrupted(
+                error.exit_code - 128,
+                f"interrupted before the first step; the sheets and scores in {folder} are kept",
+                "run the same command to continue",
+            ) from error
     engine.distributed.wait()
     return folder
 
@@ -77,16 +94,32 @@ def sheet_file(index: int) -> str:
     return f"sheets/{index:08d}.png"
 
 
-def draw_sheets(engine: Engine, folder: Path, teacher: str, listener: RunListener) -> None:
-    """Draw the sheets that the folder lacks."""
-    config, settings = engine.config, settings_of(engine)
-    check_same(folder, engine, teacher)
+def missing_units(engine: Engine, folder: Path, listener: RunListener) -> list[range]:
+    """Return the units with a sheet that is missing or damaged. The listener is told of damaged ones."""
+    settings, (height, width) = settings_of(engine), engine.sampler.model.size
+    size = COLUMNS * width, settings.panels // COLUMNS * height
+    bad = [index for index in range(settings.sheets) if not is_intact(folder / sheet_file(index), size)]
+    if damaged := [sheet_file(index) for index in bad if (folder / sheet_file(index)).exists()]:
+        more = f" and {len(damaged) - 3} others" if len(damaged) > 3 else ""
+        listener.note(f"drawn again, because they are damaged: {', '.join(damaged[:3])}{more} in {folder}")
     units = [range(start, min(start + UNIT, settings.sheets)) for start in range(0, settings.sheets, UNIT)]
-    missing = [unit for unit in units if not all((folder / sheet_file(index)).is_file() for index in unit)]
-    if not missing:
-        return
-    with listener.progress("draw sheets", sum(map(len, missing)), "sheets") as advance:
-        for unit in missing:
+    return [unit for unit in units if not {*unit}.isdisjoint(bad)]
+
+
+def try_judge(engine: Engine, judge: Judge, listener: RunListener) -> None:
+    """Let the judge score a trial pair, so that a missing model, an endpoint that does not answer or captions that it does not know are
+    an error before the sheets are drawn."""
+    first, (height, width) = candidates(engine)[0], engine.sampler.model.size
+    light, dark = (np.full((height, width, 3), shade, np.uint8) for shade in (200, 60))
+    with listener.progress(f"try judge {judge.name}", 1, "pairs") as advance:
+        judge.judge([Pair(light, dark, first.subject, first.captions)], advance)
+
+
+def draw_sheets(engine: Engine, folder: Path, units: Sequence[range], listener: RunListener) -> None:
+    """Draw the sheets of some units."""
+    config, settings = engine.config, settings_of(engine)
+    with listener.progress("draw sheets", sum(map(len, units)), "sheets") as advance:
+        for unit in units:
             prompts = [sheet_prompt(engine.prompts, config.seed, index, settings.panels) for index in unit]
             images = drawn(engine, unit, prompts, partial(advance, len(unit) / settings.sheet_steps))
             for index, image in zip(unit, images, strict=True):
@@ -100,7 +133,8 @@ def check_same(folder: Path, engine: Engine, teacher: str) -> None:
     settings: dict[str, Any] = {"teacher": teacher, "prompts": engine.prompts.digest, "seed": config.seed, "panels": s.panels}
     settings |= {"pairs": s.pairs, "guidance": s.sheet_guidance, "steps": s.sheet_steps, "size": list(engine.sampler.model.size)}
     file = folder / "sheets.json"
-    if file.exists() and (before := read_json(file)) != settings:
+    hint = f"restore it, which says how the sheets were drawn, or delete {folder}"
+    if file.exists() and (before := read_json(file, hint)) != settings:
         changed = [f"{key}: {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
         raise InputError(f"{folder} holds sheets of other settings: {'; '.join(changed)}", "choose another --output for a new run")
     if not file.exists() and any((folder / "sheets").glob("*.png")):
@@ -122,14 +156,14 @@ def drawn(engine: Engine, indices: range, prompts: Sequence[SheetPrompt], steppe
     else:
         captions = [caption for prompt in prompts for caption in prompt.captions]
         with shared_attention(engine, settings.panels):
-            latents = joined(engine.teacher_latents(plan, captions, cut(noise, rows), stepped), rows)
+            latents = joined(engine.teacher_latents(plan, captions, panels_of(noise, rows), stepped), rows)
     codec = model.codec.to(engine.device)
     with torch.no_grad():
         decoded = torch.cat([codec.decode(one[None].to(engine.device)) for one in latents])
     return to_bytes(decoded, [prompt.text for prompt in prompts], list(indices), "a smaller --set sheet_guidance")
 
 
-def cut(sheets: Tensor, rows: int) -> Tensor:
+def panels_of(sheets: Tensor, rows: int) -> Tensor:
     """Return the panels [B rows 2, C, h, w] of sheets [B, C, rows h, 2 w], those of a sheet in reading order."""
     panels = [part for row in sheets.chunk(rows, -2) for part in row.chunk(COLUMNS, -1)]
     return torch.stack(panels, 1).flatten(0, 1)
@@ -176,54 +210,104 @@ def candidates(engine: Engine) -> list[PairRow]:
 
 
 def curate(engine: Engine, folder: Path, judge: Judge, listener: RunListener) -> None:
-    """Score all pairs with the judge, apply the gates, and write pairs.jsonl, the counts and a picture of the first pairs.
+    """Score all pairs with the judge, apply the gates, and write pairs.jsonl, curation.json and a picture of the first pairs.
 
-    Raises InputError if no pair is kept.
+    Raises InputError if pairs.jsonl or the scores are not those that sid wrote, or if no pair is kept.
     """
     settings, rows = settings_of(engine), candidates(engine)
-    scored, gates = scores(engine, folder, rows, judge, listener)
-    reasons = [gates.rejection(Verdict(row.same, row.text), row.copy, row.cut) for row in scored]  # type: ignore[arg-type]
-    judged = [replace(row, kept=reason is None, reason=reason or row.reason) for row, reason in zip(scored, reasons, strict=True)]
+    scored = scores(engine, folder, rows, judge, listener)
+    gates = gates_of(settings, judge)
+    judged = gated(scored, gates)
+    check_unedited(folder, scores_file(settings), scored, judged)
     write_rows(folder, judged)
-    counts: Counter[str] = Counter(reason or "kept" for reason in reasons)
+    counts = Counter(row.reason or "kept" for row in judged)
     found: dict[str, Any] = {"judge": settings.judge, "gates": asdict(gates), "pairs": len(rows), "counts": dict(counts)}
-    if engine.sampler.model.is_emoji:
+    if engine.sampler.model.is_emoji and isinstance(engine.prompts, EmojiPrompts):
         found["oracle"] = against_oracle(engine, folder, judged)
+    found["sha256"] = {name: sha256(folder / name) for name in (ROWS, scores_file(settings))}
     write_json(folder / "curation.json", found)
     save_png(examples(folder, judged), folder / "examples.png")
     listener.note(summary(settings, counts, len(rows)))
-    if not counts["kept"]:
-        way = "" if settings.pairs == "shared-attention" else ", or --set pairs=shared-attention if the teacher cannot draw grids"
-        (most, _), *_ = counts.most_common()
+    if counts["kept"] < FEW * len(rows):
+        told = few(settings, counts, len(rows), folder)
+        if not counts["kept"]:
+            raise InputError(*told)
+        listener.note("warning: {}; {}".format(*told))
+
+
+def gates_of(settings: SelfDistillationSettings, judge: Judge) -> Gates:
+    """Return the thresholds of a run."""
+    is_fixed = settings.judge == "none"  # accepts every pair
+    same, caption = (
+        usual if is_fixed or given == "auto" else float(given)
+        for given, usual in ((settings.same, judge.same_threshold), (settings.caption, judge.caption_threshold))
+    )
+    return Gates(same, caption, settings.copy, settings.cut)
+
+
+def gated(rows: Sequence[PairRow], gates: Gates) -> list[PairRow]:
+    """Return pairs that have scores, with whether each passes the gates."""
+    reasons = [gates.rejection(Verdict(row.same, row.caption), row.copy, row.cut) for row in rows]  # type: ignore[arg-type]
+    return [replace(row, kept=reason is None, reason=reason or "") for row, reason in zip(rows, reasons, strict=True)]
+
+
+def check_unedited(folder: Path, scores: str, scored: Sequence[PairRow], judged: Sequence[PairRow]) -> None:
+    """Raises InputError if the file of scores, or pairs.jsonl, is not the one whose hash is in curation.json.
+
+    `judged` are the pairs of the current settings. Files that equal them were written by a call that was interrupted before it wrote
+    curation.json.
+    """
+    file, record = folder / ROWS, folder / "curation.json"
+    before = read_json(record, f"delete {record} and {file}, which are written again from the scores") if record.exists() else {}
+    hashes = found if isinstance(found := before.get("sha256"), dict) else {}
+    if hashes.get(scores) not in (None, sha256(folder / scores)):
         raise InputError(
-            f"none of {counted(len(rows), 'pair')} is kept: most fail the gate {most!r}; {folder / 'examples.png'} shows some",
-            f"{WAYS[most]}{way}",
+            f"{folder / scores} was edited since sid wrote it: its hash is not that of {record}",
+            f"restore it, or delete it and {record} to judge the pairs again",
         )
+    content = read_bytes(file, MAX_ROWS) if file.exists() else None
+    if content is None or content == lines_of(judged) or hashes.get(ROWS) == sha256(file):
+        return
+    try:
+        wrote = gated(scored, Gates(**before["gates"])) if scores in hashes else judged
+    except (KeyError, TypeError):  # curation.json was edited, too
+        wrote = judged
+    raise InputError(
+        f"{file} was edited since sid wrote it: {difference(content, wrote)}",
+        "restore it, or delete it to write it again from the scores;"
+        f" to train on edited pairs, copy {folder} and give the copy as --data",
+    )
+
+
+def few(settings: SelfDistillationSettings, counts: Counter[str], total: int, folder: Path) -> tuple[str, str]:
+    """Return how few pairs are kept, with the gates that reject them, and how more pairs pass."""
+    gates = [gate for gate, _ in counts.most_common() if gate != "kept"]
+    ways = [WAYS[gate] for gate in gates]
+    if settings.pairs == "grid":
+        ways.append("--set pairs=shared-attention in a new --output if the teacher cannot draw grids")
+    kept, verb = f"only {counts['kept']}" if counts["kept"] else "none", "are" if counts["kept"] > 1 else "is"
+    failed = ", ".join(f"{gate} {counts[gate]}" for gate in gates)
+    said = f"{kept} of {counted(total, 'pair')} {verb} kept; rejected by gate: {failed}; {folder / 'examples.png'} shows some"
+    return said, "; ".join([*ways, "more --set sheets"] if counts["kept"] else ways)
 
 
 def summary(settings: SelfDistillationSettings, counts: Counter[str], total: int) -> str:
     """Return a sentence about the yield of a curation."""
-    rejected = ", ".join(f"{count} {reason}" for reason, count in counts.most_common() if reason != "kept")
+    rejected = ", ".join(f"{gate} {count}" for gate, count in counts.most_common() if gate != "kept")
     return f"pairs: {counts['kept']} of {total} kept by judge {settings.judge} ({counts['kept'] / total:.0%})" + (
-        f"; rejected: {rejected}" if rejected else ""
+        f"; rejected by gate: {rejected}" if rejected else ""
     )
 
 
 class Unjudged:
     """A judge that accepts every pair, so that only the gates of copies and of cuts apply."""
 
-    name = "none"
-    same_threshold = text_threshold = 0.0
+    name, unit = "none", UNIT
+    same_threshold = caption_threshold = 0.0
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
         advance(len(pairs))
         return [Verdict(0.0, 0.0)] * len(pairs)
-
-
-def judge_options(settings: SelfDistillationSettings) -> dict[str, str | None]:
-    """Return the options of the judge by name: those that it has, and others that are given, which `open_judge` refuses."""
-    options = {"model": settings.judge_model or None, "url": settings.judge_url or None}
-    return {name: value for name, value in options.items() if name in JUDGES.get(settings.judge, ()) or value}
 
 
 def opened_judge(engine: Engine) -> Judge:
@@ -231,35 +315,35 @@ def opened_judge(engine: Engine) -> Judge:
     settings = settings_of(engine)
     if settings.judge == "none":
         return Unjudged()
-    return open_judge(settings.judge, engine.sampler.model, engine.device, **judge_options(settings))
+    return open_judge(settings.judge, engine.sampler.model, engine.device, **settings.judge_options)
 
 
-def scores(
-    engine: Engine, folder: Path, rows: Sequence[PairRow], judge: Judge, listener: RunListener
-) -> tuple[list[PairRow], Gates]:
-    """Return the pairs with their scores, and the gates. Scores that an earlier call has written are not computed again."""
+def scores_file(settings: SelfDistillationSettings) -> str:
+    """Return the name of the file with the scores of a judge and its options."""
+    return f"scores-{settings.judge}-{digest(sorted(settings.judge_options.items()))}.jsonl"
+
+
+def scores(engine: Engine, folder: Path, rows: Sequence[PairRow], judge: Judge, listener: RunListener) -> list[PairRow]:
+    """Return the pairs with their scores. Scores that an earlier call has written are not computed again."""
     settings = settings_of(engine)
-    file = folder / f"scores-{settings.judge}-{digest(sorted(judge_options(settings).items()))}.jsonl"
+    file = folder / scores_file(settings)
     known = read_scores(file)[: len(rows)]
     if len(known) < len(rows):
         with listener.progress(f"judge pairs ({settings.judge})", len(rows) - len(known), "pairs") as advance:
-            for start in range(len(known), len(rows), UNIT):
-                part = rows[start : start + UNIT]
+            for start in range(len(known), len(rows), judge.unit):
+                part = rows[start : start + judge.unit]
                 pairs = [Pair(*panels(folder, row), row.subject, row.captions) for row in part]
                 known += written(file, folder, zip(part, pairs, judge.judge(pairs, advance), strict=True), settings.pairs == "grid")
-    same = judge.same_threshold if settings.same == "auto" else float(settings.same)
-    text = judge.text_threshold if settings.caption == "auto" else float(settings.caption)
-    gates = Gates(same, text, settings.copy, settings.cut)
-    return [replace(row, **score) for row, score in zip(rows, known, strict=True)], gates
+    return [replace(row, **score) for row, score in zip(rows, known, strict=True)]
 
 
 def written(file: Path, folder: Path, judged: Iterable[tuple[PairRow, Pair, Verdict]], is_grid: bool) -> list[dict[str, Any]]:
     """Append the scores of pairs to a file, and return them."""
     found = []
     for row, pair, verdict in judged:
-        score = {"same": verdict.same, "text": verdict.text, "reason": verdict.reason}
         # Panels with a shared attention are images of their own, which meet in the sheet only.
-        score |= {"copy": copy_score(*pair.panels), "cut": seam(folder, row) if is_grid else 1.0}
+        values = verdict.same, verdict.caption, copy_score(*pair.panels), lowest_cut(folder, row) if is_grid else 1.0, verdict.words
+        score = dict(zip(SCORES, values, strict=True))
         append_line(file, json.dumps(score))
         found.append(score)
     return found
@@ -272,7 +356,7 @@ def read_scores(file: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             score = json.loads(line)
-            found.append({name: score[name] for name in ("same", "text", "reason", "copy", "cut")})
+            found.append({name: score[name] for name in SCORES})
         except (ValueError, KeyError, TypeError):
             break
     if len(found) < len(lines):
@@ -281,20 +365,20 @@ def read_scores(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def seam(folder: Path, row: PairRow) -> float:
-    """Return the lowest score of the seams at which the sheet of a pair was cut."""
+def lowest_cut(folder: Path, row: PairRow) -> float:
+    """Return the lowest score of the cuts through the sheet of a pair."""
     with Image.open(folder / row.sheet) as opened:
         sheet = np.asarray(opened.convert("RGB"))
     (_, top, _, bottom), (height, width, _) = row.boxes[0], sheet.shape
-    found = [seam_score(sheet, width // COLUMNS, 1)]
-    return min(found + ([seam_score(sheet, height // 2, 0)] if bottom - top < height else []))
+    found = [cut_score(sheet, width // COLUMNS, 1)]
+    return min(found + ([cut_score(sheet, height // 2, 0)] if bottom - top < height else []))
 
 
 def against_oracle(engine: Engine, folder: Path, rows: Sequence[PairRow]) -> dict[str, Any]:
     """Return yield, precision and recall of the kept pairs by the oracle of the emoji world."""
     oracle = open_judge("oracle", engine.sampler.model, engine.device)
     verdicts = oracle.judge([Pair(*panels(folder, row), row.subject, row.captions) for row in rows])
-    truth = [one.same >= oracle.same_threshold and one.text >= oracle.text_threshold for one in verdicts]
+    truth = [one.same >= oracle.same_threshold and one.caption >= oracle.caption_threshold for one in verdicts]
     found = agreement([row.kept for row in rows], truth)
     return {"good": sum(truth), **{name: value and asdict(value) for name, value in vars(found).items()}}
 
@@ -303,4 +387,4 @@ def examples(folder: Path, rows: Sequence[PairRow]) -> Image.Image:
     """Return a picture of the first kept and the first rejected pairs, with the reasons."""
     shown = [*[row for row in rows if row.kept][:EXAMPLES], *[row for row in rows if not row.kept][:EXAMPLES]]
     pictures = [Image.fromarray(np.concatenate(panels(folder, row), 1)) for row in shown]
-    return contact_sheet(pictures, [f"{row.subject}: {'kept' if row.kept else row.reason}" for row in shown], 6)
+    return contact_sheet(pictures, [f"{row.subject}: {'kept' if row.kept else f'rejected by {row.reason}'}" for row in shown], 6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidcli import objectives
+from sidcli.curation import check_options
 from sidcli.data.pairs import HINT as PAIRS_HINT
 from sidcli.data.pairs import folder_of
 from sidcli.devices import choose_device
@@ -21,6 +22,7 @@ from sidcli.files import check_unlocked, check_writable
 from sidcli.formats.outputs import check_run
 from sidcli.models.overrides import check_guidance
 from sidcli.objectives.base import FAKE_OPTIONS
+from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.settings import (
     MEMORY,
     NO_PATH,
@@ -32,6 +34,7 @@ from sidcli.settings import (
     preset_for,
     read_toml,
     strategy,
+    takes_reference,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +45,12 @@ if TYPE_CHECKING:
 
 
 TRACKERS = ("tensorboard", "wandb")
+EMOJI_PROMPTS = ("emoji", "emoji-nouns")
+"""Built-in prompts of the emoji world."""
 RATES = ("lr_fake", "lr_generator")
 """Settings that --lr sets."""
+PROMPT_SETTINGS = ("prompts", "column", "data_num")
+"""Settings that select prompts or images, which pairs of a run do not need."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,9 @@ class Request:
         folder = output or default_folder(teacher, start, objective, guidance_strategy)
         own = with_shortcuts(own, start, lr, images)
         used = start | MEMORY.get(memory, {}) | own
-        notes = [*about_replaced(replaced, used, config), *without_effect(used, {**settings, **others}), *without_start(used)]
+        place = used.get("data") or ("" if chosen.draws_pairs else teacher)
+        off = without_effect(used, {**settings, **others}, place if folder_of(place) else "")
+        notes = [*about_replaced(replaced, used, config), *off, *without_start(used)]
         return cls(teacher, start, own, memory, folder, tuple(notes), config, frozenset(from_file.keys() - own.keys()))
 
     @property
@@ -161,6 +170,8 @@ class Request:
         if resume and not (resume / "manifest.json").is_file():
             raise InputError(f"{resume} is not a checkpoint", "give a folder such as runs/NAME/checkpoints/step-00000100")
         config = self.before_path
+        if takes_reference(self.teacher) and not config.objective.draws_pairs:
+            objectives.check_reference(config.objective, self.teacher)  # before the images that it lacks: they would not help
         check_objective(config)
         check_writable(self.folder) if dry_run else check_run(self.folder)
         if evaluates or config.data:
@@ -247,8 +258,8 @@ def check_scales(
             raise UsageError(f"{option} {value} has no effect: {kappas[0]} to {kappas[-1]} set every scale", f"leave {option} out")
 
 
-def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each setting of the command line (`given`) that other settings turn off.
+def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any], pairs: str) -> list[str]:
+    """Return one sentence for each setting of the command line (`given`) that other settings turn off, or the pairs in the place `pairs`.
 
     Another says that the run ends before the adversarial term of sida joins, wherever the settings that cause it are from.
     """
@@ -263,6 +274,12 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> lis
         )
     if "gan_fake" in given and isinstance(scores, objectives.Dmd2.Settings) and not scores.gan:
         said.append(f"note: --set gan_fake={given['gan_fake']} has no effect without a GAN; --set gan=0.001 adds it")
+    if pairs:
+        beside = f"has no effect beside the pairs of {pairs}, which have captions"
+        said += [f"note: --{name.replace('_', '-')} {given[name]} {beside}" for name in PROMPT_SETTINGS if name in given]
+    if isinstance(scores, SelfDistillationSettings):
+        off = scores.without_effect(given, pairs)
+        said += [f"note: --set {name}={given[name]} has no effect {reason}" for name, reason in off.items()]
     if isinstance(scores, objectives.Sida.Settings):
         size = max(1, settings.get("batch_size", DistillConfig.batch_size))
         joins, images = -(-scores.gan_images // size) * size, settings.get("steps", DistillConfig.steps) * size
@@ -316,10 +333,24 @@ def check_objective(config: DistillConfig) -> None:
             'leave it out, or --data "" if a config file has it; objectives that train on images are'
             " sida, dmd, dmd2 --set gan=0.001, regression, lcm and tlcm",
         )
+    if isinstance(config.objective, SelfDistillationSettings) and not config.data:
+        check_judge(config.objective, config.prompts)
     if config.objective.discriminates and config.compile == "on":
         raise UsageError(f"--compile on does not support the discriminator of objective {name}", "--compile off")
     if config.data_num and not config.data:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
+
+
+def check_judge(settings: SelfDistillationSettings, prompts: str) -> None:
+    """Raises UsageError if the judge lacks an option, or does not know the captions of the prompts."""
+    if settings.judge == "none":
+        return
+    check_options(settings.judge, {name: value for name, value in settings.judge_options.items() if value is not None})
+    if settings.judge == "oracle" and prompts not in EMOJI_PROMPTS:
+        raise UsageError(
+            f"--set judge=oracle knows the captions of the emoji world only, and --prompts is {prompts}",
+            f"another --set judge, or --prompts {EMOJI_PROMPTS[0]}",
+        )
 
 
 def read_config(file: Path) -> dict[str, Any]:

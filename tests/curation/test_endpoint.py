@@ -19,7 +19,7 @@ from PIL import Image
 from sidcli.curation import endpoint
 from sidcli.curation.endpoint import HttpJudge, address
 from sidcli.curation.judge import Judge
-from sidcli.errors import EnvironmentProblem, UsageError
+from sidcli.errors import EnvironmentProblem, InputError, UsageError
 from tests.curation.rendered import noise_pair
 
 PAIR = noise_pair(0)
@@ -133,7 +133,7 @@ def judge_at(served: Endpoint, seconds: float = 20.0, parallel: int = 1) -> Judg
 def test_three_questions_are_asked_as_the_protocol_says(serve: Serve) -> None:
     served = serve(YES)
     (verdict,) = judge_at(served).judge([PAIR])
-    assert (verdict.same, verdict.text) == (1.0, 1.0) and verdict.reason.count("Both are gold.") == 3
+    assert (verdict.same, verdict.caption) == (1.0, 1.0) and verdict.words.count("Both are gold.") == 3
     assert [path for path, _, _ in served.requests] == ["/v1/chat/completions"] * 3
     bodies = [body for _, _, body in served.requests]
     assert {(body["model"], body["temperature"], len(body["messages"])) for body in bodies} == {("some-vlm", 0, 1)}
@@ -165,7 +165,7 @@ def test_the_key_is_sent_as_a_bearer_token_and_none_without_one(serve: Serve, mo
 
 def test_answers_in_both_orders_decide(serve: Serve) -> None:
     (verdict,) = judge_at(serve(YES, NO, YES)).judge([PAIR])
-    assert (verdict.same, verdict.text) == (0.5, 1.0)
+    assert (verdict.same, verdict.caption) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("trouble", [429, 500, 503, 408, "cut", "stall", "drip"])
@@ -217,7 +217,6 @@ def test_an_endpoint_that_refuses_is_an_error_at_once(
 @pytest.mark.parametrize(
     "nonsense",
     [
-        "I am not sure.",
         b"<html>",
         b"[]",
         b'{"choices": []}',
@@ -229,24 +228,51 @@ def test_an_endpoint_that_refuses_is_an_error_at_once(
         b"[" * 100_000,
         b'"' + b"x" * (2 << 20) + b'"',
     ],
-    ids=str,
+    ids=lambda content: str(content)[:40],
 )
-def test_an_answer_without_a_verdict_is_asked_for_once_more_and_then_counts_as_no(serve: Serve, nonsense: Answer) -> None:
-    served = serve(nonsense, YES, nonsense, nonsense, YES)
+def test_an_answer_that_is_not_of_the_protocol_is_asked_for_again_and_then_an_error_that_shows_its_beginning(
+    serve: Serve, nonsense: bytes
+) -> None:
+    (verdict,) = judge_at(served := serve(nonsense, nonsense, YES)).judge([PAIR])
+    assert verdict.same == 1.0 and len(served.requests) == 5
+    with pytest.raises(EnvironmentProblem) as caught:
+        judge_at(served := serve(nonsense)).judge([PAIR])
+    assert caught.value.message.startswith(f"{served.url}/chat/completions answered without words of a model: ")
+    assert endpoint.excerpt(nonsense) in caught.value.message and len(caught.value.message) < 2000
+    assert caught.value.message.isprintable() and "--set judge_url" in caught.value.hint and len(served.requests) == 4
+
+
+def test_words_without_a_verdict_are_asked_for_once_more_and_then_count_as_no(serve: Serve) -> None:
+    served = serve("I am not sure.", YES, "I am not sure.", "I cannot tell.", YES)
     (verdict,) = judge_at(served).judge([PAIR])
-    assert (verdict.same, verdict.text) == (0.0, 1.0) and len(served.requests) == 5
-    assert "same, other order: " in verdict.reason and len(verdict.reason) < 2000
-    assert ("not sure" if isinstance(nonsense, str) else "no words in the answer: ") in verdict.reason
+    assert (verdict.same, verdict.caption) == (0.0, 1.0) and len(served.requests) == 5
+    assert "same, other order:\nI cannot tell." in verdict.words
+
+
+def test_a_model_that_answers_none_of_the_first_questions_is_an_error_and_one_that_did_before_is_not(serve: Serve) -> None:
+    served = serve("Hello!\u202e\nHow can I help you?")
+    judge = judge_at(served, parallel=2)
+    with pytest.raises(InputError) as caught:
+        judge.judge([PAIR, PAIR, PAIR])
+    assert f"some-vlm at {served.url}/chat/completions" in caught.value.message and "Hello!" in caught.value.message
+    assert caught.value.message.isprintable() and "--set judge_model" in caught.value.hint
+    assert len(served.requests) == 2 * 3 * 2, "the third pair is not asked about"
+    served.answers = [YES]
+    judge.judge([PAIR])
+    served.answers = ["Hello!"]
+    assert judge.judge([PAIR])[0].same == 0.0
 
 
 def test_an_endless_answer_is_not_read_to_its_end(serve: Serve) -> None:
     (verdict,) = judge_at(serve("flood", "flood", NO), seconds=5.0).judge([PAIR])
-    assert verdict.same == 0.0 and "no words in the answer" in verdict.reason
+    assert verdict.same == 0.0
+    with pytest.raises(EnvironmentProblem, match="answered without words of a model: "):
+        judge_at(serve("flood"), seconds=5.0).judge([PAIR])
 
 
 def test_words_that_no_file_can_hold_are_replaced(serve: Serve) -> None:
     (verdict,) = judge_at(serve(b'{"choices": [{"message": {"content": "\\ud800\\nANSWER: YES"}}]}')).judge([PAIR])
-    assert verdict.same == 1.0 and verdict.reason.encode()
+    assert verdict.same == 1.0 and verdict.words.encode()
 
 
 def test_pairs_that_are_asked_about_at_the_same_time_keep_their_order(serve: Serve) -> None:

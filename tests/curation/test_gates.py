@@ -1,4 +1,4 @@
-"""Gates: structural similarity and seams by hand and on rendered sheets, and the order of the reasons."""
+"""Gates: structural similarity and cuts by hand and on rendered sheets, and the order of the reasons."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from sidcli.curation.gates import Gates, seam_score
+from sidcli.curation.gates import Gates, cut_score
 from sidcli.curation.judge import Verdict
 from sidcli.emoji.identities import render, render_sheet, sheet
 from sidcli.metrics.appearance import LUMA
 from sidcli.metrics.ssim import copy_score
 from tests.curation.rendered import noise
 
-GATES = Gates(same=0.9, text=0.2)
+GATES = Gates(same=0.9, caption=0.2)
 GOOD = Verdict(0.9, 0.2)
 
 
@@ -24,18 +24,18 @@ def flat(height: int, width: int, *color: int) -> np.ndarray:
     return np.full((height, width, 3), color, np.uint8)
 
 
-def test_a_pair_that_passes_every_gate_is_kept_and_a_rejected_one_has_its_first_reason() -> None:
-    assert GATES.rejection(GOOD, copy=0.89, seam=0.8) is None
-    assert GATES.rejection(Verdict(0.89, 0.1), copy=1.0, seam=0.0) == "other subject"
-    assert GATES.rejection(Verdict(0.9, 0.19), copy=1.0, seam=0.0) == "caption"
-    assert GATES.rejection(GOOD, copy=0.9, seam=0.0) == "copy"
-    assert GATES.rejection(GOOD, copy=0.5, seam=0.79) == "cut"
-    assert replace(GATES, copy=1.0, seam=0.0).rejection(GOOD, copy=0.95, seam=0.0) is None
+def test_a_pair_that_passes_every_gate_is_kept_and_a_rejected_one_has_the_first_gate_that_it_fails() -> None:
+    assert GATES.rejection(GOOD, copy=0.89, cut=0.8) is None
+    assert GATES.rejection(Verdict(0.89, 0.1), copy=1.0, cut=0.0) == "same"
+    assert GATES.rejection(Verdict(0.9, 0.19), copy=1.0, cut=0.0) == "caption"
+    assert GATES.rejection(GOOD, copy=0.9, cut=0.0) == "copy"
+    assert GATES.rejection(GOOD, copy=0.5, cut=0.79) == "cut"
+    assert replace(GATES, copy=1.0, cut=0.0).rejection(GOOD, copy=0.95, cut=0.0) is None
 
 
 def test_a_score_that_is_not_a_number_is_rejected() -> None:
     nothing = float("nan")
-    assert GATES.rejection(Verdict(nothing, 1.0), 0.0, 1.0) == "other subject"
+    assert GATES.rejection(Verdict(nothing, 1.0), 0.0, 1.0) == "same"
     assert GATES.rejection(Verdict(1.0, nothing), 0.0, 1.0) == "caption"
     assert GATES.rejection(GOOD, nothing, 1.0) == "copy"
     assert GATES.rejection(GOOD, 0.0, nothing) == "cut"
@@ -62,37 +62,37 @@ def test_the_copy_score_is_1_for_equal_images_and_low_for_two_renderings_of_one_
 @pytest.mark.parametrize("axis", [0, 1])
 def test_two_plain_backgrounds_that_meet_are_a_good_cut_and_one_that_continues_is_a_bad_one(axis: int) -> None:
     red, blue = flat(64, 64, 200, 30, 30), flat(64, 64, 30, 30, 200)
-    assert seam_score(np.concatenate([red, blue], axis), 64, axis) == 1.0
-    assert seam_score(np.concatenate([red, red], axis), 64, axis) == 0.0
+    assert cut_score(np.concatenate([red, blue], axis), 64, axis) == 1.0
+    assert cut_score(np.concatenate([red, red], axis), 64, axis) == 0.0
     ramp = np.linspace(0, 255, 128).astype(np.uint8)
     shades = np.broadcast_to(ramp[:, None, None] if axis == 0 else ramp[None, :, None], (128, 128, 3))
-    assert seam_score(shades, 64, axis) == 0.0
+    assert cut_score(shades, 64, axis) == 0.0
 
 
-def test_a_subject_that_crosses_the_seam_is_a_bad_cut_where_it_crosses() -> None:
+def test_a_subject_that_crosses_the_cut_is_a_bad_cut_where_it_crosses() -> None:
     sheet_of_two = np.concatenate([flat(64, 64, 200, 30, 30), flat(64, 64, 30, 30, 200)], 1)
     sheet_of_two[16:48, 40:90] = 255
-    assert seam_score(sheet_of_two, 64, 1) == 0.5
+    assert cut_score(sheet_of_two, 64, 1) == 0.5
     stripes = np.where(np.arange(32) // 5 % 2, 255, 0).astype(np.uint8)
     sheet_of_two[16:48, 40:90] = stripes[:, None, None]
-    assert seam_score(sheet_of_two, 64, 1) == 0.5
+    assert cut_score(sheet_of_two, 64, 1) == 0.5
     stretched = np.repeat(sheet_of_two, 8, 0).repeat(8, 1)  # and 512 pixels wide
-    assert seam_score(stretched, 512, 1) == 0.5
+    assert cut_score(stretched, 512, 1) == 0.5
 
 
 def test_rendered_sheets_pass_at_the_default_threshold_and_wrong_cuts_of_them_do_not() -> None:
-    least = Gates(0, 0).seam
+    least = Gates(0, 0).cut
     pairs = [render_sheet(sheet(3, index, 2)) for index in range(40)]
     singles = [render(sheet(4, index, 1).panels[0]) for index in range(40)]
     fours = [render_sheet(sheet(5, index, 4)) for index in range(10)]
-    assert min(seam_score(image, 64, 1) for image in pairs) >= least
-    assert min(seam_score(image[rows], 64, 1) for image in fours for rows in (slice(64), slice(64, 128))) >= least
-    assert min(seam_score(image[:, columns], 64, 0) for image in fours for columns in (slice(64), slice(64, 128))) >= least
-    assert max(seam_score(image, 32, axis) for image in singles for axis in (0, 1)) < least
-    assert max(seam_score(image, 64 + 10, 1) for image in pairs) < least
+    assert min(cut_score(image, 64, 1) for image in pairs) >= least
+    assert min(cut_score(image[rows], 64, 1) for image in fours for rows in (slice(64), slice(64, 128))) >= least
+    assert min(cut_score(image[:, columns], 64, 0) for image in fours for columns in (slice(64), slice(64, 128))) >= least
+    assert max(cut_score(image, 32, axis) for image in singles for axis in (0, 1)) < least
+    assert max(cut_score(image, 64 + 10, 1) for image in pairs) < least
 
 
-def test_bands_grow_with_the_panels_so_that_a_blurred_seam_of_a_large_sheet_is_seen() -> None:
+def test_bands_grow_with_the_panels_so_that_a_blurred_cut_of_a_large_sheet_is_seen() -> None:
     step = np.clip((np.arange(1024) - 502) / 20, 0, 1) * 60  # over 20 pixels
     image = np.broadcast_to(step.astype(np.uint8)[None, :, None], (64, 1024, 3))
-    assert seam_score(image, 512, 1) == 1.0 and seam_score(image[:, 512 - 64 : 512 + 64], 64, 1) == 0.0
+    assert cut_score(image, 512, 1) == 1.0 and cut_score(image[:, 512 - 64 : 512 + 64], 64, 1) == 0.0

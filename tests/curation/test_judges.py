@@ -42,7 +42,7 @@ def emoji() -> Model:
 
 def scores(judge: Judge, pairs: list[Pair]) -> np.ndarray:
     """The scores [pairs, 2] of a judge."""
-    return np.array([(verdict.same, verdict.text) for verdict in judge.judge(pairs)])
+    return np.array([(verdict.same, verdict.caption) for verdict in judge.judge(pairs)])
 
 
 # The teacher
@@ -59,7 +59,7 @@ def test_relevance_is_how_much_the_caption_improves_the_predicted_noise(
 
     expected = torch.zeros(2)
     encode = Sampler(model, CPU).encode
-    for time in features.TEXT_TIMES:
+    for time in features.CAPTION_TIMES:
         t = int(time * model.path.steps)
         eps = normal(model.latent_shape, 3, "judge", t, [0])
         a, sigma = model.path.scale(t)
@@ -69,10 +69,10 @@ def test_relevance_is_how_much_the_caption_improves_the_predicted_noise(
                 model.path.noise(model.kind.denoise(model.denoiser, x_t, torch.tensor([t, t]), encode(texts)), x_t, t)
                 for texts in (captions, ["", ""])
             )
-        expected += ((eps - untold) ** 2 - (eps - told) ** 2).mean((1, 2, 3)) / len(features.TEXT_TIMES)
+        expected += ((eps - untold) ** 2 - (eps - told) ** 2).mean((1, 2, 3)) / len(features.CAPTION_TIMES)
 
     torch.testing.assert_close(relevance(latents, captions), expected, rtol=1e-3, atol=1e-6)
-    assert FeaturesJudge(model, CPU, seed=3).judge([pair])[0].text == pytest.approx(float(expected.min()), rel=1e-3, abs=1e-6)
+    assert FeaturesJudge(model, CPU, seed=3).judge([pair])[0].caption == pytest.approx(float(expected.min()), rel=1e-3, abs=1e-6)
 
 
 def test_features_compares_crops_of_the_subjects_in_the_middle_block(sd: Model) -> None:
@@ -100,7 +100,7 @@ def test_features_gives_one_subject_in_one_place_the_highest_score_and_depends_o
 def test_verdicts_do_not_depend_on_the_other_pairs_and_progress_counts_each_pair(sd: Model) -> None:
     pairs, told = [noise_pair(seed) for seed in range(features.BATCH + 1)], list[float]()
     judge = FeaturesJudge(sd, CPU)
-    together = [(verdict.same, verdict.text) for verdict in judge.judge(pairs, lambda count, text="": told.append(count))]
+    together = [(verdict.same, verdict.caption) for verdict in judge.judge(pairs, lambda count, text="": told.append(count))]
     assert told == [features.BATCH, 1]
     np.testing.assert_allclose(together[3:5], scores(judge, pairs[3:5]), atol=1e-5)
     assert judge.judge([]) == []
@@ -116,7 +116,7 @@ def test_panels_of_another_size_are_judged_at_the_size_of_the_teacher(sd: Model)
 def test_features_of_the_emoji_teacher_tell_identities_apart_better_than_chance(
     emoji: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "TEXT_TIMES", (0.9,))
+    monkeypatch.setattr(features, "CAPTION_TIMES", (0.9,))
     pairs, truth = rendered(20)
     judge = open_judge("features", emoji, CPU)
     same = scores(judge, pairs)[:, 0]
@@ -150,20 +150,20 @@ def test_clip_compares_crops_with_each_other_and_panels_with_captions(stand_ins:
     pairs, _ = rendered(2)
     net = Clip(str(stand_ins["clip"]), CPU, "")
     found = scores(ClipJudge(str(stand_ins["clip"]), CPU), pairs)
-    for pair, (same, text) in zip(pairs, found, strict=True):
+    for pair, (same, caption) in zip(pairs, found, strict=True):
         one, other = net.see([subject(panel) for panel in pair.panels])
         assert same == pytest.approx(float(one @ other), abs=1e-5)
-        assert text == pytest.approx(float((net.see(pair.panels) * net.read(pair.captions)).sum(1).min()), abs=1e-5)
+        assert caption == pytest.approx(float((net.see(pair.panels) * net.read(pair.captions)).sum(1).min()), abs=1e-5)
 
 
 def test_dino_compares_class_tokens_of_crops_and_takes_captions_from_the_teacher(sd: Model, stand_ins: dict[str, Path]) -> None:
     pairs, _ = rendered(2)
     net = DinoFeatures(str(stand_ins["dino"]), CPU)
     found = scores(open_judge("dino", sd, CPU, model=str(stand_ins["dino"])), pairs)
-    for pair, (same, text) in zip(pairs, found, strict=True):
+    for pair, (same, caption) in zip(pairs, found, strict=True):
         one, other = (torch.from_numpy(value) for value in net([subject(panel) for panel in pair.panels], ()))
         assert same == pytest.approx(float(F.cosine_similarity(one, other, dim=0)), abs=1e-5)
-        assert text == pytest.approx(FeaturesJudge(sd, CPU).judge([pair])[0].text, abs=1e-6)
+        assert caption == pytest.approx(FeaturesJudge(sd, CPU).judge([pair])[0].caption, abs=1e-6)
 
 
 # The oracle
@@ -178,22 +178,22 @@ def reader() -> Reader:
 def test_the_oracle_compares_the_attributes_that_the_reader_sees(reader: Reader) -> None:
     pairs, _ = rendered(30)
     pairs += [replace(pair, second=pair.first, captions=(pair.captions[0],) * 2) for pair in pairs[:2]]
-    for pair, (same, text) in zip(pairs, scores(OracleJudge(reader, CPU), pairs), strict=True):
+    for pair, (same, caption) in zip(pairs, scores(OracleJudge(reader, CPU), pairs), strict=True):
         seen = reader.read(torch.from_numpy(np.stack(pair.panels)))
         agreeing = np.mean([seen[0].noun == seen[1].noun, *np.equal(seen[0].identity, seen[1].identity)])
         assert same == (1.0 if agreeing == 1 else pytest.approx(0.9 * agreeing))
         true = [
-            np.mean([NOUN_LIST[one.noun] in caption.split(), f"{COLOR_LIST[one.color]} background" in caption])
-            for one, caption in zip(seen, pair.captions, strict=True)
+            np.mean([NOUN_LIST[one.noun] in text.split(), f"{COLOR_LIST[one.color]} background" in text])
+            for one, text in zip(seen, pair.captions, strict=True)
         ]
-        assert text == (1.0 if min(true) == 1 else pytest.approx(0.9 * min(true)))
+        assert caption == (1.0 if min(true) == 1 else pytest.approx(0.9 * min(true)))
 
 
 def test_the_oracle_gives_1_to_nothing_but_full_agreement() -> None:
     assert [oracle.agreeing((0, 1, 2, 3), (*range(count), *[9] * (4 - count))) for count in range(5)] == [
         pytest.approx(score) for score in (0.0, 0.225, 0.45, 0.675, 1.0)
     ]
-    assert OracleJudge.same_threshold == OracleJudge.text_threshold == 1.0
+    assert OracleJudge.same_threshold == OracleJudge.caption_threshold == 1.0
 
 
 def test_the_oracle_knows_the_captions_of_the_emoji_world_only(reader: Reader) -> None:
@@ -231,7 +231,7 @@ def test_clip_is_that_of_the_emoji_world_for_its_teachers(emoji: Model, sd: Mode
     assert isinstance(judge, ClipJudge) and judge.clip.model == clip.EMOJI
     other = open_judge("clip", emoji, CPU, model=str(stand_ins["clip"]))
     assert isinstance(other, ClipJudge) and other.clip.model == str(stand_ins["clip"])
-    assert (judge.same_threshold, judge.text_threshold) != (other.same_threshold, other.text_threshold)
+    assert (judge.same_threshold, judge.caption_threshold) != (other.same_threshold, other.caption_threshold)
     for teacher in (None, sd):
         public = open_judge("clip", teacher, CPU)
         assert isinstance(public, ClipJudge) and public.clip.name == clip.PUBLIC

@@ -58,7 +58,7 @@ YES, NO, LOST = "Alike.\nANSWER: YES", "Not alike.\nANSWER: NO", "I cannot see i
 
 
 @pytest.mark.parametrize(
-    ("answers", "same", "text"),
+    ("answers", "same", "caption"),
     [
         ((YES, YES, YES), 1.0, 1.0),
         ((YES, NO, YES), 0.5, 1.0),
@@ -68,10 +68,10 @@ YES, NO, LOST = "Alike.\nANSWER: YES", "Not alike.\nANSWER: NO", "I cannot see i
         ((LOST, YES, LOST), 0.0, 0.0),
     ],
 )
-def test_a_pair_is_the_same_if_the_answer_is_yes_in_both_orders(answers: tuple[str, str, str], same: float, text: float) -> None:
+def test_a_pair_is_the_same_if_the_answer_is_yes_in_both_orders(answers: tuple[str, str, str], same: float, caption: float) -> None:
     verdict = verdict_of(PAIR, Interviewed(*answers))
-    assert (verdict.same, verdict.text) == (same, text)
-    assert all(answer in verdict.reason for answer in answers)
+    assert (verdict.same, verdict.caption) == (same, caption)
+    assert all(answer in verdict.words for answer in answers)
 
 
 def test_the_second_question_shows_the_panels_in_the_other_order_and_the_third_names_the_captions() -> None:
@@ -84,15 +84,20 @@ def test_the_second_question_shows_the_panels_in_the_other_order_and_the_third_n
     assert all(f"image {number}: {caption}" in captions for number, caption in enumerate(PAIR.captions, 1))
 
 
-@pytest.mark.parametrize(
-    ("words", "scores"), [("Both are keys. ANSWER: YES", (0, 0)), ("ANSWER: YES", (1, 1)), ("ANSWER: NO", (0, 0))]
-)
+@pytest.mark.parametrize(("words", "scores"), [("ANSWER: YES", (1, 1)), ("ANSWER: NO", (0, 0))])
 def test_a_local_model_is_asked_and_its_words_are_kept(tmp_path: Path, words: str, scores: tuple[float, float]) -> None:
     judge = open_judge("vlm", None, CPU, model=str(write_vlm(tmp_path / "vlm", words)))
     told = list[float]()
     first, second = judge.judge([PAIR, noise_pair(1)], lambda count, text="": told.append(count))
-    assert (first.same, first.text) == scores and first == second and told == [1, 1]
-    assert first.reason == f"same: {words}\n\nsame, other order: {words}\n\ncaptions: {words}"
+    assert (first.same, first.caption) == scores and first == second and told == [1, 1]
+    assert first.words == f"same:\n{words}\n\nsame, other order:\n{words}\n\ncaptions:\n{words}"
+
+
+def test_a_local_model_that_answers_none_of_the_questions_as_asked_is_an_error_that_shows_an_answer(tmp_path: Path) -> None:
+    judge = open_judge("vlm", None, CPU, model=str(write_vlm(tmp_path / "vlm", "Both are keys. ANSWER: YES")))
+    with pytest.raises(InputError, match=r"ends none of its answers .* Both are keys\. ANSWER: YES") as caught:
+        judge.judge([PAIR])
+    assert str(tmp_path / "vlm") in caught.value.message and "--set judge_model" in caught.value.hint
 
 
 def test_a_local_model_sees_the_pixels_and_the_question(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Diffusion Self-Distillation in three stages (sheets, curation, tuning), and its distillation to one step."""
 
+import collections
 import dataclasses
+import hashlib
 import html
 import json
 import os
@@ -17,22 +19,26 @@ import pytest
 import torch
 from PIL import Image
 
-from sidcli import api, curation, engine, objectives
+from sidcli import api, engine, objectives
+from sidcli.curation import endpoint
+from sidcli.curation.features import FeaturesJudge
+from sidcli.data import pair_images
 from sidcli.data import pairs as store
 from sidcli.data.prompts import open_prompts
-from sidcli.errors import InputError, Interrupted, UsageError
+from sidcli.errors import EnvironmentProblem, InputError, Interrupted, UsageError
 from sidcli.models.loading import load
 from sidcli.models.reference import layout_of
 from sidcli.models.sources import find
 from sidcli.objectives import self_distillation
 from sidcli.progress import Progress
 from sidcli.settings import DistillConfig
-from sidcli.training import distill
+from sidcli.training import distill, pairs
 from sidcli.training.request import check_objective
+from tests.curation.test_endpoint import Endpoint
 from tests.training.test_distill import KillAt, Silent, state
 
 SETTINGS = objectives.SelfDistillation.Settings(
-    sheets=3, sheet_steps=2, judge="none", pairs="shared-attention", copy=2.0, text_dropout=0.3, reference_dropout=0.3
+    sheets=3, sheet_steps=2, judge="none", pairs="shared-attention", copy=1.0, caption_dropout=0.3, reference_dropout=0.3
 )
 MEASURED = distill.Intervals(eval=1)
 STAGES = ("draw sheets", "judge pairs (features)")
@@ -83,6 +89,25 @@ def tuned(sd_folder: Path, tuning: DistillConfig, tmp_path: Path) -> Path:
     return run(sd_folder, tuning, tmp_path / "tuned").run
 
 
+class Stage:
+    """The stages before the training of a run, sheets and curation, on a tiny teacher."""
+
+    def __init__(self, teacher: Any, config: DistillConfig, folder: Path):
+        self.folder, self.config = folder, config
+        self.engine = engine.Engine(teacher, config, open_prompts(config.prompts), torch.device("cpu"))
+
+    def prepare(self, **settings: Any) -> list[str]:
+        """Return the notes of the stages with these settings of the objective."""
+        self.engine.config, heard = dataclasses.replace(self.config, objective=dataclasses.replace(SETTINGS, **settings)), Silent()
+        pairs.prepare(self.engine, self.folder, "a fingerprint", heard)
+        return heard.notes
+
+
+@pytest.fixture
+def stage(sd: Any, tuning: DistillConfig, tmp_path: Path) -> Stage:
+    return Stage(sd, tuning, tmp_path / "pairs")
+
+
 def test_the_stages_end_in_a_model_that_draws_the_subject_of_a_reference(tuned: Path, tmp_path: Path) -> None:
     rows = store.read_rows(tuned / "pairs")
     assert len(rows) == 3 and all(row.kept for row in rows)
@@ -94,9 +119,23 @@ def test_the_stages_end_in_a_model_that_draws_the_subject_of_a_reference(tuned: 
     for number in (1, 2):
         files.append(tmp_path / f"{number}.png")
         Image.fromarray(np.full((64, 64, 3), 90 * number, np.uint8)).save(files[-1])
-    first, second = (api.sample("a cat", tuned, reference=file, steps=2).images[0] for file in files)
+    two = api.sample(["a cat", "a cat"], tuned, reference=[files[0], Image.open(files[1])], steps=2, listener=Silent())
+    first, second = two.images
     assert first.size == (64, 64), "only the second frame is drawn"
     assert np.asarray(first).tolist() != np.asarray(second).tolist()
+    assert [one.reference["file"] for one in two.drawn if one.reference] == ["1.png", None]
+    one = api.sample("a cat", tuned, reference=files[0], steps=2, output=tmp_path / "out.png", listener=Silent())
+    record = {"file": "1.png", "sha256": hashlib.sha256(files[0].read_bytes()).hexdigest()}
+    with Image.open(tmp_path / "out.png") as opened:
+        assert json.loads(opened.text["sid"])["reference"] == record  # type: ignore[attr-defined]
+        assert np.abs(np.subtract(np.asarray(opened, np.int16), np.asarray(first, np.int16))).max() <= 1
+    assert one.as_dict()["images"][0]["reference"] == record
+    for given, said in ((files, "2 reference images for 1 prompt"), (5, "reference must be a path, a PIL image, or a list")):
+        with pytest.raises(UsageError, match=said):
+            api.sample("a cat", tuned, reference=given, steps=2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is not a student") as caught:
+        api.export(tuned, tmp_path / "export", "onnx", listener=api.SILENT)
+    assert f"sid distill --teacher {tuned}" in caught.value.hint
     page = (tuned / "report.html").read_text()
     assert "model with a reference image, tuned from" in page and "Pairs of images of one subject" in page
     assert f'sid sample "a cat" --reference reference.png --model {tuned}' in html.unescape(page)
@@ -109,12 +148,15 @@ def test_a_run_that_is_stopped_in_a_stage_continues_bit_for_bit(
     sd_folder: Path, tuning: DistillConfig, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sidcli.training.pairs.UNIT", 1)
-    judged = dataclasses.replace(SETTINGS, judge="features", same="-2", caption="-1e9")
+    monkeypatch.setattr(FeaturesJudge, "unit", 1)
+    judged = dataclasses.replace(SETTINGS, judge="features", same="-1", caption="-1")
     tuning = dataclasses.replace(tuning, objective=judged)
     whole = run(sd_folder, tuning, tmp_path / "whole").run
-    with pytest.raises(Interrupted):
-        run(sd_folder, tuning, tmp_path / "halves", StopIn(stage, 1.5))
     folder = tmp_path / "halves" / "pairs"
+    with pytest.raises(Interrupted) as caught:
+        run(sd_folder, tuning, tmp_path / "halves", StopIn(stage, 1.5))
+    assert caught.value.message == f"interrupted before the first step; the sheets and scores in {folder} are kept"
+    assert caught.value.hint == "run the same command to continue" and caught.value.exit_code == 128 + signal.SIGTERM
     done = [*folder.glob("sheets/*.png")] if stage == STAGES[0] else next(folder.glob("scores-*")).read_text().splitlines()
     assert len(done) == 1, "of three"
     with pytest.raises(Interrupted):
@@ -143,14 +185,14 @@ def test_other_thresholds_need_no_new_sheets_and_no_new_scores(sd_folder: Path, 
     run(sd_folder, dataclasses.replace(tuning, objective=stricter), tmp_path / "run", heard)
     rows = store.read_rows(result.run / "pairs")
     assert [row.reason for row in rows if not row.kept] == ["copy"] and len(rows) == 3
-    assert any("2 of 3 kept by judge none (67%); rejected: 1 copy" in note for note in heard.notes)
+    assert any("2 of 3 kept by judge none (67%); rejected by gate: copy 1" in note for note in heard.notes)
 
 
-@pytest.mark.parametrize(("pairs", "panels", "size"), [("grid", 4, (128, 128)), ("shared-attention", 2, (128, 64))])
+@pytest.mark.parametrize(("kind", "panels", "size"), [("grid", 4, (128, 128)), ("shared-attention", 2, (128, 64))])
 def test_sheets_have_the_panels_that_were_asked_for(
-    sd_folder: Path, tuning: DistillConfig, tmp_path: Path, pairs: str, panels: int, size: tuple[int, int]
+    sd_folder: Path, tuning: DistillConfig, tmp_path: Path, kind: str, panels: int, size: tuple[int, int]
 ) -> None:
-    asked = dataclasses.replace(SETTINGS, pairs=pairs, panels=panels, sheets=1, cut=0.0)
+    asked = dataclasses.replace(SETTINGS, pairs=kind, panels=panels, sheets=1, cut=0.0)
     folder = run(sd_folder, dataclasses.replace(tuning, objective=asked, steps=1), tmp_path / "run").run / "pairs"
     with Image.open(folder / "sheets" / "00000000.png") as sheet:
         assert sheet.size == size
@@ -160,14 +202,12 @@ def test_sheets_have_the_panels_that_were_asked_for(
 
 
 def test_the_panels_of_a_shared_attention_depend_on_each_other(sd: Any, config: DistillConfig) -> None:
-    from sidcli.training import pairs as stage
-
     made = engine.Engine(sd, dataclasses.replace(config, objective=SETTINGS), open_prompts("general"), torch.device("cpu"))
     x = torch.randn(2, *made.latent_shape[:2], made.frame_width)
     t, cond = torch.tensor([500, 500]), made.sampler.encode(["a cat", "a dog"])
     with torch.no_grad():
         alone = made.kind.denoise(made.teacher, x, t, cond)
-        with stage.shared_attention(made, 2):
+        with pairs.shared_attention(made, 2):
             shared = made.kind.denoise(made.teacher, x, t, cond)
         assert torch.equal(made.kind.denoise(made.teacher, x, t, cond), alone), "afterwards the teacher is as before"
     assert (shared - alone).abs().max() > 1e-3
@@ -181,11 +221,33 @@ def test_a_folder_that_holds_sheets_of_other_settings_is_refused(tuned: Path, sd
 
 
 def test_a_run_of_which_no_pair_is_kept_says_how_to_go_on(sd_folder: Path, tuning: DistillConfig, tmp_path: Path) -> None:
-    strict = dataclasses.replace(SETTINGS, pairs="grid", copy=0.0)
+    strict = dataclasses.replace(SETTINGS, pairs="grid", judge="features", same="1")
     with pytest.raises(InputError) as caught:
         run(sd_folder, dataclasses.replace(tuning, objective=strict), tmp_path / "run")
-    assert "none of 3 pairs is kept" in caught.value.message and "shared-attention" in str(caught.value.hint)
+    assert "none of 3 pairs is kept; rejected by gate: same 3; " in caught.value.message
+    assert caught.value.hint.startswith(
+        "a lower --set same, or another --set judge; --set pairs=shared-attention in a new --output"
+    )
     assert (tmp_path / "run" / "pairs" / "examples.png").is_file()
+
+
+def test_a_yield_below_2_percent_is_a_note_with_the_rejections_by_gate_and_the_ways_to_more_pairs() -> None:
+    counts = collections.Counter({"kept": 3, "same": 190, "cut": 7})
+    said, ways = pairs.few(dataclasses.replace(SETTINGS, pairs="grid"), counts, 200, Path("pairs"))
+    assert said == "only 3 of 200 pairs are kept; rejected by gate: same 190, cut 7; pairs/examples.png shows some"
+    wanted = [
+        "a lower --set same, or another --set judge",
+        "a lower --set cut",
+        "--set pairs=shared-attention",
+        "more --set sheets",
+    ]
+    assert [way.split(" in a new ")[0] for way in ways.split("; ")] == wanted
+    assert "shared-attention" not in pairs.few(SETTINGS, counts, 200, Path("pairs"))[1]
+
+
+def test_few_kept_pairs_are_a_warning(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "FEW", 1.1)
+    assert any(note.startswith("warning: only 3 of 3 pairs are kept; ") for note in stage.prepare())
 
 
 @pytest.mark.parametrize("objective", ["sid", "vsd"])
@@ -228,12 +290,31 @@ def test_references_and_pairs_are_refused_where_they_do_not_belong(
         )
     with pytest.raises(InputError, match="takes a reference image already"):
         run(tuned, dataclasses.replace(config, objective=SETTINGS), tmp_path / "three")
-    with pytest.raises(UsageError, match=r"objective regression trains on images, and .* takes a reference image"):
-        method = objectives.Regression.Settings()
-        run(tuned, dataclasses.replace(config, objective=method, data="teacher"), tmp_path / "four")
     reference = tuned / "pairs" / "sheets" / "00000000.png"
     with pytest.raises(UsageError, match="takes no reference image"):
         api.sample("a cat", sd_folder, reference=reference, steps=1)
+
+
+UNABLE = [name for name in objectives.OBJECTIVES if name not in ("sid", "vsd", "dmd2", "self-distillation")]
+
+
+def test_an_objective_that_cannot_use_references_refuses_a_teacher_with_them_before_it_asks_for_images(
+    tuned: Path, tmp_path: Path
+) -> None:
+    for name in UNABLE:
+        for data in ("", "teacher"):
+            with pytest.raises(UsageError) as caught:
+                api.distill(tuned, tmp_path / "run", objective=name, listener=Silent(), data=data)
+            said = f"{tuned} takes a reference image, and objective {name} does not distill such a teacher"
+            assert (caught.value.message, caught.value.hint) == (said, "--objective sid, vsd, or dmd2 without its GAN")
+
+
+def test_dmd2_with_its_gan_refuses_a_teacher_with_references(tuned: Path, config: DistillConfig) -> None:
+    from sidcli.engine import check_teacher
+
+    gan = objectives.Dmd2.Settings(gan=0.001)
+    with pytest.raises(UsageError, match="objective dmd2 does not distill such a teacher"):
+        check_teacher(load(find(str(tuned))), dataclasses.replace(config, objective=gan, data="x"))
 
 
 def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_same(
@@ -251,10 +332,6 @@ def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_sam
         api.sample("a cat", tmp_path / "onnx")
     with pytest.raises(InputError, match="takes a reference image, which --format diffusers does not support"):
         api.export(student, tmp_path / "folder", "diffusers", listener=api.SILENT)
-
-
-def test_the_objective_has_the_judges_that_there_are() -> None:
-    assert set(self_distillation.JUDGES) == {*curation.JUDGES, "none"}
 
 
 @pytest.mark.parametrize("layout", self_distillation.LAYOUTS)
@@ -311,3 +388,179 @@ def test_the_card_of_a_student_with_references_says_how_to_draw_with_it(tuned: P
     one_step = dataclasses.replace(config, teacher=str(tuned), data=str(tuned), steps=1)
     text = (run(tuned, one_step, tmp_path / "one").student / "README.md").read_text()
     assert 'sid sample "a cat" --reference reference.png --model FOLDER' in text and "DiffusionPipeline" not in text
+
+
+# Settings that cannot work are refused before a sheet is drawn
+
+
+NUMBERS = [name for name, value in dataclasses.asdict(SETTINGS).items() if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("value", [-1000001, 10**9])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be .*, not {value}"):
+        dataclasses.replace(SETTINGS, **{name: type(getattr(SETTINGS, name))(value)})
+
+
+@pytest.mark.parametrize("name", ["same", "caption"])
+@pytest.mark.parametrize(
+    ("judge", "value", "least"), [("features", "2", -1), ("clip", "-1.5", -1), ("http", "-0.5", 0), ("oracle", "1.01", 0)]
+)
+def test_a_threshold_that_no_score_of_the_judge_or_every_score_passes_is_refused(
+    name: str, judge: str, value: str, least: int
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        dataclasses.replace(SETTINGS, judge=judge, **{name: value})
+    assert caught.value.message == f"{name} must be auto or a number from {least} to 1 with the judge {judge}, not {value!r}"
+    for number in ("nan", "much"):
+        with pytest.raises(UsageError, match=f"{name} must be auto or a number"):
+            dataclasses.replace(SETTINGS, judge=judge, **{name: number})
+
+
+def test_sheets_are_not_drawn_in_more_steps_than_the_teacher_has_timesteps(config: DistillConfig) -> None:
+    made = dataclasses.replace(config, objective=dataclasses.replace(SETTINGS, sheet_steps=60))
+    with pytest.raises(UsageError, match="sheet_steps must be at most 50, the timesteps of the teacher, not 60"):
+        objectives.SelfDistillation(made, 50)
+
+
+def test_a_judge_that_does_not_know_the_captions_or_lacks_an_option_is_refused_before_the_teacher_is_read(
+    config: DistillConfig,
+) -> None:
+    def check(judge: str, prompts: str, data: str = "") -> None:
+        asked = dataclasses.replace(SETTINGS, judge=judge)
+        check_objective(dataclasses.replace(config, objective=asked, prompts=prompts, t_min=0, t_max=1000, data=data))
+
+    with pytest.raises(UsageError) as caught:
+        check("oracle", "general")
+    assert "emoji world only, and --prompts is general" in caught.value.message and "--prompts emoji" in caught.value.hint
+    check("oracle", "emoji-nouns")
+    with pytest.raises(UsageError, match="the judge http needs url and model"):
+        check("http", "general")
+    check("none", "general")
+
+
+def test_a_judge_whose_model_is_missing_is_refused_before_a_sheet_is_drawn(stage: Stage, tmp_path: Path) -> None:
+    for judge in ("dino", "clip", "vlm"):
+        with pytest.raises(InputError) as caught:
+            stage.prepare(judge=judge, judge_model=str(tmp_path / "absent"))
+        assert str(tmp_path / "absent") in caught.value.message and "--set judge_model" in caught.value.hint, judge
+    assert not list(stage.folder.rglob("*.png"))
+
+
+def test_an_endpoint_that_fails_is_noticed_before_the_sheets_and_later_costs_no_score_that_is_there(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "WAITS", (0.01,))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Endpoint([b"<html>Welcome</html>"]).running() as served:
+        asked = {"judge": "http", "judge_url": served.url, "judge_model": "some-vlm", "sheets": 5}
+        with pytest.raises(EnvironmentProblem, match="answered without words of a model: <html>Welcome"):
+            stage.prepare(**asked)
+        assert not list(stage.folder.rglob("*.png")) and len(served.requests) == 2
+
+        served.answers = ["ANSWER: YES"] * (3 + 4 * 3) + [b"<html>Busy</html>"]  # the trial pair and one unit
+        with pytest.raises(EnvironmentProblem, match=f"{served.url}/chat/completions answered without words .*Busy"):
+            stage.prepare(**asked)
+        (file,) = stage.folder.glob("scores-http-*.jsonl")
+        assert len(file.read_text().splitlines()) == 4
+
+        served.answers, served.requests = ["ANSWER: YES"], []
+        stage.prepare(**asked)
+        assert len(served.requests) == 3, "one pair was left, and no sheet to draw"
+    assert len(store.read_rows(stage.folder)) == 5
+
+
+# What is in the folder
+
+
+def test_a_damaged_sheet_is_drawn_again(stage: Stage) -> None:
+    stage.prepare()
+    before = written(stage.folder)
+    sheets = [stage.folder / "sheets" / f"{index:08d}.png" for index in range(3)]
+    sheets[0].write_bytes(sheets[0].read_bytes()[:-40])
+    content = bytearray(sheets[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    sheets[1].write_bytes(content)
+    Image.new("RGB", (8, 8)).save(sheets[2])
+    with pytest.raises(InputError, match="00000000\\.png is not a PNG image: ") as caught:
+        pair_images.panels(stage.folder, store.read_rows(stage.folder)[0])
+    assert "run the command of its run folder again" in caught.value.hint
+    names = ", ".join(f"sheets/{index:08d}.png" for index in range(3))
+    assert f"drawn again, because they are damaged: {names} in {stage.folder}" in stage.prepare()
+    assert written(stage.folder) == before
+
+
+EDITS = {
+    "line 2 has kept: True -> False": lambda lines: [lines[0], lines[1].replace('"kept": true', '"kept": false'), lines[2]],
+    "line 1 has same: 0.0 -> 0.5, and 2 other lines": lambda lines: [line.replace('"same": 0.0', '"same": 0.5') for line in lines],
+    "it has 2 lines instead of 3": lambda lines: lines[:2],
+    "line 3 has not a pair": lambda lines: [*lines[:2], "{"],
+    "line 3 has another spelling": lambda lines: [*lines[:2], lines[2].replace('", "', '","')],
+    "its line ends differ": lambda lines: [f"{line}\r" for line in lines],
+}
+"""What is said about edited lines of pairs.jsonl -> the edit."""
+
+
+def test_edited_pairs_are_not_overwritten(stage: Stage) -> None:
+    stage.prepare()
+    file, before = stage.folder / "pairs.jsonl", written(stage.folder)
+    for said, edit in EDITS.items():
+        edited = "".join(f"{line}\n" for line in edit(before["pairs.jsonl"].decode().splitlines())).encode()
+        file.write_bytes(edited)
+        for copy in (SETTINGS.copy, 0.02):
+            with pytest.raises(InputError) as caught:
+                stage.prepare(copy=copy)
+            assert caught.value.message == f"{file} was edited since sid wrote it: {said}"
+            assert "delete it to write it again" in caught.value.hint and f"copy {stage.folder} and give" in caught.value.hint
+        assert file.read_bytes() == edited
+    file.unlink()
+    stage.prepare()
+    assert written(stage.folder) == before
+
+
+def test_edited_scores_are_not_used(stage: Stage) -> None:
+    stage.prepare()
+    (file,) = stage.folder.glob("scores-*.jsonl")
+    file.write_text(file.read_text().replace('"cut": 1.0', '"cut": 0.1'))
+    with pytest.raises(InputError, match=rf"{file.name} was edited since sid wrote it"):
+        stage.prepare()
+
+
+def test_a_damaged_record_of_the_pairs_is_an_error_that_says_what_to_delete_and_a_missing_one_is_written_again(
+    stage: Stage,
+) -> None:
+    stage.prepare()
+    before = written(stage.folder)
+    for name in ("sheets.json", "curation.json"):
+        for content in ("{", "[]", ""):
+            (stage.folder / name).write_text(content)
+            with pytest.raises(InputError, match=rf"{name} is damaged: ") as caught:
+                stage.prepare()
+            assert f"delete {stage.folder}" in caught.value.hint
+        (stage.folder / name).write_bytes(before[name])
+    (stage.folder / "curation.json").unlink()
+    stage.prepare()
+    assert written(stage.folder) == before
+
+
+def test_settings_and_files_of_a_curation_have_the_same_names(stage: Stage) -> None:
+    stage.prepare()
+    row = json.loads((stage.folder / "pairs.jsonl").read_text().splitlines()[0])
+    record = json.loads((stage.folder / "curation.json").read_text())
+    (file,) = stage.folder.glob("scores-*.jsonl")
+    gates = ["same", "caption", "copy", "cut"]
+    assert list(record["gates"]) == gates and all(hasattr(SETTINGS, gate) and gate in row for gate in gates)
+    assert set(json.loads(file.read_text().splitlines()[0])) == {*gates, "words"}
+
+
+def test_an_emoji_teacher_with_the_prompts_of_a_user_is_not_measured_against_the_oracle(
+    tuning: DistillConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a dragon over London\n")
+    own = dataclasses.replace(tuning, teacher="emoji-teacher", prompts=str(tmp_path / "prompts.txt"))
+    emoji = Stage(load(find("emoji-teacher")), own, tmp_path / "pairs")
+    emoji.prepare(sheets=1, sheet_steps=1, cut=0.0, pairs="grid")
+    assert "oracle" not in json.loads((tmp_path / "pairs" / "curation.json").read_text())
+    with pytest.raises(UsageError, match="the judge oracle knows the captions of the emoji world"):
+        emoji.prepare(judge="oracle", sheets=2, sheet_steps=1)
