@@ -8,6 +8,7 @@ import json
 import os
 import posixpath
 import stat
+import struct
 import threading
 import zipfile
 import zlib
@@ -49,7 +50,7 @@ NOT_READ = {
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 << 20
 # Exceptions that Pillow and zipfile raise for damaged files, found by corrupting valid files at random.
-DAMAGE = (OSError, EOFError, SyntaxError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (OSError, EOFError, SyntaxError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error)
 HINT = f"give a folder or a .zip of {READABLE} images"
 
 

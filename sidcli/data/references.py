@@ -17,7 +17,6 @@ from sidcli.files import sha256
 from sidcli.formats.images import Opened, Shown
 from sidcli.progress import Listener
 
-ORIENTATION = Base.Orientation
 ENLARGED = 2
 """Largest factor by which an image is enlarged. Smaller images are refused."""
 UNNAMED = "the reference image"
@@ -47,7 +46,7 @@ class Reference:
     def of(cls, image: Image.Image) -> Reference:
         """Return an image of Pillow. Raises InputError if it cannot be read."""
         with decoding(UNNAMED, "give an image that Pillow can read"):
-            pixels, notes = upright(image, UNNAMED)
+            pixels, notes = upright(image.copy(), UNNAMED)
         return cls(UNNAMED, pixels, {"file": None, "sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}, notes)
 
     def fitted(self, size: tuple[int, int], listener: Listener) -> np.ndarray:
@@ -78,12 +77,12 @@ def upright(image: Image.Image, name: str) -> tuple[np.ndarray, tuple[str, ...]]
     """
     notes = [f"{name} is an animation; its first frame is used"] if getattr(image, "n_frames", 1) > 1 else []
     mode = image.mode
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if image.getexif().get(Base.Orientation, 1) != 1:
         notes.append(f"{name} was turned as its EXIF orientation says")
         image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
+    layer = image.convert("RGBA") if image.has_transparency_data else None
+    if layer and layer.getchannel("A").getextrema()[0] < 255:
         notes.append(f"{name} has transparent parts, which were filled with white")
-        layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     elif mode != "RGB":
         notes.append(f"{name} was converted from {mode} to RGB")

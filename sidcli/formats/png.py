@@ -43,7 +43,8 @@ def _chunks(file: BinaryIO) -> Iterator[_Chunk]:
 
 
 def pixels_only(file: BinaryIO) -> BinaryIO:
-    """Return a PNG file reduced to its critical chunks, which define the pixels. A file of another format is returned unchanged.
+    """Return a PNG file reduced to the chunks that define the pixels: the critical ones, and tRNS, the transparency of modes without alpha.
+    A file of another format is returned unchanged.
 
     Pillow refuses a PNG with large texts or color profiles. Nothing is copied: the result reads from `file`. Bytes after the last
     valid chunk are kept, so that Pillow reports them as an error.
@@ -51,7 +52,7 @@ def pixels_only(file: BinaryIO) -> BinaryIO:
     parts, end = [(0, len(SIGNATURE))], len(SIGNATURE)
     for chunk in islice(_chunks(file), MAX_CHUNKS):
         end = chunk.end
-        if chunk.kind[:1].isupper():
+        if chunk.kind[:1].isupper() or chunk.kind == b"tRNS":
             if parts[-1][1] == chunk.start:
                 parts[-1] = (parts[-1][0], chunk.end)
             else:

@@ -560,7 +560,8 @@ def test_an_emoji_teacher_with_the_prompts_of_a_user_is_not_measured_against_the
     (tmp_path / "prompts.txt").write_text("a dragon over London\n")
     own = dataclasses.replace(tuning, teacher="emoji-teacher", prompts=str(tmp_path / "prompts.txt"))
     emoji = Stage(load(find("emoji-teacher")), own, tmp_path / "pairs")
-    emoji.prepare(sheets=1, sheet_steps=1, cut=0.0, pairs="grid")
+    asked = {"sheet_steps": 1, "cut": 0.0, "pairs": "grid"}
+    emoji.prepare(sheets=1, **asked)
     assert "oracle" not in json.loads((tmp_path / "pairs" / "curation.json").read_text())
     with pytest.raises(UsageError, match="the judge oracle knows the captions of the emoji world"):
-        emoji.prepare(judge="oracle", sheets=2, sheet_steps=1)
+        emoji.prepare(judge="oracle", sheets=2, **asked)
