@@ -253,7 +253,7 @@ def _references(given: object, count: int) -> list[Reference]:
 
     from sidcli.data.references import Reference
 
-    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    listed: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not all(isinstance(one, str | os.PathLike | Image) for one in listed):
         raise UsageError(f"reference must be a path, a PIL image, or a list of them, not {given!r}")
     if len(listed) not in (1, count):

@@ -81,7 +81,7 @@ def upright(image: Image.Image, name: str) -> tuple[np.ndarray, tuple[str, ...]]
         notes.append(f"{name} was turned as its EXIF orientation says")
         image = ImageOps.exif_transpose(image)
     layer = image.convert("RGBA") if image.has_transparency_data else None
-    if layer and layer.getchannel("A").getextrema()[0] < 255:
+    if layer and np.asarray(layer)[..., 3].min() < 255:
         notes.append(f"{name} has transparent parts, which were filled with white")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     elif mode != "RGB":

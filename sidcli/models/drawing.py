@@ -174,5 +174,5 @@ def draw(
     """
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        shown = None if references is None else np.stack(references[part])
+        shown = None if references is None else np.stack(list(references[part]))
         yield sampler.images(prompts[part], seeds[part], plan, advance, shown)

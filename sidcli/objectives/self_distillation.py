@@ -131,8 +131,10 @@ def _is_within(text: str, least: float, most: float) -> bool:
 LAYOUTS = ("frames", "diptych", "channels")
 PAIRS = ("grid", "shared-attention")
 THRESHOLDS = ("same", "caption")
-SHEET_SETTINGS = ("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps")
-SHEET_SETTINGS += ("judge", "judge_model", "judge_url", *THRESHOLDS, "copy", "cut")
+SHEET_SETTINGS = (
+    *("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps"),
+    *("judge", "judge_model", "judge_url", *THRESHOLDS, "copy", "cut"),
+)
 """Settings of the first two stages of a run, sheets and curation."""
 ANSWERS = ("vlm", "http", "oracle")
 """Judges whose scores are between 0, no, and 1, yes. Scores of others are cosines, and differences of errors whose scale is the variance
