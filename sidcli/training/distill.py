@@ -157,6 +157,7 @@ def run(
             arithmetic, seconds_per_image = precision.choose(teacher, config, device, before / "run.json", listener)
             engine = Engine(teacher, config, prompts, device, arithmetic, initial.take() if initial else None)
             check_intervals(engine, intervals)
+            check_references(engine)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
@@ -165,7 +166,6 @@ def run(
                 if config.data or config.objective.draws_pairs:
                     engine.data = open_data(engine, images, output, inputs["teacher"], listener)
                     inputs["data"] = engine.data.digest
-                check_references(engine)
                 if found:
                     restore(engine, found, inputs, listener)
                 engine.distributed.wait()
@@ -213,16 +213,15 @@ def check_intervals(engine: Engine, intervals: Intervals) -> None:
 
 def check_references(engine: Engine) -> None:
     """Raises UsageError if the student takes reference images and the data are no pairs, or the other way round."""
-    name, has_pairs = engine.sampler.model.source.name, isinstance(engine.data and engine.data.source, PairImages)
+    config, name = engine.config, engine.sampler.model.source.name
+    has_pairs = folder_of(config.data) is not None or (config.objective.draws_pairs and not config.data)
     if engine.layout and not has_pairs:
         raise UsageError(
             f"{name} takes a reference image, and --data does not give pairs",
             "--data runs/NAME, a run of --objective self-distillation",
         )
     if has_pairs and not engine.layout:
-        raise UsageError(
-            f"--data {engine.config.data} holds pairs with reference images, and {name} takes none", "leave --data out"
-        )
+        raise UsageError(f"--data {config.data} holds pairs with reference images, and {name} takes none", "leave --data out")
 
 
 def open_data(engine: Engine, images: CaptionedImages | None, output: Path, teacher: str, listener: RunListener) -> Latents:

@@ -128,6 +128,13 @@ def test_an_image_that_would_be_enlarged_more_than_twice_is_refused(tmp_path: Pa
     assert fitted(Reference.read(saved(Image.new("RGB", (32, 32)), file)))[0].shape == (64, 64, 3)
 
 
+def test_an_image_in_memory_is_not_changed() -> None:
+    image = Image.new("P", (64, 64))
+    image.info["transparency"] = 7
+    assert fitted(Reference.of(image))[1] == ["the reference image was converted from P to RGB"]
+    assert image.info == {"transparency": 7}
+
+
 def test_a_closed_image_in_memory_is_refused_in_one_line(tmp_path: Path) -> None:
     image = Image.open(saved(Image.new("RGB", (64, 64)), tmp_path / "subject.png"))
     image.close()

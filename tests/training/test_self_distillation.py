@@ -322,16 +322,21 @@ def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_sam
 ) -> None:
     one_step = dataclasses.replace(config, teacher=str(tuned), data=str(tuned), steps=1)
     student = run(tuned, one_step, tmp_path / "one").run
-    exported = api.export(student, tmp_path / "onnx", "onnx", listener=api.SILENT)
-    assert exported.difference is not None and exported.difference <= 1
+    for form in ("onnx", "openvino", "torch-export"):
+        exported = api.export(student, tmp_path / form, form, listener=api.SILENT)
+        assert exported.difference is not None and exported.difference <= 1, form
     reference = tmp_path / "reference.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)).save(reference)
-    drawn = [api.sample("a cat", one, reference=reference, seed=3).images[0] for one in (student, tmp_path / "onnx")]
-    assert np.abs(np.subtract(*(np.asarray(image, np.int16) for image in drawn))).max() <= 1
+    first, *others = (
+        np.asarray(api.sample("a cat", one, reference=reference, seed=3).images[0], np.int16)
+        for one in (student, tmp_path / "onnx", tmp_path / "openvino")
+    )
+    assert max(np.abs(first - other).max() for other in others) <= 1
     with pytest.raises(UsageError, match="draws the subject of a reference image, and none is given"):
         api.sample("a cat", tmp_path / "onnx")
-    with pytest.raises(InputError, match="takes a reference image, which --format diffusers does not support"):
-        api.export(student, tmp_path / "folder", "diffusers", listener=api.SILENT)
+    for form in ("diffusers", "single-file", "lora"):
+        with pytest.raises(InputError, match=f"takes a reference image, which --format {form} does not support"):
+            api.export(student, tmp_path / "folder", form, listener=api.SILENT)
 
 
 @pytest.mark.parametrize("layout", self_distillation.LAYOUTS)
