@@ -21,7 +21,7 @@ from sidcli.data.pairs import folder_of
 from sidcli.data.tables import check_column
 from sidcli.devices import check_name, choose_device, pick_device
 from sidcli.errors import UsageError
-from sidcli.evaluation.spec import Bound, Files, ModelSpec, Rules, check_protocol
+from sidcli.evaluation.spec import Bound, Files, JudgeSpec, ModelSpec, Rules, check_protocol
 from sidcli.evaluation.spec import Request as Evaluation
 from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
@@ -376,6 +376,9 @@ def evaluate(
     clip_model: PathLike | None = None,
     cmmd_model: PathLike | None = None,
     dino_model: PathLike | None = None,
+    judge: str | None = None,
+    judge_url: str | None = None,
+    judge_model: str | None = None,
     image_folder: PathLike | None = None,
     batch_size: int = 50,
     device: str = "auto",
@@ -385,17 +388,19 @@ def evaluate(
 
     Args:
         models: Model names as on the command line, `NAME[,steps=N][,guidance=G]`, or folders and zip files of images.
-        metrics: Metrics to compute: "fid", "kid", "prdc", "clip", "cmmd", "dino", "accuracy", "composition", "fid_infinity"; empty:
-            the default metrics of the protocol.
+        metrics: Metrics to compute: "fid", "kid", "prdc", "clip", "cmmd", "dino", "accuracy", "composition", "fid_infinity", and of
+            models that take a reference image "identity", "dino_i", "clip_i" and "diversity"; empty: the default metrics of the protocol.
         everything: Compute all metrics of the protocol.
-        protocol: "auto", "emoji", "coco2014-30k" or "custom".
-        reference: Images or statistics to compare with.
+        protocol: "auto", "emoji", "emoji-subjects", "subjects", "coco2014-30k" or "custom".
+        reference: Images or statistics to compare with; the folder of reference images with prompts for "subjects".
         prompts, column: File of captions to generate images from, and the caption column if the file is a table.
         num: Images per model.
         steps, guidance: Denoising steps and guidance scale of the teachers whose name does not state them.
         untrained: Also evaluate each teacher as an untrained student of this many steps; 0: do not.
         bounds: Limits of metric values; the outcome lists values beyond a limit in `beyond`.
         inception, clip_model, cmmd_model, dino_model: Files, folders or names of the networks that the metrics use.
+        judge: "http" asks a vision language model for scores of images that have a reference image; its key is in SID_API_KEY.
+        judge_url, judge_model: The OpenAI-compatible endpoint of the judge, and the name of the model there.
         image_folder: Store the generated images in this folder instead of the cache.
 
     Returns:
@@ -419,15 +424,11 @@ def evaluate(
     listed = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not listed:
         raise UsageError("nothing to measure: no model given", "a model's name, or a folder of images")
-    folder = None if image_folder is None else Path(image_folder)
-    if folder:
-        check_named(image_folder, "--image-folder")
-        check_writable(folder, "--image-folder")
     request = Evaluation(
         models=ModelSpec.parse_all(
             [one if isinstance(one, ModelSpec) else _name("models", one) for one in listed], steps, guidance
         ),
-        metrics=[metrics] if isinstance(metrics, str) else metrics,
+        metrics=[*([metrics] if isinstance(metrics, str) else metrics), *["judge"] * (judge is not None)],
         everything=everything,
         bounds=bounds,
         protocol=Rules(protocol, _path(reference), _path(prompts), column, num, seed, untrained),
@@ -435,13 +436,23 @@ def evaluate(
             _path(inception), *(None if name is None else os.fspath(name) for name in (clip_model, cmmd_model, dino_model))
         ),
         batch_size=batch_size,
-        image_folder=folder,
+        image_folder=_image_folder(image_folder),
+        judge=JudgeSpec.of(judge, judge_url, judge_model),
     )
     listener = listener or Bars()
     where = choose_device(device, listener)
     from sidcli.evaluation.run import run
 
     return run(request, where, listener)
+
+
+def _image_folder(place: PathLike | None) -> Path | None:
+    """Return the folder of generated images. Raises UsageError or EnvironmentProblem if it cannot be one."""
+    check_named(place, "--image-folder")
+    folder = _path(place)
+    if folder:
+        check_writable(folder, "--image-folder")
+    return folder
 
 
 def _check_least(**values: int | None) -> None:

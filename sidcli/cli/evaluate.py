@@ -24,7 +24,7 @@ from sidcli.data.tables import check_column
 from sidcli.devices import check_name
 from sidcli.environment import cache_folder
 from sidcli.errors import GateError
-from sidcli.evaluation.spec import PROTOCOLS, ModelSpec, check_protocol, limits
+from sidcli.evaluation.spec import JUDGES, PROTOCOLS, JudgeSpec, ModelSpec, check_protocol, limits
 from sidcli.files import check_new, check_writable
 from sidcli.formats.outputs import check_named, check_picture
 from sidcli.metrics.catalog import METRICS as MEASURED
@@ -55,12 +55,14 @@ Protocol = Annotated[
     str,
     typer.Option(
         autocompletion=one_of(*PROTOCOLS),
-        help="emoji, emoji-subjects, coco2014-30k or custom; auto: emoji for emoji models, custom with a --reference or --prompts.",
+        help="emoji, emoji-subjects, subjects, coco2014-30k or custom; auto: emoji for emoji models, custom with --reference or --prompts.",
     ),
 ]
 Reference = Annotated[
     Path | None,
-    typer.Option(help="Images to compare with: a folder or zip, or .npz statistics; COCO's folder for coco2014-30k."),
+    typer.Option(
+        help="Images to compare with: a folder or zip, or .npz statistics; COCO's folder for coco2014-30k; images and prompts for subjects."
+    ),
 ]
 Captions = Annotated[
     Path | None, typer.Option(help="Captions: text with one a line, .csv, .tsv, .jsonl, or COCO's captions_val2014.json.")
@@ -91,6 +93,22 @@ ClipModel = Annotated[
 ]
 CmmdModel = Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="The same for the CMMD.")]
 DinoModel = Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="Folder or hub id of DINOv2.")]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=METRICS,
+        autocompletion=one_of(*JUDGES),
+        help="http: concept preservation and prompt following, scored by a vision language model.",
+    ),
+]
+JudgeUrl = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=NETWORKS,
+        help="OpenAI-compatible endpoint of --judge http, such as http://localhost:8000/v1; its key: SID_API_KEY.",
+    ),
+]
+JudgeModel = Annotated[str | None, typer.Option(rich_help_panel=NETWORKS, help="Name of the model at the endpoint.")]
 Report = Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")]
 Picture = Annotated[Path | None, typer.Option(help="Save a comparison of the same seeds here (.png).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a --report or --picture that is there.")]
@@ -117,6 +135,9 @@ FLAGS = {
     "accuracy": typer.Option(rich_help_panel=METRICS, help="Noun and color accuracy, on the emoji world."),
     "composition": typer.Option(rich_help_panel=METRICS, help="Accuracy on noun and color pairs held out from training."),
     "identity": typer.Option(rich_help_panel=METRICS, help="Identity, prompt and copy score, of models with a reference image."),
+    "dino_i": typer.Option(rich_help_panel=METRICS, help="Similarity to the reference image by DINOv2 (DINO-I)."),
+    "clip_i": typer.Option(rich_help_panel=METRICS, help="Similarity to the reference image by CLIP (CLIP-I)."),
+    "diversity": typer.Option(rich_help_panel=METRICS, help="Distance of images of one prompt and reference image."),
     "fid_infinity": typer.Option(rich_help_panel=METRICS, help="FID extrapolated to an infinite sample."),
 }
 """Options that select the metrics."""
@@ -143,6 +164,9 @@ def evaluate(
     clip_model: ClipModel = None,
     cmmd_model: CmmdModel = None,
     dino_model: DinoModel = None,
+    judge: Judge = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
     report: Report = None,
     picture: Picture = None,
     overwrite: Overwrite = False,
@@ -162,6 +186,8 @@ def evaluate(
     specs = ModelSpec.parse_all(models or ["emoji", "emoji-teacher"], steps, guidance)
     bounds = limits(fail_above or [], fail_below or [])
     networks: dict[str, Any] = dict(inception=inception, clip_model=clip_model, cmmd_model=cmmd_model, dino_model=dino_model)
+    JudgeSpec.of(judge, judge_url, judge_model)
+    networks |= dict(judge=judge, judge_url=judge_url, judge_model=judge_model)
     check_places(report, picture, image_folder, overwrite)
     launch_processes(processes, device)
     stopped = ("images and features that are complete are kept", "the same command again, to go on")

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Event
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from sidcli import environment
-from sidcli.curation.judge import Pair, Verdict, in_batches
-from sidcli.curation.questions import BEGINNING, Reading, answer_of, content_of, verdict_of
+from sidcli.curation.judge import Item, Made, Pair, Verdict, in_batches
+from sidcli.curation.questions import BEGINNING, Ask, Reading, answer_of, content_of, verdict_of
 from sidcli.errors import EnvironmentProblem, UsageError, first_line
 from sidcli.printable import printable
 from sidcli.progress import Progress, silent
@@ -36,8 +36,8 @@ BUSY = (408, 425, 429)
 """HTTP statuses other than 5xx after which a request is sent again."""
 HINTS = {401: f"set {KEY} to a key that it accepts", 403: f"set {KEY} to a key that may use this model"}
 OTHER_HINT = "check --set judge_url and --set judge_model"
-AGAIN = "run it again when the endpoint answers; pairs that have scores keep them"
-NO_PROTOCOL = "check --set judge_url: it must speak the chat completions protocol of OpenAI; pairs that have scores keep them"
+AGAIN = "run it again when the endpoint answers; scores so far are kept"
+NO_PROTOCOL = "the endpoint must speak the chat completions protocol of OpenAI; scores so far are kept"
 
 
 class HttpJudge:
@@ -45,9 +45,9 @@ class HttpJudge:
 
     `url` is the address of the protocol, for example http://localhost:8000/v1, and `model` the name of a model there. The value of
     SID_API_KEY is sent as a bearer token. A request that takes longer than `seconds`, that a busy endpoint refuses, or whose answer is
-    not of the protocol, is sent again three times; then `judge` raises EnvironmentProblem, and at once if the endpoint refuses it for
+    not of the protocol, is sent again three times; then EnvironmentProblem is raised, and at once if the endpoint refuses it for
     another reason. Words without a verdict are asked for once more and then count as no; `judge` raises InputError if the first words
-    are all without one. Raises UsageError for an invalid URL.
+    are all without one. Raises UsageError for an invalid URL. `hint` says in errors how URL and model are changed.
     """
 
     name = "http"
@@ -55,27 +55,33 @@ class HttpJudge:
     same_threshold = 1.0
     caption_threshold = 1.0
 
-    def __init__(self, url: str, model: str, seconds: float = 120.0, parallel: int = 4):
+    def __init__(self, url: str, model: str, seconds: float = 120.0, parallel: int = 4, hint: str = OTHER_HINT):
         self.url, self.model, self.seconds, self.parallel = address(url), model, seconds, parallel
-        self.headers, self.reading = headers(), Reading(f"{model} at {self.url}")
+        self.headers, self.reading, self.hint = headers(), Reading(f"{model} at {self.url}"), hint
         self.stopped = Event()
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
+        return in_batches(pairs, self.unit, lambda some: self.reading.check(self.each(some, verdict_of, answer_of)), advance)
+
+    def each(
+        self, items: Sequence[Item], work: Callable[[Item, Ask], Made], read: Callable[[str], object], advance: Progress = silent
+    ) -> list[Made]:
+        """Return `work(item, ask)` of items, in order. An answer of which `read` returns None is asked for once more."""
         self.stopped.clear()
         with httpx2.Client(headers=self.headers, timeout=self.seconds) as client, ThreadPoolExecutor(self.parallel) as threads:
 
             def ask(images: Sequence[np.ndarray], question: str) -> str:
                 words = self.ask(client, images, question)
-                return self.ask(client, images, question) if answer_of(words) is None else words
+                return self.ask(client, images, question) if read(words) is None else words
 
-            def judge(some: Sequence[Pair]) -> list[Verdict]:
-                asked = [threads.submit(verdict_of, pair, ask) for pair in some]
+            def some_of(some: Sequence[Item]) -> list[Made]:
+                asked = [threads.submit(work, item, ask) for item in some]
                 for finished in as_completed(asked):
-                    finished.result()  # raises the first error, whichever pair it is of
-                return self.reading.check([finished.result() for finished in asked])
+                    finished.result()  # raises the first error, whichever item it is of
+                return [finished.result() for finished in asked]
 
             try:
-                return in_batches(pairs, self.parallel, judge, advance)
+                return in_batches(items, self.parallel, some_of, advance)
             except BaseException:
                 self.stopped.set()  # the other threads would send their requests again, while this one waits for them
                 raise
@@ -102,11 +108,11 @@ class HttpJudge:
                 if status == 200 and (words := words_of(content)) is not None:
                     return words
                 if status == 200:
-                    happened, hint = f"answered without words of a model: {excerpt(content)}", NO_PROTOCOL
+                    happened, hint = f"answered without words of a model: {excerpt(content)}", f"{self.hint}: {NO_PROTOCOL}"
                     continue
                 happened, hint = f"answered with status {status}: {excerpt(content)}", AGAIN
                 if status < 500 and status not in BUSY:
-                    raise EnvironmentProblem(f"{self.url} {happened}", HINTS.get(status, OTHER_HINT))
+                    raise EnvironmentProblem(f"{self.url} {happened}", HINTS.get(status, self.hint))
         raise EnvironmentProblem(f"{self.url} {happened}", hint)
 
     def post(self, client: httpx2.Client, body: dict[str, Any]) -> tuple[int, bytes]:

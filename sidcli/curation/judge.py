@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from sidcli.progress import Progress, silent
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +65,14 @@ class Judge(Protocol):
         ...
 
 
-def in_batches(
-    pairs: Sequence[Pair], size: int, judge: Callable[[Sequence[Pair]], list[Verdict]], advance: Progress
-) -> list[Verdict]:
-    """Return the verdicts of `judge`, which gets at most `size` pairs at a time."""
-    verdicts: list[Verdict] = []
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        verdicts += judge(part)
+def in_batches(items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], list[Made]], advance: Progress) -> list[Made]:
+    """Return the results of `work`, for example the verdicts of pairs. It gets at most `size` items at a time."""
+    made: list[Made] = []
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        made += work(part)
         advance(len(part))
-    return verdicts
+    return made
 
 
 def verdicts_of(same: Sequence[float], captions: Sequence[float]) -> list[Verdict]:

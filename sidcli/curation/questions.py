@@ -1,8 +1,11 @@
-"""What vision language models are asked about a pair, and how their answers are read. The wording is our own.
+"""What vision language models are asked about pairs and drawings, and how their answers are read. The wording is our own.
 
 As in Diffusion Self-Distillation (arXiv 2411.18616, section 3.1.3), a model reasons in three steps before it answers: it names what
 both images show, describes both, and concludes. Models tend to prefer an answer for the order of the images, so each pair is shown in
 both orders.
+
+A drawing of the subject of a reference image is scored from 0 to 4 in two questions, as in DreamBench++ (arXiv 2406.16855): how well it
+preserves the concept of the reference, and how well it follows its prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +31,20 @@ Caption of image 2: {captions[1]}
 Compare each image with its caption, part by part: the subject, its attributes, the background and everything else that it names. \
 What a caption does not name may be anything.
 Then write a last line that is either "ANSWER: YES" if both captions are true, or "ANSWER: NO"."""
+CONCEPT = """Image 1 is a reference. Image 2 was drawn to show {subject} of image 1 again; its scene, pose, light and style may differ.
+How well does image 2 keep what identifies {subject} of image 1? Compare shape, proportions, colors, materials, markings and small parts, \
+and of persons the face. If image 1 stands for a style, compare the styles.
+0: it is not there. 1: only its kind is the same. 2: similar, with large differences. 3: the same, with small differences. 4: the same in \
+every visible detail.
+Write one sentence, and then a last line "SCORE: N" with N from 0 to 4."""
+PROMPT = """The image was drawn for this prompt: {prompt}
+How much of what the prompt says does the image show? Check the subject, its attributes and actions, the place, everything else that \
+the prompt names, and the style. What the prompt does not name may be anything.
+0: nothing of it. 1: a small part. 2: about half. 3: most of it. 4: all of it.
+Write one sentence, and then a last line "SCORE: N" with N from 0 to 4."""
+HIGHEST = 4
+"""The best score of a drawing."""
+SCORE = re.compile(r"^[^a-z0-9\n]*score[^a-z0-9\n-]+([0-4])(?: */ *4)?[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
 ANSWER = re.compile(r"^[^a-z0-9\n]*answer[^a-z0-9\n]+(yes|no)[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
 
 BEGINNING = 200
@@ -41,6 +58,21 @@ def answer_of(words: str) -> bool | None:
     """Return whether the last answer line of a text says yes. None if the text has no such line."""
     found = ANSWER.findall(words)
     return found[-1].lower() == "yes" if found else None
+
+
+def score_of(words: str) -> int | None:
+    """Return the score, 0 to 4, in the last score line of a text. None if the text has no such line."""
+    found = SCORE.findall(words)
+    return int(found[-1]) if found else None
+
+
+def question_concept(subject: str) -> str:
+    """`subject` is a noun phrase, "" if unknown."""
+    return CONCEPT.format(subject=f"the subject ({subject})" if subject else "the subject")
+
+
+def question_prompt(prompt: str) -> str:
+    return PROMPT.format(prompt=prompt)
 
 
 def question_same(pair: Pair) -> str:

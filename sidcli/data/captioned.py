@@ -117,10 +117,10 @@ def _caption(content: bytes, place: str) -> str:
         raise InputError(f"{place}: byte {error.start} is not UTF-8", "save it as UTF-8 text") from error
 
 
-def _of_table(file: Path) -> dict[str, str]:
-    """Return the captions in a table by image file. Rows with neither a name nor a caption, as of blank lines, are skipped.
+def table_rows(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the place, the image file and the caption of each row of a table. Rows with neither, as of blank lines, are skipped.
 
-    Raises InputError with file and line if the table is invalid.
+    A row without a caption yields "". Raises InputError with file and line if the table is invalid.
     """
     try:
         names = open_table(file, "file_name", MAX_TABLE)
@@ -131,16 +131,21 @@ def _of_table(file: Path) -> dict[str, str]:
     column = next((name for name in ("text", *COLUMNS) if name in names.columns), None)
     if column is None:
         raise InputError(f"{file} has no column of captions, only {', '.join(names.columns)}", TABLE_HINT)
-    captions: dict[str, str] = {}
     for (place, name), (_, text) in zip(names.texts, open_table(file, column, MAX_TABLE).texts, strict=True):
         if name in (None, "") and text in (None, ""):
             continue
         if not isinstance(name, str) or not name:
             raise InputError(f"{place}: file_name is {name!r}, not {'a name' if name == '' else 'a text'}", TABLE_HINT)
-        member = posixpath.normpath(name)
+        yield place, posixpath.normpath(name), "" if text is None else one_line(text, place)
+
+
+def _of_table(file: Path) -> dict[str, str]:
+    """Return the captions in a table by image file. Raises InputError with file and line if the table is invalid."""
+    captions: dict[str, str] = {}
+    for place, member, caption in table_rows(file):
         if member in captions:
-            raise InputError(f"{place} has another caption for {name}", "give each image one caption")
-        captions[member] = "" if text is None else one_line(text, place)
+            raise InputError(f"{place} has another caption for {member}", "give each image one caption")
+        captions[member] = caption
     return captions
 
 

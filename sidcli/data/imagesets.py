@@ -177,6 +177,8 @@ class Collection:
     prepare: Prepare = as_it_is
     prepared: str = ""
     """Description of `prepare`; cached features depend on it."""
+    must_exist: bool = False
+    """Whether the images must be generated even if all their features are cached."""
 
     def units(self) -> list[range]:
         return [range(start, min(start + UNIT, self.count)) for start in range(0, self.count, UNIT)]
@@ -198,7 +200,7 @@ class Collection:
     def fill(self, extractors: Sequence[Extractor], share: Share, advance: Progress) -> None:
         """Compute the missing features of this process's share. Images whose features are all cached are not read.
 
-        If `images.must_exist`, all images of the share are read, so that missing images are generated.
+        If the images must exist, all images of the share are read, so that missing images are generated.
         """
         for number, unit in enumerate(self.units()):
             if number % share.count == share.rank:
@@ -215,7 +217,7 @@ class Collection:
             advance(count, text)
 
         todo = [extractor for extractor in extractors if _read(self.file(extractor, unit)) is None]
-        if todo or self.images.must_exist:
+        if todo or self.must_exist or self.images.must_exist:
             images = in_threads(self.prepare, self.images.read(unit, drawn))
         for extractor in todo:
             advance(0, "computing features")

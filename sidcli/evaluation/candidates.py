@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sidcli.data.imagefiles import NOT_READ, SUFFIXES, ImageFiles, open_images
 from sidcli.data.imagesets import DrawnSet, FileSet, ImageSet, PanelSet, SceneSet
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluation.protocols import Captions, Protocol
+from sidcli.evaluation.protocols import LEAST_REPEATED, Captions, Protocol
 from sidcli.evaluation.spec import ModelSpec
 from sidcli.files import readable
+from sidcli.metrics.transforms import crop_and_resize
 from sidcli.models.drawing import Drawer, student_plan
 from sidcli.models.loading import Description, describe, load
 from sidcli.models.sampler import Sampler, plan_for, untrained_plan
@@ -93,7 +95,8 @@ def check_used(found: Sequence[Resolved], untrained: int) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of images to measure, one row of the table: images of the protocol's captions, its held-out pairs and its bare nouns.
+    """A set of images to measure, one row of the table: images of the protocol's captions, its held-out pairs, its bare nouns and
+    its repeated captions.
 
     `is_real`: the images are the scenes that the captions describe, for comparison, and no model generated them.
     """
@@ -104,6 +107,7 @@ class Candidate:
     limit: int | None = None
     held_out: ImageSet | None = None
     bare: ImageSet | None = None
+    repeated: ImageSet | None = None
     is_teacher: bool = False
     is_real: bool = False
     close: Callable[[], None] = lambda: None
@@ -126,22 +130,22 @@ def to_measure(
     """
     scenes = Candidate(REAL, "not drawn", SceneSet(world.PROMPT_SEED), held_out=SceneSet(world.PROMPT_SEED, True), is_real=True)
     rows = [scenes] if protocol.is_emoji else []
-    if protocol.has_subjects:
+    if protocol.name == "emoji-subjects":
         rows = [Candidate(REAL, "not drawn", PanelSet(1), is_real=True)]
     for one in found:
         if one.files is not None:
             size = len(one.files)
             rows.append(Candidate(one.spec.name, counted(size, "image"), FileSet(one.files), size))
             continue
-        if protocol.has_subjects != one.takes_reference:
+        if (protocol.references is not None) != one.takes_reference:
             if one.takes_reference:
                 said = f"{one.spec.name} needs a reference image, and the protocol {protocol.name} gives none"
-                hint = "--protocol emoji-subjects" if one.is_emoji else "outside of the emoji world no protocol gives one yet"
+                hint = "--protocol emoji-subjects" if one.is_emoji else "--protocol subjects --reference FOLDER"
             else:
                 said = f"{one.spec.name} takes no reference image, which the protocol {protocol.name} gives"
-                hint = "--protocol emoji"
+                hint = "--protocol emoji" if one.is_emoji else "--protocol custom"
             raise InputError(said, hint)
-        if (protocol.is_emoji or protocol.has_subjects) and not one.is_emoji:
+        if protocol.is_emoji_world and not one.is_emoji:
             raise InputError(
                 f"{one.spec.name} does not draw the emoji world",
                 "--protocol coco2014-30k, or --protocol custom with --prompts FILE",
@@ -183,8 +187,16 @@ def _model(
             opened.append(_drawer(one, device))
         return opened[0]
 
-    def drawn(asked: Captions) -> DrawnSet:
-        return DrawnSet(source, plan, asked.first(count), asked.key, seed, open_drawer, batch_size, place, asked.reference)
+    def drawn(asked: Captions, least: int = 0) -> DrawnSet:
+        prompts = asked.first(max(count, least))
+        return DrawnSet(source, plan, prompts, asked.key, seed, open_drawer, batch_size, place, reference_of(asked))
+
+    def reference_of(asked: Captions) -> Callable[[int], np.ndarray] | None:
+        if asked.references is None:
+            return None
+        assert one.known is not None
+        references, size = asked.references, one.known.size
+        return lambda index: crop_and_resize(references.read(index), *size)
 
     return Candidate(
         spec.name,
@@ -193,6 +205,7 @@ def _model(
         captions.limit,
         drawn(protocol.held_out) if protocol.held_out else None,
         drawn(protocol.bare) if protocol.bare else None,
+        drawn(protocol.repeated, LEAST_REPEATED) if protocol.repeated else None,
         is_teacher=one.is_teacher and not spec.untrained,
         close=opened.clear,
     )

@@ -4,6 +4,7 @@
   The reference is 10,000 scenes of REFERENCE_SEED;
 - `emoji-subjects`: for models that take a reference image. Caption i names the noun and the background of the second panel of a sheet
   of one subject, whose first panel is the reference image. No model was trained on the identity of the subject;
+- `subjects`: for models that take a reference image, with the images and prompts of a folder; see `data.subjects`;
 - `coco2014-30k`: the protocol of the paper's numbers, introduced by GigaGAN: 30,000 captions of COCO's validation set of 2014, with
   all of its images as the reference. The center square of each image is resized to 256 with the Lanczos filter; for CLIP, pixels
   are truncated as in GigaGAN's code;
@@ -16,9 +17,9 @@ Image i is generated from caption i with seed `seed + i`.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from typing import Protocol as Shape
 import numpy as np
 import torch
 
+from sidcli.curation.crops import subject
 from sidcli.data.imagefiles import DAMAGE, ImageFiles, open_images
-from sidcli.data.imagesets import Collection, FileSet, Prepare, SceneSet, as_it_is
+from sidcli.data.imagesets import Collection, FileSet, PanelSet, Prepare, SceneSet, as_it_is
 from sidcli.data.prompts import open_prompts, read_list
+from sidcli.data.subjects import References, open_subjects
 from sidcli.emoji import identities, world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation import emoji_reference
@@ -42,6 +45,7 @@ from sidcli.metrics.transforms import square
 from sidcli.metrics.weights import INCEPTION, fetch
 from sidcli.models.sources import WEIGHTS
 from sidcli.progress import Listener, counted
+from sidcli.randomness import numpy_generator
 
 QUICK_NUM = 300
 """Default number of images per model if the number of captions is unlimited."""
@@ -51,6 +55,12 @@ GENERAL_SEED = 0xE7A1
 COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
 COCO_IMAGES = Path("val2014")
 COCO_SIZE = 256
+REFERENCE_SIZE = 512
+"""Side in pixels to which reference images of photographs are resized before features are computed, as in DreamBench++."""
+SEEDS = 4
+"""Number of images of each prompt with which the diversity is measured."""
+LEAST_REPEATED = 2 * SEEDS
+"""Minimum number of images with which the diversity is measured: an interval needs two prompts."""
 MAX_STATISTICS = 1 << 30
 """Maximum unpacked size of reference statistics, in bytes; statistics of 2048 features have 34 million bytes."""
 ROUNDING = 1e-6
@@ -91,6 +101,25 @@ class Extractors(Shape):
 
     @property
     def dino(self) -> Extractor: ...
+    @property
+    def crops(self) -> Extractor:
+        """The extractor for DINO-I."""
+        ...
+
+
+@dataclass(frozen=True)
+class CropFeatures:
+    """The extractor of DINOv2's features [B, D] of the crops of subjects."""
+
+    dino: DinoFeatures
+    reads_captions = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.dino.name}, crops of subjects"
+
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> np.ndarray:
+        return self.dino([subject(image) for image in images])
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,10 @@ class _WithDino:
     @cached_property
     def dino(self) -> DinoFeatures:
         return DinoFeatures(self.networks.dino or DINO, self.networks.device)
+
+    @cached_property
+    def crops(self) -> CropFeatures:
+        return CropFeatures(DinoFeatures(self.networks.dino or DINO, self.networks.device, "DINO-I"))
 
 
 @dataclass(frozen=True)
@@ -149,22 +182,34 @@ class PhotoExtractors(_WithDino):
 
 
 @dataclass(frozen=True)
+class SubjectExtractors(PhotoExtractors):
+    """The extractors of photographs of subjects: one CLIP model compares images with captions and with each other."""
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(self.clip.clip)
+
+
+@dataclass(frozen=True)
 class Captions:
-    """A list of captions. `first(n)` returns the first n captions, `key` identifies it, `limit` is its length (None: endless)."""
+    """A list of captions. `first(n)` returns the first n captions, `key` identifies it, `limit` is its length (None: endless).
+
+    `references` are the reference images of the captions, for models that take one. `key` identifies these images too.
+    """
 
     name: str
     key: str
     first: Callable[[int], list[str]]
     limit: int | None = None
-    reference: Callable[[int], np.ndarray] | None = None
-    """Reference image uint8 [H, W, 3] of caption i, for models that take one."""
+    references: References | None = None
 
 
 @dataclass(frozen=True)
 class Protocol:
     """The captions, the reference and the extractors of an evaluation. `reference` is None if there are no reference images.
 
-    The emoji protocol has two more lists of captions: held-out pairs of noun and color (`held_out`) and nouns alone (`bare`).
+    The emoji protocol has two more lists of captions: held-out pairs of noun and color (`held_out`) and nouns alone (`bare`). Protocols
+    with reference images have one more (`repeated`): caption i is one of theirs, and the same for each SEEDS captions.
     """
 
     name: str
@@ -176,6 +221,7 @@ class Protocol:
     prepared: str = ""
     held_out: Captions | None = None
     bare: Captions | None = None
+    repeated: Captions | None = None
     statistics: Statistics | None = None
     """Statistics of the reference's features for the FID, if they are known without its images."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -185,8 +231,14 @@ class Protocol:
         return self.name == "emoji"
 
     @property
-    def has_subjects(self) -> bool:
-        return self.name == "emoji-subjects"
+    def references(self) -> References | None:
+        """The reference images of the captions, None if models draw from captions alone."""
+        return self.captions.references if self.captions else None
+
+    @property
+    def is_emoji_world(self) -> bool:
+        """Whether the images are of the emoji world."""
+        return self.name in ("emoji", "emoji-subjects")
 
 
 def scenes(count: int, held_out: bool = False) -> list[world.Scene]:
@@ -235,20 +287,72 @@ def subject_captions(count: int) -> list[str]:
     return [identities.sheet_caption(sheet.noun, sheet.colors[1:]) for sheet in sheets]
 
 
-def subject_reference(index: int) -> np.ndarray:
-    return identities.render(identities.unknown(index).panels[0])
+def _subject_name(index: int) -> str:
+    return identities.unknown(index).noun
 
 
-def subjects(networks: Networks) -> Protocol:
+def emoji_subjects(networks: Networks) -> Protocol:
     """Return the protocol of models that draw the subject of a reference image of the emoji world."""
     captions = Captions(
         "emoji world, a subject on another background",
         f"emoji subjects {identities.digest()}",
         subject_captions,
-        reference=subject_reference,
+        references=References(PanelSet(0), lambda index: index, _subject_name),
     )
     facts = {"reference": "an image of the subject", "identities": identities.digest()}
-    return Protocol("emoji-subjects", captions, None, EmojiExtractors(networks), QUICK_NUM, facts=facts)
+    return Protocol(
+        "emoji-subjects",
+        captions,
+        None,
+        EmojiExtractors(networks),
+        QUICK_NUM,
+        repeated=repeated(captions, lambda group: group),
+        facts=facts,
+    )
+
+
+def subjects(networks: Networks, folder: Path | None) -> Protocol:
+    """Return the protocol of models that draw the subjects of the images of a folder; see `data.subjects`.
+
+    Raises UsageError if `folder` is None, and InputError as `open_subjects` does.
+    """
+    if folder is None:
+        raise UsageError(
+            "the protocol subjects needs reference images with prompts",
+            "--reference FOLDER, DreamBench++ or images with a metadata.jsonl of file_name and text",
+        )
+    found = open_subjects(folder)
+    for note in found.files.notes:
+        networks.listener.note(note)
+    references = found.references(partial(square, size=REFERENCE_SIZE), f"center square, Lanczos to {REFERENCE_SIZE}")
+    captions = Captions(folder.name, found.key, lambda count: list(found.prompts[:count]), len(found), references)
+    order = numpy_generator(0, "diversity").permutation(len(found))  # neighbors are of one image
+    images = counted(len(found.files), "image")
+    return Protocol(
+        "subjects",
+        captions,
+        None,
+        SubjectExtractors(networks, as_gigagan=False),
+        None,
+        repeated=repeated(captions, lambda group: int(order[group % len(order)])),
+        facts={"reference": f"{images} of {folder.name}", "reference_files": found.files.fingerprint},
+    )
+
+
+def repeated(captions: Captions, pick: Callable[[int], int]) -> Captions:
+    """Return a list of which each SEEDS captions, with their reference image, are caption `pick(group)` of another list."""
+    assert captions.references is not None
+    own = captions.references
+
+    def first(count: int) -> list[str]:
+        picked = [pick(place // SEEDS) for place in range(count)]
+        texts = captions.first(1 + max(picked))
+        return [texts[place] for place in picked]
+
+    references = replace(
+        own, of=lambda place: own.of(pick(place // SEEDS)), subject=lambda place: own.subject(pick(place // SEEDS))
+    )
+    return Captions(f"{captions.name}, {SEEDS} seeds each", f"{captions.key} repeated", first, None, references)
 
 
 def listed(prompts: Path, listener: Listener, column: str = "") -> Captions:
@@ -352,14 +456,15 @@ def read_statistics(file: Path) -> Statistics:
 def choose(name: str, all_emoji: bool, images_are_emoji: AbstractSet[bool], own: bool, all_subjects: bool = False) -> str:
     """Resolve `auto`: `emoji` for emoji models, unless the user gives captions or a reference (`own`), else `custom`.
 
-    If all models take a reference image (`all_subjects`), it is `emoji-subjects` instead of `emoji`.
+    If all models take a reference image (`all_subjects`), it is `emoji-subjects` or `subjects` instead.
 
     `images_are_emoji` has an entry for the image files: whether a model of the emoji world drew them; it is empty without image files.
     Raises UsageError if `custom` would measure image files without the user's captions or reference, because images of the built-in
     captions can only be generated by a model.
     """
     if name == "auto":
-        name = ("emoji-subjects" if all_subjects else "emoji") if all_emoji and not own else "custom"
+        known, others = ("emoji-subjects", "subjects") if all_subjects else ("emoji", "custom")
+        name = known if all_emoji and not own else others
     if name == "custom" and images_are_emoji and not own:
         raise UsageError(
             "images need something to be compared with",
@@ -376,9 +481,16 @@ def open_protocol(name: str, networks: Networks, reference: Path | None, prompts
         return coco(networks, reference, prompts, column)
     if name == "custom":
         return custom(networks, reference, prompts, column)
-    if reference or prompts:
-        raise UsageError(f"the protocol {name} has captions and a reference of its own", "--protocol custom, for yours")
-    for option, given in (("--inception", networks.inception), ("--cmmd-model", networks.cmmd)):
+    inception = networks.inception if name != "subjects" else None
+    for option, given in (("--inception", inception), ("--cmmd-model", networks.cmmd)):
         if given:
             raise UsageError(f"{option} {given}: the protocol {name} has a network of its own for this", f"leave {option} out")
-    return subjects(networks) if name == "emoji-subjects" else emoji(networks)
+    if name == "subjects":
+        if prompts:
+            raise UsageError(
+                f"--prompts {prompts}: the prompts of the protocol subjects are those of its --reference", "leave it out"
+            )
+        return subjects(networks, reference)
+    if reference or prompts:
+        raise UsageError(f"the protocol {name} has captions and a reference of its own", "--protocol custom, for yours")
+    return emoji_subjects(networks) if name == "emoji-subjects" else emoji(networks)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -16,15 +16,19 @@ from sidcli.distributed import Distributed
 from sidcli.evaluation.candidates import check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, choose, open_protocol
 from sidcli.evaluation.scores import NEEDS_REFERENCE, Evaluation, Listener, Row, chosen
-from sidcli.evaluation.spec import Bound, Request
+from sidcli.evaluation.spec import Bound, JudgeSpec, Request
 from sidcli.formats.outputs import check_picture
 from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.catalog import METRICS
+from sidcli.metrics.transforms import crop_and_resize
 from sidcli.models.loading import quiet_libraries
 from sidcli.printable import json_text, printable
 from sidcli.progress import counted
 from sidcli.report.page import Cell, Facts, Gallery, IntervalRows, Page, Scores, Section, Table, write
 from sidcli.report.run import run_sections
+
+if TYPE_CHECKING:
+    from sidcli.curation.ratings import Rater
 
 SHOWN = 12
 
@@ -56,7 +60,7 @@ class Outcome:
             check_picture(Path(picture))
         drawn = pictures(self.evaluation) if picture or report else []
         if picture:
-            save_comparison(drawn, Path(picture))
+            save_comparison([*shown(self.evaluation, drawn), *drawn], Path(picture))
         if report:
             write(page(self.evaluation, self.rows, drawn, self.seed), Path(report))
 
@@ -74,7 +78,7 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
 
     Raises InputError if a model, image or network is missing or unreadable, UsageError if the protocol does not allow the request.
     """
-    distributed, rules = Distributed(device), request.protocol
+    distributed, rules, rater = Distributed(device), request.protocol, open_rater(request.judge)
     quiet_libraries()
     found = [one for spec in request.models for one in resolve(spec, rules.untrained, listener)]
     check_used(found, rules.untrained)
@@ -86,8 +90,9 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     networks = Networks(distributed.device, listener, files.inception, files.clip, files.cmmd, files.dino)
     protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)
     candidates = to_measure(found, protocol, distributed.device, rules.num, rules.seed, request.batch_size, request.image_folder)
-    metrics = chosen(request.metrics, protocol, request.everything, candidates, [bound.metric for bound in request.bounds])
-    evaluation = Evaluation(protocol, candidates, metrics, rules.num, distributed)
+    gated = [bound.metric for bound in request.bounds]
+    metrics = chosen(request.metrics, protocol, request.everything, candidates, gated, rater is not None)
+    evaluation = Evaluation(protocol, candidates, metrics, rules.num, distributed, rater)
     for note in without_effect(request, evaluation):
         listener.note(f"note: {note}")
     evaluation.fill(listener)
@@ -98,15 +103,26 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     return Outcome(evaluation, rows, warnings, beyond(rows, request.bounds), rules.seed)
 
 
+def open_rater(judge: JudgeSpec | None) -> Rater | None:
+    """Return the judge of drawings. Raises UsageError for an invalid URL, EnvironmentProblem for an invalid key."""
+    if judge is None:
+        return None
+    from sidcli.curation.endpoint import HttpJudge
+    from sidcli.curation.ratings import Rater
+
+    return Rater(HttpJudge(judge.url, judge.model, hint="check --judge-url and --judge-model"))
+
+
 def without_effect(request: Request, evaluation: Evaluation) -> list[str]:
     """Return one sentence for each option that this evaluation does not use. A script may give the paths of all networks at once."""
     files, protocol = request.networks, evaluation.protocol
+    has_references = protocol.references is not None
     networks = {
         "--inception": (files.inception, ("features",), "--fid, --kid or --prdc"),
-        # The emoji protocol has one CLIP model for the CLIP score and the CMMD.
-        "--clip-model": (files.clip, ("clip", *["embeddings"] * protocol.is_emoji), "--clip"),
+        # These protocols have one CLIP model for the CLIP score and for what compares images with each other.
+        "--clip-model": (files.clip, ("clip", *["embeddings"] * (protocol.is_emoji or has_references)), "--clip"),
         "--cmmd-model": (files.cmmd, ("embeddings",), "--cmmd"),
-        "--dino-model": (files.dino, ("dino",), "--dino"),
+        "--dino-model": (files.dino, ("dino", "crops"), "--dino-i" if has_references else "--dino"),
     }
     said = [
         f"{option} {file} has no effect without {metrics}"
@@ -225,6 +241,16 @@ def pictures(evaluation: Evaluation) -> list[tuple[str, list[Image.Image]]]:
     ]
 
 
+def shown(evaluation: Evaluation, drawn: Sequence[tuple[str, list[Image.Image]]]) -> list[tuple[str, list[Image.Image]]]:
+    """Return a row of the reference images of the first captions in the size of the images; no row if models get none."""
+    references = evaluation.protocol.references
+    if references is None:
+        return []
+    first = drawn[0][1]
+    images = [crop_and_resize(references.read(index), image.height, image.width) for index, image in enumerate(first)]
+    return [("reference images", [Image.fromarray(image) for image in images])]
+
+
 def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str, list[Image.Image]]], seed: int) -> Page:
     """Return the report page: table, intervals, images of the same captions and seeds, and training runs of the students."""
     names, metrics, protocol = [name for name, _ in drawn], evaluation.metrics, evaluation.protocol
@@ -249,7 +275,7 @@ def page(evaluation: Evaluation, rows: Sequence[Row], drawn: Sequence[tuple[str,
             [*evaluation.warnings(rows), "Bold where a model is better than every other beyond the intervals."],
         ),
         Scores("Scores with their 95 % intervals", scores),
-        Gallery("The same captions and seeds", captions[: len(drawn[0][1])], drawn),
+        Gallery("The same captions and seeds", captions[: len(drawn[0][1])], [*shown(evaluation, drawn), *drawn]),
         Facts("Protocol", [(name, json_text(value)) for name, value in evaluation.record(seed).items()]),
     ]
     for candidate in evaluation.candidates:

@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sidcli import __version__
-from sidcli.data.imagesets import Collection, DrawnSet, FileSet
+from sidcli.curation.questions import HIGHEST
+from sidcli.data.imagesets import Collection, DrawnSet, FileSet, digest
 from sidcli.distributed import Distributed
 from sidcli.emoji import identities, world
-from sidcli.errors import UsageError
+from sidcli.environment import cache_folder
+from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.evaluation.candidates import REAL, Candidate
-from sidcli.evaluation.protocols import Protocol, scenes, subject_reference
+from sidcli.evaluation.protocols import LEAST_REPEATED, SEEDS, Protocol, scenes
+from sidcli.metrics.appearance import diversity
 from sidcli.metrics.catalog import METRICS, Measured
 from sidcli.metrics.features import EmojiFeatures, Extractor, InceptionFeatures
 from sidcli.metrics.fid import GROUPS, Statistics, fid, fid_infinity, statistics
@@ -26,8 +29,14 @@ from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import KernelDistance, cmmd, kid
 from sidcli.metrics.prdc import NEIGHBORS, Prdc, prdc
 from sidcli.metrics.ssim import copy_score
+from sidcli.metrics.transforms import crop_and_resize
 from sidcli.progress import Listener, counted
 
+if TYPE_CHECKING:
+    from sidcli.curation.ratings import Rater, Rating
+
+RATED = ("concept_preservation", "prompt_following", "cp_pf")
+"""Metrics of the scores of a judge."""
 PRDC = ("precision", "recall", "density", "coverage")
 METRICS_OF_OPTION = {
     "fid": ("fid", "fid_teacher"),
@@ -40,6 +49,10 @@ METRICS_OF_OPTION = {
     "accuracy": ("noun", "color", "bare_noun"),
     "composition": ("composition",),
     "identity": ("identity", "subject_text", "copy"),
+    "dino_i": ("dino_i",),
+    "clip_i": ("clip_i",),
+    "diversity": ("diversity",),
+    "judge": RATED,
 }
 """The metrics that each option requests."""
 EXTRACTOR = dict.fromkeys(
@@ -47,19 +60,27 @@ EXTRACTOR = dict.fromkeys(
 ) | {
     "identity": "reader",
     "subject_text": "reader",
-    "copy": "reader",
+    "dino_i": "crops",
+    "clip_i": "embeddings",
+    "diversity": "embeddings",
     "clip": "clip",
     "cmmd": "embeddings",
     "fd_dinov2": "dino",
 }
-"""The extractor of the protocol that each metric uses."""
+"""The extractor of the protocol that each metric uses; others read the images themselves."""
 NEEDS_REFERENCE = ("fid", "fid_infinity", "kid", *PRDC, "fd_dinov2", "cmmd")
 EMOJI_ONLY = ("noun", "color", "bare_noun", "composition")
-SUBJECTS_ONLY = ("identity", "subject_text", "copy")
-OTHER_CAPTIONS = {"composition": "held_out", "bare_noun": "bare"}
+IDENTITIES_ONLY = ("identity", "subject_text")
+COMPARED = ("dino_i", "clip_i")
+"""Metrics that compare the features of an image with those of its reference image."""
+SUBJECTS_ONLY = (*IDENTITIES_ONLY, *COMPARED, "copy", "diversity", *RATED)
+OTHER_CAPTIONS = {"composition": "held_out", "bare_noun": "bare", "diversity": "repeated"}
 """Metrics of images of other captions than the protocol's main list: the field of Candidate that holds those images."""
+USUAL = {"emoji-subjects": ("identity",), "subjects": ("identity", "dino_i", "clip_i", "clip")}
+"""Options that are used if none is given; of other protocols, FID, CLIP score and accuracy."""
 MIN_IMAGES = {"fid": GROUPS, "fid_teacher": GROUPS, "fd_dinov2": GROUPS, "fid_infinity": 100, "kid": 3, "cmmd": 2, "clip": 2}
 MIN_IMAGES |= dict.fromkeys(PRDC, NEIGHBORS + 1) | {"composition": 4, "copy": 2}
+MIN_IMAGES |= dict.fromkeys((*COMPARED, *RATED), 2)
 """Minimum number of generated images for a metric and its interval; 1 for a metric without an entry."""
 MIN_REFERENCE_IMAGES = {"fid": 2, "fd_dinov2": 2, "fid_infinity": 2, "kid": 2} | dict.fromkeys(PRDC, NEIGHBORS + 1)
 """Minimum number of reference images for a metric."""
@@ -89,12 +110,17 @@ class Row:
 
 
 def chosen(
-    asked: Sequence[str], protocol: Protocol, everything: bool, candidates: Sequence[Candidate], gated: Iterable[str] = ()
+    asked: Sequence[str],
+    protocol: Protocol,
+    everything: bool,
+    candidates: Sequence[Candidate],
+    gated: Iterable[str] = (),
+    has_judge: bool = False,
 ) -> list[str]:
     """Return the metrics to compute, in the catalog's order, for the option names in `asked` and the metrics of a gate (`gated`).
 
     For an option that requests several metrics, only the measurable metrics are returned; if `everything`, all measurable metrics
-    except `fid_infinity` and, for the emoji protocol, `fd_dinov2`. Raises UsageError if no metric of an option or of a gate can be
+    except `fid_infinity` and, on the emoji world, those of DINOv2. Raises UsageError if no metric of an option or of a gate can be
     measured.
     """
     gated = set(gated)
@@ -112,12 +138,16 @@ def chosen(
         impossible["fid_teacher"] = "a teacher in the table, and a model beside it"
     if not protocol.is_emoji:
         impossible |= dict.fromkeys(EMOJI_ONLY, "the emoji world, whose images have a ground truth")
-    else:
-        for metric, field in OTHER_CAPTIONS.items():
-            if all(getattr(candidate, field) is None for candidate in candidates if not candidate.is_real):
-                impossible[metric] = "a model in the table; a folder of images has no images of these captions"
-    if not protocol.has_subjects:
-        impossible |= dict.fromkeys(SUBJECTS_ONLY, "--protocol emoji-subjects, and models that take a reference image")
+    if not has_judge:
+        impossible |= dict.fromkeys(RATED, "--judge http with --judge-url and --judge-model")
+    if protocol.name != "emoji-subjects":
+        impossible |= dict.fromkeys(IDENTITIES_ONLY, "--protocol emoji-subjects, and models that take a reference image")
+    if protocol.references is None:
+        needed = "--protocol emoji-subjects or subjects, and models that take a reference image"
+        impossible |= dict.fromkeys(set(SUBJECTS_ONLY) - set(IDENTITIES_ONLY), needed)
+    for metric, field in OTHER_CAPTIONS.items():
+        if metric not in impossible and all(getattr(one, field) is None for one in candidates if not one.is_real):
+            impossible[metric] = "a model in the table; a folder of images has no images of these captions"
     for names in [*(METRICS_OF_OPTION[option] for option in asked), *((name,) for name in gated)]:
         if set(names) <= set(impossible):
             works = [
@@ -125,21 +155,36 @@ def chosen(
             ]
             raise UsageError(f"{METRICS[names[0]].label} needs {impossible[names[0]]}", ", ".join(works))
     if everything:
-        wanted = set(METRICS) - {"fid_infinity"} - ({"fd_dinov2"} if protocol.is_emoji else set())
+        wanted = set(METRICS) - {"fid_infinity"} - ({"fd_dinov2", "dino_i"} if protocol.is_emoji_world else set())
     else:
-        usual = ("identity",) if protocol.has_subjects else ("fid", "clip", "accuracy")
+        usual = USUAL.get(protocol.name, ("fid", "clip", "accuracy"))
         wanted = {name for option in asked or usual for name in METRICS_OF_OPTION[option]}
     return [name for name in METRICS if name in (wanted - set(impossible)) | gated]
+
+
+def seen_identity(metric: str, features: np.ndarray) -> Measured:
+    """Return a metric of IDENTITIES_ONLY from the attributes [n, 5] that the reader sees in images."""
+    sheets = [identities.unknown(index) for index in range(len(features))]
+    if metric == "identity":
+        return share((features[:, 2:] == [sheet.panels[0].identity for sheet in sheets]).all(1))
+    wanted = [(world.NOUN_LIST.index(sheet.noun), world.COLOR_LIST.index(sheet.colors[1])) for sheet in sheets]
+    return share((features[:, :2] == wanted).all(1))
 
 
 class Evaluation:
     """The metrics of candidates under one protocol. All processes share the work of `fill`; the main process computes the rows."""
 
     def __init__(
-        self, protocol: Protocol, candidates: Sequence[Candidate], metrics: Sequence[str], num: int | None, distributed: Distributed
+        self,
+        protocol: Protocol,
+        candidates: Sequence[Candidate],
+        metrics: Sequence[str],
+        num: int | None,
+        distributed: Distributed,
+        rater: Rater | None = None,
     ):
         self.protocol, self.candidates, self.metrics, self.distributed = protocol, candidates, metrics, distributed
-        self.asked, self.num = num, num or protocol.default_num
+        self.asked, self.num, self.rater = num, num or protocol.default_num, rater
         sizes = [
             (candidate.name, self.count(candidate), MIN_IMAGES) for candidate in sorted(candidates, key=lambda one: one.is_real)
         ]
@@ -154,8 +199,10 @@ class Evaluation:
         self.neighbors: tuple[Candidate, Prdc] | None = None
         """The candidate measured last and its precision, recall, density and coverage, which are computed together."""
         self.extractors: dict[str, Extractor] = {
-            name: getattr(protocol.extractors, name) for name in {EXTRACTOR[metric] for metric in metrics}
+            name: getattr(protocol.extractors, name) for name in {EXTRACTOR[metric] for metric in metrics if metric in EXTRACTOR}
         }
+        self.ratings: dict[Candidate, list[Rating | None]] = {}
+        """The scores of the judge; None where its answers have none."""
 
     def count(self, candidate: Candidate) -> int:
         """Return the number of images of a candidate; for real scenes, the largest number among the other candidates."""
@@ -172,14 +219,23 @@ class Evaluation:
     def collection(self, candidate: Candidate) -> Collection:
         protocol, count = self.protocol, self.count(candidate)
         captions = protocol.captions.first(count) if protocol.captions else []
-        return Collection(candidate.images, count, captions, protocol.prepare, protocol.prepared)
+        needs_images = any(metric not in EXTRACTOR for metric in self.metrics)
+        return Collection(candidate.images, count, captions, protocol.prepare, protocol.prepared, needs_images)
 
     def other(self, candidate: Candidate, metric: str) -> Collection | None:
-        """Return the images for a metric of OTHER_CAPTIONS, a quarter of the number of the other images."""
+        """Return the images for a metric of OTHER_CAPTIONS, about a quarter of the number of the other images."""
         images = getattr(candidate, OTHER_CAPTIONS[metric])
         if images is None or metric not in self.metrics:
             return None
-        return Collection(images, max(1, self.count(candidate) // 4))
+        count = max(1, self.count(candidate) // 4)
+        return Collection(images, max(LEAST_REPEATED, count // SEEDS * SEEDS) if metric == "diversity" else count)
+
+    @property
+    def shown(self) -> Collection | None:
+        """The reference images of the captions, None if no metric of the table compares with their features."""
+        references = self.protocol.references
+        compared = references is not None and not set(COMPARED).isdisjoint(self.metrics)
+        return references.collection(max(self.counts)) if references and compared else None
 
     @property
     def reference(self) -> Collection | None:
@@ -207,10 +263,13 @@ class Evaluation:
         if self.reference is not None:
             comparing = [self.extractors[name] for name in self.extractors if name != "clip"]
             work.append(("reference", [(self.reference, comparing)], lambda: None))
+        if self.shown is not None:
+            comparing = [self.extractors[EXTRACTOR[metric]] for metric in COMPARED if metric in self.metrics]
+            work.append(("reference images", [(self.shown, comparing)], lambda: None))
         for candidate in self.candidates:
             parts = [(self.collection(candidate), list(self.extractors.values()))]
-            others = [self.other(candidate, metric) for metric in OTHER_CAPTIONS]
-            parts += [(other, [self.extractors["features"]]) for other in others if other]
+            others = [(self.other(candidate, metric), metric) for metric in OTHER_CAPTIONS]
+            parts += [(other, [self.extractors[EXTRACTOR[metric]]]) for other, metric in others if other]
             work.append((f"{candidate.name}, {candidate.sampling}", parts, candidate.close))
         missing = [
             (part, extractor)
@@ -235,6 +294,8 @@ class Evaluation:
         self.distributed.wait()
 
     def rows(self, listener: Listener) -> list[Row]:
+        if self.rater is not None:
+            self.rate(self.rater, listener)
         with listener.progress("metrics", len(self.candidates) * len(self.metrics), "numbers") as advance:
             return [self.row(candidate, advance) for candidate in self.candidates]
 
@@ -250,6 +311,10 @@ class Evaluation:
 
     def measure(self, candidate: Candidate, metric: str, found: dict[str, Measured]) -> Measured | None:
         """Return one metric of one candidate, None if it does not apply. `found` holds the metrics measured before."""
+        if metric == "copy":
+            return self.copied(candidate)
+        if metric in RATED:
+            return self.rated(candidate, metric)
         extractor = EXTRACTOR[metric]
         features = self.collection(candidate).features(self.extractors[extractor])
         if metric in ("fid", "fd_dinov2"):
@@ -269,29 +334,69 @@ class Evaluation:
             return self.cmmd(features)
         if metric == "clip":
             return mean(features[:, 0])
-        if metric in SUBJECTS_ONLY:
-            return self.subject(candidate, metric, features)
+        if metric in IDENTITIES_ONLY:
+            return seen_identity(metric, features)
+        if metric in COMPARED:
+            return self.alike(extractor, features)
         if metric in OTHER_CAPTIONS:
             other = self.other(candidate, metric)
             if other is None:
                 return None
             features = other.features(self.extractors[extractor])
+            if metric == "diversity":
+                return mean(np.array([diversity(group) for group in np.split(features, len(features) // SEEDS)]))
             if metric == "composition":
                 return share(np.all(self.right(features, True), axis=1))
             return share(self.answers(features)[0] == np.arange(len(features)) % len(world.NOUN_LIST))
         return share(self.right(features, False)[:, ("noun", "color").index(metric)])
 
-    def subject(self, candidate: Candidate, metric: str, features: np.ndarray) -> Measured:
-        """Return a metric of images with a reference, from the attributes [n, 5] that the reader sees in them."""
-        count = len(features)
-        if metric == "copy":
-            pairs = zip(candidate.images.read(range(count)), map(subject_reference, range(count)), strict=True)
-            return mean(np.array([copy_score(image, reference) for image, reference in pairs]))
-        sheets = [identities.unknown(index) for index in range(count)]
-        if metric == "identity":
-            return share((features[:, 2:] == [sheet.panels[0].identity for sheet in sheets]).all(1))
-        wanted = [(world.NOUN_LIST.index(sheet.noun), world.COLOR_LIST.index(sheet.colors[1])) for sheet in sheets]
-        return share((features[:, :2] == wanted).all(1))
+    def copied(self, candidate: Candidate) -> Measured:
+        """Return the mean structural similarity of images and their reference images, which are cropped and resized to them."""
+        assert self.protocol.references is not None
+        scores = [
+            copy_score(image, crop_and_resize(self.protocol.references.read(index), *image.shape[:2]))
+            for index, image in enumerate(candidate.images.read(range(self.count(candidate))))
+        ]
+        return mean(np.array(scores))
+
+    def rate(self, rater: Rater, listener: Listener) -> None:
+        """Ask for the scores of all candidates. Raises EnvironmentProblem if a candidate gets fewer than two."""
+        from sidcli.curation.ratings import Drawing
+
+        captions, references = self.protocol.captions, self.protocol.references
+        assert captions is not None and references is not None
+        prompts = captions.first(max(self.counts))
+        for candidate in self.candidates:
+
+            def drawing(index: int, candidate: Candidate = candidate) -> Drawing:
+                image = candidate.images.read(range(index, index + 1))[0]
+                reference = crop_and_resize(references.read(index), *image.shape[:2])
+                return Drawing(image, reference, prompts[index], references.subject(index))
+
+            folder = cache_folder() / "ratings" / candidate.images.key / digest(rater.name, captions.key)
+            count = self.count(candidate)
+            with listener.progress(f"judge {candidate.name}", count, "images") as advance:
+                found = rater.rate(count, drawing, folder, advance)
+            if len(found) - found.count(None) < 2:
+                raise EnvironmentProblem(
+                    f"{rater.http.model} gave {candidate.name} no score that can be read",
+                    "--judge-model with another model, which ends its answers with a line such as SCORE: 3",
+                )
+            self.ratings[candidate] = found
+
+    def rated(self, candidate: Candidate, metric: str) -> Measured:
+        """Return a metric of RATED with the interval of its mean; of the product, to first order, as in the delta method."""
+        ratings = [(one.concept, one.prompt) for one in self.ratings[candidate] if one is not None]
+        concept, prompt = np.array(ratings, np.float64).T / HIGHEST
+        both = concept * prompt.mean() + prompt * concept.mean() - concept.mean() * prompt.mean()
+        found = mean({"concept_preservation": concept, "prompt_following": prompt, "cp_pf": both}[metric])
+        return Measured(found.value, max(0.0, found.low), min(1.0, found.high))
+
+    def alike(self, extractor: str, features: np.ndarray) -> Measured:
+        """Return the mean cosine of the features [n, D] of images and those of their reference images."""
+        assert self.shown is not None and self.protocol.references is not None
+        shown = self.shown.features(self.extractors[extractor])[self.protocol.references.places(len(features))]
+        return mean((features * shown).sum(1) / (np.linalg.norm(features, axis=1) * np.linalg.norm(shown, axis=1)))
 
     def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the classified nouns and background colors, as indices into NOUN_LIST and COLOR_LIST, each int [n]."""
@@ -377,6 +482,11 @@ class Evaluation:
     def warnings(self, rows: Sequence[Row]) -> list[str]:
         """Return one sentence for each reason why the numbers may be biased or not comparable."""
         said = [*self.other_prompts, *self.too_few]
+        said += [
+            f"{candidate.name}: {counted(found.count(None), 'image')} without a score, because the judge's answers have none"
+            for candidate, found in self.ratings.items()
+            if None in found
+        ]
         minimum, most = min(self.counts), max(self.counts)
         if minimum < most and not {"fid_teacher", *NEEDS_REFERENCE}.isdisjoint(self.metrics):
             said.append(f"rows of {minimum} and of {most} images: distances of different n do not compare")
@@ -414,6 +524,7 @@ class Evaluation:
             "captions": {"name": protocol.captions.name, "key": protocol.captions.key} if protocol.captions else None,
             "prepared": protocol.prepared or "as it is",
             **protocol.facts,
+            **({"judge": {"url": self.rater.http.url, "model": self.rater.http.model}} if self.rater else {}),
             "networks": {name: extractor.name for name, extractor in sorted(self.extractors.items())},
             "resize": "clean-fid, PIL bicubic per channel in float",
             "intervals": "95 %, over the drawn images; recall and coverage over the reference images",

@@ -12,7 +12,8 @@ from sidcli.errors import UsageError
 from sidcli.metrics.catalog import METRICS, metric_named
 from sidcli.models.overrides import check_sampling
 
-PROTOCOLS = ("auto", "emoji", "emoji-subjects", "coco2014-30k", "custom")
+PROTOCOLS = ("auto", "emoji", "emoji-subjects", "subjects", "coco2014-30k", "custom")
+JUDGES = ("http",)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,28 @@ class Files:
 
 
 @dataclass(frozen=True)
+class JudgeSpec:
+    """The endpoint of a vision language model that scores images: its URL and the name of the model there."""
+
+    url: str
+    model: str
+
+    @classmethod
+    def of(cls, judge: str | None, url: str | None, model: str | None) -> JudgeSpec | None:
+        """Return the judge of the options, None without one. Raises UsageError if an option is missing, unknown or has no effect."""
+        if judge is None:
+            for option, value in (("--judge-url", url), ("--judge-model", model)):
+                if value is not None:
+                    raise UsageError(f"{option} {value} has no effect without a judge", "--judge http")
+            return None
+        if judge not in JUDGES:
+            raise UsageError(f"--judge must be {', '.join(JUDGES)}, not {judge!r}")
+        if not url or not model:
+            raise UsageError(f"--judge {judge} needs an endpoint", "--judge-url http://localhost:8000/v1 --judge-model NAME")
+        return cls(url, model)
+
+
+@dataclass(frozen=True)
 class Request:
     """All options of an evaluation, as given on the command line."""
 
@@ -107,6 +130,7 @@ class Request:
     networks: Files
     batch_size: int
     image_folder: Path | None
+    judge: JudgeSpec | None = None
 
 
 def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:

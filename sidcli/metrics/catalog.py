@@ -75,7 +75,15 @@ METRICS = {
     "subject_text": Metric(
         "noun and color", False, 1, "images of a reference with the noun and background of the prompt", 0, 1, percent=True
     ),
+    "dino_i": Metric("DINO-I", False, 4, "mean cosine of DINOv2's features of the subjects of image and reference", -1, 1),
+    "clip_i": Metric("CLIP-I", False, 4, "mean cosine of CLIP's embeddings of image and reference", -1, 1),
     "copy": Metric("copy score", True, 3, "mean structural similarity of image and reference", -1, 1),
+    "diversity": Metric("diversity", False, 4, "mean cosine distance of CLIP's embeddings of images of one prompt", 0, 2),
+    "concept_preservation": Metric(
+        "concept preservation", False, 3, "how well images keep the subject of the reference, 0 to 1 (arXiv 2406.16855)", 0, 1
+    ),
+    "prompt_following": Metric("prompt following", False, 3, "how well images show their prompt, 0 to 1 (arXiv 2406.16855)", 0, 1),
+    "cp_pf": Metric("CP x PF", False, 3, "product of concept preservation and prompt following (arXiv 2406.16855)", 0, 1),
     "composition": Metric("composition", False, 1, "images of held-out noun and color pairs, both right", 0, 1, percent=True),
 }
 ALIASES = {"dino": "fd_dinov2", "clip_score": "clip", "color": "color"}

@@ -183,7 +183,7 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
         (
             {"a.png": encoded(0), "metadata.csv": b"file_name,text\na.png,x\n./a.png,y\n"},
             "",
-            "metadata.csv:3 has another caption for ./a.png",
+            "metadata.csv:3 has another caption for a.png",
         ),
         (
             {"a.png": encoded(0), "metadata.jsonl": b'{"file_name": 3, "text": "x"}\n'},
