@@ -207,7 +207,7 @@ def check_intervals(engine: Engine, intervals: Intervals) -> None:
     if engine.layout and intervals.eval:
         raise UsageError(
             f"--eval-every {intervals.eval} does not measure models that take a reference image",
-            "leave it out; sid eval --protocol emoji-subjects measures a model of the emoji world afterwards",
+            "leave it out; sid eval --protocol emoji-subjects or subjects measures them afterwards",
         )
 
 

@@ -23,7 +23,7 @@ from sidcli.distributed import Distributed, Share
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
 from sidcli.evaluation.candidates import REAL, Candidate, check_used, resolve, to_measure
-from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, listed
+from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, emoji_subjects, listed
 from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, pictures, table
 from sidcli.evaluation.scores import METRICS_OF_OPTION, SUBJECTS_ONLY, Evaluation, Row, chosen
 from sidcli.evaluation.spec import Bound, ModelSpec, check_protocol, limits
@@ -626,9 +626,13 @@ def test_images_that_are_all_alike_have_finite_values(color: str, tmp_path: Path
         Image.new("RGB", (64, 64), color).save(tmp_path / f"{index}.png")
     alike = FileSet(open_images(tmp_path))
     rules = emoji(NETWORKS)
-    metrics = [name for name in METRICS if name not in ("fid_teacher", "fid_infinity", "fd_dinov2", "composition", "bare_noun")]
-    for reference in (Collection(SceneSet(world.REFERENCE_SEED), 30), Collection(alike, 30)):
-        one = Evaluation(replace(rules, reference=reference), [Candidate("alike", "", alike, 30)], metrics, None, Distributed(CPU))
+    metrics = {*METRICS} - {"fid_teacher", "fid_infinity", "fd_dinov2", "composition", "bare_noun", *SUBJECTS_ONLY}
+    references = (Collection(SceneSet(world.REFERENCE_SEED), 30), Collection(alike, 30))
+    protocols = [(replace(rules, reference=reference), metrics) for reference in references]
+    protocols.append((emoji_subjects(NETWORKS), {"identity", "subject_text", "clip_i", "copy", "diversity"}))
+    for asked, names in protocols:
+        candidate = Candidate("alike", "", alike, 30, repeated=alike)
+        one = Evaluation(asked, [candidate], sorted(names), None, Distributed(CPU))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             one.fill(Silence())
