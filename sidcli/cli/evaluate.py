@@ -183,11 +183,13 @@ def evaluate(
     Example: sid eval emoji emoji-teacher --fid --clip
     """
     check(protocol, column, prompts, device)
+    JudgeSpec.of(judge, judge_url, judge_model)
     specs = ModelSpec.parse_all(models or ["emoji", "emoji-teacher"], steps, guidance)
     bounds = limits(fail_above or [], fail_below or [])
     networks: dict[str, Any] = dict(inception=inception, clip_model=clip_model, cmmd_model=cmmd_model, dino_model=dino_model)
-    JudgeSpec.of(judge, judge_url, judge_model)
     networks |= dict(judge=judge, judge_url=judge_url, judge_model=judge_model)
+    data: dict[str, Any] = dict(protocol=protocol, reference=reference, prompts=prompts, column=column or "")
+    drawn: dict[str, Any] = dict(num=num, seed=seed, untrained=untrained, image_folder=image_folder, batch_size=batch_size)
     check_places(report, picture, image_folder, overwrite)
     launch_processes(processes, device)
     stopped = ("images and features that are complete are kept", "the same command again, to go on")
@@ -197,17 +199,10 @@ def evaluate(
             specs,
             [name for name, given in flags.items() if given],
             everything=everything,
-            protocol=protocol,
-            reference=reference,
-            prompts=prompts,
-            column=column or "",
-            num=num,
-            seed=seed,
-            untrained=untrained,
             bounds=bounds,
+            **data,
             **networks,
-            image_folder=image_folder,
-            batch_size=batch_size,
+            **drawn,
             device=device,
             listener=console,
         )

@@ -196,6 +196,9 @@ def test_values_complete_in_the_shell(
         (["eval", "emoji", "--guidance", "2"], 2, "--guidance 2 applies to teachers, and none is measured"),
         (["eval", "emoji", "--picture", "x.jpg"], 2, "--picture must end in .png, not x.jpg; try: --picture x.png"),
         (["eval", "emoji", "--cmmd-model", "x"], 2, "--cmmd-model x: the protocol emoji has a network of its own for this"),
+        (["eval", "emoji", "--judge", "vlm"], 2, "--judge must be http, not 'vlm'"),
+        (["eval", "emoji", "--judge", "http", "--judge-model", "x"], 2, "--judge http needs an endpoint"),
+        (["eval", "emoji", "--judge-url", "http://here"], 2, "--judge-url http://here has no effect without a judge"),
         (["eval", "emoji", "--inception", "x"], 2, "--inception x: the protocol emoji has a network of its own for this"),
         (
             ["export", "emoji", "-o", "x", "--rank", "8"],
