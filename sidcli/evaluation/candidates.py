@@ -137,14 +137,11 @@ def to_measure(
             size = len(one.files)
             rows.append(Candidate(one.spec.name, counted(size, "image"), FileSet(one.files), size))
             continue
-        if (protocol.references is not None) != one.takes_reference:
-            if one.takes_reference:
-                said = f"{one.spec.name} needs a reference image, and the protocol {protocol.name} gives none"
-                hint = "--protocol emoji-subjects" if one.is_emoji else "--protocol subjects --reference FOLDER"
-            else:
-                said = f"{one.spec.name} takes no reference image, which the protocol {protocol.name} gives"
-                hint = "--protocol emoji" if one.is_emoji else "--protocol custom"
-            raise InputError(said, hint)
+        if one.takes_reference and protocol.references is None:
+            raise InputError(
+                f"{one.spec.name} needs a reference image, and the protocol {protocol.name} gives none",
+                "--protocol emoji-subjects" if one.is_emoji else "--protocol subjects --reference FOLDER",
+            )
         if protocol.is_emoji_world and not one.is_emoji:
             raise InputError(
                 f"{one.spec.name} does not draw the emoji world",
@@ -192,7 +189,7 @@ def _model(
         return DrawnSet(source, plan, prompts, asked.key, seed, open_drawer, batch_size, place, reference_of(asked))
 
     def reference_of(asked: Captions) -> Callable[[int], np.ndarray] | None:
-        if asked.references is None:
+        if asked.references is None or not one.takes_reference:
             return None
         assert one.known is not None
         references, size = asked.references, one.known.size
@@ -200,7 +197,7 @@ def _model(
 
     return Candidate(
         spec.name,
-        plan.describe(),
+        plan.describe() + (", from the prompt alone" if protocol.references and not one.takes_reference else ""),
         drawn(captions),
         captions.limit,
         drawn(protocol.held_out) if protocol.held_out else None,

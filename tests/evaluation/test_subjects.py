@@ -49,9 +49,16 @@ def test_sheets_of_unknown_identities_are_in_no_training() -> None:
         assert identities.use_of(panels[0].noun, panels[0].identity) == "train"
 
 
+def test_a_model_that_takes_no_reference_draws_from_the_prompt_alone() -> None:
+    """It is the chance level of the identity."""
+    outcome = api.evaluate("emoji", protocol="emoji-subjects", num=12, listener=SILENT)
+    assert outcome is not None
+    drawn = outcome.rows[-1]
+    assert drawn.sampling.endswith(", from the prompt alone")
+    assert drawn.metrics["subject_text"].value > 0.5 and drawn.metrics["identity"].value < 0.3
+
+
 def test_models_are_refused_by_a_protocol_that_does_not_fit(model: Path) -> None:
-    with pytest.raises(InputError, match="takes no reference image, which the protocol emoji-subjects gives"):
-        api.evaluate("emoji", protocol="emoji-subjects", num=12, listener=SILENT)
     with pytest.raises(InputError, match="needs a reference image, and the protocol emoji gives none"):
         api.evaluate(str(model), protocol="emoji", num=12, listener=SILENT)
     with pytest.raises(UsageError, match="identity needs --protocol emoji-subjects"):

@@ -182,8 +182,6 @@ def test_requests_that_do_not_fit_are_refused(model: Path, folder: Path, stand_i
     ]:
         with pytest.raises(error, match=said):
             api.evaluate(str(model), listener=Silence(), **options)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="takes no reference image, which the protocol subjects gives"):
-        evaluated("emoji", ["clip_i"], folder, stand_ins)
     with pytest.raises(UsageError, match="concept preservation needs --judge http"):
         evaluated(f"{model},steps=1", ["judge"], folder, stand_ins)
     with pytest.raises(UsageError, match="identity needs --protocol emoji-subjects"):
