@@ -78,7 +78,12 @@ def test_the_classes_of_denoisers_are_named_where_models_are_read_and_made() -> 
     for name in modules():
         text = (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
         assert "UNet2DConditionModel" not in text or name.split(".")[0] in ("models", "emoji"), name
-        for start, module in (("SD3", "sd3"), ("PixArtTransformer", "pixart"), ("FluxTransformer", "flux")):
+        for start, module in (
+            ("SD3", "sd3"),
+            ("PixArtTransformer", "pixart"),
+            ("FluxTransformer", "flux"),
+            ("SanaTransformer", "sana"),
+        ):
             assert start not in text or name in (f"models.{module}", "models.kinds"), name
 
 

@@ -24,6 +24,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
+from transformers import CLIPTokenizer
 
 from sidcli.diffusion.path import FlowPath
 from sidcli.files import atomic_folder, read_json, write_json
@@ -119,9 +120,9 @@ def scheduler_of(model: Model) -> Any:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer as tokenizer.json, and CLIP's also as vocab.json and merges.txt, which other programs read."""
     tokenizer.save_pretrained(folder)
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    if model["type"] != "BPE":  # T5's
+    if not isinstance(tokenizer, CLIPTokenizer):
         return
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     write_json(folder / "vocab.json", model["vocab"])
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from sidcli.models.drawing import check_finite
 
 
+def levels_entry(config: Mapping[str, Any]) -> str:
+    """Return the entry of a VAE's configuration that lists its levels; AutoencoderDC has one for each half."""
+    halves = "encoder_block_out_channels"
+    return halves if halves in config else "block_out_channels"
+
+
 def codec_factor(config: Mapping[str, Any]) -> int:
     """Return the VAE's downsampling factor (image side / latent side), computed from its configuration."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    return int(2 ** (len(config[levels_entry(config)]) - 1))
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,10 @@ class Codec:
         return self
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images [B, 3, H, W] in -1..1 to the mean of their latents, float32 [B, C, h, w]."""
-        mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.float()
-        return (mean - self.shift) * self.scale
+        """Encode images [B, 3, H, W] in -1..1 to their latents, of a distribution to the mean, float32 [B, C, h, w]."""
+        found = self.vae.encode(images.to(self.vae.dtype))
+        latents = found.latent if "latent" in found else found.latent_dist.mean  # AutoencoderDC has no distribution
+        return (latents.float() - self.shift) * self.scale
 
     @torch.no_grad()
     def encode_image(self, pixels: np.ndarray) -> Tensor:

@@ -96,6 +96,8 @@ MAX_LAYERS = {
     "num_layers": 120,
     "num_single_layers": 120,
     "layers_per_block": 10,
+    "encoder_layers_per_block": 30,
+    "decoder_layers_per_block": 30,
     "transformer_layers_per_block": 40,
     "reverse_transformer_layers_per_block": 40,
 }
@@ -168,7 +170,7 @@ DISCRETE = Rules(
     SUPPORTED_VALUES,
 )
 """Stable Diffusion 1, 2 and XL."""
-OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3, PixArt-Sigma or FLUX.1 model that draws from text alone"
+OTHER_MODEL = "use a Stable Diffusion 1, 2, XL or 3, PixArt-Sigma, FLUX.1 or SANA model that draws from text alone"
 OTHER_COPY = "take another copy of the model"
 
 

@@ -27,14 +27,14 @@ VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
 """Supported values of other entries."""
 
 
-def check_schedule(place: str, scheduler: Mapping[str, Any]) -> None:
-    """Raises InputError, naming the file `place`, if the number of timesteps or their shift is invalid."""
+def check_schedule(place: str, scheduler: Mapping[str, Any], entry: str = "shift") -> None:
+    """Raises InputError, naming the file `place`, if the number of timesteps or their shift, the value of `entry`, is invalid."""
     steps = positive_integer({"num_train_timesteps": 1000, **scheduler}, "num_train_timesteps", place)
     if steps > MAX_TIMESTEPS:
         raise InputError(f"{place}: num_train_timesteps is {steps}, more than {MAX_TIMESTEPS}", OTHER_COPY)
-    shift = scheduler.get("shift", 1.0)
+    shift = scheduler.get(entry, 1.0)
     if not (is_number(shift) and 0 < shift <= MAX_SHIFT):
-        raise InputError(f"{place}: shift is {value_text(shift)}; it must be above 0 and at most {MAX_SHIFT}", OTHER_COPY)
+        raise InputError(f"{place}: {entry} is {value_text(shift)}; it must be above 0 and at most {MAX_SHIFT}", OTHER_COPY)
 
 
 def check_prediction(scheduler: Mapping[str, Any], models: str) -> None:

@@ -21,7 +21,7 @@ from sidcli.models import flow, t5, tokenizers
 from sidcli.models.card import MAX_SHIFT
 from sidcli.models.compatibility import ACCEPTED, OTHER_COPY, SUPPORTED_VALUES, Rules, is_number, positive_integer, value_text
 from sidcli.models.kind import Cond, Denoise, tokenizer_of
-from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_t5
+from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_states
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
 PATCH = 2
@@ -84,7 +84,7 @@ class Flux(Transformer):
         )
         if config.get("guidance_embeds"):
             return sides | {"guidance_scale": 1}
-        return sides | {"guidance_scale": 0, "max_sequence_length": self.t5_tokens(config)}
+        return sides | {"guidance_scale": 0, "max_sequence_length": self.text_tokens(config)}
 
     def index_entries(self, model: Any) -> dict[str, Any]:
         return {}
@@ -111,7 +111,7 @@ class Flux(Transformer):
         packed = positive_integer(net, "in_channels", place)
         check_latents(name, packed // PATCH**2, networks["vae"], places["vae"])
         check_outputs(net, place, packed)
-        check_t5(name, net, "joint_attention_dim", networks[T5], (place, places[T5]))
+        check_states(name, net, "joint_attention_dim", networks[T5], (place, places[T5]))
         pooled = positive_integer(net, "pooled_projection_dim", place)
         given = positive_integer(networks[CLIP], "hidden_size", places[CLIP])
         if pooled != given:
@@ -131,7 +131,7 @@ class Flux(Transformer):
 
     # Text
 
-    def t5_tokens(self, config: Mapping[str, Any]) -> int:
+    def text_tokens(self, config: Mapping[str, Any]) -> int:
         return 512 if config.get("guidance_embeds") else 256
 
     def cond(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tokens], config: Mapping[str, Any]) -> Cond:
@@ -140,7 +140,7 @@ class Flux(Transformer):
 
     def meta_cond(self, networks: Mapping[str, Mapping[str, Any]]) -> Cond:
         config = networks[self.component]
-        states = torch.empty(1, self.t5_tokens(config), config["joint_attention_dim"], device="meta")
+        states = torch.empty(1, self.text_tokens(config), config["joint_attention_dim"], device="meta")
         cond = Cond(states, {"pooled_projections": torch.empty(1, config["pooled_projection_dim"], device="meta")})
         return with_guidance(cond, 1.0) if config.get("guidance_embeds") else cond
 

@@ -160,6 +160,8 @@ class Kind(ABC):
     """Formats in which a student is exported."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules of the denoiser that get a LoRA adapter."""
+    text_attention: ClassVar[str] = "sdpa"
+    """Implementation of attention in the text encoders, as transformers names it."""
     is_square: ClassVar[bool] = False
     """Whether a model draws square images only."""
     size_entries: ClassVar[tuple[str, ...]] = ("sample_size",)
@@ -222,6 +224,10 @@ class Kind(ABC):
     @abstractmethod
     def check_schedule(self, place: str, scheduler: Mapping[str, Any]) -> None:
         """Raises InputError, naming the file `place`, if a scheduler configuration lacks what `read_path` needs."""
+
+    def known_schedule(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a checked scheduler configuration as `read_path` and the exports of students read it; by default unchanged."""
+        return dict(scheduler)
 
     @abstractmethod
     def check_fit(self, name: str, networks: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]) -> None:

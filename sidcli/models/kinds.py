@@ -10,11 +10,12 @@ from sidcli.models.compatibility import OTHER_MODEL
 from sidcli.models.flux import FLUX
 from sidcli.models.kind import Kind
 from sidcli.models.pixart import PIXART
+from sidcli.models.sana import SANA
 from sidcli.models.sd3 import SD3
 from sidcli.models.unet import UNET
 from sidcli.printable import with_article
 
-KINDS: tuple[Kind, ...] = (UNET, SD3, PIXART, FLUX)
+KINDS: tuple[Kind, ...] = (UNET, SD3, PIXART, FLUX, SANA)
 
 
 def kind_of_pipeline(name: str, index: Mapping[str, Any]) -> Kind:

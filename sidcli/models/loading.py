@@ -25,7 +25,7 @@ from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import read_json, readable
 from sidcli.models import card as cards
 from sidcli.models import single_file
-from sidcli.models.codec import Codec, codec_factor
+from sidcli.models.codec import Codec, codec_factor, levels_entry
 from sidcli.models.compatibility import (
     OTHER_MODEL,
     check_entries,
@@ -317,7 +317,7 @@ def _read_scheduler(source: Source, asked: str, kind: Kind) -> dict[str, Any]:
     check_scheduler_class(str(place), scheduler["_class_name"], kind.rules)
     check_entries("scheduler", str(place), scheduler, kind.rules)
     kind.check_schedule(str(place), scheduler)
-    return scheduler
+    return kind.known_schedule(scheduler)
 
 
 def start_of(scheduler: dict[str, Any]) -> int | None:
@@ -377,7 +377,7 @@ def refuse_code(source: Source, index: dict[str, Any]) -> None:
 
 def _size(overrides: Overrides, kind: Kind, networks: dict[str, dict[str, Any]], places: dict[str, str]) -> tuple[int, int]:
     """Return height and width in pixels, from the overrides or the model, and set the denoiser's sample_size to match."""
-    positive_integers(networks["vae"], "block_out_channels", places["vae"])
+    positive_integers(networks["vae"], levels_entry(networks["vae"]), places["vae"])
     factor, config, place = codec_factor(networks["vae"]), networks[kind.component], places[kind.component]
     if kind.default_side:
         config = {"sample_size": kind.default_side, **config}
@@ -464,7 +464,7 @@ def _network(known: Description, name: str) -> Any:
     check_weights(str(folder), name, [file.name for file in folder.iterdir()])
     options: dict[str, Any] = {"dtype": torch.float32, **_stored(folder, name)}
     if name in known.texts:  # the folder's config.json can select another implementation, even a downloaded one
-        options |= {"config": known.kind.text_config(name, known.networks[name]), "attn_implementation": "sdpa"}
+        options |= {"config": known.kind.text_config(name, known.networks[name]), "attn_implementation": known.kind.text_attention}
     if name == known.kind.component:
         options |= known.size_entries
     # The libraries only warn when they initialize missing weights randomly and ignore weights that do not fit.

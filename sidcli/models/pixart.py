@@ -16,7 +16,7 @@ from sidcli.errors import InputError
 from sidcli.models import compatibility, t5
 from sidcli.models.compatibility import OTHER_MODEL, SUPPORTED_VALUES, Rules, positive_integer
 from sidcli.models.kind import Cond
-from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_square, check_t5
+from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_square, check_states, keep_positions
 from sidcli.models.unet import read_path
 
 TEXT = "text_encoder"
@@ -97,24 +97,17 @@ class PixArt(Transformer):
             net.get("use_additional_conditions") is None and net["sample_size"] == 128
         ):  # the default of diffusers at this size is true
             raise InputError(f"{place}: use_additional_conditions is missing: {SIZES}", OTHER_MODEL)
-        check_t5(name, net, "caption_channels", networks[TEXT], (place, places[TEXT]))
+        check_states(name, net, "caption_channels", networks[TEXT], (place, places[TEXT]))
 
     def usual_guidance(self, config: Mapping[str, Any]) -> float:
         return 4.5
 
     def resized(self, config: Mapping[str, Any], size: int | list[int]) -> dict[str, Any]:
-        """Return the configuration for another size, with the positions that the stock pipeline computes at that size.
+        before = config.get("sample_size")
+        default = max(before // 64, 1) if isinstance(before, int) else None
+        return keep_positions(config, super().resized(config, size), default)
 
-        A position is the index of a token times `base size / (tokens on a side * interpolation scale)`. The base size is that of the
-        configuration, so the scale keeps its ratio to the tokens on a side.
-        """
-        before, resized = config.get("sample_size"), super().resized(config, size)
-        if isinstance(before, int) and isinstance(size, int) and size != before:
-            scale = config.get("interpolation_scale") or max(before // 64, 1)
-            resized["interpolation_scale"] = scale * size / before
-        return resized
-
-    def t5_tokens(self, config: Mapping[str, Any]) -> int:
+    def text_tokens(self, config: Mapping[str, Any]) -> int:
         return T5_TOKENS
 
     def prepared(self, prompt: str) -> str:

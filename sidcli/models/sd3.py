@@ -16,7 +16,7 @@ from sidcli.errors import InputError
 from sidcli.models import flow, t5, tokenizers
 from sidcli.models.compatibility import ACCEPTED, OTHER_COPY, OTHER_MODEL, SUPPORTED_VALUES, Rules, positive_integer, value_text
 from sidcli.models.kind import Cond, tokenizer_of
-from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_square, check_t5
+from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_square, check_states
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 CLIP_TOKENS, T5_TOKENS = 77, 256
@@ -112,7 +112,7 @@ class Sd3(Transformer):
         if (most := positive_integer({"pos_embed_max_size": 96, **net}, "pos_embed_max_size", place)) > MAX_POSITIONS:
             raise InputError(f"{place}: pos_embed_max_size is {most}, more than {MAX_POSITIONS}", OTHER_COPY)
         if T5 in networks:
-            check_t5(name, net, "joint_attention_dim", networks[T5], (place, places[T5]))
+            check_states(name, net, "joint_attention_dim", networks[T5], (place, places[T5]))
         pooled = positive_integer(net, "pooled_projection_dim", place)
         given = [positive_integer(networks[text], "projection_dim", places[text]) for text in CLIPS if text in networks]
         if sum(given) > pooled or (len(given) == len(CLIPS) and sum(given) != pooled):
@@ -121,7 +121,7 @@ class Sd3(Transformer):
                 OTHER_COPY,
             )
 
-    def t5_tokens(self, config: Mapping[str, Any]) -> int:
+    def text_tokens(self, config: Mapping[str, Any]) -> int:
         return T5_TOKENS
 
     def largest(self, config: Mapping[str, Any], place: str) -> float:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sidcli.errors import InputError, first_line
-from sidcli.files import read_bytes, read_json
+from sidcli.files import read_bytes
 from sidcli.models import spiece, tokenizers
-from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, positive_integer
-from sidcli.printable import with_article
+from sidcli.models.compatibility import OTHER_COPY
 
 CLASSES = ("T5Tokenizer", "T5TokenizerFast")
 VALUES: dict[str, tuple[tuple[Any, ...], str]] = {"model_type": (("t5", None), "this text encoder of the family is T5")}
@@ -42,19 +41,13 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], place: str) -> Any:
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise InputError(f"{folder} has neither a tokenizer.json nor a spiece.model", OTHER_COPY)
-    found = None
-    if (folder / "tokenizer_config.json").is_file():
-        found = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    if found not in (*CLASSES, *tokenizers.UNSPECIFIC):
-        raise InputError(f"{folder} holds {with_article(str(found))}, not a T5Tokenizer", OTHER_MODEL)
+    tokenizers.check_class(folder, CLASSES)
     try:
         tokenizer = _opened(folder)
         words, empty = tokenizer.get_vocab(), tokenizer("").input_ids
     except Exception as error:  # libraries raise any kind of error for an invalid file
         raise InputError(f"{folder} holds no tokenizer of T5: {first_line(error)}", OTHER_COPY) from error
-    rows = positive_integer(config, "vocab_size", place)
-    if max(words.values()) >= rows:
-        raise InputError(f"{folder} has the id {max(words.values())}; {place} has vocab_size {rows}", OTHER_COPY)
+    tokenizers.check_rows(folder, words, config, place)
     if empty != [tokenizer.eos_token_id]:
         raise InputError(f"{folder} does not put its end mark behind a prompt", OTHER_COPY)
     return tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,9 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str
     if not folder.is_dir():
         raise InputError(f"{folder} is missing: the model has no tokenizer", OTHER_COPY)
     files = {file.name for file in folder.iterdir() if file.exists()}
+    check_class(folder, CLASSES)
     if "tokenizer_config.json" in files:
-        settings = read_json(folder / "tokenizer_config.json")
-        found, length = settings.get("tokenizer_class"), settings.get("model_max_length", MAX_TOKENS)
-        if found not in CLASSES and found not in UNSPECIFIC:
-            raise InputError(f"{folder} holds {with_article(str(found))}, not a CLIPTokenizer", OTHER_MODEL)
+        length = read_json(folder / "tokenizer_config.json").get("model_max_length", MAX_TOKENS)
         if not isinstance(length, int | float) or not length >= 3:
             raise InputError(f"{folder}: model_max_length is {value_text(length)}; it must be a number of tokens", OTHER_COPY)
     if not has_vocabulary(files):
@@ -63,6 +61,21 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any], text_place: str
     except Exception as error:  # libraries raise any kind of error for an invalid file
         raise InputError(f"{folder} holds no tokenizer of CLIP: {first_line(error)}", OTHER_COPY) from error
     return tokenizer
+
+
+def check_class(folder: Path, classes: Sequence[str]) -> None:
+    """Raises InputError if tokenizer_config.json names another class of the tokenizer in a folder than those in `classes`."""
+    file = folder / "tokenizer_config.json"
+    found = read_json(file).get("tokenizer_class") if file.is_file() else None
+    if found not in (*classes, *UNSPECIFIC):
+        raise InputError(f"{folder} holds {with_article(str(found))}, not a {classes[0]}", OTHER_MODEL)
+
+
+def check_rows(folder: Path, words: Mapping[str, int], config: Mapping[str, Any], place: str) -> None:
+    """Raises InputError if a token of the vocabulary in a folder has no row in a text encoder, whose configuration is in `place`."""
+    rows, last = positive_integer(config, "vocab_size", place), max(words.values())
+    if last >= rows:
+        raise InputError(f"{folder} has the id {last}; {place} has vocab_size {rows}", OTHER_COPY)
 
 
 def _opened(folder: Path) -> CLIPTokenizer:

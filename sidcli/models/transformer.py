@@ -1,4 +1,4 @@
-"""What the kinds of transformers share: text encoders of CLIP and T5, tokens of patches, and checks of their latents."""
+"""What the kinds of transformers share: text encoders of CLIP and a language model, tokens of patches, and checks of their latents."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ class Tokens(NamedTuple):
 
 
 class Transformer(Kind):
-    """A kind whose denoiser is a transformer. Its last text encoder is T5, those before it are of CLIP."""
+    """A kind whose denoiser is a transformer. Its last text encoder is a language model, those before it are of CLIP."""
 
     component, title = "transformer", "transformer"
     formats = ("diffusers",)
     text_classes: ClassVar[Mapping[str, str]]
     """Text encoder -> its class in transformers."""
+    language: ClassVar[Any] = t5
+    """Module that reads the configuration and the tokenizer of the language model."""
 
     @abstractmethod
-    def t5_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the number of tokens that T5 reads for a denoiser with this configuration, as the stock pipeline does."""
+    def text_tokens(self, config: Mapping[str, Any]) -> int:
+        """Return the number of tokens that the last text encoder reads for a denoiser with this configuration, as the stock pipeline
+        does."""
 
     @abstractmethod
     def cond(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tokens], config: Mapping[str, Any]) -> Cond:
@@ -55,10 +58,10 @@ class Transformer(Kind):
         return getattr(diffusers, self.rules.classes[component])
 
     def text_config(self, component: str, config: Mapping[str, Any]) -> Any:
-        return (t5 if component == self.texts[-1] else families).text_config(config)
+        return (self.language if component == self.texts[-1] else families).text_config(config)
 
     def read_tokenizer(self, component: str, folder: Path, config: Mapping[str, Any], place: str) -> Any:
-        return (t5 if component == self.texts[-1] else tokenizers).read_tokenizer(folder, config, place)
+        return (self.language if component == self.texts[-1] else tokenizers).read_tokenizer(folder, config, place)
 
     # Text
 
@@ -67,7 +70,7 @@ class Transformer(Kind):
 
     def rehearsed_cond(self, built: Mapping[str, Any], length: int) -> Cond:
         config, encoders = built[self.component].config, {name: built[name] for name in self.texts if name in built}
-        lengths = {name: self.t5_tokens(config) if name == self.texts[-1] else length for name in encoders}
+        lengths = {name: self.text_tokens(config) if name == self.texts[-1] else length for name in encoders}
         tokens = {name: torch.zeros(1, count, dtype=torch.long, device="meta") for name, count in lengths.items()}
         return self.cond(encoders, {name: Tokens(ids, ids) for name, ids in tokens.items()}, config)
 
@@ -105,8 +108,13 @@ class TextEncoders:
 
     def tokens(self, name: str, prompts: Sequence[str]) -> Tokens:
         """Return the tokens of B prompts for the encoder `name`."""
-        tokenizer, texts = self.tokenizers[name], [self.kind.prepared(prompt) for prompt in prompts]
-        length = self.kind.t5_tokens(self.config) if name == self.kind.texts[-1] else tokenizer.model_max_length
+        is_last = name == self.kind.texts[-1]
+        length = self.kind.text_tokens(self.config) if is_last else self.tokenizers[name].model_max_length
+        return self.padded(name, [self.kind.prepared(prompt) for prompt in prompts], length)
+
+    def padded(self, name: str, texts: Sequence[str], length: int) -> Tokens:
+        """Return the tokens of B texts for the encoder `name`, cut off or filled up to this length."""
+        tokenizer = self.tokenizers[name]
         if name == list(self.encoders)[-1]:
             self.truncated += sum(len(row) > length for row in tokenizer(texts).input_ids)
         found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -144,8 +152,33 @@ def check_square(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_t5(name: str, config: Mapping[str, Any], entry: str, text: Mapping[str, Any], places: Sequence[str]) -> None:
-    """Raises InputError if an entry of the transformer's configuration is not the width of T5; `places` are the files of both."""
-    wanted, width = positive_integer(config, entry, places[0]), positive_integer(text, "d_model", places[1])
+def check_states(
+    name: str,
+    config: Mapping[str, Any],
+    entry: str,
+    text: Mapping[str, Any],
+    places: Sequence[str],
+    title: str = "T5",
+    width_entry: str = "d_model",
+) -> None:
+    """Raises InputError if an entry of the transformer's configuration is not the width of the language model `title`.
+
+    `width_entry` is the entry of its configuration with the width; `places` are the files of both configurations.
+    """
+    wanted, width = positive_integer(config, entry, places[0]), positive_integer(text, width_entry, places[1])
     if wanted != width:
-        raise InputError(f"{name}: {entry} is {wanted}, and the states of T5 have width {width}", OTHER_COPY)
+        raise InputError(f"{name}: {entry} is {wanted}, and the states of {title} have width {width}", OTHER_COPY)
+
+
+def keep_positions(config: Mapping[str, Any], resized: dict[str, Any], default: float | None) -> dict[str, Any]:
+    """Return a resized configuration with the positions that the stock pipeline computes at that size.
+
+    A position is the index of a token times `base size / (tokens on a side * interpolation scale)`. The base size is that of the
+    configuration, so the scale keeps its ratio to the tokens on a side. `default` is the scale of a configuration without one; None:
+    the transformer then has no positions.
+    """
+    before, size = config.get("sample_size"), resized["sample_size"]
+    scale = config.get("interpolation_scale") or default
+    if scale and isinstance(before, int) and isinstance(size, int) and size != before:
+        return {**resized, "interpolation_scale": scale * size / before}
+    return resized
