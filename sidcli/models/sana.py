@@ -171,6 +171,10 @@ class Sana(Transformer):
 
     # The denoiser
 
+    def prepare(self, net: Any) -> None:
+        for block in net.transformer_blocks:
+            block.attn1.set_processor(LinearAttention())
+
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return net(x, cond.states, timestep=t, **cond.added).sample
 
@@ -178,6 +182,25 @@ class Sana(Transformer):
         from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 
         return (SanaTransformerBlock,)
+
+
+class LinearAttention:
+    """The linear attention of a SANA block, relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), with its sums over the tokens in float32.
+
+    Under autocast SanaLinearAttnProcessor2_0 of diffusers computes these sums in bf16; the published code trains with float32 sums.
+    """
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **unused: Any) -> Tensor:
+        """Return the attention of the states [B, tokens, width] to themselves; `attn` is the layer with the projections."""
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            query, key, value = (each.float().unflatten(2, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value))
+            query, key = query.relu(), key.relu()
+            states = query @ (key.transpose(2, 3) @ value) / (query @ key.sum(2)[..., None] + 1e-15)
+        projected: Tensor = attn.to_out[0](states.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+        return attn.to_out[1](projected)  # type: ignore[no-any-return]
 
 
 class InstructedText(TextEncoders):

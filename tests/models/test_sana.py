@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SanaTransformer2DModel,
 )
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
 from sidcli.errors import UsageError
 from sidcli.files import read_json
@@ -112,7 +113,23 @@ def test_a_prompt_counts_as_truncated_if_its_end_is_not_read(sana: Model) -> Non
     assert encoder.truncated == 2
 
 
-SAVING = {"gradient_checkpointing": True, "split_backward": True, "micro_batch": 1}
+def test_the_sums_of_linear_attention_are_those_of_float32_under_autocast(sana: Model) -> None:
+    attention, states = sana.denoiser.transformer_blocks[0].attn1, torch.randn(2, 64, 32).bfloat16()
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        layer.weight.copy_(torch.eye(32))  # projections without rounding
+    attention.to_out[0].bias.zero_()
+    plain = attention(states.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention(states).float()
+        attention.set_processor(SanaLinearAttnProcessor2_0())
+        theirs = attention(states).float()
+    exact = attention(states.float())
+    torch.testing.assert_close(plain, exact)
+    torch.testing.assert_close(ours, exact, rtol=2**-8, atol=1e-6)  # only the result is rounded to bf16
+    assert ((theirs - exact).abs() > 2**-8 * exact.abs() + 1e-6).any()
+
+
+SAVING = {"gradient_checkpointing": True, "split_backward": True, "micro_batch": 1, "precision": "bf16", "teacher_bf16": True}
 
 
 @pytest.mark.parametrize(("steps", "options"), [(1, {}), (4, {"student_lora": 4, "fake_lora": 4, **SAVING})])
