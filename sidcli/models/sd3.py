@@ -1,6 +1,9 @@
 """Transformers of Stable Diffusion 3 and 3.5 (arXiv 2403.03206), trained by flow matching, with two CLIP text encoders and a T5.
 
 Each of the three text encoders can be missing. As in the published code, its part of the conditioning is then zeros.
+
+T5, or its zeros, has 256 tokens. A model that was trained with another number has it as the entry `max_sequence_length` of its
+transformer's configuration, and the stock pipeline needs it as the argument of that name.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from sidcli.models.transformer import Tokens, Transformer, check_latents, check_
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 CLIP_TOKENS, T5_TOKENS = 77, 256
 """Tokens of each CLIP encoder, if there is none, and of T5, as the stock pipeline reads them."""
+LENGTH, MAX_LENGTH = "max_sequence_length", 512
+"""Entry of a transformer's configuration with another number of tokens of T5, and the largest number that the stock pipeline takes."""
 MAX_POSITIONS = 1024
 """Maximum positions on a side. Published models have 192 and 384; a mistyped number could exhaust the memory."""
 RULES = Rules(
@@ -77,6 +82,10 @@ class Sd3(Transformer):
     def absent(self, texts: Sequence[str]) -> list[str]:
         return [part for name in self.texts if name not in texts for part in (name, tokenizer_of(name))]
 
+    def call_options(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        tokens = t5_tokens(config)
+        return super().call_options(config, size) | ({} if tokens == T5_TOKENS else {LENGTH: tokens})
+
     def index_entries(self, model: Any) -> dict[str, Any]:
         return {part: [None, None] for part in self.absent(model.texts)}
 
@@ -111,6 +120,8 @@ class Sd3(Transformer):
         check_square(name, net)
         if (most := positive_integer({"pos_embed_max_size": 96, **net}, "pos_embed_max_size", place)) > MAX_POSITIONS:
             raise InputError(f"{place}: pos_embed_max_size is {most}, more than {MAX_POSITIONS}", OTHER_COPY)
+        if (tokens := positive_integer({LENGTH: T5_TOKENS, **net}, LENGTH, place)) > MAX_LENGTH:
+            raise InputError(f"{place}: {LENGTH} is {tokens}, more than {MAX_LENGTH}", OTHER_COPY)
         if T5 in networks:
             check_states(name, net, "joint_attention_dim", networks[T5], (place, places[T5]))
         pooled = positive_integer(net, "pooled_projection_dim", place)
@@ -122,7 +133,7 @@ class Sd3(Transformer):
             )
 
     def text_tokens(self, config: Mapping[str, Any]) -> int:
-        return T5_TOKENS
+        return t5_tokens(config)
 
     def largest(self, config: Mapping[str, Any], place: str) -> float:
         return self.patch(config, place) * positive_integer({"pos_embed_max_size": 96, **config}, "pos_embed_max_size", place)
@@ -133,7 +144,7 @@ class Sd3(Transformer):
     def meta_cond(self, networks: Mapping[str, Mapping[str, Any]]) -> Cond:
         config = networks[self.component]
         length = next((networks[name]["max_position_embeddings"] for name in CLIPS if name in networks), CLIP_TOKENS)
-        states = torch.empty(1, length + T5_TOKENS, config["joint_attention_dim"], device="meta")
+        states = torch.empty(1, length + t5_tokens(config), config["joint_attention_dim"], device="meta")
         return Cond(states, {"pooled_projections": torch.empty(1, config["pooled_projection_dim"], device="meta")})
 
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -146,6 +157,11 @@ class Sd3(Transformer):
 
 
 SD3 = Sd3()
+
+
+def t5_tokens(config: Mapping[str, Any]) -> int:
+    """Return the number of tokens of T5 for a transformer with this configuration."""
+    return config.get(LENGTH, T5_TOKENS)  # type: ignore[no-any-return]
 
 
 def joint_cond(encoders: Mapping[str, Any], tokens: Mapping[str, Tensor], config: Mapping[str, Any]) -> Cond:
@@ -170,5 +186,5 @@ def joint_cond(encoders: Mapping[str, Any], tokens: Mapping[str, Tensor], config
             pooled.append(torch.zeros(count, rest, device=device))
     states = torch.cat(clip, -1)
     states = nn.functional.pad(states, (0, width - states.shape[-1]))
-    last = encoders[T5](tokens[T5])[0] if T5 in encoders else torch.zeros(count, T5_TOKENS, width, device=device)
+    last = encoders[T5](tokens[T5])[0] if T5 in encoders else torch.zeros(count, t5_tokens(config), width, device=device)
     return Cond(torch.cat([states, last], 1), {"pooled_projections": torch.cat(pooled, -1)})

@@ -243,6 +243,30 @@ def test_the_stock_pipeline_draws_with_a_student_as_sid_does(
         assert "sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=0" in (result.run / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("texts", "tokens"), [(tiny_sd3.TEXTS, 7), (tiny_sd3.TEXTS[:2], 1)])
+def test_a_model_of_another_number_of_t5_tokens_tells_it_to_the_stock_pipeline(
+    settings: DistillConfig, tmp_path: Path, texts: tuple[str, ...], tokens: int
+) -> None:
+    folder = tiny_sd3.write_sd3(tmp_path / "sd3", texts)
+    change(folder / "transformer/config.json", max_sequence_length=tokens)
+    teacher = load(find(str(folder)))
+    cond = Sampler(teacher, torch.device("cpu")).encode([PROMPT])
+    assert cond.states.shape == (1, tiny_sd3.TOKENS + tokens, 48)
+    assert cond.shapes == SD3.meta_cond(describe(teacher.source).networks).shapes
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    assert apart(drawn(teacher, Plan(4, 3.0)), stock(folder, **asked, max_sequence_length=tokens)) <= 1
+    result = run(folder, settings, tmp_path / "run")
+    image = drawn(load(find(str(result.run))))
+    call = json.loads((result.student / "sid.json").read_text())["call"]
+    assert call == {"guidance_scale": 0, "max_sequence_length": tokens}
+    assert apart(image, stock(result.student, num_inference_steps=1, **call)) <= 1
+    assert apart(image, stock(result.student, num_inference_steps=1, guidance_scale=0)) > 1
+    said = f'pipe("a cat", num_inference_steps=1, guidance_scale=0, max_sequence_length={tokens})'
+    assert said in (result.student / "README.md").read_text()
+    assert sid("export", result.run, "--format", "diffusers", "-o", tmp_path / "out") == 0
+    assert said in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_interrupted_run_continues_bit_for_bit(folder: Path, settings: DistillConfig, tmp_path: Path) -> None:
     settings = dataclasses.replace(settings, student_steps=2)
     run(folder, settings, tmp_path / "whole")
@@ -410,6 +434,8 @@ def test_a_card_that_contradicts_the_scheduler_is_refused(copied: Path, card: di
         ("transformer/config.json", {"joint_attention_dim": 56}, "joint_attention_dim is 56, and the states of T5 have width 48"),
         ("transformer/config.json", {"sample_size": [8, 12]}, "draws square images; sample_size is [8, 12]"),
         ("transformer/config.json", {"pos_embed_max_size": 10**6}, "pos_embed_max_size is 1000000, more than 1024"),
+        ("transformer/config.json", {"max_sequence_length": 0}, "max_sequence_length is 0; it must be a positive whole number"),
+        ("transformer/config.json", {"max_sequence_length": 513}, "max_sequence_length is 513, more than 512"),
         ("transformer/config.json", {"num_layers": 10**6}, "120 layers at most are built"),
         (
             "transformer/config.json",
