@@ -20,6 +20,8 @@ from sidcli.randomness import normal, uniform
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 SAVE_SECONDS = 120.0
 LOG_STEPS = 50
+HALF_LIFE = 200_000
+"""Half-life in images of the averaged weights of trainings for any device."""
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -150,6 +152,11 @@ class Fit:
 def half_precision() -> torch.autocast:
     """Return a bf16 autocast. It halves the time of a convolution on a CPU with AVX512-BF16; CUDA GPUs since 2020 support bf16."""
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+def bf16_on_gpu(device: torch.device) -> torch.autocast:
+    """Return a bf16 autocast that has no effect on a CPU, where bf16 is 20 times slower than float32 without instructions for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
 def degraded(x: Tensor, step: int) -> Tensor:

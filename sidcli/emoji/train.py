@@ -8,6 +8,7 @@
     python -m sidcli.emoji.train classifier --output build/emoji
     python -m sidcli.emoji.train clip       --output build/emoji
     python -m sidcli.emoji.train teacher-more --output build/emoji --device cuda --seconds 330    (the shipped teacher, further)
+    python -m sidcli.emoji.train flow       --output build/emoji    (a transformer of flow matching, on the shipped VAE and text encoder)
     python -m sidcli.emoji.train reader     --output build/emoji    (the reader of identities)
     python -m sidcli.emoji.train sheets     --output build/emoji    (the shipped teacher, trained to draw identities and sheets)
 
@@ -18,16 +19,13 @@ float32 while training; `sidcli.emoji.pack` halves them and writes the folders t
 from __future__ import annotations
 
 import argparse
-import math
+import inspect
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -36,20 +34,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sidcli.emoji import models, train_identities, world
+from sidcli.emoji import models, train_flow, train_identities, world
 from sidcli.emoji.classifier import Classifier
-from sidcli.emoji.fit import Fit, Loss, check_same, degraded, half_precision
+from sidcli.emoji.examples import FILLERS, Examples, draw_batch, encoded_empty, loose_caption, make_examples
+from sidcli.emoji.fit import HALF_LIFE, Fit, Loss, bf16_on_gpu, check_same, degraded, half_precision
 from sidcli.errors import InputError
 from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline
 from sidcli.formats.order import Order
 from sidcli.models.codec import Codec
-from sidcli.models.loading import Model, load
+from sidcli.models.loading import load
 from sidcli.models.sources import WEIGHTS, Source, fingerprint
-from sidcli.randomness import key, normal, numpy_generator, torch_generator, uniform
-
-HALF_LIFE = 200_000
-"""Half-life in images of the averaged weights of a teacher that is trained further."""
+from sidcli.randomness import normal, torch_generator, uniform
 
 
 def images(seed: int, indices: range) -> Tensor:
@@ -110,37 +106,6 @@ def train_decoder(output: Path, steps: int, batch: int = 16) -> None:
 
     Fit("decoder", net, loss, output, steps, lr=1e-3, decay=0.995).run()
     vae.save_pretrained(output / "vae")
-
-
-FILLERS = (
-    "very",
-    "photo",
-    "sitting",
-    "please",
-    "there",
-    "is",
-    "and",
-    "in",
-    "of",
-    "really",
-    "near",
-    "under",
-    "portrait",
-    "style",
-    "4k",
-)
-
-
-def loose_caption(picture: world.Scene, index: int) -> world.Caption:
-    """Return a training caption. 30 % of the captions contain filler words, so that models learn to ignore additional words."""
-    text, color = world.caption(picture, world.TEACHER_SEED, index, "train")
-    rng = numpy_generator(world.TEACHER_SEED, "fillers", index)
-    if rng.random() < 0.3:
-        words = text.split(" ")
-        for _ in range(rng.integers(1, 4)):
-            words.insert(rng.integers(len(words) + 1), FILLERS[rng.integers(len(FILLERS))])
-        text = " ".join(words)
-    return world.Caption(text, color)
 
 
 def train_text(output: Path, steps: int, batch: int = 96) -> None:
@@ -251,84 +216,19 @@ def train_teacher(output: Path, steps: int, batch: int = 32, scenes: int = 40000
     write_json(output / name / "sid.json", {"kind": "teacher", "world": "emoji", "guidance": 3.0, "steps_trained": steps})
 
 
-def bf16_on_gpu(device: torch.device) -> torch.autocast:
-    """Return a bf16 autocast that has no effect on a CPU, where bf16 is 20 times slower than float32 without instructions for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
-
-
-class Examples(NamedTuple):
-    """Scenes and captions as networks see them: latents float16 [N, 4, 16, 16], and states of the captions float16 [N, 24, 128]."""
-
-    latents: Tensor
-    states: Tensor
-
-
-def bare_scene(position: int) -> world.Scene:
-    """Return scene `position` of those whose caption is a noun alone: all nouns in turn, each on all its backgrounds in turn.
-
-    The pairs in HELD_OUT_PAIRS are left out.
-    """
-    count = len(world.NOUN_LIST)
-    noun = world.NOUN_LIST[position % count]
-    colors = [color for color in world.COLOR_LIST if (noun, color) not in world.HELD_OUT_PAIRS]
-    return replace(world.scene(world.TEACHER_SEED, position), noun=noun, color=colors[position // count % len(colors)])
-
-
-def example(index: int, bare: float) -> tuple[world.Scene, str]:
-    """Return scene `index` and its caption. Captions of a share `bare` of the scenes are a noun alone, evenly spread over the list."""
-    position = math.floor(index * bare)
-    if math.floor((index + 1) * bare) > position:
-        return bare_scene(position), world.bare_caption(position)
-    picture = world.scene(world.TEACHER_SEED, index)
-    return picture, loose_caption(picture, index).text
-
-
-def draw_examples(indices: range, bare: float, tokenizer: CLIPTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 [B, 64, 64, 3] and token ids int64 [B, 24] of examples.
-
-    It computes without torch, whose threads a forked process lacks.
-    """
-    drawn = [example(index, bare) for index in indices]
-    pixels = np.stack([world.render(picture) for picture, _ in drawn])
-    return pixels, models.token_ids(tokenizer, [text for _, text in drawn])
-
-
-def make_examples(teacher: Model, count: int, bare: float, device: torch.device) -> Examples:
-    """Return `count` examples on the device. All cores draw them; the device encodes them with the networks of the teacher."""
-    parts = [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
-    latents, states = [], []
-    with ProcessPoolExecutor() as cores, torch.no_grad():
-        drawn = cores.map(partial(draw_examples, bare=bare, tokenizer=teacher.tokenizers[0]), parts)
-        codec, encoder = Codec(teacher.vae.to(device)), teacher.text_encoders[0].to(device)  # the processes are older than CUDA
-        for pixels, tokens in drawn:
-            x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            with bf16_on_gpu(device):
-                latents.append(codec.encode(x).half().contiguous())
-            states.append(encoder(torch.from_numpy(tokens).to(device)).last_hidden_state.half())
-    return Examples(torch.cat(latents), torch.cat(states))
-
-
-def denoising_loss(unet: nn.Module, examples: Examples, empty: Tensor, batch: int, name: str) -> Loss:
-    """Return the loss of epsilon prediction, with min-SNR weight 5 and a tenth of the captions replaced by `empty` [24, 128].
+def denoising_loss(unet: nn.Module, examples: Examples, empty: tuple[Tensor, ...], batch: int, name: str) -> Loss:
+    """Return the loss of epsilon prediction, with min-SNR weight 5 and a tenth of the captions replaced by `empty`.
 
     All of its inputs are on the device of the examples, and it draws its random numbers there.
     """
-    device, count = examples.latents.device, len(examples.latents)
+    device = examples.latents.device
     alphas_cumprod = models.new_scheduler().alphas_cumprod.to(device)
     snr = alphas_cumprod / (1.0 - alphas_cumprod)
     weight = snr.clamp(max=5.0) / snr
-    samples = torch.arange(batch, device=device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        drawn = torch.Generator(device).manual_seed(key(0, name, step))
-        rows = (samples + step * batch) % count
-        x = examples.latents[rows].float()
-        dropped = torch.rand(batch, 1, 1, generator=drawn, device=device) < 0.1
-        states = torch.where(dropped, empty, examples.states[rows].float())
-        # One timestep from each of `batch` equal intervals, in random order, as in `train_teacher`.
-        t = ((samples + torch.rand(batch, generator=drawn, device=device)) * (1000 / batch)).long().clamp(max=999)
-        t = t[torch.randperm(batch, generator=drawn, device=device)]
-        noise = torch.randn(x.shape, generator=drawn, device=device)
+        x, (states,), shares, noise = draw_batch(examples, empty, batch, step, name)
+        t = (1000 * shares).long().clamp(max=999)
         a = alphas_cumprod[t].view(-1, 1, 1, 1)
         with bf16_on_gpu(device):
             predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
@@ -365,13 +265,15 @@ def train_teacher_further(
         output / f"{name}.json", {"start": fingerprint(teacher.source), "scenes": scenes, "bare": bare, "batch": batch, "lr": lr}
     )
     began = time.monotonic()
-    examples = make_examples(teacher, scenes, bare, place)
+    tokenizer, encoder = teacher.tokenizers[0], teacher.text_encoders[0]
+
+    def encode(tokens: Tensor) -> tuple[Tensor, ...]:
+        return (encoder(tokens).last_hidden_state,)
+
+    examples = make_examples(teacher, encode, scenes, bare, place)
     print(f"{name}: {scenes} scenes in {time.monotonic() - began:.0f} s", flush=True)
     unet = teacher.denoiser.to(place).requires_grad_(True)
-    tokenizer, encoder = teacher.tokenizers[0], teacher.text_encoders[0]
-    with torch.no_grad():
-        empty = encoder(models.tokens(tokenizer, [""]).to(place)).last_hidden_state[0]
-    loss = denoising_loss(unet, examples, empty, batch, name)
+    loss = denoising_loss(unet, examples, encoded_empty(tokenizer, encode, place), batch, name)
     fit = Fit(name, unet, loss, output, steps, lr, decay=0.5 ** (batch / HALF_LIFE), seconds=seconds)
     fit.run()
     card = teacher.card | {"steps_trained": teacher.card.get("steps_trained", 0) + fit.step}
@@ -432,6 +334,17 @@ def train_clip(output: Path, steps: int, batch: int = 128) -> None:
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, output / "clip.safetensors")
 
 
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "device": (str, "where to train"),
+    "batch": (int, "images per step"),
+    "scenes": (int, "scenes to learn from; they stay on the device, with 8 to 9 kB each"),
+    "bare": (float, "share of the captions that are a noun alone"),
+    "start": (Path, "folder of the teacher to train further"),
+    "lr": (float, "highest learning rate"),
+}
+"""Parameter of a training for any device -> type and help text of its option."""
+
+
 def main() -> None:
     parts: dict[str, tuple[Callable[..., None], int]] = {
         "vae": (train_vae, 2600),
@@ -440,6 +353,7 @@ def main() -> None:
         "teacher": (train_teacher, 8600),
         "teacher-v": (partial(train_teacher, v_prediction=True), 1000),
         "teacher-more": (train_teacher_further, 5000),
+        "flow": (train_flow.train_flow, 12_000),
         "classifier": (train_classifier, 1000),
         "clip": (train_clip, 450),
         "reader": (train_identities.train_reader, 1500),
@@ -447,24 +361,18 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="part", required=True)
-    for name, (_, steps) in parts.items():
+    for name, (train, steps) in parts.items():
         options = names.add_parser(name, argument_default=argparse.SUPPRESS)
         options.add_argument("--output", type=Path, default=Path("build/emoji"))
         length = options.add_mutually_exclusive_group()
         length.add_argument("--steps", type=int, default=steps, help=f"default: {steps}")
-        if name == "teacher-more":
-            length.add_argument("--seconds", type=float, help="train for this time instead of --steps")
-            options.add_argument("--device", help="default: cpu")
-            options.add_argument("--batch", type=int, help="images per step; default: 512")
-            options.add_argument("--scenes", type=int, help="scenes to learn from, 8 kB each on the device; default: 200000")
-            options.add_argument("--bare", type=float, help="share of the captions that are a noun alone; default: 1/3")
-            options.add_argument("--start", type=Path, help="folder of the teacher; default: the shipped one")
-            options.add_argument("--lr", type=float, help="highest learning rate; default: 5e-4")
-        if name == "sheets":
-            length.add_argument("--seconds", type=float, help="train for this time instead of --steps")
-            options.add_argument("--device", help="default: cpu")
-            options.add_argument("--batch", type=int, help="panels per step; default: 32")
-            options.add_argument("--lr", type=float, help="highest learning rate; default: 1e-3")
+        parameters = inspect.signature(train).parameters
+        if "device" not in parameters:
+            continue
+        length.add_argument("--seconds", type=float, help="train for this time instead of --steps")
+        for option, (kind, text) in OPTIONS.items():
+            if option in parameters:
+                options.add_argument(f"--{option}", type=kind, help=f"{text}; default: {parameters[option].default}")
     given = vars(parser.parse_args())
     torch.manual_seed(0)  # for the initial weights; all later random numbers come from sidcli.randomness
     parts[given.pop("part")][0](**given)

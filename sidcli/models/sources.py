@@ -23,6 +23,10 @@ EMBEDDED: dict[str, tuple[Path, Path | None]] = {
     "emoji": (WEIGHTS / "student", WEIGHTS / "teacher"),
 }
 """Embedded model -> (its folder, folder of the model that provides the components it lacks, or None)."""
+TRAINED = {
+    "emoji-flow": "train it with `python -m sidcli.emoji.train flow --output build/emoji`, and pass build/emoji/flow",
+}
+"""Model of the emoji world that does not ship -> how to get it."""
 FILES = (
     *PICKLES,
     ".safetensors",
@@ -136,6 +140,8 @@ def is_hub_id(name: str) -> bool:
 
 def not_found(name: str, path: Path) -> InputError:
     """Return the error for a path that does not exist, with the most similar name in its folder."""
+    if name in TRAINED:
+        return InputError(f"{name} does not ship with sid", TRAINED[name])
     if os.path.islink(path):
         return InputError(f"{name} is a link to {os.readlink(path)}, which is not there", "check the link")
     try:

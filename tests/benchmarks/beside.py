@@ -1,13 +1,15 @@
-"""Run commands in processes of their own, several at a time, each after the one that it needs."""
+"""Run commands in processes of their own, several at a time, each after the one that it needs; the rows that they leave in a file."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -50,3 +52,11 @@ def run_beside(
             else:
                 done.add(name)
                 show(name)
+
+
+def rows_with(file: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines that have these settings; none if there is no such file."""
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row.items() >= settings.items()]

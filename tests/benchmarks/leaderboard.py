@@ -29,7 +29,7 @@ from PIL import Image
 
 from sidcli.cli import main as run_command
 from sidcli.emoji import world
-from tests.benchmarks.beside import Task, run_beside
+from tests.benchmarks.beside import Task, rows_with, run_beside
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER, TEACHER_STEPS = "emoji-teacher", 20
@@ -173,11 +173,8 @@ def cell(entry: Entry, seed: int, given: argparse.Namespace) -> dict[str, Any]:
 
 def rows_of(given: argparse.Namespace, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return the rows of the output that have this budget and the options of one of the entries."""
-    if not given.output.exists():
-        return []
     known = {(entry.name, " ".join(entry.options)) for entry in entries}
-    rows = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row.items() >= budget(given).items() and (row["objective"], row["options"]) in known]
+    return [row for row in rows_with(given.output, budget(given)) if (row["objective"], row["options"]) in known]
 
 
 def run_cells(entries: Sequence[Entry], given: argparse.Namespace) -> list[str]:

@@ -31,7 +31,7 @@ from sidcli.models.loading import load
 from sidcli.models.sources import find, fingerprint
 from sidcli.settings import DistillConfig
 from sidcli.training import pairs
-from tests.benchmarks.beside import Task, run_beside
+from tests.benchmarks.beside import Task, rows_with, run_beside
 from tests.benchmarks.leaderboard import RESULTS, sid
 
 JUDGES = ("none", "oracle", "features", "clip")
@@ -143,10 +143,7 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
 
 def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the output with these settings."""
-    if not given.output.exists():
-        return []
-    known = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()]
-    return [row for row in known if row.items() >= settings_of(given).items()]
+    return rows_with(given.output, settings_of(given))
 
 
 def run_cells(cells: Sequence[Cell], given: argparse.Namespace) -> list[str]:

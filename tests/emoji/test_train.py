@@ -10,24 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sidcli.emoji import fit, train, world
+from sidcli.emoji import examples, fit, train, world
 from sidcli.errors import InputError
 from sidcli.models.loading import load
 from sidcli.models.sources import Source, find
 
 
 def test_a_third_of_the_captions_are_nouns_alone_and_all_name_the_noun_of_their_scene() -> None:
-    examples = [train.example(index, 1 / 3) for index in range(900)]
-    bare = [(scene, text) for scene, text in examples if text in {world.bare_caption(n) for n in range(152)}]
+    made = [examples.example(index, 1 / 3) for index in range(900)]
+    bare = [(scene, text) for scene, text in made if text in {world.bare_caption(n) for n in range(152)}]
     assert 300 <= len(bare) <= 320  # the captions of the other scenes are seldom a noun with its article
-    for scene, text in examples:
+    for scene, text in made:
         assert scene.noun in text or world.plural(scene.noun) in text
 
 
 def test_a_share_of_no_bare_nouns_leaves_the_captions_of_the_first_training() -> None:
     for index in range(50):
         scene = world.scene(world.TEACHER_SEED, index)
-        assert train.example(index, 0.0) == (scene, train.loose_caption(scene, index).text)
+        assert examples.example(index, 0.0) == (scene, examples.loose_caption(scene, index).text)
 
 
 def test_a_bare_noun_has_each_of_its_backgrounds_equally_often() -> None:
@@ -35,7 +35,7 @@ def test_a_bare_noun_has_each_of_its_backgrounds_equally_often() -> None:
     for number in (0, 7, 151):
         noun = world.NOUN_LIST[number]
         allowed = {color for color in world.COLOR_LIST if (noun, color) not in world.HELD_OUT_PAIRS}
-        scenes = [train.bare_scene(number + count * turn) for turn in range(3 * len(allowed))]
+        scenes = [examples.bare_scene(number + count * turn) for turn in range(3 * len(allowed))]
         assert {scene.noun for scene in scenes} == {noun}
         assert Counter(scene.color for scene in scenes) == dict.fromkeys(allowed, 3)
 
@@ -99,9 +99,9 @@ class Exact(nn.Module):
 
 
 def test_the_loss_is_that_of_the_noise_and_drops_a_tenth_of_the_captions() -> None:
-    examples = train.Examples(torch.zeros(7, 4, 2, 2).half(), torch.ones(7, 24, 2).half())
+    zeros = examples.Examples(torch.zeros(7, 4, 2, 2).half(), (torch.ones(7, 24, 2).half(),))
     net = Exact()
-    loss = train.denoising_loss(net, examples, torch.zeros(24, 2), 500, "test")
+    loss = train.denoising_loss(net, zeros, (torch.zeros(1, 24, 2),), 500, "test")
     assert float(loss(3)[0]) == pytest.approx(0, abs=1e-6)
     first = net.seen
     assert 0.05 < float((first == 0).float().mean()) < 0.15

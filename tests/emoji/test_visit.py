@@ -11,7 +11,7 @@ from tests.gpu import visit as module
 from tests.gpu.record import read
 
 TRAIN, MEASURE, BOARD = "sidcli.emoji.train", "tests.gpu.measure", "tests.benchmarks.leaderboard"
-SUBJECTS = "tests.benchmarks.subjects"
+SUBJECTS, FLOW = "tests.benchmarks.subjects", "tests.benchmarks.flow"
 
 
 class Visit(module.Visit):
@@ -26,6 +26,11 @@ class Visit(module.Visit):
                 file = Path(str(arguments[2])) / f"sheets/{part}.safetensors"
                 file.parent.mkdir(parents=True)
                 file.write_text(part)
+        elif name == TRAIN and arguments[0] == "flow":
+            folder = Path(str(arguments[2]))
+            (folder / "flow/transformer").mkdir(parents=True)
+            (folder / "flow/transformer/diffusion_pytorch_model.safetensors").write_text("weights")
+            (folder / "flow.log.jsonl").write_text('{"step": 50}\n')
         elif name == TRAIN:
             folder = Path(str(arguments[2]))
             (folder / "teacher-more/unet").mkdir(parents=True)
@@ -96,4 +101,22 @@ def test_the_teacher_of_sheets_is_kept_and_then_tuned(visit: Visit) -> None:
 def test_a_teacher_of_sheets_whose_training_failed_is_not_tuned(visit: Visit) -> None:
     visit.command = ("false",)
     visit.tune_subjects()
+    assert [words[0] for words in visit.asked] == [TRAIN]
+
+
+def test_the_teacher_of_flow_matching_is_kept_and_then_distilled(visit: Visit) -> None:
+    visit.train_flow()
+    training, rows = visit.asked
+    assert training[:2] == (TRAIN, "flow") and rows[0] == FLOW
+    assert float(training[training.index("--seconds") + 1]) == pytest.approx(540 * module.FLOW_SHARE, abs=5)
+    assert rows[rows.index("--teacher") + 1] == str(Path(training[3]) / "flow")
+    assert rows[rows.index("--output") + 1] == str(visit.output / "flow.jsonl")
+    assert (visit.output / "flow.safetensors").read_text() == "weights"
+    trained, measured = read(visit.file)
+    assert trained["values"] == {"step": 50} and measured["ok"] is True
+
+
+def test_a_teacher_of_flow_matching_whose_training_failed_is_not_distilled(visit: Visit) -> None:
+    visit.command = ("false",)
+    visit.train_flow()
     assert [words[0] for words in visit.asked] == [TRAIN]

@@ -6,10 +6,12 @@
     python -m tests.gpu.visit --only teacher        # the emoji teacher is trained further and measured; needs a visit of its own
     python -m tests.gpu.visit --only leaderboard    # every objective with equal FLOPs; needs a visit of its own
     python -m tests.gpu.visit --only subjects       # Diffusion Self-Distillation, from sheets to one step; needs a visit of its own
+    python -m tests.gpu.visit --only flow           # a teacher of flow matching and its students; needs a visit of its own
 
 The part `teacher` writes the UNet to OUTPUT/teacher.safetensors, the part `subjects` the UNet and the text encoder of the teacher of
-sheets to OUTPUT/sheets-*.safetensors. The parts `leaderboard` and `subjects` write rows to OUTPUT/leaderboard.jsonl and
-OUTPUT/subjects.jsonl. Rows that are there from an earlier visit are kept, and their cells are not repeated.
+sheets to OUTPUT/sheets-*.safetensors, the part `flow` the transformer to OUTPUT/flow.safetensors. The parts `leaderboard`, `subjects` and
+`flow` write rows to OUTPUT/leaderboard.jsonl, OUTPUT/subjects.jsonl and OUTPUT/flow.jsonl. Rows that are there from an earlier visit are
+kept, and their cells are not repeated.
 
 Each result is appended to OUTPUT/visit.jsonl as soon as it is there; a part that fails or runs out of time does not stop the others.
 At the end a table goes to stdout and to OUTPUT/visit.md, and the students that were trained to OUTPUT/*.safetensors.
@@ -54,6 +56,10 @@ SHEETS = ("--batch", 256, "--lr", 1e-3)
 SHEETS_SHARE = 0.4
 """Share of a visit in which the teacher of sheets is trained."""
 SUBJECTS = ("--sheets", 4000, "--steps", 2000, "--student-steps", 1500, "--batch-size", 32, "--num", 1000, "--beside", 8)
+FLOW = ("--batch", 512, "--scenes", 200_000)
+FLOW_SHARE = 0.45
+"""Share of a visit in which the teacher of flow matching is trained. Starting it and drawing its scenes take about 40 s more."""
+FLOW_STUDENTS = ("--steps", 600, "--batch-size", 64, "--lr", 2e-4, "--num", 2000, "--beside", 8)
 LAST_CELLS = 130.0
 """Seconds before the end of the visit at which the last cells of the leaderboard start."""
 
@@ -198,18 +204,19 @@ class Visit:
         """Train and measure the cells of the leaderboard for which there is time."""
         os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
         tiny = ("--tflops", 0.15, "--batch-size", 4, "--num", 20, "--seeds", 0, "--beside", 2, "--only", "regression")
-        file, started = self.output / "leaderboard.jsonl", time.monotonic()
-        arguments = ("--device", self.device, "--output", file, "--runs", tempfile.mkdtemp())
-        minutes = (self.left() - LAST_CELLS) / 60
-        board = self.start("tests.benchmarks.leaderboard", *arguments, "--minutes", minutes, *(tiny if self.smoke else LEADERBOARD))
-        is_done = self.finish(board, "leaderboard", "cells", self.deadline - 5)
-        values = {"rows": len(read(file))}
-        record = {"part": "leaderboard", "name": "rows", "event": "done", "ok": is_done or None, "bound": "", "values": values}
-        append(self.file, record | {"seconds": round(time.monotonic() - started, 1)})
+        self.fill("leaderboard", "cells", LAST_CELLS, *(tiny if self.smoke else LEADERBOARD))
+
+    def fill(self, part: str, name: str, last: float, *arguments: object) -> None:
+        """Let the benchmark of a part write its rows to the output. None starts in the last seconds of the visit."""
+        file, started = self.output / f"{part}.jsonl", time.monotonic()
+        place = ("--device", self.device, "--output", file, "--runs", tempfile.mkdtemp(), "--minutes", (self.left() - last) / 60)
+        is_done = self.finish(self.start(f"tests.benchmarks.{part}", *place, *arguments), part, name, self.deadline - 5)
+        record = {"part": part, "name": "rows", "event": "done", "ok": is_done or None, "bound": ""}
+        append(self.file, record | {"values": {"rows": len(read(file))}, "seconds": round(time.monotonic() - started, 1)})
 
     def tune_subjects(self) -> None:
         """Train the teacher of sheets, keep it, and measure judges, tuned models and their one-step students."""
-        folder, started = Path(tempfile.mkdtemp()), time.monotonic()
+        folder = Path(tempfile.mkdtemp())
         os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
         seconds = 8.0 if self.smoke else SHEETS_SHARE * self.left()
         arguments = ("--output", folder, "--device", self.device, "--seconds", seconds)
@@ -218,14 +225,23 @@ class Visit:
             return
         shutil.copy(folder / "sheets/unet/diffusion_pytorch_model.safetensors", self.output / "sheets-unet.safetensors")
         shutil.copy(folder / "sheets/text_encoder/model.safetensors", self.output / "sheets-text.safetensors")
-        file = self.output / "subjects.jsonl"
-        place = ("--teacher", folder / "sheets", "--device", self.device, "--output", file, "--runs", tempfile.mkdtemp())
         tiny = ("--sheets", 16, "--sheet-steps", 2, "--steps", 2, "--student-steps", 2, "--batch-size", 2, "--num", 4)
-        minutes = (self.left() - LAST_CELLS / 2) / 60
-        table = self.start("tests.benchmarks.subjects", *place, "--minutes", minutes, *(tiny if self.smoke else SUBJECTS))
-        is_done = self.finish(table, "subjects", "rows", self.deadline - 5)
-        record = {"part": "subjects", "name": "rows", "event": "done", "ok": is_done or None, "bound": ""}
-        append(self.file, record | {"values": {"rows": len(read(file))}, "seconds": round(time.monotonic() - started, 1)})
+        self.fill("subjects", "rows", LAST_CELLS / 2, "--teacher", folder / "sheets", *(tiny if self.smoke else SUBJECTS))
+
+    def train_flow(self) -> None:
+        """Train the teacher of flow matching, keep its transformer, and measure it beside its students."""
+        folder = Path(tempfile.mkdtemp())
+        os.environ["SID_CACHE_DIR"] = tempfile.mkdtemp()
+        seconds = 8.0 if self.smoke else FLOW_SHARE * self.left()
+        arguments = ("--output", folder, "--device", self.device, "--seconds", seconds)
+        training = self.start("sidcli.emoji.train", "flow", *arguments, *(("--batch", 8, "--scenes", 64) if self.smoke else FLOW))
+        if not self.finish(training, "flow", "training", self.deadline - 10):
+            return
+        shutil.copy(folder / "flow/transformer/diffusion_pytorch_model.safetensors", self.output / "flow.safetensors")
+        values = json.loads((folder / "flow.log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        append(self.file, {"part": "flow", "name": "training", "event": "trained", "ok": True, "bound": "", "values": values})
+        tiny = ("--steps", 2, "--batch-size", 2, "--num", 20, "--draw-steps", 2, "--only", "sid, steps 4", "teacher, guidance 2")
+        self.fill("flow", "rows", LAST_CELLS / 2, "--teacher", folder / "flow", *(tiny if self.smoke else FLOW_STUDENTS))
 
     def keep(self, students: Sequence[Path]) -> None:
         """Copy these students to the output, in place of those copied before."""
@@ -255,7 +271,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parts = ("right", "fast", "strong", "teacher", "leaderboard", "subjects")
+    parts = ("right", "fast", "strong", "teacher", "leaderboard", "subjects", "flow")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts[:3], help="default: right fast strong")
     parser.add_argument("--checks", nargs="+", help="only these checks of the first two parts")
     parser.add_argument("--without", nargs="+", default=[], help="all but these checks")
@@ -296,6 +312,8 @@ def main() -> None:
         visit.fill_leaderboard()
     if "subjects" in given.only:
         visit.tune_subjects()
+    if "flow" in given.only:
+        visit.train_flow()
     visit.quiet.touch()
     if compiling:
         try:

@@ -31,6 +31,15 @@ def test_owner_and_name_are_an_id_of_the_hub(name: str, asked: list[str]) -> Non
     assert find(name).origin.startswith("hub:") and asked == [name]
 
 
+def test_a_teacher_that_does_not_ship_is_refused_with_the_command_that_trains_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="emoji-flow does not ship with sid") as caught:
+        find("emoji-flow")
+    assert "python -m sidcli.emoji.train flow --output build/emoji" in caught.value.hint
+    (tmp_path / "emoji-flow").mkdir()  # the working directory
+    with pytest.raises(InputError, match="emoji-flow holds neither"):
+        find("emoji-flow")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
