@@ -187,7 +187,7 @@ class Sana(Transformer):
 class LinearAttention:
     """The linear attention of a SANA block, relu(q) (relu(k)^T v) / (relu(q) sum relu(k)), with its sums over the tokens in float32.
 
-    Under autocast SanaLinearAttnProcessor2_0 of diffusers computes these sums in bf16; the published code trains with float32 sums.
+    Under autocast SanaLinearAttnProcessor2_0 of diffusers computes these sums in bf16, with 8 bits for a sum of hundreds of tokens.
     """
 
     def __call__(self, attn: Any, hidden_states: Tensor, **unused: Any) -> Tensor:

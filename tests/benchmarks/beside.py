@@ -33,7 +33,8 @@ def run_beside(
     `sidcli` and `tests` from any folder.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))}
-    until, failed, done, queue = time.monotonic() + 60 * minutes, [], {"", *ended}, list(tasks)
+    until, done, queue = time.monotonic() + 60 * minutes, {"", *ended}, list(tasks)
+    failed: list[str] = []
     working: dict[str, subprocess.Popen[bytes]] = {}
     while True:
         ready = [task for task in queue if task.after in done] if time.monotonic() < until else []

@@ -1,4 +1,4 @@
-"""Plan the training of published models with two LoRAs on several GPUs, from their configurations alone, and print a table.
+"""Plan the training of published models, two LoRAs of rank 64, with each memory recipe, from their configurations alone.
 
     python -m tests.benchmarks.plans
 
@@ -9,18 +9,21 @@ folders; tokenizers are small, as the plan only needs the number of tokens that 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import Gemma2Config
 
 from sidcli.files import write_json
 from sidcli.models.families import BETAS, CLIP_L, FAMILIES, clip_tokenizer
+from sidcli.settings import MEMORY
 from tests.benchmarks.leaderboard import sid
+from tests.tiny_sana import gemma_tokenizer
 from tests.tiny_sd3 import t5_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "plans.json"
-GPUS = ("16gb", "24gb", "48gb", "80gb")
 LORAS = ("--student-lora", 64, "--fake-lora", 64, "--batch-size", 32)
 CLIP_G = {**CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280}
@@ -103,6 +106,48 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             },
         ),
     },
+    "SANA 1.6B": {
+        "transformer": (
+            "SanaTransformer2DModel",
+            {
+                "in_channels": 32,
+                "out_channels": 32,
+                "num_layers": 20,
+                "num_attention_heads": 70,
+                "attention_head_dim": 32,
+                "num_cross_attention_heads": 20,
+                "cross_attention_head_dim": 112,
+                "cross_attention_dim": 2240,
+                "caption_channels": 2304,
+                "mlp_ratio": 2.5,
+                "attention_bias": False,
+                "sample_size": 32,
+                "patch_size": 1,
+                "norm_elementwise_affine": False,
+                "norm_eps": 1e-6,
+            },
+        ),
+        "vae": (
+            "AutoencoderDC",
+            {
+                "latent_channels": 32,
+                "attention_head_dim": 32,
+                "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+                "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+                "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+                "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+                "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+                "decoder_layers_per_block": [3] * 6,
+                "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+                "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+                "upsample_block_type": "interpolate",
+                "downsample_block_type": "Conv",
+                "scaling_factor": 0.41407,
+            },
+        ),
+        "text_encoder": ("Gemma2Model", Gemma2Config().to_dict()),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0}),
+    },
     "PixArt-Sigma": {
         "transformer": (
             "PixArtTransformer2DModel",
@@ -132,8 +177,12 @@ PIPELINES = {
     "SDXL": "StableDiffusionXLPipeline",
     "SD 3.5 medium": "StableDiffusion3Pipeline",
     "FLUX.1 dev": "FluxPipeline",
+    "SANA 1.6B": "SanaPipeline",
     "PixArt-Sigma": "PixArtSigmaPipeline",
 }
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {"T5EncoderModel": t5_tokenizer, "Gemma2Model": gemma_tokenizer}
 
 
 def write_description(folder: Path, name: str) -> Path:
@@ -151,30 +200,30 @@ def write_description(folder: Path, name: str) -> Path:
         save_file({}, place / ("model.safetensors" if library == "transformers" else "diffusion_pytorch_model.safetensors"))
         if library == "transformers":
             tokenizer = component.replace("text_encoder", "tokenizer")
-            words = t5_tokenizer() if kind.startswith("T5") else clip_tokenizer("<|endoftext|>")
+            words = TOKENIZERS.get(kind, lambda: clip_tokenizer("<|endoftext|>"))()
             index[tokenizer] = ["transformers", type(words).__name__]
             words.save_pretrained(folder / tokenizer)
     write_json(folder / "model_index.json", index)
     return folder
 
 
-def planned(teacher: Path, gpu: str) -> dict[str, Any]:
-    """Return the plan of two LoRAs of rank 64 on a GPU, with the memory recipe that `--memory auto` chooses."""
-    more = ("--guidance-strategy", "long", "--guidance", 3.5) if "FLUX" in teacher.name else ()
-    found = sid("distill", "--teacher", teacher, *LORAS, *more, "--dry-run", "--plan-for", gpu)
-    config = {name: found["config"][name] for name in ("micro_batch", "offload_optimizer", "teacher_bf16", "width", "height")}
-    return {"peak_gb": round(found["peak"] / 1e9, 1), "memory": found["device_memory"], **config}
+def planned(teacher: Path, memory: str) -> dict[str, Any]:
+    """Return the plan of two LoRAs of rank 64 with a memory recipe, for a GPU that is not here."""
+    more = ("--guidance-strategy", "long", "--guidance", 3.5) if teacher.name == "FLUX.1-dev" else ()
+    place = ("--memory", memory, "--micro-batch", 1, "--dry-run", "--plan-for", "h100")
+    found = sid("distill", "--teacher", teacher, *LORAS, *more, *place)
+    return {"peak": found["peak"], "gpu": found["device_memory"], "main_memory": found["main_memory"], "config": found["config"]}
 
 
 def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        print(f"| model | parameters | {' | '.join(GPUS)} |\n| --- | ---: |{' ---: |' * len(GPUS)}")
+        print(f"| model | {' | '.join(f'--memory {name}' for name in MEMORY)} |\n| --- |{' ---: |' * len(MEMORY)}")
         for name in MODELS:
             teacher = write_description(Path(temporary) / name.replace(" ", "-"), name)
-            plans = {gpu: planned(teacher, gpu) for gpu in GPUS}
-            rows += [{"model": name, "gpu": gpu, **plan} for gpu, plan in plans.items()]
-            cells = [f"{plan['peak_gb']:.1f} GB" for plan in plans.values()]
+            plans = {memory: planned(teacher, memory) for memory in MEMORY}
+            rows += [{"model": name, "memory": memory, **plan} for memory, plan in plans.items()]
+            cells = [f"{plan['peak'] / 1e9:.1f} GB" for plan in plans.values()]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
     write_json(RESULT, {"rows": rows})
 
