@@ -212,18 +212,20 @@ def planned(teacher: Path, memory: str) -> dict[str, Any]:
     more = ("--guidance-strategy", "long", "--guidance", 3.5) if teacher.name == "FLUX.1-dev" else ()
     place = ("--memory", memory, "--micro-batch", 1, "--dry-run", "--plan-for", "h100")
     found = sid("distill", "--teacher", teacher, *LORAS, *more, *place)
-    return {"peak": found["peak"], "gpu": found["device_memory"], "main_memory": found["main_memory"], "config": found["config"]}
+    return {"peak": found["peak"], "gpu": found["device_memory"], "main_memory": found["main_memory"]}
 
 
 def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        print(f"| model | {' | '.join(f'--memory {name}' for name in MEMORY)} |\n| --- |{' ---: |' * len(MEMORY)}")
+        print(f"| model | {' | '.join(f'--memory {name}' for name in MEMORY)} | in CPU memory |")
+        print(f"| --- |{' ---: |' * (len(MEMORY) + 1)}")
         for name in MODELS:
             teacher = write_description(Path(temporary) / name.replace(" ", "-"), name)
             plans = {memory: planned(teacher, memory) for memory in MEMORY}
             rows += [{"model": name, "memory": memory, **plan} for memory, plan in plans.items()]
-            cells = [f"{plan['peak'] / 1e9:.1f} GB" for plan in plans.values()]
+            sizes = [*(plan["peak"] for plan in plans.values()), list(plans.values())[-1]["main_memory"]]
+            cells = [f"{size / 1e9:.1f} GB" for size in sizes]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
     write_json(RESULT, {"rows": rows})
 
