@@ -116,8 +116,7 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_as_one_that_was_not(
         while command.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         if command.returncode is None:
-            os.killpg(command.pid, signal.SIGKILL)
-            assert command.wait() == -signal.SIGKILL
+            os.killpg(command.pid, signal.SIGKILL)  # on a busy machine it can end by itself before
         command.communicate()
     last = Running(*training(sd_folder), cwd=tmp_path)
     _, said = last.communicate()

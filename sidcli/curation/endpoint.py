@@ -61,7 +61,7 @@ class HttpJudge:
         self.stopped = Event()
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
-        return in_batches(pairs, self.unit, lambda some: self.reading.check(self.each(some, verdict_of, answer_of)), advance)
+        return in_batches(pairs, self.parallel, lambda some: self.reading.check(self.each(some, verdict_of, answer_of)), advance)
 
     def each(
         self, items: Sequence[Item], work: Callable[[Item, Ask], Made], read: Callable[[str], object], advance: Progress = silent

@@ -207,7 +207,7 @@ class Visit:
         self.fill("leaderboard", "cells", LAST_CELLS, *(tiny if self.smoke else LEADERBOARD))
 
     def fill(self, part: str, name: str, last: float, *arguments: object) -> None:
-        """Let the benchmark of a part write its rows to the output. None starts in the last seconds of the visit."""
+        """Let the benchmark of a part write its rows to the output. No row starts in the `last` seconds of the visit."""
         file, started = self.output / f"{part}.jsonl", time.monotonic()
         place = ("--device", self.device, "--output", file, "--runs", tempfile.mkdtemp(), "--minutes", (self.left() - last) / 60)
         is_done = self.finish(self.start(f"tests.benchmarks.{part}", *place, *arguments), part, name, self.deadline - 5)

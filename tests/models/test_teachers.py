@@ -34,7 +34,7 @@ def change(file: Path, **entries: object) -> None:
         ("model_index.json", {"_class_name": None}, r"model_index\.json has no _class_name"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "its vae is an AutoencoderTiny, not an AutoencoderKL"),
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, "brings code of its own"),
-        ("model_index.json", {"_class_name": "SanaPipeline"}, "is a SanaPipeline, which is not supported"),
+        ("model_index.json", {"_class_name": "CogView4Pipeline"}, "is a CogView4Pipeline, which is not supported"),
         ("model_index.json", {"unet": ["diffusers", "MyUNet"]}, "its unet is a MyUNet, not a UNet2DConditionModel"),
         ("model_index.json", {"text_encoder": [None, None]}, "names no text_encoder"),
         ("unet/config.json", {"auto_map": {"AutoModel": "mine.Model"}}, "brings code of its own"),
