@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,7 @@ class Fit:
         started = saved = time.monotonic()
         first, before = self.step, self.spent
         totals: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
         with (self.output / f"{self.name}.log.jsonl").open("a") as log:
             while not self.ended:
                 for group in self.optimizer.param_groups:
@@ -129,18 +131,19 @@ class Fit:
                 beta = min(self.decay, self.step / (self.step + 9))
                 torch._foreach_lerp_(list(self.average.values()), [value.detach() for value in self.net.parameters()], 1.0 - beta)
                 for part, value in parts.items():  # a number on the host at each step would make the CPU wait for the GPU
-                    totals[part] = totals.get(part, torch.zeros((), device=value.device)) + value.double() / LOG_STEPS
+                    totals[part] = totals.get(part, torch.zeros((), device=value.device)) + value.double()
+                    counts[part] += 1
                 if self.step % LOG_STEPS == 0 or self.ended:
                     rate = (time.monotonic() - started) / (self.step - first)
                     record: dict[str, object] = {"step": self.step, "seconds_per_step": round(rate, 4)}
-                    record |= {part: round(float(value), 5) for part, value in totals.items()}
+                    record |= {part: round(float(value) / counts[part], 5) for part, value in totals.items()}
                     if probe and (self.step % probe_steps == 0 or self.ended):
                         with weights_of(self.net, self.average):
                             record["probe"] = probe()
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     print(self.name, record, flush=True)
-                    totals = {}
+                    totals, counts = {}, Counter()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()

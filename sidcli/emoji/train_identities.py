@@ -26,7 +26,7 @@ from sidcli.formats.diffusers_folder import write_pipeline
 from sidcli.formats.order import Order
 from sidcli.models.codec import Codec
 from sidcli.models.drawing import Plan
-from sidcli.models.loading import load
+from sidcli.models.loading import Model, load
 from sidcli.models.sampler import Sampler
 from sidcli.models.sources import WEIGHTS, Source, fingerprint
 from sidcli.randomness import key, normal
@@ -115,6 +115,55 @@ class Ahead:
         return self.waiting.pop(step).result()
 
 
+def sheets_loss(teacher: Model, batch: int, device: torch.device) -> fit.Loss:
+    """Return the loss of epsilon prediction on sheets, with min-SNR weight 5 and a tenth of the captions empty.
+
+    It trains the UNet and the text encoder of the teacher, which are on the device.
+    """
+    unet, encoder, tokenizer = teacher.denoiser, teacher.text_encoders[0], teacher.tokenizers[0]
+    codec, ahead = Codec(teacher.vae), Ahead(batch)
+    assert isinstance(teacher.path, DiscretePath)
+    abar = teacher.path.abar.float().to(device)
+    snr = abar / (1.0 - abar)
+    weight = snr.clamp(max=5.0) / snr
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        sheets = sheets_at(step, batch)
+        count = len(sheets)
+        drawn = torch.Generator().manual_seed(key(0, "sheets", step))
+        texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in sheets]
+        dropped = (torch.rand(count, generator=drawn) < 0.1).tolist()
+        tokens = models.tokens(tokenizer, ["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
+        pixels = torch.from_numpy(ahead.at(step)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        with torch.no_grad(), fit.half_precision():
+            x = codec.encode(pixels).float()
+        # One timestep from each of `count` equal intervals, in random order, as in `train.train_teacher`.
+        t = ((torch.arange(count) + torch.rand(count, generator=drawn)) * (1000 / count)).long().clamp(max=999)
+        t = t[torch.randperm(count, generator=drawn)].to(device)
+        noise = torch.randn(x.shape, generator=drawn).to(device)
+        a = abar[t].view(-1, 1, 1, 1)
+        with fit.half_precision():
+            states = encoder(tokens.to(device)).last_hidden_state
+            predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
+        error = (predicted - noise).square().mean((1, 2, 3))
+        weighted = (weight[t] * error).mean()
+        return weighted, {"mse": error.mean().detach(), f"weighted_{panels_at(step)}": weighted.detach()}
+
+    return loss
+
+
+def draw_sheets(teacher: Model, device: torch.device) -> Image.Image:
+    """Return a picture of 24 sheets of two panels that the teacher draws."""
+    sampler = Sampler(teacher, device)
+    shown = [identities.sheet(world.PROMPT_SEED, index, 2) for index in range(24)]
+    texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in shown]
+    noise = normal((4, 16, 32), 0, "sheets probe", 0, range(len(shown)))
+    with torch.no_grad(), fit.half_precision():
+        latents = sampler.latents(texts, [noise.to(device)], Plan(15, 2.0)).float()
+        images = sampler.decode(latents, texts, range(len(shown)))
+    return Image.fromarray(np.concatenate([np.concatenate(list(images[place : place + 6]), 1) for place in range(0, 24, 6)]))
+
+
 def train_sheets(
     output: Path,
     steps: int,
@@ -130,54 +179,19 @@ def train_sheets(
     need. Raises InputError if `start` is not a teacher of the emoji world that predicts epsilon, or if `output` holds a training with other
     settings.
     """
-    place, ahead = torch.device(device), Ahead(batch)
-    teacher = load(Source("teacher", start, str(start)))
+    teacher, place = load(Source("teacher", start, str(start))), torch.device(device)
     path = teacher.path
     if teacher.is_student or not teacher.is_emoji or path.prediction != "epsilon" or not isinstance(path, DiscretePath):
         raise InputError(f"{start} is not a teacher of the emoji world that predicts epsilon", "leave --start out")
     fit.check_same(output / "sheets.json", {"start": fingerprint(teacher.source), "batch": batch, "lr": lr})
     began = time.monotonic()
-    unet, codec = teacher.denoiser.to(place).requires_grad_(True), Codec(teacher.vae.to(place))
-    encoder, tokenizer = teacher.text_encoders[0].to(place).requires_grad_(True), teacher.tokenizers[0]
-    networks = nn.ModuleDict({"unet": unet, "text": encoder})
-    abar = path.abar.float().to(place)
-    snr = abar / (1.0 - abar)
-    weight = snr.clamp(max=5.0) / snr
-
-    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        sheets = sheets_at(step, batch)
-        count = len(sheets)
-        drawn = torch.Generator().manual_seed(key(0, "sheets", step))
-        texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in sheets]
-        texts = [
-            "" if drop else text for text, drop in zip(texts, (torch.rand(count, generator=drawn) < 0.1).tolist(), strict=True)
-        ]
-        pixels = torch.from_numpy(ahead.at(step)).to(place).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        with torch.no_grad(), fit.half_precision():
-            x = codec.encode(pixels).float()
-        # One timestep from each of `count` equal intervals, in random order, as in `train.train_teacher`.
-        t = ((torch.arange(count) + torch.rand(count, generator=drawn)) * (1000 / count)).long().clamp(max=999)
-        t = t[torch.randperm(count, generator=drawn)].to(place)
-        noise = torch.randn(x.shape, generator=drawn).to(place)
-        a = abar[t].view(-1, 1, 1, 1)
-        with fit.half_precision():
-            states = encoder(models.tokens(tokenizer, texts).to(place)).last_hidden_state
-            predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
-        error = (predicted - noise).square().mean((1, 2, 3))
-        weighted = (weight[t] * error).mean()
-        return weighted, {"mse": error.mean().detach(), f"weighted_{panels_at(step)}": weighted.detach()}
+    loss = sheets_loss(teacher, batch, place)
+    networks = nn.ModuleDict({"unet": teacher.denoiser, "text": teacher.text_encoders[0]}).to(place).requires_grad_(True)
+    teacher.vae.to(place)
 
     def probe() -> str:
-        sampler = Sampler(teacher, place)
-        shown = [identities.sheet(world.PROMPT_SEED, index, 2) for index in range(24)]
-        texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in shown]
-        noise = normal((4, 16, 32), 0, "sheets probe", 0, range(len(shown)))
-        with torch.no_grad(), fit.half_precision():
-            latents = sampler.latents(texts, [noise], Plan(15, 2.0)).float()
-            images = sampler.decode(latents, texts, range(len(shown)))
         file = output / f"sheets-{training.step:06d}.png"
-        rows = [np.concatenate(list(images[place : place + 6]), 1) for place in range(0, len(images), 6)]
-        Image.fromarray(np.concatenate(rows)).save(file)
+        draw_sheets(teacher, place).save(file)
         return str(file)
 
     training = fit.Fit("sheets", networks, loss, output, steps, lr, decay=0.999, seconds=seconds)

@@ -1,15 +1,22 @@
 """Identities of the emoji world and their sheets: exact, disjoint, and visible."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from sidcli.emoji import identities, world
+from sidcli.emoji import fit, identities, train_identities, world
 from sidcli.emoji.identities import COUNTS, IDENTITIES, Identity
 from sidcli.emoji.reader import HEADS
 from sidcli.emoji.train_identities import SHARES, panels_at, sheets_at
 from sidcli.metrics.reader import ReaderFeatures
+from sidcli.models.loading import load
+from sidcli.models.sources import find
 
 
 def test_every_noun_has_120_identities_in_three_disjoint_sets() -> None:
@@ -60,6 +67,25 @@ def test_the_shipped_reader_sees_the_identity_of_true_images() -> None:
     ]
     right = seen == np.array(wanted)
     assert (right.mean(0) > 0.9).all()
+
+
+def test_a_training_of_sheets_writes_a_teacher_and_continues_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_identities, "draw_sheets", lambda *_: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(fit, "learning_rate", lambda *_: 1e-3)
+    train_identities.train_sheets(tmp_path / "once", 3, batch=4)
+    for steps in (2, 3):
+        train_identities.train_sheets(tmp_path / "twice", steps, batch=4)
+    one, two = (load_file(tmp_path / name / "sheets.state.safetensors") for name in ("once", "twice"))
+    assert int(one["step"]) == 3 and all(torch.equal(one[name], two[name]) for name in one if name != "spent")
+    (line,) = (tmp_path / "once" / "sheets.log.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["weighted_2"] < record["mse"] < 2.0, "means of the three steps"
+    model, shipped = load(find(str(tmp_path / "once" / "sheets"))), load(find("emoji-teacher"))
+    assert model.is_emoji and not model.is_student and model.card["sheets"] is True
+    for trained, before in ((model.denoiser, shipped.denoiser), (model.text_encoders[0], shipped.text_encoders[0])):
+        assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), before.parameters(), strict=True))
 
 
 def test_the_kinds_of_sheets_have_their_shares_of_the_training_and_each_step_as_many_panels() -> None:
