@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -42,10 +43,14 @@ def sheet_prompt(prompts: Prompts, seed: int, index: int, panels: int) -> SheetP
         subject = _word(rng, words["subject"]) if kind else f"{_word(rng, words['attribute'])} {_word(rng, words['thing'])}"
     else:
         subject = prompts.at(seed, index)
-    scenes = [words["place"][place] for place in rng.permutation(len(words["place"]))[:panels]]
+    return sheet_of(subject, [words["place"][place] for place in rng.permutation(len(words["place"]))[:panels]])
+
+
+def sheet_of(subject: str, scenes: Sequence[str]) -> SheetPrompt:
+    """Return the prompt of a sheet that shows a subject in 2 or 4 scenes."""
     captions = tuple(f"{subject} {scene}" for scene in scenes)
-    listed = "; ".join(f"{side}: {caption}" for side, caption in zip(SIDES[panels], captions, strict=True))
-    return SheetPrompt(f"a grid of {COUNTS[panels]} images of the same subject, {listed}", subject, captions)
+    listed = "; ".join(f"{side}: {caption}" for side, caption in zip(SIDES[len(scenes)], captions, strict=True))
+    return SheetPrompt(f"a grid of {COUNTS[len(scenes)]} images of the same subject, {listed}", subject, captions)
 
 
 @cache

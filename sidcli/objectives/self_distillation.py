@@ -56,6 +56,12 @@ class SelfDistillationSettings(ImageSettings):
     """Guidance scale of the sheets."""
     sheet_steps: int = 25
     """Denoising steps of the sheets."""
+    scenes: str = "grammar"
+    """What writes the scenes of a sheet: grammar (built in) or http (a language model behind an OpenAI-compatible endpoint)."""
+    scenes_model: str = ""
+    """Model of the endpoint for scenes."""
+    scenes_url: str = ""
+    """Address of the endpoint for scenes, such as http://localhost:8000/v1."""
     judge: str = "features"
     """What decides whether a pair shows one subject: features, clip, dino, vlm, http, oracle (emoji world) or none."""
     judge_model: str = ""
@@ -84,10 +90,12 @@ class SelfDistillationSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"layout": LAYOUTS, "panels": (2, 4), "pairs": PAIRS, "judge": JUDGES}
+        choices = {"layout": LAYOUTS, "panels": (2, 4), "pairs": PAIRS, "scenes": SCENES, "judge": JUDGES}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        if self.scenes == "http" and not (self.scenes_url and self.scenes_model):
+            raise UsageError("scenes=http needs an endpoint and a model", "--set scenes_url=... --set scenes_model=...")
         for name in THRESHOLDS:
             least = 0 if self.judge in ANSWERS else -1
             if (value := getattr(self, name)) != "auto" and not _is_within(value, least, 1):
@@ -113,6 +121,7 @@ class SelfDistillationSettings(ImageSettings):
                 for option in ("model", "url")
                 if self.judge not in (owners := [judge for judge, options in JUDGES.items() if option in options])
             }
+            off |= dict.fromkeys(("scenes_model", "scenes_url"), "on scenes of the grammar") if self.scenes == "grammar" else {}
             off |= dict.fromkeys(THRESHOLDS, "on the judge none, which accepts every pair") if self.judge == "none" else {}
             off |= {"cut": "with pairs=shared-attention, which draws each panel alone"} if self.pairs != "grid" else {}
         off |= (
@@ -130,9 +139,10 @@ def _is_within(text: str, least: float, most: float) -> bool:
 
 LAYOUTS = ("frames", "diptych", "channels")
 PAIRS = ("grid", "shared-attention")
+SCENES = ("grammar", "http")
 THRESHOLDS = ("same", "caption")
 SHEET_SETTINGS = (
-    *("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps"),
+    *("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps", "scenes", "scenes_model", "scenes_url"),
     *("judge", "judge_model", "judge_url", *THRESHOLDS, "copy", "cut"),
 )
 """Settings of the first two stages of a run, sheets and curation."""

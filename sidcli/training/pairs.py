@@ -31,7 +31,7 @@ from sidcli.data.imagesets import digest
 from sidcli.data.pair_images import is_intact, panels
 from sidcli.data.pairs import MAX_ROWS, ROWS, Box, PairRow, difference, lines_of, write_rows
 from sidcli.data.prompts import EmojiPrompts
-from sidcli.data.sheets import SheetPrompt, sheet_prompt
+from sidcli.data.sheets import SheetPrompt
 from sidcli.engine import Engine
 from sidcli.errors import InputError, Interrupted
 from sidcli.files import append_line, atomic_file, read_bytes, read_json, sha256, write_json
@@ -41,6 +41,7 @@ from sidcli.models.codec import to_bytes
 from sidcli.models.drawing import Plan
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Progress, RunListener, counted, silent
+from sidcli.training.scenes import sheet_prompts
 
 UNIT = 16
 """Sheets that are drawn together."""
@@ -70,11 +71,12 @@ def prepare(engine: Engine, folder: Path, teacher: str, listener: RunListener) -
         judge = opened_judge(engine)
         try:
             check_same(folder, engine, teacher)
+            prompts = sheet_prompts(settings_of(engine), engine.prompts, engine.config.seed, folder, listener)
             if units := missing_units(engine, folder, listener):
                 if settings_of(engine).judge != "none":
-                    try_judge(engine, judge, listener)
-                draw_sheets(engine, folder, units, listener)
-            curate(engine, folder, judge, listener)
+                    try_judge(engine, judge, prompts[0], listener)
+                draw_sheets(engine, folder, units, prompts, listener)
+            curate(engine, folder, judge, candidates(engine, prompts), listener)
         except Interrupted as error:
             raise Interrupted(
                 error.exit_code - 128,
@@ -106,22 +108,23 @@ def missing_units(engine: Engine, folder: Path, listener: RunListener) -> list[r
     return [unit for unit in units if not {*unit}.isdisjoint(bad)]
 
 
-def try_judge(engine: Engine, judge: Judge, listener: RunListener) -> None:
+def try_judge(engine: Engine, judge: Judge, prompt: SheetPrompt, listener: RunListener) -> None:
     """Let the judge score a trial pair, so that a missing model, an endpoint that does not answer or captions that it does not know are
     an error before the sheets are drawn."""
-    first, (height, width) = candidates(engine)[0], engine.sampler.model.size
+    (height, width), (first, second, *_) = engine.sampler.model.size, prompt.captions
     light, dark = (np.full((height, width, 3), shade, np.uint8) for shade in (200, 60))
     with listener.progress(f"try judge {judge.name}", 1, "pairs") as advance:
-        judge.judge([Pair(light, dark, first.subject, first.captions)], advance)
+        judge.judge([Pair(light, dark, prompt.subject, (first, second))], advance)
 
 
-def draw_sheets(engine: Engine, folder: Path, units: Sequence[range], listener: RunListener) -> None:
+def draw_sheets(
+    engine: Engine, folder: Path, units: Sequence[range], prompts: Sequence[SheetPrompt], listener: RunListener
+) -> None:
     """Draw the sheets of some units."""
-    config, settings = engine.config, settings_of(engine)
+    steps = settings_of(engine).sheet_steps
     with listener.progress("draw sheets", sum(map(len, units)), "sheets") as advance:
         for unit in units:
-            prompts = [sheet_prompt(engine.prompts, config.seed, index, settings.panels) for index in unit]
-            images = drawn(engine, unit, prompts, partial(advance, len(unit) / settings.sheet_steps))
+            images = drawn(engine, unit, [prompts[index] for index in unit], partial(advance, len(unit) / steps))
             for index, image in zip(unit, images, strict=True):
                 save_png(Image.fromarray(image), folder / sheet_file(index))
     engine.sampler.model.vae.to("cpu")  # training does not use the VAE
@@ -132,6 +135,7 @@ def check_same(folder: Path, engine: Engine, teacher: str) -> None:
     config, s = engine.config, settings_of(engine)
     settings: dict[str, Any] = {"teacher": teacher, "prompts": engine.prompts.digest, "seed": config.seed, "panels": s.panels}
     settings |= {"pairs": s.pairs, "guidance": s.sheet_guidance, "steps": s.sheet_steps, "size": list(engine.sampler.model.size)}
+    settings |= {"scenes": s.scenes_model} if s.scenes == "http" else {}
     file = folder / "sheets.json"
     hint = f"restore it, which says how the sheets were drawn, or delete {folder}"
     if file.exists() and (before := read_json(file, hint)) != settings:
@@ -196,25 +200,24 @@ def boxes(model_size: tuple[int, int], panels: int) -> list[Box]:
     return [(column * width, row * height, (column + 1) * width, (row + 1) * height) for row, column in places]
 
 
-def candidates(engine: Engine) -> list[PairRow]:
-    """Return all pairs of panels of the sheets, in order, without scores."""
+def candidates(engine: Engine, prompts: Sequence[SheetPrompt]) -> list[PairRow]:
+    """Return all pairs of panels of the sheets with these prompts, in order, without scores."""
     settings, seed = settings_of(engine), engine.config.seed
     places = boxes(engine.sampler.model.size, settings.panels)
     rows = []
-    for index in range(settings.sheets):
-        prompt = sheet_prompt(engine.prompts, seed, index, settings.panels)
+    for index, prompt in enumerate(prompts):
         for one, other in combinations(range(settings.panels), 2):
             captions = prompt.captions[one], prompt.captions[other]
             rows.append(PairRow(sheet_file(index), (places[one], places[other]), prompt.subject, captions, seed, index))
     return rows
 
 
-def curate(engine: Engine, folder: Path, judge: Judge, listener: RunListener) -> None:
-    """Score all pairs with the judge, apply the gates, and write pairs.jsonl, curation.json and a picture of the first pairs.
+def curate(engine: Engine, folder: Path, judge: Judge, rows: Sequence[PairRow], listener: RunListener) -> None:
+    """Score pairs with the judge, apply the gates, and write pairs.jsonl, curation.json and a picture of the first pairs.
 
     Raises InputError if pairs.jsonl or the scores are not those that sid wrote, or if no pair is kept.
     """
-    settings, rows = settings_of(engine), candidates(engine)
+    settings = settings_of(engine)
     scored = scores(engine, folder, rows, judge, listener)
     gates = gates_of(settings, judge)
     judged = gated(scored, gates)

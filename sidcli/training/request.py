@@ -342,7 +342,11 @@ def check_objective(config: DistillConfig) -> None:
 
 
 def check_judge(settings: SelfDistillationSettings, prompts: str) -> None:
-    """Raises UsageError if the judge lacks an option, or does not know the captions of the prompts."""
+    """Raises UsageError if the judge lacks an option, or does not know the captions of the prompts or of the scenes."""
+    if settings.scenes == "http" and prompts in EMOJI_PROMPTS:
+        raise UsageError(
+            f"--set scenes=http writes other scenes than those of the emoji world, and --prompts is {prompts}", "leave it out"
+        )
     if settings.judge == "none":
         return
     check_options(settings.judge, {name: value for name, value in settings.judge_options.items() if value is not None})

@@ -25,6 +25,7 @@ from sidcli.curation.features import FeaturesJudge
 from sidcli.data import pair_images
 from sidcli.data import pairs as store
 from sidcli.data.prompts import open_prompts
+from sidcli.data.sheets import sheet_prompt
 from sidcli.errors import EnvironmentProblem, InputError, Interrupted, UsageError
 from sidcli.models.loading import load
 from sidcli.models.reference import layout_of
@@ -474,6 +475,47 @@ def test_an_endpoint_that_fails_is_noticed_before_the_sheets_and_later_costs_no_
         stage.prepare(**asked)
         assert len(served.requests) == 3, "one pair was left, and no sheet to draw"
     assert len(store.read_rows(stage.folder)) == 5
+
+
+ROCKET = "SUBJECT: a dented tin rocket with a red fin.\nSCENE: on a beach at noon\n- Scene: **flying over a city at night**"
+
+
+def test_a_language_model_writes_the_scenes_of_sheets_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    second = sheet_prompt(open_prompts("general"), stage.config.seed, 1, 2).subject
+    with Endpoint([lambda body: "SUBJECT: a cat" if f"Subject: {second}" in json.dumps(body) else ROCKET]).running() as served:
+        asked = {"scenes": "http", "scenes_url": served.url, "scenes_model": "some-llm"}
+        notes = stage.prepare(**asked)
+        assert "1 sheet without scenes of some-llm; they have those of the built-in grammar" in notes
+        assert len(served.requests) == 4, "an answer that cannot be read is asked for once more"
+        rows = store.read_rows(stage.folder)
+        assert [row.subject == "a dented tin rocket with a red fin" for row in rows] == [True, False, True]
+        subject = rows[0].subject
+        assert rows[0].captions == (f"{subject} on a beach at noon", f"{subject} flying over a city at night")
+        (message,) = served.requests[0][2]["messages"]
+        assert "write 2 scenes" in str(message["content"])
+        served.requests.clear()
+        before = written(stage.folder)
+        lines = (stage.folder / "scenes.jsonl").read_text().splitlines(keepends=True)
+        (stage.folder / "scenes.jsonl").write_text("".join(lines) + '{"subject": "a c')
+        stage.prepare(**asked)
+        assert not served.requests and written(stage.folder) == before
+        with pytest.raises(InputError, match="scenes: some-llm -> other-llm"):
+            stage.prepare(**asked | {"scenes_model": "other-llm"})
+
+
+def test_a_model_that_writes_no_scenes_is_an_error_before_a_sheet_is_drawn(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Endpoint(["Hello! How can I help you?"]).running() as served:
+        with pytest.raises(InputError, match=r"some-llm at .* writes no scenes: Hello! How can I help you\?") as caught:
+            stage.prepare(scenes="http", scenes_url=served.url, scenes_model="some-llm")
+        assert "--set scenes_url" in caught.value.hint
+    assert not list(stage.folder.rglob("*.png"))
+    with pytest.raises(UsageError, match="needs an endpoint and a model"):
+        dataclasses.replace(SETTINGS, scenes="http")
+    with pytest.raises(UsageError, match="other scenes than those of the emoji world"):
+        asked = dataclasses.replace(SETTINGS, scenes="http", scenes_url="http://here", scenes_model="x")
+        check_objective(dataclasses.replace(stage.config, objective=asked, prompts="emoji", t_min=0, t_max=1000))
 
 
 # What is in the folder
