@@ -474,7 +474,8 @@ class Engine:
         drawn = (self._drawn.pop(key, None) or self._drawer.submit(self._ahead, *key)).result()
         self._drawn.clear()
         following = self._next_key(key)
-        self._drawn[following] = self._drawer.submit(self._ahead, *following)
+        if following[1] < self.config.steps:
+            self._drawn[following] = self._drawer.submit(self._ahead, *following)
         return self._on_device(drawn)
 
     def _ahead(self, inputs: Inputs, step: int, samples: Sequence[int]) -> Batch:
@@ -697,7 +698,7 @@ def check_teacher(teacher: Model | Description, config: DistillConfig) -> None:
     if teacher.layout:
         objectives.check_reference(config.objective, name)
     if method.discrete and not isinstance(path, DiscretePath):
-        able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete)
+        able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete and one.makes == "student")
         raise UsageError(
             f"objective {config.objective.name} needs the discrete timesteps of a diffusion; {name} was trained by flow matching",
             f"one of --objective {able}",

@@ -248,6 +248,18 @@ def test_prompts_that_are_encoded_ahead_give_the_same_steps(sd_folder: Path, con
     assert all(torch.equal(value, ahead[name]) for name, value in here.items())
 
 
+def test_no_prompt_is_encoded_ahead_of_the_last_step(
+    sd_folder: Path, config: DistillConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = engine(load(find(str(sd_folder))), dataclasses.replace(config, steps=1, offload_text=True))
+    encoded: list[str] = []
+    encode = built.sampler.encode
+    monkeypatch.setattr(built.sampler, "encode", lambda prompts: encoded.extend(prompts) or encode(prompts))
+    built.train_step()
+    built._drawer.shutdown()
+    assert len(encoded) == len(built.objective.phases(0)) * config.batch_size
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
 def test_an_engine_loaded_from_its_tensors_goes_on_as_if_it_had_never_stopped(
     sd_folder: Path, config: DistillConfig, optimizer: str

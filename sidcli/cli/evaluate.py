@@ -55,7 +55,7 @@ Protocol = Annotated[
     str,
     typer.Option(
         autocompletion=one_of(*PROTOCOLS),
-        help="emoji, emoji-subjects, subjects, coco2014-30k or custom; auto: emoji for emoji models, custom with --reference or --prompts.",
+        help="emoji, emoji-subjects, subjects, coco2014-30k or custom; auto: the one that fits the models and --reference.",
     ),
 ]
 Reference = Annotated[

@@ -49,7 +49,11 @@ Steps = Annotated[
 ]
 Guidance = Annotated[float | None, typer.Option(show_default="its own best", help="Guidance scale of a teacher.")]
 Reference = Annotated[
-    Path | None, typer.Option(help="Image whose subject is drawn, for a model of --objective self-distillation or its student.")
+    list[Path] | None,
+    typer.Option(
+        show_default=False,
+        help="Image whose subject is drawn, for a model of --objective self-distillation or its student; one, or one for each prompt.",
+    ),
 ]
 ReferenceGuidance = Annotated[
     float | None, typer.Option(show_default="1, no guidance", help="Guidance scale of the reference image.")
@@ -121,7 +125,7 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
-            reference=reference,
+            reference=reference or None,
             reference_guidance=reference_guidance,
             output=unnamed(texts, num, seed) if output is None and texts else output,
             overwrite=overwrite,

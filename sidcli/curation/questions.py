@@ -44,7 +44,7 @@ the prompt names, and the style. What the prompt does not name may be anything.
 Write one sentence, and then a last line "SCORE: N" with N from 0 to 4."""
 HIGHEST = 4
 """The best score of a drawing."""
-SCORE = re.compile(r"^[^a-z0-9\n]*score[^a-z0-9\n-]+([0-4])(?: */ *4)?[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
+SCORE = re.compile(r"\bscore[^a-z0-9\n-]+([0-4])(?: */ *4)?[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
 ANSWER = re.compile(r"^[^a-z0-9\n]*answer[^a-z0-9\n]+(yes|no)[^a-z0-9\n]*$", re.IGNORECASE | re.MULTILINE)
 
 BEGINNING = 200

@@ -103,7 +103,8 @@ def open_subjects(folder: Path) -> Subjects:
         elif (folder / IMAGES).is_dir() and (folder / CAPTIONS).is_dir():
             subjects = _of_texts(folder)
         else:
-            raise InputError(f"{folder} holds no reference images with prompts", HINT)
+            what = "holds no reference images with prompts" if folder.is_dir() else "is not a folder"
+            raise InputError(f"{folder} {what}", HINT)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or folder}: {error.strerror or error}", HINT) from error
 
@@ -115,7 +116,9 @@ def open_subjects(folder: Path) -> Subjects:
         return ""
 
     if troubles := [one for one in in_threads(trouble, range(len(subjects.files))) if one]:
-        raise InputError(f"{counted(len(troubles), 'reference image')}: {_listed(troubles)}", "replace or remove them")
+        raise InputError(
+            f"{counted(len(troubles), 'reference image')} cannot be used: {_listed(troubles)}", "replace or remove such images"
+        )
     return subjects
 
 

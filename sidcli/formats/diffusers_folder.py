@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,11 +182,9 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
         save_tokenizer(tokenizer, folder / name)
         index[name] = ["transformers", type(tokenizer).__name__]
     scheduler.save_pretrained(folder / "scheduler")
-    index |= {
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-    }
+    taken = inspect.signature(stock(model).__init__).parameters
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index |= {name: [None, None] for name in ("feature_extractor", "image_encoder") if name in taken}
     write_json(folder / "model_index.json", index)
     if card.get("kind") == "student":
         card = card | {"format": "diffusers", "dtype": order.dtype, "call": call_options(model)}

@@ -318,7 +318,7 @@ class Kind(ABC):
 
         Raises InputError if denoisers of this kind cannot.
         """
-        raise InputError(f"{self.models} cannot be trained to take a reference image", "a Stable Diffusion 1, 2 or XL model can")
+        raise InputError(f"{self.models} cannot be trained to take a reference image", "use a Stable Diffusion 1, 2 or XL model")
 
     @abstractmethod
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

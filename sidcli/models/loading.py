@@ -255,6 +255,9 @@ def _described(source: Source, overrides: Overrides, listener: Listener) -> Desc
     size = _size(overrides, kind, networks, places)
     kind.check_fit(source.name, networks, places)
     path = kind.read_path(scheduler_config, networks[kind.component])
+    shift = path.sampling.get("shift")
+    if (overrides.width or overrides.height) and shift is not None and card.get("shift") not in (None, shift):
+        raise UsageError(f"{source.name} draws in one size: its timesteps depend on it", "leave --width and --height out")
     cards.check_start(card, cards.place_of(source.path), path.starts, path.sampling)
     if (start := start_of(scheduler_config)) is not None:
         cards.check_agrees(card, cards.place_of(source.path), start)

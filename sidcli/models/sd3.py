@@ -138,6 +138,9 @@ class Sd3(Transformer):
     def largest(self, config: Mapping[str, Any], place: str) -> float:
         return self.patch(config, place) * positive_integer({"pos_embed_max_size": 96, **config}, "pos_embed_max_size", place)
 
+    def usual_guidance(self, config: Mapping[str, Any]) -> float:
+        return 7.0
+
     def cond(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tokens], config: Mapping[str, Any]) -> Cond:
         return joint_cond(encoders, {name: found.ids for name, found in tokens.items()}, config)
 

@@ -303,8 +303,9 @@ def check_objective(config: DistillConfig) -> None:
     """Raises UsageError if the objective would never train the student, lacks the images that it needs, or does not use those given."""
     name, method = config.objective.name, objectives.find(config.objective.name)
     if method.is_one_step and config.student_steps > 1:
+        made = "a one-step student" if method.makes == "student" else "no student"
         raise UsageError(
-            f"objective {name} trains a one-step student, and --student-steps is {config.student_steps}",
+            f"objective {name} trains {made}, and --student-steps is {config.student_steps}",
             "leave --student-steps out, or choose another --objective",
         )
     if (first := method.first_step(config)) >= config.steps:

@@ -24,6 +24,7 @@ from tests.curation.test_endpoint import Endpoint
         ("**Score:** 2/4\n", 2),
         ("score = 1.", 1),
         ("SCORE: 1\nOn second thought:\nSCORE: 2", 2),
+        ("Looks fine. Score: 3", 3),
         ("SCORE: 5", None),
         ("SCORE: -1", None),
         ("SCORE: 3.5", None),

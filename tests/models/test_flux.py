@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from sidcli.errors import UsageError
 from sidcli.models.drawing import Plan
 from sidcli.models.flux import FLUX, with_guidance
 from sidcli.models.loading import Model, describe, load
@@ -124,6 +125,8 @@ def test_the_stock_pipeline_draws_with_a_student_as_sid_does(
     image = drawn(student)
     assert apart(image, stock(result.student, guidance_scale=1, **how, **SIZE)) <= 1
     assert apart(image, drawn(load(find(str(folder))), Plan(1, grid=(1000.0,)))) > 0, "the student has learned"
+    with pytest.raises(UsageError, match="draws in one size: its timesteps depend on it"):
+        load(find(str(result.run)), Overrides(height=64, width=64))
     said = "height=32, width=32, guidance_scale=1"
     assert said in (result.student / "README.md").read_text() and said in (result.run / "report.html").read_text()
 

@@ -36,6 +36,7 @@ from sidcli.settings import DistillConfig
 from sidcli.training import distill, pairs
 from sidcli.training.request import check_objective
 from tests.curation.test_endpoint import Endpoint
+from tests.inprocess import sid
 from tests.training.test_distill import KillAt, Silent, state
 
 SETTINGS = objectives.SelfDistillation.Settings(
@@ -134,6 +135,10 @@ def test_the_stages_end_in_a_model_that_draws_the_subject_of_a_reference(tuned: 
     for given, said in ((files, "2 reference images for 1 prompt"), (5, "reference must be a path, a PIL image, or a list")):
         with pytest.raises(UsageError, match=said):
             api.sample("a cat", tuned, reference=given, steps=2)  # type: ignore[arg-type]
+    shown = [part for file in files for part in ("--reference", file)]
+    assert sid("sample", "a cat", "a dog", *shown, "--model", tuned, "--steps", 2, "-o", tmp_path / "two") == 0
+    kept = [json.loads(Image.open(file).text["sid"])["reference"]["file"] for file in sorted((tmp_path / "two").glob("0*.png"))]  # type: ignore[attr-defined]
+    assert kept == ["1.png", "2.png"]
     with pytest.raises(InputError, match="is not a student") as caught:
         api.export(tuned, tmp_path / "export", "onnx", listener=api.SILENT)
     assert f"sid distill --teacher {tuned}" in caught.value.hint
