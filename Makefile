@@ -39,7 +39,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 # Check correctness, measure speed and train on a GPU, in nine minutes; ARGS=--smoke runs the same at a tiny size on the CPU, and
-# ARGS="--only teacher" or "--only leaderboard" other parts. Needs torch, transformers and accelerate; uses .venv if it exists, else
+# ARGS="--only teacher" (or leaderboard, subjects, flow) other parts. Needs torch, transformers and accelerate; uses .venv if it exists, else
 # $(PYTHON).
 gpu-visit:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu.visit $(ARGS)
