@@ -472,7 +472,7 @@ def test_settings_of_prompts_and_sheets_are_noted_beside_pairs_that_are_there(tm
     assert [note.removesuffix(" drawn and judged") for note in notes] == [*unused, *said, *drawn]
     assert asked_for(objective="sid", data=str(tmp_path), **given).notes == (*said,)
     assert asked_for(teacher=str(tmp_path), objective="sid", **given).notes == (*said,), "its pairs are the default"
-    drawn_now = {name: value for name, value in sheets.items() if not name.startswith("judge_")}
+    drawn_now = {name: value for name, value in sheets.items() if not name.startswith(("judge_", "scenes_"))}
     assert not asked_for(teacher=str(tmp_path), objective="self-distillation", **given, **drawn_now).notes
 
 

@@ -100,5 +100,5 @@ def test_one_error_names_all_broken_images_up_to_five(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     with pytest.raises(InputError) as caught:
         open_subjects(tmp_path)
-    assert caught.value.message.startswith("7 reference images: ") and caught.value.message.endswith(" and 2 more")
+    assert caught.value.message.startswith("7 reference images cannot be used: ") and caught.value.message.endswith(" and 2 more")
     assert all(f"{index}.png" in caught.value.message for index in range(5))
