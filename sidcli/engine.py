@@ -495,7 +495,8 @@ class Engine:
         samples = None if drawn.samples is None else drawn.samples.to(on)
         real = None if drawn.real is None else self._on_device(drawn.real)
         reference = None if drawn.reference is None else drawn.reference.to(on)
-        cond = (drawn.cond or self.sampler.encode(drawn.prompts)).with_reference(reference)
+        cond = self.sampler.encode(drawn.prompts) if drawn.cond is None else drawn.cond
+        cond = cond.with_reference(reference)
         return dataclasses.replace(
             drawn, latents=latents, noise=noise, t=t, cond=cond, reference=reference, samples=samples, real=real
         )

@@ -16,10 +16,10 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from sidcli.errors import EnvironmentProblem, InputError, SidError, UsageError
 from sidcli.printable import json_text
@@ -27,6 +27,7 @@ from sidcli.printable import json_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+Parsed = TypeVar("Parsed")
 
 MAX_DESCRIPTION = 1 << 24
 """Maximum bytes of a JSON or TOML file. The largest JSON files of models, the lists of their shards, have a twentieth of it."""
@@ -265,6 +266,24 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise _problem(path, error) from error
+
+
+def appended(path: Path, parse: Callable[[str], Parsed]) -> list[Parsed]:
+    """Return what `parse` makes of the lines that `append_line` has written, none if there is no file.
+
+    Lines from the first one on for which it raises ValueError, KeyError or TypeError are removed: an interruption has cut one off.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found: list[Parsed] = []
+    for line in lines:
+        try:
+            found.append(parse(line))
+        except (ValueError, KeyError, TypeError):
+            break
+    if len(found) < len(lines):
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines[: len(found)]), encoding="utf-8")
+    return found
 
 
 def _open_own(path: Path, flags: int) -> TextIO:

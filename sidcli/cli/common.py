@@ -15,6 +15,10 @@ from sidcli.errors import EnvironmentProblem, Interrupted, out_of_memory
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
 
+IMPORTERS = ("diffusers", "transformers")
+"""Libraries that import optional packages if they are installed, which takes seconds. They look for these packages when they are
+loaded, and fail later if one that they found is blocked then."""
+
 
 @contextmanager
 def open_console(
@@ -23,10 +27,12 @@ def open_console(
     """Context with the console of a command. Messages of libraries are turned off before the libraries are imported.
 
     Raises Interrupted on a signal with the texts `stopped`: what is left of the work, and how to continue. Raises
-    EnvironmentProblem if memory runs out, with the hint `smaller`. `unused` are modules whose import is blocked.
+    EnvironmentProblem if memory runs out, with the hint `smaller`. `unused` are modules whose import is blocked, unless a library that
+    would import them is loaded already.
     """
-    for name in unused:  # diffusers and transformers import these if they are installed, which takes seconds
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    if sys.modules.keys().isdisjoint(IMPORTERS):
+        for name in unused:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     if not flag("SID_DEBUG"):
         logging.disable()  # messages on optional packages, and on errors that sid reports itself
     from sidcli.cli.console import Console

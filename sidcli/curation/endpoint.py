@@ -1,4 +1,4 @@
-"""The judge `http`: a vision language model behind an endpoint that speaks the chat completions protocol of OpenAI."""
+"""A language model behind an endpoint that speaks the chat completions protocol of OpenAI, and the judge `http`, which asks it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -40,28 +41,19 @@ AGAIN = "run it again when the endpoint answers; scores so far are kept"
 NO_PROTOCOL = "the endpoint must speak the chat completions protocol of OpenAI; scores so far are kept"
 
 
-class HttpJudge:
-    """Asks the questions of `questions` at an endpoint, `parallel` pairs at a time.
+class Chat:
+    """Asks a model at an endpoint, about `parallel` items at a time.
 
     `url` is the address of the protocol, for example http://localhost:8000/v1, and `model` the name of a model there. The value of
     SID_API_KEY is sent as a bearer token. A request that takes longer than `seconds`, that a busy endpoint refuses, or whose answer is
     not of the protocol, is sent again three times; then EnvironmentProblem is raised, and at once if the endpoint refuses it for
-    another reason. Words without a verdict are asked for once more and then count as no; `judge` raises InputError if the first words
-    are all without one. Raises UsageError for an invalid URL. `hint` says in errors how URL and model are changed.
+    another reason. Raises UsageError for an invalid URL. `hint` says in errors how URL and model are changed.
     """
-
-    name = "http"
-    unit = 4
-    same_threshold = 1.0
-    caption_threshold = 1.0
 
     def __init__(self, url: str, model: str, seconds: float = 120.0, parallel: int = 4, hint: str = OTHER_HINT):
         self.url, self.model, self.seconds, self.parallel = address(url), model, seconds, parallel
-        self.headers, self.reading, self.hint = headers(), Reading(f"{model} at {self.url}"), hint
+        self.headers, self.hint = headers(), hint
         self.stopped = Event()
-
-    def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
-        return in_batches(pairs, self.parallel, lambda some: self.reading.check(self.each(some, verdict_of, answer_of)), advance)
 
     def each(
         self, items: Sequence[Item], work: Callable[[Item, Ask], Made], read: Callable[[str], object], advance: Progress = silent
@@ -126,6 +118,26 @@ class HttpJudge:
                 if len(content) > MOST:
                     break
         return answer.status_code, content
+
+
+class HttpJudge(Chat):
+    """Asks the questions of `questions` about pairs.
+
+    Words without a verdict are asked for once more and then count as no; `judge` raises InputError if the first words are all without
+    one.
+    """
+
+    name = "http"
+    unit = 4
+    same_threshold = 1.0
+    caption_threshold = 1.0
+
+    @cached_property
+    def reading(self) -> Reading:
+        return Reading(f"{self.model} at {self.url}")
+
+    def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:
+        return in_batches(pairs, self.parallel, lambda some: self.reading.check(self.each(some, verdict_of, answer_of)), advance)
 
 
 def address(url: str) -> str:

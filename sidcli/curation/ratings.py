@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sidcli.curation.endpoint import HttpJudge
+from sidcli.curation.endpoint import Chat
 from sidcli.curation.questions import CONCEPT, HIGHEST, PROMPT, Ask, question_concept, question_prompt, score_of
 from sidcli.files import read_bytes, write_json
 from sidcli.progress import Progress, silent
@@ -34,17 +34,17 @@ class Rating:
 
 
 class Rater:
-    """Asks two questions about each drawing. `http` sends them; `name` identifies its address, its model and the questions."""
+    """Asks two questions about each drawing. `chat` sends them; `name` identifies its address, its model and the questions."""
 
-    def __init__(self, http: HttpJudge):
-        self.http = http
-        self.name = " ".join([http.url, http.model, CONCEPT, PROMPT])
+    def __init__(self, chat: Chat):
+        self.chat = chat
+        self.name = " ".join([chat.url, chat.model, CONCEPT, PROMPT])
 
     def rate(self, count: int, drawing: Callable[[int], Drawing], folder: Path, advance: Progress = silent) -> list[Rating | None]:
         """Return the ratings of drawings 0 to `count` - 1; None where an answer, asked for twice, has no score.
 
         Each rating is kept in a file of `folder`, with the words of the model, and is not asked for again. Missing ones are. Raises
-        EnvironmentProblem as `HttpJudge` does.
+        EnvironmentProblem as `Chat` does.
         """
         known = [read_rating(_file(folder, index)) for index in range(count)]
         missing = [index for index, rating in enumerate(known) if rating is None]
@@ -62,7 +62,7 @@ class Rater:
             write_json(_file(folder, index), {"concept": concept, "prompt": prompt, "words": words})
             return Rating(concept, prompt)
 
-        for index, rating in zip(missing, self.http.each(missing, rate, score_of, advance), strict=True):
+        for index, rating in zip(missing, self.chat.each(missing, rate, score_of, advance), strict=True):
             known[index] = rating
         return known
 

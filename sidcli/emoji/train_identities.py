@@ -91,24 +91,24 @@ def panels_at(step: int) -> Panels:
     return 1
 
 
-def drawn_at(step: int, batch: int) -> np.ndarray:
-    """Return the images of the sheets of a training step, uint8 [B, H, W, 3]. It computes without torch, as forked processes must."""
-    return np.stack([identities.render_sheet(picture) for picture in sheets_at(step, batch)])
+def drawn_at(step: int, batch: int) -> tuple[np.ndarray, list[str]]:
+    """Return the images uint8 [B, H, W, 3] and the captions of the sheets of a training step. It computes without torch, as forked
+    processes must."""
+    sheets = sheets_at(step, batch)
+    captions = [identities.sheet_caption(picture.noun, picture.colors) for picture in sheets]
+    return np.stack([identities.render_sheet(picture) for picture in sheets]), captions
 
 
 class Ahead:
-    """The images of the sheets of consecutive steps, which all cores but one draw before they are needed.
-
-    Create it before CUDA is used: its processes are forks of this one.
-    """
+    """The sheets of consecutive steps, which all cores but one draw before they are needed. Its processes use neither torch nor CUDA."""
 
     def __init__(self, batch: int):
         count = max(1, (os.cpu_count() or 1) - 1)
         self.cores, self.batch, self.depth = ProcessPoolExecutor(count), batch, 2 * count
-        self.waiting: dict[int, Future[np.ndarray]] = {}
+        self.waiting: dict[int, Future[tuple[np.ndarray, list[str]]]] = {}
 
-    def at(self, step: int) -> np.ndarray:
-        """Return the images of a step, uint8 [B, H, W, 3], and start on those of the next steps."""
+    def at(self, step: int) -> tuple[np.ndarray, list[str]]:
+        """Return the images and captions of a step, and start on those of the next steps."""
         for coming in range(step, step + self.depth):
             if coming not in self.waiting:
                 self.waiting[coming] = self.cores.submit(drawn_at, coming, self.batch)
@@ -129,13 +129,12 @@ def sheets_loss(teacher: Model, batch: int, device: torch.device) -> fit.Loss:
     weight = snr.rsqrt().clamp(max=10.0)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        sheets = sheets_at(step, batch)
-        count = len(sheets)
+        images, captions = ahead.at(step)
+        count = len(images)
         drawn = torch.Generator().manual_seed(key(0, "sheets", step))
-        texts = [identities.sheet_caption(picture.noun, picture.colors) for picture in sheets]
         dropped = (torch.rand(count, generator=drawn) < 0.1).tolist()
-        tokens = models.tokens(tokenizer, ["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
-        pixels = torch.from_numpy(ahead.at(step)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        tokens = models.tokens(tokenizer, ["" if drop else text for text, drop in zip(captions, dropped, strict=True)])
+        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         with torch.no_grad(), fit.half_precision():
             x = codec.encode(pixels).float()
         # One timestep from each of `count` equal intervals, in random order, as in `train.train_teacher`.

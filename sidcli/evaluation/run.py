@@ -107,10 +107,10 @@ def open_rater(judge: JudgeSpec | None) -> Rater | None:
     """Return the judge of drawings. Raises UsageError for an invalid URL, EnvironmentProblem for an invalid key."""
     if judge is None:
         return None
-    from sidcli.curation.endpoint import HttpJudge
+    from sidcli.curation.endpoint import Chat
     from sidcli.curation.ratings import Rater
 
-    return Rater(HttpJudge(judge.url, judge.model, hint="check --judge-url and --judge-model"))
+    return Rater(Chat(judge.url, judge.model, hint="check --judge-url and --judge-model"))
 
 
 def without_effect(request: Request, evaluation: Evaluation) -> list[str]:

@@ -379,7 +379,7 @@ class Evaluation:
                 found = rater.rate(count, drawing, folder, advance)
             if len(found) - found.count(None) < 2:
                 raise EnvironmentProblem(
-                    f"{rater.http.model} gave {candidate.name} no score that can be read",
+                    f"{rater.chat.model} gave {candidate.name} no score that can be read",
                     "--judge-model with another model, which ends its answers with a line such as SCORE: 3",
                 )
             self.ratings[candidate] = found
@@ -524,7 +524,7 @@ class Evaluation:
             "captions": {"name": protocol.captions.name, "key": protocol.captions.key} if protocol.captions else None,
             "prepared": protocol.prepared or "as it is",
             **protocol.facts,
-            **({"judge": {"url": self.rater.http.url, "model": self.rater.http.model}} if self.rater else {}),
+            **({"judge": {"url": self.rater.chat.url, "model": self.rater.chat.model}} if self.rater else {}),
             "networks": {name: extractor.name for name, extractor in sorted(self.extractors.items())},
             "resize": "clean-fid, PIL bicubic per channel in float",
             "intervals": "95 %, over the drawn images; recall and coverage over the reference images",

@@ -34,7 +34,7 @@ from sidcli.data.prompts import EmojiPrompts
 from sidcli.data.sheets import SheetPrompt
 from sidcli.engine import Engine
 from sidcli.errors import InputError, Interrupted
-from sidcli.files import append_line, atomic_file, read_bytes, read_json, sha256, write_json
+from sidcli.files import append_line, appended, read_bytes, read_json, sha256, write_json
 from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.ssim import copy_score
 from sidcli.models.codec import to_bytes
@@ -353,19 +353,13 @@ def written(file: Path, folder: Path, judged: Iterable[tuple[PairRow, Pair, Verd
 
 
 def read_scores(file: Path) -> list[dict[str, Any]]:
-    """Return the scores in a file, up to a line that an interruption has cut off, which is removed."""
-    found: list[dict[str, Any]] = []
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    for line in lines:
-        try:
-            score = json.loads(line)
-            found.append({name: score[name] for name in SCORES})
-        except (ValueError, KeyError, TypeError):
-            break
-    if len(found) < len(lines):
-        with atomic_file(file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines[: len(found)]), encoding="utf-8")
-    return found
+    """Return the scores in a file."""
+
+    def parsed(line: str) -> dict[str, Any]:
+        score = json.loads(line)
+        return {name: score[name] for name in SCORES}
+
+    return appended(file, parsed)
 
 
 def lowest_cut(folder: Path, row: PairRow) -> float:

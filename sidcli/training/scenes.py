@@ -16,7 +16,7 @@ from sidcli.curation.questions import BEGINNING, Ask
 from sidcli.data.prompts import Prompts
 from sidcli.data.sheets import SheetPrompt, sheet_of, sheet_prompt
 from sidcli.errors import InputError
-from sidcli.files import append_line, atomic_file
+from sidcli.files import append_line, appended
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.printable import printable
 from sidcli.progress import Listener, counted
@@ -66,10 +66,10 @@ def ask_for_scenes(
     settings: SelfDistillationSettings, own: Sequence[SheetPrompt], known: list[Written | None], file: Path, listener: Listener
 ) -> None:
     """Append the scenes of further sheets to `known` and to the file. None stands for an answer that is not of the requested form."""
-    from sidcli.curation.endpoint import HttpJudge
+    from sidcli.curation.endpoint import Chat
 
     count = settings.panels
-    model = HttpJudge(settings.scenes_url, settings.scenes_model, hint=HINT)
+    model = Chat(settings.scenes_url, settings.scenes_model, hint=HINT)
 
     def written(prompt: SheetPrompt, ask: Ask) -> str:
         lines = "\n".join(["SCENE: a scene"] * count)
@@ -101,20 +101,14 @@ def scenes_of(words: str, count: int) -> Written | None:
 
 
 def read_scenes(file: Path, count: int) -> list[Written | None]:
-    """Return the scenes in a file, up to a line that an interruption has cut off, which is removed."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    known: list[Written | None] = []
-    for line in lines:
-        try:
-            one: dict[str, Any] | None = json.loads(line)
-            known.append(None if one is None else (str(one["subject"]), tuple(map(str, one["scenes"]))))
-        except (ValueError, KeyError, TypeError):
-            break
-        if known[-1] and len(known[-1][1]) != count:
-            raise InputError(
-                f"{file}: line {len(known)} has not the scenes of {count} panels", f"restore it, or delete {file.parent}"
-            )
-    if len(known) < len(lines):
-        with atomic_file(file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines[: len(known)]), encoding="utf-8")
+    """Return the scenes in a file. Raises InputError if a line has not `count` scenes."""
+
+    def parsed(line: str) -> Written | None:
+        one: dict[str, Any] | None = json.loads(line)
+        return None if one is None else (str(one["subject"]), tuple(map(str, one["scenes"])))
+
+    known = appended(file, parsed)
+    for number, written in enumerate(known, 1):
+        if written and len(written[1]) != count:
+            raise InputError(f"{file}: line {number} has not the scenes of {count} panels", f"restore it, or delete {file.parent}")
     return known

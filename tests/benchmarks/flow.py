@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli.emoji import models
 from sidcli.models.sources import find, fingerprint
-from tests.benchmarks.beside import Task, rows_with, run_beside
-from tests.benchmarks.leaderboard import RESULTS, sid
+from tests.benchmarks.beside import Table, add_options
+from tests.benchmarks.leaderboard import sid
 
 METRICS = ("fid", "clip", "noun", "color", "bare_noun")
 SCALES = (1.5, 2.0, 2.5, 3.0, 3.5)
@@ -107,25 +106,6 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
     return {"teacher": fingerprint(find(str(given.teacher)))[:16], **{name: getattr(given, name) for name in names}}
 
 
-def run_cells(cells: Sequence[Cell], given: argparse.Namespace) -> list[str]:
-    """Run the cells that have no row yet, each in a process, `beside` at a time; return the names of those that failed."""
-    settings = settings_of(given)
-    ended = [row["name"] for row in rows_with(given.output, settings)]
-    tasks = [
-        Task(cell.name, (sys.executable, __file__, *sys.argv[1:], "--cell", cell.name), cell.after)
-        for cell in cells
-        if cell.name not in ended
-    ]
-
-    def show(_: str) -> None:
-        print(table(rows_with(given.output, settings)), flush=True)
-
-    failed, left = run_beside(tasks, given.beside, given.minutes, ended, show)
-    if left:
-        print(f"not started: {', '.join(left)}")
-    return failed
-
-
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Return the table as Markdown, and below it the comparisons of the students for which there are rows to compare with."""
     lines = ["| | drawn in | emoji-FID | CLIP | noun | color | bare noun | seconds |", f"| --- | --- |{' ---: |' * 6}"]
@@ -179,6 +159,9 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
+TABLE = Table(CELLS, row_of, settings_of, table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="build/emoji/flow", help="folder of the teacher")
@@ -187,29 +170,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="learning rate; by default that of `sid distill`")
     parser.add_argument("--num", type=int, default=1000, help="images of a measurement")
     parser.add_argument("--draw-steps", type=int, default=25, help="denoising steps of the teacher")
-    parser.add_argument("--only", nargs="+", help="names of rows; by default all")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--beside", type=int, default=1, help="rows at a time; more than one on a GPU")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no row starts after this time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/flow"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "flow.jsonl")
     parser.add_argument("--sizes", action="store_true", help="print parameters and FLOPs alone")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)  # what a process of its own computes
+    add_options(parser, "flow")
     given = parser.parse_args()
     if given.sizes:
         print(sizes())
         return
-    if given.cell:
-        row = row_of(next(cell for cell in CELLS if cell.name == given.cell), given)
-        with given.output.open("a", encoding="utf-8") as results:
-            results.write(json.dumps(row) + "\n")
-        return
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    failed = run_cells([cell for cell in CELLS if given.only is None or cell.name in given.only], given)
-    print(table(rows_with(given.output, settings_of(given))))
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    TABLE.main(given)
 
 
 if __name__ == "__main__":

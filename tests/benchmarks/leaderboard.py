@@ -29,9 +29,8 @@ from PIL import Image
 
 from sidcli.cli import main as run_command
 from sidcli.emoji import world
-from tests.benchmarks.beside import Task, rows_with, run_beside
+from tests.benchmarks.beside import RESULTS, Task, rows_with, run_beside
 
-RESULTS = Path(__file__).parent / "results"
 TEACHER, TEACHER_STEPS = "emoji-teacher", 20
 """The teacher, and its steps in the measurement of FID to the teacher."""
 SCENES, SCENE_SEED = 2_000, 17

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from sidcli.models.loading import load
 from sidcli.models.sources import find, fingerprint
 from sidcli.settings import DistillConfig
 from sidcli.training import pairs
-from tests.benchmarks.beside import Task, rows_with, run_beside
-from tests.benchmarks.leaderboard import RESULTS, sid
+from tests.benchmarks.beside import Table, add_options
+from tests.benchmarks.leaderboard import sid
 
 JUDGES = ("none", "oracle", "features", "clip")
 """The first one draws the sheets of all."""
@@ -141,25 +140,6 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(given, name) for name in names}
 
 
-def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of the output with these settings."""
-    return rows_with(given.output, settings_of(given))
-
-
-def run_cells(cells: Sequence[Cell], given: argparse.Namespace) -> list[str]:
-    """Run the cells that have no row yet, each in a process, `beside` at a time; return the names of those that failed."""
-    ended = [row["name"] for row in rows(given)]
-    tasks = [
-        Task(cell.name, (sys.executable, __file__, *sys.argv[1:], "--cell", cell.name), cell.after)
-        for cell in cells
-        if cell.name not in ended
-    ]
-    failed, left = run_beside(tasks, given.beside, given.minutes, ended, lambda _: print(table(rows(given)), flush=True))
-    if left:
-        print(f"not started: {', '.join(left)}")
-    return failed
-
-
 def shown(value: object) -> str:
     if isinstance(value, dict):  # a metric with its interval
         return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
@@ -181,6 +161,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+TABLE = Table(CELLS, row_of, settings_of, table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="build/emoji/sheets", help="folder of the teacher of sheets")
@@ -191,27 +174,10 @@ def main() -> None:
     parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num", type=int, default=300, help="references of a measurement")
-    parser.add_argument("--only", nargs="+", help="names of rows; by default all")
     parser.add_argument("--draw-steps", type=int, default=15, help="denoising steps of tuned models in a measurement")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--beside", type=int, default=1, help="rows at a time; more than one on a GPU")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no row starts after this time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/subjects"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "subjects.jsonl")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)  # what a process of its own computes
+    add_options(parser, "subjects")
     given = parser.parse_args()
-    if given.cell:
-        row = row_of(next(cell for cell in CELLS if cell.name == given.cell), given)
-        with given.output.open("a", encoding="utf-8") as results:
-            results.write(json.dumps(row) + "\n")
-        return
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    cells = [cell for cell in CELLS if given.only is None or cell.name in given.only]
-    failed = run_cells(cells, given)
-    print(table(rows(given)))
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    TABLE.main(given)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from sidcli.cli.common import open_console
+from sidcli.cli.common import IMPORTERS, open_console
 from sidcli.cli.distill import hidden
 from sidcli.formats.order import FORMATS
 from sidcli.models.loading import load
@@ -429,6 +429,15 @@ def test_a_training_hides_bitsandbytes_unless_its_optimizer_is_from_there(tmp_pa
 def test_bitsandbytes_tells_errors_but_not_which_kernels_it_lacks() -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     assert logger.isEnabledFor(logging.ERROR) and not logger.isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_package_is_hidden_only_before_a_library_could_find_it(monkeypatch: pytest.MonkeyPatch, loaded: bool) -> None:
+    monkeypatch.setattr(logging, "disable", lambda: None)
+    modules = {name: module for name, module in sys.modules.items() if name not in (*IMPORTERS, "some_package")}
+    monkeypatch.setattr(sys, "modules", modules | ({"diffusers": sys} if loaded else {}))
+    with open_console(False, True, ("", ""), "", ("some_package",)):
+        assert ("some_package" in sys.modules) is not loaded
 
 
 def test_no_installed_library_requires_a_package_that_a_command_hides() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sidcli.curation.endpoint import HttpJudge, data_url
+from sidcli.curation.endpoint import Chat, data_url
 from sidcli.curation.questions import question_concept, question_prompt, score_of
 from sidcli.curation.ratings import Drawing, Rater, Rating, read_rating
 from tests.curation.rendered import noise
@@ -45,7 +45,7 @@ def test_the_questions_name_the_subject_and_the_prompt_as_they_are() -> None:
 
 
 def rater(served: Endpoint) -> Rater:
-    return Rater(HttpJudge(served.url, "some-vlm", parallel=2))
+    return Rater(Chat(served.url, "some-vlm", parallel=2))
 
 
 def drawing(index: int) -> Drawing:

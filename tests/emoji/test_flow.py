@@ -22,7 +22,7 @@ from sidcli.models.loading import load
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find
 from tests import REPOSITORY
-from tests.benchmarks import flow
+from tests.benchmarks import beside, flow
 from tests.inprocess import sid
 
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def test_it_reads_all_states_of_the_shipped_text_encoder_and_its_pooled_output()
 
 def given(tmp_path: Path, **changes: Any) -> argparse.Namespace:
     values = {"teacher": "emoji-teacher", "steps": 2, "batch_size": 2, "lr": None, "num": 20, "draw_steps": 2}
-    values |= {"beside": 1, "minutes": 1.0, "device": "cpu", "precision": "fp32"}
+    values |= {"beside": 1, "minutes": 1.0, "device": "cpu", "precision": "fp32", "only": None}
     return argparse.Namespace(output=tmp_path / "rows.jsonl", runs=tmp_path / "runs", **values | changes)
 
 
@@ -179,8 +179,8 @@ def test_every_cell_waits_for_one_before_it_and_a_row_of_another_teacher_is_meas
     rows = [{"name": name, **flow.settings_of(options)} for name in names[:2]]
     rows[1]["teacher"] = "another"
     options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(flow, "run_beside", lambda tasks, *_: (started.extend(task.name for task in tasks) or [], []))
-    flow.run_cells(flow.CELLS, options)
+    monkeypatch.setattr(beside, "run_beside", lambda tasks, *_: (started.extend(task.name for task in tasks) or [], []))
+    flow.TABLE.run(options)
     assert started == names[1:]
 
 

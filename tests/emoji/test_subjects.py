@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import subjects
+from tests.benchmarks import beside, subjects
 from tests.benchmarks.beside import Task, run_beside
 
 
@@ -30,7 +30,7 @@ def test_a_task_starts_after_the_one_that_it_needs_and_not_if_that_failed(tmp_pa
 
 def given(tmp_path: Path, **changes: Any) -> argparse.Namespace:
     values = {"sheets": 8, "sheet_steps": 2, "sheet_guidance": 2.0, "steps": 3, "student_steps": 3, "batch_size": 2}
-    values |= {"num": 4, "draw_steps": 2, "beside": 1, "minutes": 1.0}
+    values |= {"num": 4, "draw_steps": 2, "beside": 1, "minutes": 1.0, "only": None}
     return argparse.Namespace(output=tmp_path / "rows.jsonl", runs=tmp_path / "runs", **values | changes)
 
 
@@ -53,8 +53,8 @@ def test_rows_with_the_same_settings_are_not_measured_again(tmp_path: Path, monk
         started.extend(task.name for task in tasks)
         return [], []
 
-    monkeypatch.setattr(subjects, "run_beside", run)
-    subjects.run_cells(subjects.CELLS, options)
+    monkeypatch.setattr(beside, "run_beside", run)
+    subjects.TABLE.run(options)
     assert "judge none" not in started and "text only" in started
 
 
@@ -64,7 +64,7 @@ def test_the_tables_show_judges_and_models(tmp_path: Path) -> None:
         row("judge none", "judge", options, pairs=8, good=2, kept=share, precision=share, recall=None)
         + row("frames, pairs of none", "tuned", options, identity=share, subject_text=share, copy=share, seconds=1.5)
     )
-    shown = subjects.table(subjects.rows(options))
+    shown = subjects.table(subjects.TABLE.rows(options))
     assert "| judge none | 8 | 2 | 0.250 [0.200, 0.300] | 0.250 [0.200, 0.300] |  |" in shown
     assert "| frames, pairs of none |  |" in shown and shown.endswith("| 1.500 |\n")
 
