@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sidcli.errors import EnvironmentProblem, UsageError
 from sidcli.progress import Listener
@@ -43,6 +44,18 @@ def choose_device(name: str, listener: Listener) -> torch.device:
     if name == "auto":
         listener.note(f"--device auto: {device}")
     return device
+
+
+def attention_kernels(math: bool = False) -> AbstractContextManager[Any]:
+    """Return a context in which attention runs in PyTorch's own kernels, or with `math` in plain matrix products.
+
+    It leaves out the kernel of cuDNN, which torch 2.11 prefers on an H100: its backward pass in bf16 returns NaN for logits below about
+    -88 (pytorch/pytorch#196678, #7181 of huggingface/trl).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return sdpa_kernel([SDPBackend.MATH] if math else [*fused, SDPBackend.MATH])
 
 
 def has_bf16_units() -> bool:

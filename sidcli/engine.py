@@ -19,11 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sidcli import objectives, randomness
 from sidcli.data.latents import Latents
 from sidcli.data.prompts import Prompts
+from sidcli.devices import attention_kernels
 from sidcli.diffusion.path import DiscretePath
 from sidcli.diffusion.sampling import few_steps
 from sidcli.distributed import Distributed, assign, count, whole
@@ -63,7 +63,7 @@ class Arithmetic:
     def kernels(self) -> AbstractContextManager[Any]:
         """Return a context for forward and backward passes together: a backward pass that recomputes activations runs the forward
         pass again, and must use the same kernels."""
-        return sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext()
+        return attention_kernels(math=self.attention == "math")
 
 
 FP32 = Arithmetic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,13 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidcli.errors import InputError
+from sidcli.devices import attention_kernels
+from sidcli.errors import InputError, SidError
 from sidcli.files import read_json, write_json
 from sidcli.randomness import normal, uniform
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 SAVE_SECONDS = 120.0
 LOG_STEPS = 50
+WARM_STEPS = 50
+"""Least number of steps of the warm-up of a training whose length is a time."""
 HALF_LIFE = 200_000
 """Half-life in images of the averaged weights of trainings for any device."""
 
@@ -83,7 +87,8 @@ class Fit:
         """Return the learning rate of the next step."""
         if self.seconds is None:
             return learning_rate(self.step, self.steps, self.lr)
-        return learning_rate(int(1000 * self.spent / self.seconds), 1000, self.lr)
+        by_time = learning_rate(int(1000 * self.spent / self.seconds), 1000, self.lr)
+        return by_time * min(1.0, (self.step + 1) / WARM_STEPS)  # the first steps on a GPU take seconds each
 
     def save(self) -> None:
         tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
@@ -121,8 +126,9 @@ class Fit:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate()
                 self.net.train()
-                loss, parts = self.loss(self.step)
-                loss.backward()
+                with attention_kernels():
+                    loss, parts = self.loss(self.step)
+                    loss.backward()
                 nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -137,6 +143,8 @@ class Fit:
                     rate = (time.monotonic() - started) / (self.step - first)
                     record: dict[str, object] = {"step": self.step, "seconds_per_step": round(rate, 4)}
                     record |= {part: round(float(value) / counts[part], 5) for part, value in totals.items()}
+                    if not math.isfinite(float(loss.detach())):
+                        raise SidError(f"{self.name}: the loss is not finite at step {self.step}", "start again with a lower --lr")
                     if probe and (self.step % probe_steps == 0 or self.ended):
                         with weights_of(self.net, self.average):
                             record["probe"] = probe()

@@ -194,7 +194,7 @@ def train_sheets(
         draw_sheets(teacher, place).save(file)
         return str(file)
 
-    training = fit.Fit("sheets", networks, loss, output, steps, lr, decay=0.999, seconds=seconds)
+    training = fit.Fit("sheets", networks, loss, output, steps, lr, decay=0.999 ** (batch / 32), seconds=seconds)
     training.run(probe, probe_steps=500)
     print(f"sheets: {time.monotonic() - began:.0f} s", flush=True)
     card = teacher.card | {"steps_trained": teacher.card.get("steps_trained", 0) + training.step, "sheets": True}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sidcli.emoji import examples, fit, train, world
-from sidcli.errors import InputError
+from sidcli.errors import InputError, SidError
 from sidcli.models.loading import load
 from sidcli.models.sources import Source, find
 
@@ -73,13 +73,13 @@ def test_a_fit_for_a_given_time_warms_up_and_ends_near_zero_and_a_resumed_one_ha
     clock = itertools.count()
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
     first = fit_of(tmp_path, steps=1, seconds=200, fails_at=20)
-    assert first.rate() == pytest.approx(0.1 / 20)
+    assert first.rate() == pytest.approx(0.1 / 20 / fit.WARM_STEPS)
     with pytest.raises(KeyboardInterrupt):
         first.run()
     first.save()
     rest = fit_of(tmp_path, steps=1, seconds=200)
     assert rest.spent == first.spent > 20
-    assert rest.rate() == 0.1
+    assert rest.rate() == pytest.approx(0.1 * (rest.step + 1) / fit.WARM_STEPS), "the warm-up of the time had ended"
     rest.run()
     assert 200 <= rest.spent < 205
     assert rest.step < 200 and rest.optimizer.param_groups[0]["lr"] < 0.005
@@ -87,6 +87,16 @@ def test_a_fit_for_a_given_time_warms_up_and_ends_near_zero_and_a_resumed_one_ha
     ended = fit_of(tmp_path, steps=1, seconds=200)
     ended.run()
     assert ended.step == steps
+
+
+def test_a_fit_whose_loss_is_not_finite_stops_and_names_the_step(tmp_path: Path) -> None:
+    net = nn.Linear(1, 1)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return net(torch.ones(1)).sum() * (math.nan if step > 60 else 1.0), {}
+
+    with pytest.raises(SidError, match="not finite at step 100"):
+        fit.Fit("line", net, loss, tmp_path, 120, 0.1).run()
 
 
 class Exact(nn.Module):

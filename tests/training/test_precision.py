@@ -62,3 +62,12 @@ def test_math_attention_computes_the_same_step_up_to_rounding(recompute: bool, s
     for name, tolerance in (("fake_loss", 0.005), ("ratio", 0.05), ("sample_std", 0.005), ("generator_loss", 0.3)):
         assert losses[1][name] == pytest.approx(losses[0][name], rel=tolerance), name
     assert losses[0] != losses[1], "another kernel rounds differently"
+
+
+def test_training_leaves_out_the_attention_of_cudnn(sd: Model, config: DistillConfig) -> None:
+    engine, seen = Engine(sd, config, open_prompts("general"), CPU), []
+    engine.teacher.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    engine.train_step()
+    assert seen and not any(seen), "its backward pass returns NaN"
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
