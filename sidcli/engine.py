@@ -497,8 +497,9 @@ class Engine:
         reference = None if drawn.reference is None else drawn.reference.to(on)
         cond = self.sampler.encode(drawn.prompts) if drawn.cond is None else drawn.cond
         cond = cond.with_reference(reference)
+        span = None if drawn.span is None else drawn.span.to(on)
         return dataclasses.replace(
-            drawn, latents=latents, noise=noise, t=t, cond=cond, reference=reference, samples=samples, real=real
+            drawn, latents=latents, noise=noise, t=t, span=span, cond=cond, reference=reference, samples=samples, real=real
         )
 
     def _next_key(self, key: Key) -> Key:
@@ -532,7 +533,8 @@ class Engine:
         latents = [randomness.normal(shape, seed, stream, turn, samples) for stream in streams]
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
         t = self.path.draw(inputs.t_range, randomness.Draws(seed, f"{inputs.stream} timestep", turn, samples))
-        batch = Batch(prompts, latents, noise, t, config.batch_size)
+        span = randomness.integers(1, inputs.span + 1, seed, f"{inputs.stream} span", turn, samples) if inputs.span else None
+        batch = Batch(prompts, latents, noise, t, config.batch_size, span=span)
         if self.layout and canvas is not None:
             shown, target = canvas.chunk(2, -1)
             pair = self.layout.join(shown, target) if inputs.source == "images" else None

@@ -300,13 +300,15 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
     [
         (
             'name = "nope"',
-            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, boot, self-distillation, "
+            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, scflow, act, boot, "
+            "self-distillation, "
             "not 'nope'",
             "",
         ),
         (
             "name = [3]",
-            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, boot, self-distillation, not [3]",
+            "name in [objective] must be one of sid, sida, dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, scflow, act, boot, "
+            "self-distillation, not [3]",
             "",
         ),
         ("kapa1 = 2.0", "'kapa1' is not a setting of objective sid; did you mean 'kappa1'?", ""),
@@ -314,13 +316,13 @@ def test_a_setting_of_an_objective_outside_of_its_table_is_told_where_it_belongs
         ("dropout = 2.0", "dropout must be at least 0 and below 1, not 2.0", ""),
         (
             "guidance = 3.0",
-            "'guidance' is not a setting of objective sid, it is one of dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, boot and "
+            "'guidance' is not a setting of objective sid, it is one of dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, scflow, boot and "
             "self-distillation; sid has kappa1, kappa2, kappa3, kappa4, alpha, dropout",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sid, or write these",
         ),
         (
             'name = "sida"\nguidance = 3.0',
-            "'guidance' is not a setting of objective sida, it is one of dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, boot and "
+            "'guidance' is not a setting of objective sida, it is one of dmd, dmd2, vsd, regression, lcm, tlcm, tlcm2, scflow, boot and "
             "self-distillation; sida has",
             "--guidance SCALE, which sets kappa1, kappa2, kappa3 and kappa4 of sida, or write these",
         ),

@@ -120,6 +120,7 @@ SQUARES = ["--set", "huber=0", "--set", "target=0.5"]
 ON_IMAGES = [
     ("dmd", [], ["--micro-batch", "2"]),  # as regression, and two outputs of one network
     ("lcm", SQUARES, ["--micro-batch", "2", "--shard"]),
+    ("scflow", [*SQUARES, "--set", "joined_images=0"], ["--micro-batch", "2"]),  # all terms
 ]
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from sidcli.errors import UsageError
 from sidcli.numeric import plain
+from sidcli.objectives.act import Act
 from sidcli.objectives.base import Objective, Settings
 from sidcli.objectives.boot import Boot
 from sidcli.objectives.dmd import Dmd
 from sidcli.objectives.dmd2 import Dmd2
 from sidcli.objectives.lcm import Lcm
 from sidcli.objectives.regression import Regression
+from sidcli.objectives.scflow import Scflow
 from sidcli.objectives.self_distillation import SelfDistillation
 from sidcli.objectives.sid import Sid
 from sidcli.objectives.sida import Sida
@@ -34,6 +36,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "lcm": Lcm,
     "tlcm": Tlcm,
     "tlcm2": Tlcm2,
+    "scflow": Scflow,
+    "act": Act,
     "boot": Boot,
     "self-distillation": SelfDistillation,
 }
@@ -133,7 +137,8 @@ def _elsewhere(setting: str, name: str) -> str:
 
 def _instead(setting: str, objective: type[Objective]) -> str:
     """Return a hint for a guidance setting of another objective, or ""."""
-    if setting != "guidance_strategy" and setting not in {other.Settings.scale for other in OBJECTIVES.values()}:
+    scales = {other.Settings.scale for other in OBJECTIVES.values()}
+    if not objective.Settings.scale or setting not in {"guidance_strategy", *scales}:
         return ""
     if issubclass(objective, Sid):
         options = "--guidance-strategy NAME" if setting == "guidance_strategy" else "--guidance SCALE"

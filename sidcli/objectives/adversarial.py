@@ -6,7 +6,7 @@ Its loss for a logit d is softplus(-d) for real images and softplus(d) for gener
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sidcli.errors import UsageError
@@ -46,14 +46,60 @@ def predict_and_judge(nets: Networks, batch: Batch, logits: Logits, scale: float
 
 def discriminating_gradient(nets: Networks, outputs: Outputs, batch: Batch, weight: float) -> tuple[Outputs, Values]:
     """Return the gradients of the loss of `denoising_gradient` plus `weight` times the discriminator's loss, and measurements."""
-    from torch.nn.functional import softplus
-
     noise, fake, real = outputs
     slope, values = denoising_gradient(nets, noise, batch)
+    slopes, loss = judged(fake, real, batch, weight)
+    return (slope, *slopes), values | {"discriminator_loss": loss}
+
+
+def judged(fake: Tensor, real: Tensor, batch: Batch, weight: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the gradients of `weight` times the discriminator's loss with respect to logits [B, ...] of generated and of real
+    images, and the loss."""
+    from torch.nn.functional import softplus
+
     factor = weight * len(fake) / (batch.size * fake.numel())
     loss = batch.share * (softplus(fake).mean() + softplus(-real).mean())
-    slopes = factor * fake.sigmoid(), -factor * (-real).sigmoid()
-    return (slope, *slopes), values | {"discriminator_loss": loss}
+    return (factor * fake.sigmoid(), -factor * (-real).sigmoid()), loss
+
+
+def judge(nets: Networks, *images: tuple[Tensor, Batch]) -> tuple[Tensor, ...]:
+    """Return the logits [B] of images x_t, each with the batch of its captions and timesteps, then what the discriminator predicts
+    in them as a denoiser.
+
+    The predictions have no loss. They are outputs so that each weight has a gradient, as processes that train together expect.
+    """
+    found = [nets.features(FAKE, x_t, batch, 1.0) for x_t, batch in images]
+    return (*(logits for _, logits in found), *(predicted for (predicted,), _ in found))
+
+
+def judging_gradient(
+    outputs: tuple[Tensor, ...], batch: Batch, weight: float, more: Sequence[Tensor] = ()
+) -> tuple[tuple[Tensor, ...], Values]:
+    """Return the gradients of `weight` CHW times the discriminator's loss for what `judge` returns, generated images first, then real
+    ones, and measurements. CHW is the number of elements of a latent. `more` are gradients of further logits."""
+    slopes, loss = judged(outputs[0], outputs[1], batch, weight * batch.noise[0].numel())
+    unused = [0.0 * one for one in outputs[2 + len(more) :]]
+    return (*slopes, *more, *unused), {"discriminator_loss": loss}
+
+
+def fooling_gradient(
+    nets: Networks, x: Tensor, seen: Callable[[Tensor], tuple[Tensor, Batch]], batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of CHW times the sum of `fooling_losses` over the global batch with respect to x, its value, and the sum.
+
+    `seen` returns x_t, as the discriminator reads it, and the batch of its captions and timesteps.
+    """
+
+    def logits(x: Tensor) -> list[Tensor]:
+        x_t, at = seen(x)
+        return [nets.features(FAKE, x_t, at, 1.0)[1]]
+
+    def loss(x: Tensor, logits: Tensor) -> tuple[Tensor, Values]:
+        fooling = fooling_losses(logits).sum() / batch.size
+        return fooling * x[0].numel(), {"adversarial_loss": fooling}
+
+    slope, found = nets.gradient_through(x, [logits], loss)
+    return slope, found["adversarial_loss"] * x[0].numel(), found["adversarial_loss"]
 
 
 def fooling_losses(logits: Tensor) -> Tensor:

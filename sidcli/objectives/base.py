@@ -36,7 +36,7 @@ class Settings:
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Least and greatest values of settings that are a number."""
     scale: ClassVar[str] = "guidance"
-    """The setting that is the guidance scale of the teacher, after which run folders are named."""
+    """The setting that is the guidance scale of the teacher, after which run folders are named; "": there is none."""
     draws_pairs: ClassVar[bool] = False
     """Whether the teacher draws pairs of images of one subject to train on, if `--data` does not give them."""
     needs_pairs: ClassVar[bool] = False
@@ -130,6 +130,8 @@ class Inputs:
     """Use the samples of the previous phase instead of new noise. That phase must train the generator with the same `position`."""
     real: bool = False
     """Also draw real images, those of batch `turn` over the whole run."""
+    span: int = 0
+    """Also draw a distance of two timesteps for each sample, uniform in 1..span; 0: none."""
     source: Literal["prompts", "images"] = "prompts"
     """What the batch consists of: prompts; or the images of batch `turn`, as `samples`, with their captions as prompts. With
     `Settings.needs_pairs`, its `latents` are the noise from which the teacher drew the images."""
@@ -151,6 +153,8 @@ class Batch:
     """Latents [B, C, h, w] of the reference images, if the generator takes them."""
     samples: Tensor | None = None
     """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them; images, if they are its source."""
+    span: Tensor | None = None
+    """If the phase has `Inputs.span`: a distance of two timesteps for each sample, int64 [B]."""
     real: Batch | None = None
     """If the phase has `Inputs.real`: B real images as `samples`, their captions as `prompts` and `cond`, the same `noise` and `t`.
     With `Settings.needs_pairs`, `latents` are the noise from which the teacher drew them."""

@@ -54,7 +54,7 @@ class Lcm(Objective):
     title = "Latent consistency distillation (LCM, arXiv 2310.04378)"
     defaults: ClassVar = {"student_steps": 4}
     emoji_settings: ClassVar = {"guidance": 3.0}
-    unused = (*FAKE_OPTIONS, "t_init", "t_min", "t_max", "renoise")
+    unused: ClassVar[tuple[str, ...]] = (*FAKE_OPTIONS, "t_init", "t_min", "t_max", "renoise")
     discrete = True
     reads = "The loss of LCM compares the student with its own average, and does not show progress."
 

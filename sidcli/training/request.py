@@ -427,6 +427,8 @@ def objective_table(
     has_strategy = issubclass(method, objectives.Sid)
     if not has_strategy and guidance_strategy is not None:
         raise UsageError(f"--guidance-strategy is an option of objectives sid and sida, not of {table['name']}", "--guidance SCALE")
+    if not has_strategy and guidance is not None and not method.Settings.scale:
+        raise UsageError(f"--guidance {guidance:g}: objective {table['name']} takes no step of the teacher", "leave --guidance out")
     if not has_strategy and guidance is not None:
         return method, table | {method.Settings.scale: guidance}
     if guidance is not None or guidance_strategy is not None:
@@ -462,4 +464,5 @@ def default_folder(teacher: str, start: Mapping[str, Any], objective: str | None
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
     kinds = [kind for kind, usual in ((objective, "sid"), (guidance_strategy, "lsg")) if kind not in (None, usual)]
     table = start["objective"]
-    return Path("runs") / "-".join([name, *map(str, kinds), f"g{getattr(table, table.scale):g}"])
+    scale = [f"g{getattr(table, table.scale):g}"] if table.scale else []
+    return Path("runs") / "-".join([name, *map(str, kinds), *scale])

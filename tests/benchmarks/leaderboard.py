@@ -65,6 +65,8 @@ ENTRIES = (
     Entry("lcm, four steps", ("--objective", "lcm"), "teacher's"),
     Entry("lcm, one step", ("--objective", "lcm", "--student-steps", "1"), "teacher's"),
     Entry("tlcm, four steps", ("--objective", "tlcm"), "teacher's"),
+    Entry("scflow", ("--objective", "scflow"), "scenes"),
+    Entry("act", ("--objective", "act"), "scenes"),
     Entry("sida", ("--objective", "sida"), "scenes"),
     Entry("dmd2 with GAN, one fake-score update", ("--objective", "dmd2", "--fake-updates", "1", "--set", "gan=0.001"), "scenes"),
 )

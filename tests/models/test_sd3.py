@@ -200,9 +200,22 @@ def test_the_fake_score_learns_the_velocity_and_the_student_the_weighted_score_d
     torch.testing.assert_close(measured["generator_loss"].double(), wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dmd2", "vsd"])
-def test_other_score_objectives_train_on_it(sd3: Model, settings: DistillConfig, name: str) -> None:
-    engine = built(sd3, settings, name)
+class Images:
+    """Images in place of `Latents`: noise that is a function of the position."""
+
+    digest = name = "images"
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def at(self, seed: int, position: int) -> tuple[torch.Tensor, str]:
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(position)), f"image {position}"
+
+
+@pytest.mark.parametrize(("name", "own"), [("dmd2", {}), ("vsd", {}), ("scflow", {"joined_images": 0})])
+def test_other_objectives_train_on_it(sd3: Model, settings: DistillConfig, name: str, own: dict[str, Any]) -> None:
+    engine = built(sd3, settings, name, **own)
+    engine.data = Images(sd3.latent_shape)  # type: ignore[assignment]
     before = {key: value.detach().clone() for key, value in engine.roles[GENERATOR].weights}
     for _ in range(2):  # in the first step the fake score of VSD is still the teacher
         assert all(np.isfinite(value) for value in engine.train_step().numbers().values())

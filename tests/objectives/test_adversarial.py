@@ -1,5 +1,6 @@
 """Adversarial terms against float64 versions that are written sample by sample from the equations."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -30,8 +31,12 @@ from tests.test_engine import Naive, inputs, phase_of, snapshot
 WITH_GAN: dict[str, dict[str, Any]] = {
     "sida": {"frozen_images": 0, "gan_images": 0, "lsg_gan": 2.0, "lsd": 500.0, "kappa4": 1.5},
     "dmd2": {"gan": 0.5, "gan_fake": 0.3},
+    "scflow": {"gan": 0.3, "joined_images": 0, "backward": 0.5, "correction": 0.2, "huber": 0.1},
+    "act": {"gan": 0.4, "r1": 0.05, "intervals": 12, "growing_images": 1, "huber": 0.1},
 }
 """Settings under which each term has a visible part in the gradients."""
+LATER = {"act": 1}
+"""Step whose losses are compared, if it is not the first one. In its first step ACT has one interval."""
 
 
 class Stripes:
@@ -66,6 +71,10 @@ def engine(model: Model, config: DistillConfig, name: str, settings: dict[str, A
 
 class Judging(Naive):
     """The losses with their adversarial terms."""
+
+    def __init__(self, built: Engine, model: Model):
+        super().__init__(built, model)
+        self.nets |= {name: copy.deepcopy(follower.net).double() for name, follower in built.followers.items()}
 
     def features(self, x_t: Tensor, t: int, prompt: str) -> Tensor:
         seen: list[Tensor] = []
@@ -102,6 +111,87 @@ class Judging(Naive):
             total = total + s.lsg_gan / 2 * x.numel() * bce / weight
         return s.lsg / 2 * self.generator_loss(draw) + total / len(draw.prompts)
 
+    def logit(self, x_t: Tensor, t: int, prompt: str) -> Tensor:
+        return self.nets["psi"].discriminator(self.features(x_t, t, prompt))
+
+    def point(self, x: Tensor, noise: Tensor, t: int) -> Tensor:
+        return self.abar[t].sqrt() * x + (1 - self.abar[t]).sqrt() * noise
+
+    def huber(self, x: Tensor, target: Tensor) -> Tensor:
+        c = self.config.objective.huber
+        return torch.stack(
+            [((one - two) ** 2 + c**2).sqrt() - c for one, two in zip(x.flatten(), target.flatten(), strict=True)]
+        ).sum()
+
+    def scflow_fake(self, draw: Batch) -> Tensor:
+        """gan CHW times BCE(D(real), 1) + BCE(D(generated), 0), both with the same noise at the timestep s before t."""
+        assert draw.real is not None and draw.span is not None and draw.real.samples is not None
+        total = torch.zeros((), dtype=torch.float64)
+        for i, prompt in enumerate(draw.prompts):
+            s, noise = max(0, int(draw.t[i] - draw.span[i])), draw.noise[i : i + 1].double()
+            x, real = self.generate(draw.latents[0][i : i + 1].double(), prompt).detach(), draw.real.samples[i : i + 1].double()
+            total = total - (1 - self.logit(self.point(x, noise, s), s, prompt).sigmoid()).log().sum()
+            total = total - self.logit(self.point(real, noise, s), s, draw.real.prompts[i]).sigmoid().log().sum()
+        return self.config.objective.gan * draw.noise[0].numel() * total / len(draw.prompts)
+
+    def scflow_generator(self, draw: Batch) -> Tensor:
+        """Consistency with an earlier and a later point of the teacher's guided step, the way to the student's own image, and the GAN."""
+        s, total, last = self.config.objective, torch.zeros((), dtype=torch.float64), len(self.abar) - 1
+        assert draw.real is not None and draw.span is not None and draw.real.samples is not None
+        for i, prompt in enumerate(draw.prompts):
+            t, d, caption = int(draw.t[i]), int(draw.span[i]), draw.real.prompts[i]
+            before, after = max(0, t - d), min(last, t + d)
+            image, noise = draw.real.samples[i : i + 1].double(), draw.noise[i : i + 1].double()
+            start, x_t = draw.latents[0][i : i + 1].double(), self.point(image, noise, t)
+            with torch.no_grad():
+                end = self.clean("phi", x_t, t, caption, s.guidance)
+                eps = (x_t - self.abar[t].sqrt() * end) / (1 - self.abar[t]).sqrt()
+                targets = [self.clean("target", self.point(end, eps, at), at, caption, 1.0) for at in (before, after)]
+            first = image if before < 100 else targets[0]
+            clean = self.clean("theta", x_t, t, caption, 1.0)
+            x = self.generate(start, prompt)
+            again = self.clean("theta", self.point(x.detach(), start, t), t, prompt, 1.0)
+            total = total + self.huber(clean, first) + s.backward * self.huber(clean, targets[1])
+            total = total + s.correction * (again - x.detach()).square().sum()
+            fooling = -self.logit(self.point(x, noise, before), before, prompt).sigmoid().log().sum()
+            total = total + s.gan * x.numel() * fooling
+        return total / len(draw.prompts)
+
+    def pair(self, draw: Batch, i: int) -> tuple[Tensor, Tensor, int, int]:
+        """An image, its noise, and the two timesteps of a pair of ACT: T - 1 and its equal parts."""
+        assert draw.samples is not None
+        n, count = int(draw.t[i]), self.config.objective.intervals
+        t, s = (max(0, number * 1000 // count - 1) for number in (n, n - 1))
+        return draw.samples[i : i + 1].double(), draw.noise[i : i + 1].double(), t, s
+
+    def consistency(self, net: str, x_t: Tensor, t: int, prompt: str) -> Tensor:
+        skip, out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5
+        return skip * x_t + out * self.clean(net, x_t, t, prompt, 1.0)
+
+    def act_fake(self, draw: Batch) -> Tensor:
+        """gan CHW (BCE(D(image), 1) + BCE(D(prediction), 0) + r1 / 2 || dD / dx ||^2), the last one by a difference."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        for i, prompt in enumerate(draw.prompts):
+            image, noise, t, _ = self.pair(draw, i)
+            with torch.no_grad():
+                x = self.consistency("theta", self.point(image, noise, t), t, prompt)
+            real, near = self.logit(image, t, prompt), self.logit(image + 0.1 * noise, t, prompt)
+            total = total - (1 - self.logit(x, t, prompt).sigmoid()).log().sum() - real.sigmoid().log().sum()
+            total = total + s.r1 / 2 * ((near - real) / 0.1).square().sum()
+        return s.gan * draw.noise[0].numel() * total / len(draw.prompts)
+
+    def act_generator(self, draw: Batch) -> Tensor:
+        """(1 - gan) d(f(x_t), f_target(x_s)) + gan CHW BCE(D(f(x_t)), 1) with the same image and noise at both timesteps."""
+        s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
+        for i, prompt in enumerate(draw.prompts):
+            image, noise, t, before = self.pair(draw, i)
+            x = self.consistency("theta", self.point(image, noise, t), t, prompt)
+            with torch.no_grad():
+                target = self.consistency("target", self.point(image, noise, before), before, prompt)
+            fooling = -self.logit(x, t, prompt).sigmoid().log().sum()
+            total = total + (1 - s.gan) * self.huber(x, target) + s.gan * x.numel() * fooling
+        return total / len(draw.prompts)
+
     def dmd2_fake(self, draw: Batch) -> Tensor:
         s, total = self.config.objective, torch.zeros((), dtype=torch.float64)
         for _, x_t, noise, a, sigma, prompt, t in self.losses(draw):
@@ -127,8 +217,9 @@ class Judging(Naive):
 @pytest.mark.parametrize("name", WITH_GAN)
 def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, name: str, role: str) -> None:
     built = engine(model, config, name, WITH_GAN[name])
+    built.step = LATER.get(name, 0)
     naive = Judging(built, model)
-    draw = built.draw_batch(inputs(built, role), 0, range(2))
+    draw = built.draw_batch(inputs(built, role, built.step), built.step, range(2))
     if not draw.latents:  # dmd2's fake score learns from the samples of the generator's phase
         draw = dataclasses.replace(draw, latents=built.draw_batch(inputs(built, GENERATOR), 0, range(2)).latents)
     wanted = getattr(naive, f"{name}_{'fake' if role == FAKE else 'generator'}")(draw)
@@ -137,10 +228,13 @@ def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, 
     caught, values = _caught(built, role)
     flat = torch.cat([slope.flatten() for slope in slopes])
     assert (caught - flat).norm() < 1e-4 * flat.norm()
-    if role == FAKE:
+    if role == FAKE and draw.real is not None and draw.span is None:
         logit = naive.nets["psi"].discriminator if name == "dmd2" else lambda found: found.mean(1)
         assert values["discriminator_loss"] == pytest.approx(naive.discriminator_loss(draw, logit).item(), rel=1e-4)
-    elif name == "sida":
+    elif role == FAKE:
+        total = values["discriminator_loss"] + values.get("gradient_penalty", 0.0)
+        assert built.config.objective.gan * draw.noise[0].numel() * total == pytest.approx(wanted.item(), rel=1e-4)
+    elif name != "dmd2":
         assert values["generator_loss"] == pytest.approx(wanted.item(), rel=1e-4)
     without = dataclasses.replace(built.config.objective, **dict.fromkeys(built.config.objective.weights[-2:], 0.0))
     naive.config = dataclasses.replace(built.config, objective=without)
@@ -180,7 +274,7 @@ def _gradients(loss: Tensor, net: nn.Module) -> list[tuple[Tensor, Tensor | None
 
 def _caught(built: Engine, role: str) -> tuple[Tensor, dict[str, float]]:
     """The gradient and the measurements of a phase. The first update of dmd2's fake score uses the samples of the generator's phase."""
-    phase = phase_of(built, role)
+    phase = phase_of(built, role, built.step)
     samples: list[Tensor] = []
     if phase.inputs.reuse:
         batches = [built._batch((inputs(built, GENERATOR), 0, piece)) for piece in built._micro_batches()]
@@ -227,7 +321,7 @@ def test_training_goes_on_bit_for_bit_from_saved_tensors(folder: Path, config: D
     whole, again = (engine(load(find(str(folder))), config, name, WITH_GAN[name], fake_lora=lora) for _ in range(2))
     whole.train_step()
     saved = snapshot(whole)
-    assert any("discriminator." in key for key in saved["fake_score"]) == (name == "dmd2")
+    assert any("discriminator." in key for key in saved["fake_score"]) == (name != "sida")
     again.load(1, saved)
     assert whole.train_step().numbers() == again.train_step().numbers()
     one, other = snapshot(whole), snapshot(again)
@@ -298,6 +392,47 @@ def test_sida_trains_the_fake_score_alone_at_first_and_its_adversarial_term_join
         plain = super(objectives.Sida, built.objective).score_gradient(built.nets, x, batch)[0]  # type: ignore[misc]
     torch.testing.assert_close(alone, 50 * plain, rtol=1e-4, atol=1e-4)
     assert (joined - alone).norm() > 0.01 * alone.norm()
+
+
+def test_the_timesteps_of_act_come_closer_together_as_a_square_root(model: Model, config: DistillConfig) -> None:
+    built = engine(model, config, "act", WITH_GAN["act"] | {"intervals": 150, "growing_images": 2000})
+    counts = [built.objective.intervals(step) for step in (0, 10, 250, 500, 1000, 2000)]  # type: ignore[attr-defined]
+    assert counts == [1, 15, 75, 106, 150, 150]
+    draw = dataclasses.replace(drawn_at(built, GENERATOR, 1000), t=torch.tensor([1, 150]))
+    ends = [built.objective.point(built.nets, draw, 150, back)[1].t.tolist() for back in (0, 1)]  # type: ignore[attr-defined]
+    assert ends == [[5, 999], [0, 992]]
+
+
+def test_two_terms_of_scflow_join_later(model: Model, config: DistillConfig) -> None:
+    built = engine(model, config, "scflow", WITH_GAN["scflow"] | {"joined_images": 3})
+    roles = [[phase.role for phase in built.objective.phases(step)] for step in range(3)]
+    assert roles == [[GENERATOR], [GENERATOR], [FAKE, GENERATOR]]
+    terms = []
+    for step in (0, 2):
+        built.step = step
+        terms.append({*built.run_phase(phase_of(built, GENERATOR, step))[0]})
+    alone, joined = terms
+    assert joined - alone == {"backward_loss", "adversarial_loss"}
+    settings = objectives.settings({"name": "scflow", "gan": 0.0, "joined_images": 0})
+    without = objectives.Scflow(dataclasses.replace(config, objective=settings), 1000)
+    assert FAKE not in without.roles and [phase.role for phase in without.phases(0)] == [GENERATOR]
+
+
+def test_below_a_tenth_of_the_timesteps_the_target_of_scflow_is_the_image(model: Model, config: DistillConfig) -> None:
+    built = engine(model, config, "scflow", WITH_GAN["scflow"])
+    draw = drawn_at(built, GENERATOR, 0)
+    t, span = torch.tensor([180, 180]), torch.tensor([81, 80])
+    assert draw.real is not None and draw.real.samples is not None
+    near = dataclasses.replace(draw, t=t, span=span, real=dataclasses.replace(draw.real, t=t, span=span))
+    with torch.no_grad():
+        first, _ = built.objective.targets(built.nets, near, True)  # type: ignore[attr-defined]
+    assert torch.equal(first[0], draw.real.samples[0]) and not torch.equal(first[1], draw.real.samples[1])
+    assert int(draw.span.min()) >= 1 and int(draw.span.max()) <= 100  # type: ignore[union-attr]
+
+
+def drawn_at(built: Engine, role: str, step: int) -> Batch:
+    """A batch of a phase, with the cond of its prompts."""
+    return built._batch((inputs(built, role, step), step, range(2)))
 
 
 def test_without_guidance_on_captions_the_discriminator_reads_none(model: Model, config: DistillConfig) -> None:

@@ -47,6 +47,8 @@ METHODS: dict[str, tuple[Any, str, set[str]]] = {
     "sida": (SIDA, "SiDA (arXiv 2410.14919)", {"discriminator_loss", "adversarial_loss"}),
     "regression": (objectives.Regression.Settings(), "Regression on", {"generator_loss"}),
     "lcm": (objectives.Lcm.Settings(), "Latent consistency distillation (LCM", {"generator_loss"}),
+    "scflow": (objectives.Scflow.Settings(joined_images=0), "Self-corrected flow", {"discriminator_loss", "backward_loss"}),
+    "act": (objectives.Act.Settings(), "Adversarial consistency training (ACT", {"discriminator_loss", "adversarial_loss"}),
 }
 """Settings, start of the method in the card, and measurements that are positive in each step."""
 
