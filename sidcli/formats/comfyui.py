@@ -1,14 +1,33 @@
-"""A ComfyUI workflow for a single file or a LoRA. A KSampler node would start at a noise level that the student was not trained at."""
+"""A ComfyUI workflow for a single file or a LoRA, and settings for transformers of flow matching.
+
+A KSampler node would start at a noise level that the student was not trained at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from sidcli.formats.card import call_options
+from sidcli.models.loading import Model
+from sidcli.models.sampler import plan_for
+
 COLUMN, ROW = 380, 200
 """Distance between neighboring nodes in pixels."""
 TYPES = {"output": "LATENT", "denoised_output": "LATENT"}
 """Name -> type of the outputs that are not named after their type."""
+
+
+FLOW = """Use the text encoders and the VAE of the teacher, and the nodes SamplerCustom (cfg 1), KSamplerSelect (euler) and
+  ManualSigmas (`{sigmas}`){guidance}. ComfyUI can fill up prompts for T5 to another length than
+  that of the training, which changes the image."""
+
+
+def flow_settings(model: Model) -> str:
+    """Return Markdown with the settings for a student of flow matching, whose noise levels in ComfyUI are its times t / 1000."""
+    sigmas = ", ".join([*(f"{float(model.path.scale(t)[1]):.6f}" for t in plan_for(model).grid), "0"])
+    scale = call_options(model)["guidance_scale"]
+    return FLOW.format(sigmas=sigmas, guidance=f", and FluxGuidance ({scale})" if scale else "")
 
 
 def workflow(

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ pipe = {pipeline}.from_pretrained("FOLDER"{options})
 
 `FOLDER` is this folder or its id on the hub. Keep the scheduler: {keep}.
 Keep `guidance_scale={scale}`: the model needs no guidance at inference."""
+OPTIONAL = ("feature_extractor", "image_encoder")
+"""Components of stock pipelines that models of sid do not have."""
 KEEP = "its first timestep is the one this model was\ntrained at"
 KEEP_FLOW = "its shift moves the timesteps to those\nthat this model was trained at"
 KEEP_CONSISTENCY = "this model was trained for its timesteps\nand its sampling. It draws in 1 to {most} steps"
@@ -158,6 +160,16 @@ def stock(model: Model) -> Any:
     return model.kind.pipeline(model.texts)
 
 
+def assembled(model: Model, scheduler: Any, denoiser: Any) -> Any:
+    """Return the stock pipeline with the text encoders, the tokenizers and the VAE of `model`, and with this scheduler and denoiser."""
+    kind = stock(model)
+    taken, tokenizers = inspect.signature(kind.__init__).parameters, map(tokenizer_of, model.texts)
+    parts: dict[str, Any] = {name: None for name in OPTIONAL if name in taken}
+    parts |= {name: None if value == [None, None] else value for name, value in model.kind.index_entries(model).items()}
+    parts |= model.networks | dict(zip(tokenizers, model.tokenizers, strict=True)) | {model.kind.component: denoiser}
+    return kind(**parts, scheduler=scheduler)
+
+
 def run_pipeline(pipe: Any, plan: Plan, prompt: str, seed: int, **options: Any) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with a stock pipeline that contains a student."""
     pipe.set_progress_bar_config(disable=True)
@@ -184,7 +196,7 @@ def write_pipeline(folder: Path, model: Model, scheduler: Any, card: dict[str, A
     scheduler.save_pretrained(folder / "scheduler")
     taken = inspect.signature(stock(model).__init__).parameters
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    index |= {name: [None, None] for name in ("feature_extractor", "image_encoder") if name in taken}
+    index |= {name: [None, None] for name in OPTIONAL if name in taken}
     write_json(folder / "model_index.json", index)
     if card.get("kind") == "student":
         card = card | {"format": "diffusers", "dtype": order.dtype, "call": call_options(model)}
@@ -201,7 +213,6 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
         return REFERENCE.format(prompt=PROMPT)
     if problem := model.kind.stock_problem(model.texts):
         return SID_ONLY.format(prompt=PROMPT, problem=problem)
-    keep = KEEP_FLOW if isinstance(model.path, FlowPath) else KEEP
     options = "" if order.dtype == "fp32" else f", dtype=torch.{DTYPES[order.dtype]}"
     absent = "".join(f", {part}=None" for part in model.kind.absent(model.texts))
     return USAGE.format(
@@ -210,5 +221,12 @@ def usage(model: Model, card: dict[str, Any], order: Order) -> str:
         options=options + (f', variant="{order.variant}"' if order.variant else "") + absent,
         call=call(student_plan(card), card["call"]),
         scale=card["call"]["guidance_scale"],
-        keep=KEEP_CONSISTENCY.format(most=card["solver_steps"]) if is_consistency(card) else keep,
+        keep=reason_to_keep(model, card),
     )
+
+
+def reason_to_keep(model: Model, card: Mapping[str, Any]) -> str:
+    """Return Markdown that says why a student needs its scheduler. `card` is the content of the student's sid.json."""
+    if is_consistency(card):
+        return KEEP_CONSISTENCY.format(most=card["solver_steps"])
+    return KEEP_FLOW if isinstance(model.path, FlowPath) else KEEP

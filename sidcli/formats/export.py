@@ -27,6 +27,7 @@ from sidcli.formats.graph import example_references
 from sidcli.formats.order import DEFAULT_RANK, FORMATS, Order
 from sidcli.models import official_pkl
 from sidcli.models.drawing import is_consistency
+from sidcli.models.kind import Kind
 from sidcli.models.loading import Description, Model, describe_model, open_model
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import T_INIT, Sampler, plan_for
@@ -64,8 +65,9 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
             f"distill it first: sid distill --teacher {shlex.quote(name)}; sid sample --model draws with it as it is",
         )
     if format_name not in known.kind.formats:
+        reason = known.kind.missing_formats.get(format_name, "")
         raise InputError(
-            f"{name} is {known.kind.models}, which --format {format_name} does not support",
+            f"{name} is {known.kind.models}, which --format {format_name} does not support{reason and ': '}{reason}",
             f"use --format {' or '.join(known.kind.formats)}",
         )
     if known.layout and FORMATS[format_name].in_diffusers:
@@ -90,11 +92,11 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
             "use --format onnx",
         )
     if format_name == "single-file":
-        single_file_folder.has_zero_snr(known)
+        single_file_folder.check(known, nets[known.kind.component])
     if teacher is not None:
         check_is_teacher(teacher)
         lora.check_teacher(nets[known.kind.component], networks(teacher)[teacher.kind.component])
-    check_space(output, space(nets, known.kind.component, format_name, order), "the export needs")
+    check_space(output, space(known.kind, nets, format_name, order), "the export needs")
 
 
 def check_is_teacher(known: Description) -> None:
@@ -118,12 +120,14 @@ def networks(known: Description) -> dict[str, Any]:
         ) from error
 
 
-def space(nets: Mapping[str, Any], denoiser: str, format_name: str, order: Order) -> int:
-    """Return the disk space in bytes that the weights of an export take while it is written; `denoiser` is the name of that network."""
-    width = BYTES[order.dtype]
+def space(kind: Kind, nets: Mapping[str, Any], format_name: str, order: Order) -> int:
+    """Return the disk space in bytes that the weights of an export take while it is written, at most."""
+    width, denoiser = BYTES[order.dtype], kind.component
     if format_name == "lora":
-        return width * lora.size(nets[denoiser], order.rank)
+        return width * lora.size(kind, nets[denoiser], order.rank)
     sizes = {name: sum(value.numel() for value in net.parameters()) for name, net in nets.items()}
+    if format_name == "single-file" and not kind.is_ldm:
+        return width * sum(value.numel() for value in nets[denoiser].state_dict().values())
     drawing = sizes[denoiser] + sizes["vae"]
     texts = sum(sizes.values()) - drawing
     if FORMATS[format_name].in_diffusers:

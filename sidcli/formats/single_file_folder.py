@@ -1,5 +1,5 @@
 """Export of a student as one file in the original (ldm) layout, with a ComfyUI workflow that runs it exactly and with settings for
-other programs."""
+other programs. Of a transformer, the file contains the transformer alone; see `transformer_file`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shlex
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +15,18 @@ import torch
 from sidcli.diffusion.path import DiscretePath
 from sidcli.errors import InputError
 from sidcli.files import write_json
+from sidcli.formats import transformer_file
 from sidcli.formats.card import PROMPT, call_options, write_card
 from sidcli.formats.comfyui import workflow
 from sidcli.formats.diffusers_folder import run_pipeline, stock, student_scheduler, write_pipeline
 from sidcli.formats.order import Order
+from sidcli.formats.transformer_file import FILE
 from sidcli.models import single_file
 from sidcli.models.families import clip_tokenizer
 from sidcli.models.loading import Description, Model
 from sidcli.models.sampler import plan_for
 from sidcli.models.unet import read_path
 
-FILE = "student.safetensors"
 SCHEDULE = {
     "_class_name": "EulerDiscreteScheduler",
     "beta_schedule": "scaled_linear",
@@ -84,6 +86,14 @@ def has_zero_snr(known: Model | Description) -> bool:
     )
 
 
+def check(known: Description, denoiser: Any) -> None:
+    """Raises InputError if programs cannot read a single file of the described model. `denoiser` can be on the meta device."""
+    if known.kind.is_ldm:
+        has_zero_snr(known)
+    elif problem := known.kind.single_file_problem(denoiser.config):
+        raise InputError(f"{known.source.name}: {problem}", "use --format diffusers")
+
+
 def is_readable(model: Model) -> bool:
     """Return whether programs that read single files can run the model: whether it has CLIP's vocabulary and their noise schedule."""
     try:
@@ -103,6 +113,9 @@ def write(folder: Path, model: Model, order: Order) -> None:
     Raises InputError if the model does not use CLIP's vocabulary or Stable Diffusion's schedule, because programs that read single
     files support nothing else.
     """
+    if not model.kind.is_ldm:
+        transformer_file.write(folder, model, order)
+        return
     if not has_clip_vocabulary(model):
         raise InputError(
             f"{model.source.name} has a tokenizer of its own; programs that read single files use CLIP's", "use --format diffusers"
@@ -155,6 +168,8 @@ def sd_cpp(model: Model) -> list[str]:
 
 def draw(folder: Path, model: Model, order: Order, prompt: str, seed: int) -> np.ndarray:
     """Draw one image, uint8 [H, W, 3], with stock diffusers. A temporary pipeline folder without weights provides the configs."""
+    if not model.kind.is_ldm:
+        return transformer_file.draw(folder, model, order, prompt, seed)
     scheduler = student_scheduler(model.scheduler_config, int(model.card["t_init"]))
     with tempfile.TemporaryDirectory() as described:
         write_pipeline(Path(described), model, scheduler, model.card, order, weights=False)

@@ -21,6 +21,7 @@ from sidcli.models import flow, t5, tokenizers
 from sidcli.models.card import MAX_SHIFT
 from sidcli.models.compatibility import ACCEPTED, OTHER_COPY, SUPPORTED_VALUES, Rules, is_number, positive_integer, value_text
 from sidcli.models.kind import Cond, Denoise, tokenizer_of
+from sidcli.models.ldm import Place, Places, block_places
 from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_states
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
@@ -30,6 +31,57 @@ GUIDANCE = "guidance"
 """Name of the guidance scale [B, 1] in the cond of FLUX.1 dev. That of an encoded prompt is 1, at which students and fake scores run."""
 DYNAMIC: Mapping[str, float] = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 """Entries of the scheduler's configuration for shifts that depend on the size of an image, with their defaults."""
+WIDTH = 3072
+"""Channels of the transformers of published models, which programs assume for single files."""
+SIZES: Mapping[str, Any] = {
+    "in_channels": 64,
+    "num_attention_heads": 24,
+    "attention_head_dim": WIDTH // 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}
+"""Entries of a transformer's configuration with the values of published models."""
+LAYERS = {
+    "time_text_embed.timestep_embedder.linear_1.": "time_in.in_layer.",
+    "time_text_embed.timestep_embedder.linear_2.": "time_in.out_layer.",
+    "time_text_embed.text_embedder.linear_1.": "vector_in.in_layer.",
+    "time_text_embed.text_embedder.linear_2.": "vector_in.out_layer.",
+    "time_text_embed.guidance_embedder.linear_1.": "guidance_in.in_layer.",
+    "time_text_embed.guidance_embedder.linear_2.": "guidance_in.out_layer.",
+    "context_embedder.": "txt_in.",
+    "x_embedder.": "img_in.",
+    "proj_out.": "final_layer.linear.",
+}
+"""Layer outside of the blocks -> its name in the original code (model.py of Black Forest Labs)."""
+BLOCK = {
+    "norm1.linear.": "img_mod.lin.",
+    "norm1_context.linear.": "txt_mod.lin.",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0.": "img_attn.proj.",
+    "attn.to_add_out.": "txt_attn.proj.",
+    "ff.net.0.proj.": "img_mlp.0.",
+    "ff.net.2.": "img_mlp.2.",
+    "ff_context.net.0.proj.": "txt_mlp.0.",
+    "ff_context.net.2.": "txt_mlp.2.",
+}
+"""Layer of a block of text and image -> its name in the original code."""
+JOINED = {
+    "img_attn.qkv.": ("attn.to_q.", "attn.to_k.", "attn.to_v."),
+    "txt_attn.qkv.": ("attn.add_q_proj.", "attn.add_k_proj.", "attn.add_v_proj."),
+}
+"""Layer of such a block in the original code -> the layers of which it has the rows, in order."""
+SINGLE_BLOCK = {
+    "norm.linear.": "modulation.lin.",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "proj_out.": "linear2.",
+}
+SINGLE_JOINED = {"linear1.": ("attn.to_q.", "attn.to_k.", "attn.to_v.", "proj_mlp.")}
+"""The same of the blocks that follow."""
 RULES = Rules(
     ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     flow.SCHEDULERS,
@@ -58,6 +110,7 @@ RULES = Rules(
 
 class Flux(Transformer):
     models = "a FLUX.1 model"
+    formats = ("diffusers", "single-file", "lora")
     texts = (CLIP, T5)
     text_classes: ClassVar = {CLIP: "CLIPTextModel", T5: "T5EncoderModel"}
     tokenizers: ClassVar = {tokenizer_of(CLIP): tokenizers.CLASSES, tokenizer_of(T5): t5.CLASSES}
@@ -116,6 +169,27 @@ class Flux(Transformer):
         given = positive_integer(networks[CLIP], "hidden_size", places[CLIP])
         if pooled != given:
             raise InputError(f"{name}: pooled_projection_dim is {pooled}, and the CLIP text encoder gives {given}", OTHER_COPY)
+
+    def places(self, config: Mapping[str, Any]) -> Places:
+        places = {name: Place(key) for name, key in LAYERS.items()}
+        places["norm_out.linear."] = Place("final_layer.adaLN_modulation.1.", swapped=True)
+        for block in range(config["num_layers"]):
+            places |= block_places(f"transformer_blocks.{block}.", f"double_blocks.{block}.", BLOCK, JOINED)
+        for block in range(config["num_single_layers"]):
+            places |= block_places(f"single_transformer_blocks.{block}.", f"single_blocks.{block}.", SINGLE_BLOCK, SINGLE_JOINED)
+        return places
+
+    def single_file_problem(self, config: Mapping[str, Any]) -> str:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        if width == WIDTH:
+            return ""
+        return f"programs read single files of transformers of {WIDTH} channels, and this one has {width}"
+
+    def in_comfyui(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the transformer has the sizes of published models, which ComfyUI assumes, other than its number of blocks."""
+        return all(
+            tuple(config[entry]) == value if isinstance(value, tuple) else config[entry] == value for entry, value in SIZES.items()
+        )
 
     def usual_guidance(self, config: Mapping[str, Any]) -> float:
         return 3.5 if config.get("guidance_embeds") else 1.0

@@ -22,6 +22,7 @@ from sidcli.diffusion.guidance import guided
 from sidcli.diffusion.path import Path
 from sidcli.errors import InputError
 from sidcli.models.compatibility import Rules
+from sidcli.models.ldm import Places
 from sidcli.models.reference import Layout, layout_of
 from sidcli.objectives.base import branches
 
@@ -158,6 +159,11 @@ class Kind(ABC):
     """Entries of the denoiser's configuration that determine the shapes of its weights."""
     formats: ClassVar[tuple[str, ...]]
     """Formats in which a student is exported."""
+    missing_formats: ClassVar[Mapping[str, str]] = {}
+    """Another format -> why no student is exported in it, where more can be said than that sid does not write it."""
+    is_ldm: ClassVar[bool] = False
+    """Whether a single file of a model contains all its networks under the names of the original Stable Diffusion code (ldm). LoRAs of
+    such models also have the names of kohya's scripts. A single file of other models contains the denoiser only; see `places`."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules of the denoiser that get a LoRA adapter."""
     text_attention: ClassVar[str] = "sdpa"
@@ -250,6 +256,25 @@ class Kind(ABC):
     def usual_guidance(self, config: Mapping[str, Any]) -> float:
         """Return the guidance scale at which a teacher draws by default."""
         return 7.5
+
+    def places(self, config: Mapping[str, Any]) -> Places:
+        """Return where a file of the original code has each tensor of a denoiser with this configuration; see `ldm.locate`.
+
+        Kinds with single files of the denoiser alone have it.
+        """
+        raise NotImplementedError(f"{self.models} has no single files of its {self.title}")
+
+    def single_file_problem(self, config: Mapping[str, Any]) -> str:
+        """Return why no program reads a single file of a denoiser with this configuration, or ""."""
+        return ""
+
+    def in_comfyui(self, config: Mapping[str, Any]) -> bool:
+        """Return whether ComfyUI reads single files and LoRAs of a denoiser with this configuration.
+
+        ComfyUI derives the sizes of a network from few of its tensors and assumes those of published models for the others
+        (comfy/model_detection.py).
+        """
+        return False
 
     # Sizes
 

@@ -1,4 +1,4 @@
-"""Tensor names of Stable Diffusion in the original (ldm) code.
+"""Tensor names of Stable Diffusion 1, 2 and XL in the original (ldm) code, and what all tables of such names share.
 
 One table is used for reading and writing: name in the diffusers or transformers network -> Place in the file. It is computed from
 the configuration of the network, so it holds for any number of levels and layers.
@@ -18,9 +18,14 @@ stable-diffusion.cpp lists it as optional.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidcli.errors import InputError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -53,11 +58,14 @@ class Place:
 
     key: str
     part: int | None = None
-    """0, 1 or 2: the tensor is the q, k or v rows of one matrix in the file."""
+    """0, 1 or 2: the tensor is the q, k or v rows of one matrix in the file. The single blocks of FLUX.1 have a part 3 of other size."""
     transposed: bool = False
     """Whether the tensor is transposed in the file."""
     conv: bool = False
     """Whether the tensor is a matrix in the network and a 1x1 convolution in the file."""
+    swapped: bool = False
+    """Whether the file has the second half of the rows before the first. The last layers of transformers compute a scale and a shift in
+    diffusers, a shift and a scale in the original code."""
 
     def shape(self, shape: Sequence[int]) -> list[int]:
         """Return the shape in the file of a tensor that has `shape` in the network."""
@@ -196,3 +204,39 @@ def locate(places: Places, name: str) -> Place | None:
             place = places[name[:end]]
             return replace(place, key=place.key + name[end:])
     return None
+
+
+def block_places(ours: str, theirs: str, layers: Mapping[str, str], joined: Mapping[str, Sequence[str]]) -> Places:
+    """Return the places of a block, whose prefix is `ours` in the network and `theirs` in the file.
+
+    `layers` maps layers to their keys, `joined` keys to the layers of which they have the rows, in order.
+    """
+    places = {ours + name: Place(theirs + key) for name, key in layers.items()}
+    parts = [(name, Place(theirs + key, part=part)) for key, names in joined.items() for part, name in enumerate(names)]
+    return places | {ours + name: place for name, place in parts}
+
+
+def arranged(tensors: Mapping[str, Tensor], places: Mapping[str, Place], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of a network under their keys in the file, on the CPU. `places` has the place of each name."""
+    found: dict[str, Tensor] = {}
+    shared: dict[str, list[Tensor]] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: places[item[0]].part or 0):
+        place, tensor = places[name], tensor.detach().to("cpu", dtype)
+        if place.part is not None:
+            shared.setdefault(place.key, []).append(tensor)
+        elif place.swapped:
+            found[place.key] = tensor.roll(len(tensor) // 2, 0)
+        else:
+            found[place.key] = (tensor.T if place.transposed else tensor.reshape(place.shape(tensor.shape))).contiguous()
+    return found | {key: torch.cat(parts) for key, parts in shared.items()}
+
+
+def located(places: Places, names: Iterable[str], title: str) -> dict[str, Place]:
+    """Return the place of each tensor of a network. Raises InputError, naming the network `title`, if the layout has none for one."""
+    found = {}
+    for name in names:
+        place = locate(places, name)
+        if place is None:
+            raise InputError(f"the {title} has {name}, for which single files have no name", "use --format diffusers")
+        found[name] = place
+    return found

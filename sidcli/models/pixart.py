@@ -61,6 +61,11 @@ class PixArt(Transformer):
         *("num_layers", "attention_head_dim", "num_attention_heads", "cross_attention_dim", "caption_channels"),
         *("in_channels", "out_channels", "patch_size"),
     )
+    formats = ("diffusers",)
+    missing_formats: ClassVar = {
+        "lora": "its stock pipeline reads no LoRA",
+        "single-file": "diffusers reads no single file of its transformer",
+    }
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # attention and feed-forward
     size_entries = ("sample_size", "interpolation_scale")
     is_square = True

@@ -86,6 +86,7 @@ class Sana(Transformer):
         *("num_layers", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim"),
         *("cross_attention_dim", "caption_channels", "mlp_ratio", "in_channels", "patch_size", "qk_norm"),
     )
+    missing_formats: ClassVar = {"single-file": "files of the original code have tensors that a folder of diffusers lacks"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point")  # attention and feed-forward
     size_entries = ("sample_size", "interpolation_scale")
     is_square = True

@@ -9,6 +9,7 @@ transformer's configuration, and the stock pipeline needs it as the argument of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from sidcli.errors import InputError
 from sidcli.models import flow, t5, tokenizers
 from sidcli.models.compatibility import ACCEPTED, OTHER_COPY, OTHER_MODEL, SUPPORTED_VALUES, Rules, positive_integer, value_text
 from sidcli.models.kind import Cond, tokenizer_of
+from sidcli.models.ldm import Place, Places, block_places
 from sidcli.models.transformer import Tokens, Transformer, check_latents, check_outputs, check_square, check_states
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
@@ -28,6 +30,43 @@ LENGTH, MAX_LENGTH = "max_sequence_length", 512
 """Entry of a transformer's configuration with another number of tokens of T5, and the largest number that the stock pipeline takes."""
 MAX_POSITIONS = 1024
 """Maximum positions on a side. Published models have 192 and 384; a mistyped number could exhaust the memory."""
+PREFIX = "model.diffusion_model."
+"""Prefix of the transformer's tensors in published single files."""
+LAYERS = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj.": "x_embedder.proj.",
+    "time_text_embed.timestep_embedder.linear_1.": "t_embedder.mlp.0.",
+    "time_text_embed.timestep_embedder.linear_2.": "t_embedder.mlp.2.",
+    "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
+    "time_text_embed.text_embedder.linear_2.": "y_embedder.mlp.2.",
+    "context_embedder.": "context_embedder.",
+    "proj_out.": "final_layer.linear.",
+}
+"""Layer outside of the blocks -> its name in the original code (mmdit.py of Stability AI)."""
+BLOCK = {
+    "norm1.linear.": "x_block.adaLN_modulation.1.",
+    "norm1_context.linear.": "context_block.adaLN_modulation.1.",
+    "attn.to_out.0.": "x_block.attn.proj.",
+    "attn.to_add_out.": "context_block.attn.proj.",
+    "attn2.to_out.0.": "x_block.attn2.proj.",
+    "attn.norm_q.": "x_block.attn.ln_q.",
+    "attn.norm_k.": "x_block.attn.ln_k.",
+    "attn.norm_added_q.": "context_block.attn.ln_q.",
+    "attn.norm_added_k.": "context_block.attn.ln_k.",
+    "attn2.norm_q.": "x_block.attn2.ln_q.",
+    "attn2.norm_k.": "x_block.attn2.ln_k.",
+    "ff.net.0.proj.": "x_block.mlp.fc1.",
+    "ff.net.2.": "x_block.mlp.fc2.",
+    "ff_context.net.0.proj.": "context_block.mlp.fc1.",
+    "ff_context.net.2.": "context_block.mlp.fc2.",
+}
+"""Layer of a block -> its name in the original code."""
+JOINED = {
+    "x_block.attn.qkv.": ("attn.to_q.", "attn.to_k.", "attn.to_v."),
+    "context_block.attn.qkv.": ("attn.add_q_proj.", "attn.add_k_proj.", "attn.add_v_proj."),
+    "x_block.attn2.qkv.": ("attn2.to_q.", "attn2.to_k.", "attn2.to_v."),
+}
+"""Layer of a block in the original code -> the layers of which it has the rows, in order."""
 RULES = Rules(
     ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     flow.SCHEDULERS,
@@ -56,6 +95,7 @@ RULES = Rules(
 
 class Sd3(Transformer):
     models = "a Stable Diffusion 3 model"
+    formats = ("diffusers", "single-file", "lora")
     texts = (*CLIPS, T5)
     text_classes: ClassVar = {**dict.fromkeys(CLIPS, "CLIPTextModelWithProjection"), T5: "T5EncoderModel"}
     tokenizers: ClassVar = {**dict.fromkeys(map(tokenizer_of, CLIPS), tokenizers.CLASSES), tokenizer_of(T5): t5.CLASSES}
@@ -132,6 +172,13 @@ class Sd3(Transformer):
                 OTHER_COPY,
             )
 
+    def places(self, config: Mapping[str, Any]) -> Places:
+        return {name: replace(place, key=PREFIX + place.key) for name, place in original_places(config["num_layers"]).items()}
+
+    def in_comfyui(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the transformer has heads of 64 channels and a head for each block, as ComfyUI assumes."""
+        return config["attention_head_dim"] == 64 and config["num_attention_heads"] == config["num_layers"]
+
     def text_tokens(self, config: Mapping[str, Any]) -> int:
         return t5_tokens(config)
 
@@ -191,3 +238,13 @@ def joint_cond(encoders: Mapping[str, Any], tokens: Mapping[str, Tensor], config
     states = nn.functional.pad(states, (0, width - states.shape[-1]))
     last = encoders[T5](tokens[T5])[0] if T5 in encoders else torch.zeros(count, t5_tokens(config), width, device=device)
     return Cond(torch.cat([states, last], 1), {"pooled_projections": torch.cat(pooled, -1)})
+
+
+def original_places(blocks: int) -> Places:
+    """Return where the original code has the tensors of a transformer with this many blocks."""
+    places = {name: Place(key) for name, key in LAYERS.items()}
+    places["norm_out.linear."] = Place("final_layer.adaLN_modulation.1.", swapped=True)
+    for block in range(blocks):
+        places |= block_places(f"transformer_blocks.{block}.", f"joint_blocks.{block}.", BLOCK, JOINED)
+    last = f"transformer_blocks.{blocks - 1}.norm1_context.linear."  # it has a scale and a shift only, as the layer at the end
+    return places | {last: replace(places[last], swapped=True)}

@@ -24,7 +24,7 @@ from sidcli.errors import InputError, first_line
 from sidcli.files import NOT_READ, atomic_file, read_bytes, read_json, save_tensors
 from sidcli.models.compatibility import check_entries, check_schedule, check_scheduler_class
 from sidcli.models.families import FAMILIES, TEXT_KEYS, build, describe, family_of
-from sidcli.models.ldm import OPENCLIP, PREFIXES, UNET, Place, locate, places_of
+from sidcli.models.ldm import OPENCLIP, PREFIXES, UNET, Place, arranged, located, places_of
 from sidcli.models.sources import check_links
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -445,27 +445,12 @@ def write(
 
 def file_tensors(family: str, component: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of a network under their keys in the file, on the CPU."""
-    places = places_in_file(family, component, network, PREFIXES[family][component][0])
-    found: dict[str, Tensor] = {}
-    shared: dict[str, list[Tensor]] = {}
-    for name, tensor in sorted(network.state_dict().items(), key=lambda item: places[item[0]].part or 0):
-        place, tensor = places[name], tensor.detach().to("cpu", dtype)
-        if place.part is not None:
-            shared.setdefault(place.key, []).append(tensor)
-        else:
-            found[place.key] = (tensor.T if place.transposed else tensor.reshape(place.shape(tensor.shape))).contiguous()
-    return found | {key: torch.cat(parts) for key, parts in shared.items()}
+    return arranged(network.state_dict(), places_in_file(family, component, network, PREFIXES[family][component][0]), dtype)
 
 
 def places_in_file(family: str, component: str, network: nn.Module, prefix: str) -> dict[str, Place]:
     """Return the place of each tensor of a network. Raises InputError if the layout has no name for one."""
-    places, found = places_of(family, component, configuration(network), prefix), {}
-    for name in network.state_dict():
-        place = locate(places, name)
-        if place is None:
-            raise InputError(f"the {TITLES[component]} has {name}, for which single files have no name", "use --format diffusers")
-        found[name] = place
-    return found
+    return located(places_of(family, component, configuration(network), prefix), network.state_dict(), TITLES[component])
 
 
 def configuration(network: nn.Module) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Transformer(Kind):
     """A kind whose denoiser is a transformer. Its last text encoder is a language model, those before it are of CLIP."""
 
     component, title = "transformer", "transformer"
-    formats = ("diffusers",)
+    formats: ClassVar[tuple[str, ...]] = ("diffusers", "lora")
     text_classes: ClassVar[Mapping[str, str]]
     """Text encoder -> its class in transformers."""
     language: ClassVar[Any] = t5

@@ -36,6 +36,7 @@ class Unet(Kind):
     rules = compatibility.DISCRETE
     architecture = ("block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block")
     formats = ("diffusers", "single-file", "onnx", "openvino", "torch-export", "lora")
+    is_ldm = True
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv", "conv_shortcut", "time_emb_proj"),

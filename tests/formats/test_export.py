@@ -561,7 +561,7 @@ def test_the_disk_that_an_export_needs_is_what_it_takes(pair: tuple[Model, Model
         exported(student, form, tmp_path / form, order)
         weights = [load_file(file) for file in (tmp_path / form).rglob("*.safetensors")]
         taken = sum(value.numel() * value.element_size() for file in weights for value in file.values())
-        assert export.space(nets, "unet", form, order) == pytest.approx(taken, rel=0.01), form
+        assert export.space(student.kind, nets, form, order) == pytest.approx(taken, rel=0.01), form
 
 
 def test_a_size_that_diffusers_does_not_draw_is_told_before_a_weight_is_read(tmp_path: Path) -> None:
