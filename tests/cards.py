@@ -18,7 +18,7 @@ from sidcli.models.loading import Model
 from sidcli.models.sampler import Sampler, plan_for
 
 PROMPT, SEED = "a cat", 0
-FIXED = "guidance_scale=0, generator=torch.Generator().manual_seed(0)"
+FIXED = ", generator=torch.Generator().manual_seed(0)"
 """What makes the image of a stock pipeline repeat; without it a card's line draws another image each time."""
 
 
@@ -44,7 +44,7 @@ class Card:
 
     def draw(self, places: dict[str, Path], at: Path) -> np.ndarray:
         """Run the Python of the card with `places` for its placeholders; the image it saves, uint8 [H, W, 3]."""
-        code = self.code("python").replace("guidance_scale=0", FIXED).replace('"cat.png"', repr(str(at)))
+        code = re.sub(r"guidance_scale=\d+", rf"\g<0>{FIXED}", self.code("python")).replace('"cat.png"', repr(str(at)))
         for name, path in places.items():
             code = code.replace(name, str(path))
         if "pipe" in code:

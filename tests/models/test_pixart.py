@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, PixArtTransformer2DModel
+from safetensors.torch import save_file
 from transformers import T5Tokenizer
 
-from sidcli.errors import UsageError
+from sidcli.errors import InputError, UsageError
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.models import spiece
 from sidcli.models.drawing import Plan
@@ -22,7 +23,9 @@ from sidcli.models.overrides import Overrides
 from sidcli.models.pixart import PIXART
 from sidcli.models.sampler import Sampler, plan_for
 from sidcli.models.sources import find
+from sidcli.progress import Silence
 from sidcli.settings import DistillConfig
+from sidcli.training import plan
 from tests import tiny_pixart
 from tests.inprocess import sid
 from tests.models.test_compatibility import change, refusal
@@ -163,13 +166,31 @@ def test_a_dry_run_plans_it(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "\nt_init = 625\n" in said and "\n# parameters    teacher 0.1 M\n" in said
 
 
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("onnx", ""),
+        ("lora", ": its stock pipeline reads no LoRA"),
+        ("single-file", ": diffusers reads no single file of its transformer"),
+    ],
+)
 def test_other_formats_are_refused_with_the_one_that_is_supported(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, reason: str
 ) -> None:
+    teacher = ["--teacher", shutil.copytree(copied, tmp_path / "teacher")] if form == "lora" else []
     student = as_student(copied, t_init=625, shift=...)
-    assert sid("export", student, "--format", "onnx", "-o", tmp_path / "out") == 3
-    assert "is a PixArt-Sigma model, which --format onnx does not support; try: use --format diffusers" in capsys.readouterr().err
+    assert sid("export", student, "--format", form, "-o", tmp_path / "out", *teacher) == 3
+    said = f"is a PixArt-Sigma model, which --format {form} does not support{reason}; try: use --format diffusers\n"
+    assert said in capsys.readouterr().err
     assert sid("export", student, "--format", "diffusers", "-o", tmp_path / "out") == 0
+    assert PIXART.missing_formats.keys().isdisjoint(PIXART.formats) and not hasattr(PIXART.pipeline(()), "load_lora_weights")
+
+
+def test_a_lora_to_start_from_is_refused(folder: Path, tmp_path: Path, settings: DistillConfig) -> None:
+    save_file({"to_q.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "lora.safetensors")
+    init = dataclasses.replace(settings, teacher=str(folder), init=str(tmp_path / "lora.safetensors"))
+    with pytest.raises(InputError, match="is a LoRA, which is not read for a PixArt-Sigma model"):
+        plan.describe_teacher(init, Silence())
 
 
 @pytest.mark.parametrize(

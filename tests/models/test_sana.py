@@ -224,12 +224,17 @@ def test_a_dry_run_plans_it_with_the_settings_of_flow_matching(folder: Path, cap
     assert all(f"\n{line}\n" in said for line in ("t_init = 1000", "t_min = 0", "t_max = 1000", "# parameters    teacher 0.1 M"))
 
 
-def test_other_formats_are_refused_with_the_one_that_is_supported(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [("onnx", ""), ("single-file", ": files of the original code have tensors that a folder of diffusers lacks")],
+)
+def test_other_formats_are_refused_with_those_that_are_supported(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, reason: str
 ) -> None:
     student = as_student(copied)
-    assert sid("export", student, "--format", "onnx", "-o", tmp_path / "out") == 3
-    assert "is a SANA model, which --format onnx does not support; try: use --format diffusers" in capsys.readouterr().err
+    assert sid("export", student, "--format", form, "-o", tmp_path / "out") == 3
+    said = f"is a SANA model, which --format {form} does not support{reason}; try: use --format diffusers or lora\n"
+    assert said in capsys.readouterr().err
     assert sid("export", student, "--format", "diffusers", "-o", tmp_path / "out") == 0
     assert sorted(file.name for file in (tmp_path / "out" / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
