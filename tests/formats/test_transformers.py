@@ -178,10 +178,8 @@ def test_the_converter_of_diffusers_reads_every_weight_of_a_transformer_of_flux_
 @pytest.mark.soak  # the smallest transformer of that width has 480 million weights
 def test_diffusers_reads_every_weight_of_a_single_file_of_the_width_of_flux(tmp_path: Path) -> None:
     _, student = make(tmp_path, "dev")
-    wide = FluxTransformer2DModel(
-        **{**student.denoiser.config, "num_single_layers": 1, "num_attention_heads": 24, "attention_head_dim": 128}
-        | {"axes_dims_rope": (16, 56, 56)}
-    )
+    sizes = {"num_single_layers": 1, "num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+    wide: Any = FluxTransformer2DModel.from_config({**student.denoiser.config, **sizes})
     wide.register_to_config(sample_size=8)
     done = exported(student.with_denoiser(wide), "single-file", tmp_path / "out", Order())
     assert done.difference is not None and done.difference <= 1
