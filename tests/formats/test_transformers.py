@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.loaders import single_file_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sidcli.errors import InputError
 from sidcli.formats import export, lora, transformer_file
@@ -129,6 +129,17 @@ def test_a_lora_starts_a_student_at_the_teacher_with_it_merged(tmp_path: Path, n
     wanted = lora.merged(student, teacher, 4).denoiser.state_dict()
     found = open_initial(str(tmp_path / "lora"), teacher, Silence()).weights
     assert found.keys() == wanted.keys() and all(torch.allclose(value, wanted[key], atol=1e-6) for key, value in found.items())
+
+
+def test_the_alpha_of_a_layer_in_a_lora_of_flux_scales_it(tmp_path: Path) -> None:
+    teacher, layer = load(find(str(WRITERS["dev"](tmp_path / "teacher")))), "transformer_blocks.0.attn.to_q"
+    pair = {f"transformer.{layer}.lora_A.weight": torch.randn(2, 32), f"transformer.{layer}.lora_B.weight": torch.randn(32, 2)}
+    save_file(pair | {f"transformer.{layer}.alpha": torch.tensor(8.0)}, tmp_path / "lora.safetensors")
+    found = open_initial(str(tmp_path / "lora.safetensors"), teacher, Silence()).weights
+    down, up = pair.values()
+    for key, value in teacher.denoiser.state_dict().items():
+        added = 4 * up @ down if key == f"{layer}.weight" else 0
+        assert torch.allclose(found[key], value + added, atol=1e-5), key
 
 
 @pytest.mark.check(20)
