@@ -327,16 +327,19 @@ def scores_file(settings: SelfDistillationSettings) -> str:
 
 
 def scores(engine: Engine, folder: Path, rows: Sequence[PairRow], judge: Judge, listener: RunListener) -> list[PairRow]:
-    """Return the pairs with their scores. Scores that an earlier call has written are not computed again."""
+    """Return the pairs with their scores. Scores that an earlier call has written are not computed again, up to the pairs of a unit of
+    which it has written a part: the rounding of a score depends on the other pairs of its unit."""
     settings = settings_of(engine)
     file = folder / scores_file(settings)
     known = read_scores(file)[: len(rows)]
     if len(known) < len(rows):
-        with listener.progress(f"judge pairs ({settings.judge})", len(rows) - len(known), "pairs") as advance:
-            for start in range(len(known), len(rows), judge.unit):
+        first = len(known) - len(known) % judge.unit
+        with listener.progress(f"judge pairs ({settings.judge})", len(rows) - first, "pairs") as advance:
+            for start in range(first, len(rows), judge.unit):
                 part = rows[start : start + judge.unit]
                 pairs = [Pair(*panels(folder, row), row.subject, row.captions) for row in part]
-                known += written(file, folder, zip(part, pairs, judge.judge(pairs, advance), strict=True), settings.pairs == "grid")
+                judged = [*zip(part, pairs, judge.judge(pairs, advance), strict=True)][len(known) - start :]
+                known += written(file, folder, judged, settings.pairs == "grid")
     return [replace(row, **score) for row, score in zip(rows, known, strict=True)]
 
 

@@ -65,9 +65,9 @@ def run(teacher: Path, config: DistillConfig, output: Path, listener: Silent | N
 class StopIn(Silent):
     """Sends this process a signal in a stage before the training, after some of its items."""
 
-    def __init__(self, stage: str, after: float) -> None:
+    def __init__(self, stage: str, after: float, number: int = signal.SIGTERM) -> None:
         super().__init__()
-        self.stage, self.after = stage, after
+        self.stage, self.after, self.number = stage, after, number
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "") -> Iterator[Progress]:  # type: ignore[override]
@@ -77,7 +77,7 @@ class StopIn(Silent):
             nonlocal done
             done += amount
             if what == self.stage and done >= self.after:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.number)
 
         yield advance
 
