@@ -32,6 +32,7 @@ from sidcli.models.drawing import Plan, student_plan
 from sidcli.models.kind import Cond
 from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Description, Model
+from sidcli.models.overrides import STOCK_STEP
 from sidcli.models.reference import LAYOUTS, layout_of
 from sidcli.models.sampler import Sampler
 from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
@@ -700,18 +701,19 @@ def check_teacher(teacher: Model | Description, config: DistillConfig) -> None:
         raise InputError(f"{name} takes a reference image already", "pass the teacher that it was tuned from")
     if teacher.layout:
         objectives.check_reference(config.objective, name)
-    if method.discrete and not isinstance(path, DiscretePath):
-        able = ", ".join(other for other, one in objectives.OBJECTIVES.items() if not one.discrete and one.makes == "student")
-        raise UsageError(
-            f"objective {config.objective.name} needs the discrete timesteps of a diffusion; {name} was trained by flow matching",
-            f"one of --objective {able}",
-        )
-    if config.t_init < first and "t_init" not in method.unused:
-        raise UsageError(f"--t-init must be at least {first}, where students of {name} start, not {config.t_init}", "leave it out")
+    is_flow = not isinstance(path, DiscretePath)
+    if is_flow:
+        objectives.check_flow(config.objective, name)
+    reason = "pure noise in the time of flow matching" if is_flow else f"as the teacher's schedule has {timesteps} timesteps"
+    if first == last != config.t_init and "t_init" not in method.unused:
+        said = f"--t-init must be {first}, {reason}, where students of {name} start, not {config.t_init}"
+        raise UsageError(said, "leave it out")
     for field, value, most in (("t_init", config.t_init, last), ("t_max", config.t_max, timesteps)):
         if value > most and field not in method.unused:
-            option = f"--{field.replace('_', '-')}"
-            raise UsageError(f"{option} must be at most {most}, as the teacher's schedule has {timesteps} timesteps, not {value}")
+            raise UsageError(f"--{field.replace('_', '-')} must be at most {most}, {reason}, not {value}")
+    for field in ("width", "height"):
+        if (side := getattr(config, field)) % STOCK_STEP:
+            raise UsageError(f"--{field} must be a multiple of {STOCK_STEP}, in which pipelines of diffusers draw, not {side}")
 
 
 def _states(optimizer: Any) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -128,8 +128,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "width": (self.width >= 0 and self.width % 8 == 0, "a multiple of 8, in which pipelines of diffusers draw"),
-            "height": (self.height >= 0 and self.height % 8 == 0, "a multiple of 8, in which pipelines of diffusers draw"),
+            "width": (self.width >= 0, "at least 0"),  # its multiple depends on the teacher
+            "height": (self.height >= 0, "at least 0"),
             "data-num": (0 <= self.data_num <= 10**9, "at least 0 and at most 10^9"),
             "steps": (1 <= self.steps <= 10**9, "at least 1 and at most 10^9"),
             "batch-size": (self.batch_size >= 1, "at least 1"),
@@ -138,7 +138,7 @@ class DistillConfig:
                 0 <= self.t_min < self.t_max,
                 f"at least 0 and below --t-max {self.t_max}" if self.t_min >= 0 else "at least 0",
             ),
-            "t-init": (self.t_init >= 1, "at least 1 and below the number of timesteps of the teacher, which is mostly 1000"),
+            "t-init": (self.t_init >= 1, "at least 1"),  # its greatest value depends on the teacher
             "lr-fake": (0 < self.lr_fake < math.inf, "positive"),
             "lr-generator": (0 < self.lr_generator < math.inf, "positive"),
             "adam-eps": (0 < self.adam_eps < math.inf, "positive"),

@@ -29,7 +29,7 @@ from sidcli.models import official_pkl
 from sidcli.models.drawing import is_consistency
 from sidcli.models.kind import Kind
 from sidcli.models.loading import Description, Model, describe_model, open_model
-from sidcli.models.overrides import Overrides
+from sidcli.models.overrides import STOCK_STEP, Overrides
 from sidcli.models.sampler import T_INIT, Sampler, plan_for
 from sidcli.progress import Listener, Progress
 
@@ -86,9 +86,9 @@ def check(known: Description, teacher: Description | None, format_name: str, ord
             f"{name} draws by multistep consistency sampling, which --format {format_name} does not include",
             f"use --format {able}, or draw with `sid sample`",
         )
-    if FORMATS[format_name].in_diffusers and any(side % 8 for side in known.size):
+    if FORMATS[format_name].in_diffusers and any(side % STOCK_STEP for side in known.size):
         raise InputError(
-            f"{name} draws {known.size[1]}x{known.size[0]} pixels; pipelines of diffusers draw multiples of 8 only",
+            f"{name} draws {known.size[1]}x{known.size[0]} pixels; pipelines of diffusers draw multiples of {STOCK_STEP} only",
             "use --format onnx",
         )
     if format_name == "single-file":

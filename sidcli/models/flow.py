@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from sidcli.errors import InputError
+from sidcli.errors import InputError, SidError
+from sidcli.files import read_json
 from sidcli.models.card import MAX_SHIFT
 from sidcli.models.compatibility import MAX_TIMESTEPS, OTHER_COPY, is_number, positive_integer, value_text
+from sidcli.models.sources import find
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 HINT = "use a model with FlowMatchEulerDiscreteScheduler"
@@ -25,6 +28,18 @@ VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "shift_terminal": ((None,), SIGMAS),
 }
 """Supported values of other entries."""
+
+
+def is_flow(teacher: str) -> bool:
+    """Return whether a teacher, by its name, was trained by flow matching, as the scheduler in its folder says. Reads no weights.
+
+    The description of a teacher on the hub is fetched. Returns False if there is no scheduler that can be read: whoever reads the
+    teacher says so.
+    """
+    with suppress(SidError):
+        scheduler = read_json(find(teacher, descriptions_only=True).part("scheduler") / "scheduler_config.json")
+        return scheduler.get("_class_name") in SCHEDULERS or scheduler.get("prediction_type") == "flow_prediction"
+    return False
 
 
 def check_schedule(place: str, scheduler: Mapping[str, Any], entry: str = "shift") -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from sidcli.errors import UsageError
 
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
+STOCK_STEP = 8
+"""Width and height in pipelines of diffusers are multiples of this number of pixels, also if the model's own step is smaller."""
 
 
 @dataclass(frozen=True)

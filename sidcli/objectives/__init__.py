@@ -59,6 +59,16 @@ def check_reference(settings: Settings, teacher: str) -> None:
         )
 
 
+def check_flow(settings: Settings, teacher: str) -> None:
+    """Raises UsageError if an objective does not distill a teacher of flow matching. `teacher` is its name."""
+    if find(settings.name).discrete:
+        able = ", ".join(name for name, method in OBJECTIVES.items() if not method.discrete and method.makes == "student")
+        raise UsageError(
+            f"objective {settings.name} needs the discrete timesteps of a diffusion; {teacher} was trained by flow matching",
+            f"one of --objective {able}",
+        )
+
+
 def names(objective: type[Objective]) -> list[str]:
     """Return the names of the objective's settings."""
     return [field.name for field in dataclasses.fields(objective.Settings) if field.name != "name"]

@@ -37,6 +37,8 @@ class Settings:
     """Least and greatest values of settings that are a number."""
     scale: ClassVar[str] = "guidance"
     """The setting that is the guidance scale of the teacher, after which run folders are named; "": there is none."""
+    has_scale_of_teacher: ClassVar[bool] = False
+    """Whether the scale, if none is given, is that with which the teacher draws by default. Its run folders are not named after it."""
     draws_pairs: ClassVar[bool] = False
     """Whether the teacher draws pairs of images of one subject to train on, if `--data` does not give them."""
     needs_pairs: ClassVar[bool] = False

@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 class RegressionSettings(ImageSettings):
     name: str = "regression"
     guidance: float = 7.5
-    """Guidance scale at which the teacher draws the images."""
+    """Guidance scale at which the teacher draws the images; by default the teacher's own, which is 7.5 of a UNet."""
     huber: float = 0.0
     """Constant c of the pseudo-Huber distance sqrt(d^2 + c^2) - c; 0: the squared distance d^2."""
     weights = ("huber",)
     needs_pairs = True
+    has_scale_of_teacher = True
 
     @property
     def drawing_guidance(self) -> float | None:

@@ -395,12 +395,15 @@ def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     return known
 
 
-def settings_of_path(config: DistillConfig, listener: Listener) -> dict[str, Any]:
-    """Return the settings that have other defaults with the path of the teacher. Reads no weights. The listener is told where the
-    teacher is found."""
+def settings_of_teacher(config: DistillConfig, listener: Listener) -> tuple[dict[str, Any], float]:
+    """Return the settings that have other defaults with the path of the teacher, and the guidance scale with which it draws by default.
+
+    Reads no weights. The listener is told where the teacher is found.
+    """
     quiet_libraries()
     overrides = Overrides(config.prediction_type, config.model_config, config.width, config.height)
-    return describe(find(config.teacher, listener, descriptions_only=True), overrides).path.settings
+    known = describe(find(config.teacher, listener, descriptions_only=True), overrides)
+    return known.path.settings, known.default_guidance
 
 
 def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,8 @@ class Request:
     """The config file."""
     of_file: frozenset[str] = field(default_factory=frozenset)
     """Settings whose values are those of the config file."""
+    has_scale: bool = True
+    """Whether the guidance scale of the objective is given, or does not depend on the teacher."""
 
     @classmethod
     def of(
@@ -111,13 +113,15 @@ class Request:
         preset = method.emoji_settings if preset_for(teacher) == "emoji" else {}
         chosen = objectives.settings({**preset, **table, **others})
         start = {**defaults_of(method, teacher), **from_file, "objective": chosen}
-        folder = output or default_folder(teacher, start, objective, guidance_strategy)
+        has_scale = not chosen.has_scale_of_teacher or chosen.scale in {**preset, **table, **others}
+        folder = output or default_folder(teacher, start, objective, guidance_strategy, has_scale)
         own = with_shortcuts(own, start, lr, images)
         used = start | MEMORY.get(memory, {}) | own
         place = used.get("data") or ("" if chosen.draws_pairs else teacher)
         off = without_effect(used, {**settings, **others}, place if folder_of(place) else "")
         notes = [*about_replaced(replaced, used, config), *off, *without_start(used)]
-        return cls(teacher, start, own, memory, folder, tuple(notes), config, frozenset(from_file.keys() - own.keys()))
+        of_file = frozenset(from_file.keys() - own.keys())
+        return cls(teacher, start, own, memory, folder, tuple(notes), config, of_file, has_scale)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -172,6 +176,11 @@ class Request:
         config = self.before_path
         if takes_reference(self.teacher) and not config.objective.draws_pairs:
             objectives.check_reference(config.objective, self.teacher)  # before the images that it lacks: they would not help
+        if objectives.find(config.objective.name).discrete:
+            from sidcli.models.flow import is_flow
+
+            if is_flow(self.teacher):
+                objectives.check_flow(config.objective, self.teacher)
         check_objective(config)
         check_writable(self.folder) if dry_run else check_run(self.folder)
         if evaluates or config.data:
@@ -219,10 +228,16 @@ class Request:
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
-        usual = plan.settings_of_path(self.config(recipe, NO_PATH), listener)
+        usual, scale = plan.settings_of_teacher(self.config(recipe, NO_PATH), listener)
+        asked = self if self.has_scale else self.with_scale(scale)
         if self.memory == "auto" and not begun and (on_gpu or gpu):
-            return plan.choose({name: self.config(recipe, usual) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
-        return self.config(recipe, usual), gpu
+            return plan.choose({name: asked.config(recipe, usual) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
+        return asked.config(recipe, usual), gpu
+
+    def with_scale(self, guidance: float) -> Request:
+        """Return the request with this guidance scale of the objective."""
+        objective = self.start["objective"]
+        return replace(self, start=self.start | {"objective": replace(objective, **{objective.scale: guidance})})
 
 
 def with_keys(message: str, names: Collection[str]) -> tuple[str, list[str]]:
@@ -459,10 +474,12 @@ def with_shortcuts(settings: Mapping[str, Any], start: Mapping[str, Any], lr: fl
     return own
 
 
-def default_folder(teacher: str, start: Mapping[str, Any], objective: str | None, guidance_strategy: str | None) -> Path:
-    """Return the default run folder."""
+def default_folder(
+    teacher: str, start: Mapping[str, Any], objective: str | None, guidance_strategy: str | None, has_scale: bool = True
+) -> Path:
+    """Return the default run folder. Without `has_scale` its name has no guidance scale, which is known after the teacher is read."""
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(teacher).name or teacher).strip("-.") or "teacher"
     kinds = [kind for kind, usual in ((objective, "sid"), (guidance_strategy, "lsg")) if kind not in (None, usual)]
     table = start["objective"]
-    scale = [f"g{getattr(table, table.scale):g}"] if table.scale else []
+    scale = [f"g{getattr(table, table.scale):g}"] if table.scale and has_scale else []
     return Path("runs") / "-".join([name, *map(str, kinds), *scale])

@@ -25,6 +25,7 @@ from sidcli.files import read_json
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.models.drawing import Plan
 from sidcli.models.hub import required_files
+from sidcli.models import loading
 from sidcli.models.loading import Model, describe, load
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Sampler, plan_for
@@ -75,6 +76,27 @@ def test_a_teacher_draws_as_the_stock_pipeline_does_with_an_euler_scheduler(fold
     model = load(find(str(folder)), Overrides(width=side, height=side))
     theirs = with_euler(folder, num_inference_steps=4, guidance_scale=guidance, width=side, height=side)
     assert apart(drawn(model, Plan(4, guidance)), theirs) <= 1
+
+
+def test_a_size_is_refused_with_the_step_of_the_teacher(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "codec_factor", lambda _: 32)  # that of published models
+    for side in (100, 520):  # the second one is a multiple of 8
+        command = ["distill", "--teacher", folder, "--prompts", "general", "--width", side, "--height", side]
+        assert sid(*command, "--device", "cpu", "--dry-run") == 2
+        assert f"must be a multiple of 32, in which this model draws, and at most 8192, not {side}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "scale"), [((), 4.5), (("--guidance", 7.5), 7.5), (("--set", "guidance=2"), 2.0)])
+def test_a_teacher_draws_the_images_to_train_on_at_its_own_guidance_scale_unless_one_is_given(
+    folder: Path, capsys: pytest.CaptureFixture[str], given: tuple[object, ...], scale: float
+) -> None:
+    command = ["distill", "--teacher", folder, "--objective", "regression", "--data", "teacher", "--prompts", "general"]
+    assert sid(*command, *given, "--device", "cpu", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert f"\nguidance = {scale}\n" in said
+    assert ("-g" in next(line for line in said.splitlines() if line.startswith("# output"))) == bool(given)
 
 
 def test_gemma_reads_the_instruction_of_the_stock_pipeline_before_a_prompt_and_nothing_before_the_empty_one(

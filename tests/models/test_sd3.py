@@ -343,8 +343,11 @@ def test_settings_that_the_path_sets_exclude_nothing_before_it_is_known() -> Non
     ("options", "message"),
     [
         (["--objective", "lcm", "--data", "teacher"], "objective lcm needs the discrete timesteps of a diffusion"),
-        (["--t-init", "625"], "--t-init must be at least 1000"),
-        (["--t-max", "1001"], "--t-max must be at most 1000"),
+        *((["--objective", name], f"objective {name} needs the discrete timesteps") for name in ("lcm", "tlcm", "tlcm2", "boot")),
+        (["--objective", "tlcm", "--data", "missing"], "objective tlcm needs the discrete timesteps of a diffusion"),
+        (["--t-init", "625"], "--t-init must be 1000, pure noise in the time of flow matching, where students of"),
+        (["--t-init", "1001"], "--t-init must be 1000, pure noise in the time of flow matching, where students of"),
+        (["--t-max", "1001"], "--t-max must be at most 1000, pure noise in the time of flow matching, not 1001"),
         (["--t-min", "1000"], "--t-min must be at least 0 and below --t-max 1000, not 1000"),
         (["--student-steps", "1001"], "--student-steps must be at least 1 and at most --t-init 1000, not 1001"),
         (["--t-min", "-1"], "--t-min must be at least 0, not -1"),
