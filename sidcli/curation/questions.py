@@ -54,6 +54,11 @@ Ask = Callable[[Sequence[np.ndarray], str], str]
 """(images uint8 [H, W, 3], question) -> the words of a model."""
 
 
+def beginning(words: str, most: int = BEGINNING) -> str:
+    """Return the first `most` characters of an answer on one line, for an error message."""
+    return printable(" ".join(words.split()))[:most]
+
+
 def answer_of(words: str) -> bool | None:
     """Return whether the last answer line of a text says yes. None if the text has no such line."""
     found = ANSWER.findall(words)
@@ -110,9 +115,8 @@ class Reading:
         """Return the verdicts. Raises InputError if none of their answers can be read, and none could be before."""
         self.has_read = self.has_read or any(answer_of(verdict.words) is not None for verdict in verdicts)
         if not self.has_read:
-            said = printable(" ".join(verdicts[0].words.split()))[:BEGINNING]
             raise InputError(
-                f'{self.name} ends none of its answers with "ANSWER: YES" or "ANSWER: NO": {said}',
+                f'{self.name} ends none of its answers with "ANSWER: YES" or "ANSWER: NO": {beginning(verdicts[0].words)}',
                 "--set judge_model: a vision language model that follows instructions",
             )
         return list(verdicts)

@@ -34,10 +34,13 @@ class Rating:
 
 
 class Rater:
-    """Asks two questions about each drawing. `chat` sends them; `name` identifies its address, its model and the questions."""
+    """Asks two questions about each drawing. `chat` sends them; `name` identifies its address, its model and the questions.
+
+    `unread` are the words of the last answer without a score, "" if there is none.
+    """
 
     def __init__(self, chat: Chat):
-        self.chat = chat
+        self.chat, self.unread = chat, ""
         self.name = " ".join([chat.url, chat.model, CONCEPT, PROMPT])
 
     def rate(self, count: int, drawing: Callable[[int], Drawing], folder: Path, advance: Progress = silent) -> list[Rating | None]:
@@ -58,6 +61,7 @@ class Rater:
             ]
             concept, prompt = map(score_of, words)
             if concept is None or prompt is None:
+                self.unread = words[0] if concept is None else words[1]
                 return None
             write_json(_file(folder, index), {"concept": concept, "prompt": prompt, "words": words})
             return Rating(concept, prompt)

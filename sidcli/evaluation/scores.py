@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 RATED = ("concept_preservation", "prompt_following", "cp_pf")
 """Metrics of the scores of a judge."""
+QUOTED = 80
+"""Characters of a judge's answer in an error message."""
 PRDC = ("precision", "recall", "density", "coverage")
 METRICS_OF_OPTION = {
     "fid": ("fid", "fid_teacher"),
@@ -361,6 +363,7 @@ class Evaluation:
 
     def rate(self, rater: Rater, listener: Listener) -> None:
         """Ask for the scores of all candidates. Raises EnvironmentProblem if a candidate gets fewer than two."""
+        from sidcli.curation.questions import beginning
         from sidcli.curation.ratings import Drawing
 
         captions, references = self.protocol.captions, self.protocol.references
@@ -378,8 +381,9 @@ class Evaluation:
             with listener.progress(f"judge {candidate.name}", count, "images") as advance:
                 found = rater.rate(count, drawing, folder, advance)
             if len(found) - found.count(None) < 2:
+                said = f"; it answered: {beginning(rater.unread, QUOTED)}" if rater.unread.strip() else "; its answers are empty"
                 raise EnvironmentProblem(
-                    f"{rater.chat.model} gave {candidate.name} no score that can be read",
+                    f"{rater.chat.model} gave {candidate.name} no score that can be read{said}",
                     "--judge-model with another model, which ends its answers with a line such as SCORE: 3",
                 )
             self.ratings[candidate] = found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sidcli.curation.questions import BEGINNING, Ask
+from sidcli.curation.questions import Ask, beginning
 from sidcli.data.prompts import Prompts
 from sidcli.data.sheets import SheetPrompt, sheet_of, sheet_prompt
 from sidcli.errors import InputError
@@ -81,8 +81,7 @@ def ask_for_scenes(
             answers = model.each(own[start : start + UNIT], written, lambda words: scenes_of(words, count), advance)
             found = [scenes_of(words, count) for words in answers]
             if not any([*known, *found]):
-                said = printable(" ".join(answers[0].split()))[:BEGINNING]
-                raise InputError(f"{settings.scenes_model} at {model.url} writes no scenes: {said}", HINT)
+                raise InputError(f"{settings.scenes_model} at {model.url} writes no scenes: {beginning(answers[0])}", HINT)
             for one in found:
                 append_line(file, json.dumps(one and {"subject": one[0], "scenes": one[1]}))
             known += found

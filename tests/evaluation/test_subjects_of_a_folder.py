@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -305,5 +306,9 @@ def test_images_whose_answers_have_no_score_are_left_out_and_counted(judged: Jud
     assert len(served.requests) == 2 * len(PAIRS) + 1
     served.answers = [scoring]
     assert judged(served).rows[0].metrics["concept_preservation"].value == 0.75
-    with pytest.raises(EnvironmentProblem, match=r"some-vlm gave .* no score that can be read"):
-        judged(endpoint_of("I cannot say."))
+    answer = f"I cannot\n\x1bsay. {'x' * 80}"
+    for words, said in ((answer, f"it answered: I cannot \\u001bsay. {'x' * 60}"), ("", "its answers are empty")):
+        with pytest.raises(EnvironmentProblem) as caught:
+            judged(endpoint_of(words))
+        assert re.fullmatch(r"some-vlm gave .* no score that can be read; .*", caught.value.message)
+        assert caught.value.message.endswith(f"; {said}")
