@@ -26,7 +26,7 @@ from sidcli.evaluation.spec import Request as Evaluation
 from sidcli.files import check_writable
 from sidcli.formats.order import DEFAULT_RANK, Order, check, check_used
 from sidcli.formats.outputs import BACKENDS, Places, check_export, check_named
-from sidcli.models.overrides import Overrides, check_guidance, check_sampling
+from sidcli.models.overrides import Overrides, check_reference_guidance, check_sampling
 from sidcli.numeric import plain
 from sidcli.objectives import OBJECTIVES, names
 from sidcli.printable import printable, with_article
@@ -172,7 +172,7 @@ def sample(
         guidance: Guidance scale of a teacher.
         reference: Image whose subject the images show, for a model that takes one: a file or a PIL image, or a list of them with one for
             each prompt.
-        reference_guidance: Guidance scale of the reference; 1, the default, is no guidance.
+        reference_guidance: Guidance scale of the reference, 0 to 100; 1, the default, is no guidance.
         output: A .png file for one image, or a folder for several; None: no file is written.
         width, height: Image size in pixels; 0: the model's own size.
         backend: "auto", "torch", "onnx" or "openvino"; the last two run an exported graph.
@@ -192,10 +192,10 @@ def sample(
     width, height, *_ = _typed(width=(width, int), height=(height, int), device=(device, str), overwrite=(overwrite, bool))
     _typed(output=("" if output is None else output, PATH))
     texts = _prompts(prompts)
+    check_reference_guidance(reference_guidance)
     given_references = _references(reference, len(texts))
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
-    check_guidance(reference_guidance, "--reference-guidance")
     if backend not in BACKENDS:
         raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     check_name(device)
@@ -256,6 +256,8 @@ def _references(given: object, count: int) -> list[Reference]:
     listed: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not all(isinstance(one, str | os.PathLike | Image) for one in listed):
         raise UsageError(f"reference must be a path, a PIL image, or a list of them, not {given!r}")
+    if any(isinstance(one, str | os.PathLike) and not os.fspath(one) for one in listed):
+        raise UsageError("reference must be a path, not ''", "leave it out, or give the path of an image")
     if len(listed) not in (1, count):
         raise UsageError(
             f"{counted(len(listed), 'reference image')} for {counted(count, 'prompt')}", "give one, or one for each prompt"
@@ -431,9 +433,10 @@ def evaluate(
         metrics=[*([metrics] if isinstance(metrics, str) else metrics), *["judge"] * (judge is not None)],
         everything=everything,
         bounds=bounds,
-        protocol=Rules(protocol, _path(reference), _path(prompts), column, num, seed, untrained),
+        protocol=Rules(protocol, _path("reference", reference), _path("prompts", prompts), column, num, seed, untrained),
         networks=Files(
-            _path(inception), *(None if name is None else os.fspath(name) for name in (clip_model, cmmd_model, dino_model))
+            _path("inception", inception),
+            *(None if name is None else os.fspath(name) for name in (clip_model, cmmd_model, dino_model)),
         ),
         batch_size=batch_size,
         image_folder=_image_folder(image_folder),
@@ -449,7 +452,7 @@ def evaluate(
 def _image_folder(place: PathLike | None) -> Path | None:
     """Return the folder of generated images. Raises UsageError or EnvironmentProblem if it cannot be one."""
     check_named(place, "--image-folder")
-    folder = _path(place)
+    folder = _path("image_folder", place)
     if folder:
         check_writable(folder, "--image-folder")
     return folder
@@ -505,7 +508,10 @@ def _typed(**given: tuple[object, Any]) -> list[Any]:
     return values
 
 
-def _path(place: PathLike | None) -> Path | None:
+def _path(name: str, place: PathLike | None) -> Path | None:
+    """Return the path of an argument. Raises UsageError for an empty one, which would be the current folder."""
+    if place is not None and not os.fspath(place):
+        raise UsageError(f"{name} must be a path, not ''", "leave it out, or give a path")
     return None if place is None else Path(place)
 
 

@@ -213,6 +213,13 @@ def test_neither_a_boolean_nor_a_number_that_does_not_convert_exactly_is_a_numbe
     assert plain(10**400, float) == 10**400 and plain(2**60 + 1, float) == 2**60 + 1
 
 
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    calls: list[Callable[[], object]] = [lambda: sample("a cat", reference=["x", ""]), lambda: evaluate("emoji", reference="")]
+    for call in calls:
+        with pytest.raises(UsageError, match="reference must be a path, not ''"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [

@@ -10,6 +10,7 @@ import errno
 import gc
 import sys
 import traceback
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
@@ -29,6 +30,8 @@ EPILOG = (
     "Exit codes: 0 ok, 1 the run failed, 2 usage, 3 model or prompts refused or not found, "
     "4 device, memory, disk or folder, 5 a verification failed, 129, 130, 138 or 143 stopped by a signal, a training after saving."
 )
+PATHS = ("--reference", "--prompts", "--config", "--resume", "--inception", "--report", "--picture")
+"""Options whose value is a path that must not be empty."""
 app = typer.Typer(
     name="sid",
     no_args_is_help=True,
@@ -68,6 +71,14 @@ def _is_text(prompt: str) -> bool:
     return True
 
 
+def _check_paths(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an option of PATHS with an empty value, which the parser would read as the current folder."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in PATHS and ([value] if equals else list(arguments[place + 1 : place + 2])) == [""]:
+            raise UsageError(f"{option} must be a path, not ''", f"{option} PATH, or leave it out")
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     """Exit on a signal through SystemExit, so that no partial file stays. A training run has its own handler, which saves first."""
     sys.exit(128 + number)
@@ -87,6 +98,7 @@ def main() -> None:
         for argument in sys.argv[1:]:
             if not _is_text(argument):
                 raise UsageError(f"{argument!r} is not valid UTF-8", "check the encoding of your terminal or script")
+        _check_paths(sys.argv[1:])
         sys.exit(app(prog_name="sid", standalone_mode=False))
     except typer.TyperException as error:
         if message := error.format_message():  # empty for `sid` without arguments, which prints its help

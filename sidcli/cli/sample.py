@@ -56,7 +56,7 @@ Reference = Annotated[
     ),
 ]
 ReferenceGuidance = Annotated[
-    float | None, typer.Option(show_default="1, no guidance", help="Guidance scale of the reference image.")
+    float | None, typer.Option(show_default="1, no guidance", help="Guidance scale of the reference image, 0 to 100.")
 ]
 Prompts = Annotated[Path | None, typer.Option(help="Text with one prompt per line, .csv, .tsv, .jsonl or .json.")]
 Width = Annotated[int, typer.Option(callback=within(0), help="Width in pixels; 0: the model's own.")]

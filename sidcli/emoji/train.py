@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +44,7 @@ from sidcli.files import atomic_folder, write_json
 from sidcli.formats.diffusers_folder import write_pipeline
 from sidcli.formats.order import Order
 from sidcli.models.codec import Codec
-from sidcli.models.loading import load
+from sidcli.models.loading import load, quiet_libraries
 from sidcli.models.sources import WEIGHTS, Source, fingerprint
 from sidcli.randomness import normal, torch_generator, uniform
 
@@ -374,8 +375,22 @@ def main() -> None:
             if option in parameters:
                 options.add_argument(f"--{option}", type=kind, help=f"{text}; default: {parameters[option].default}")
     given = vars(parser.parse_args())
+    part = given.pop("part")
+    quiet_libraries()
     torch.manual_seed(0)  # for the initial weights; all later random numbers come from sidcli.randomness
-    parts[given.pop("part")][0](**given)
+    parts[part][0](**given)
+    print(ending(part, given["output"]), flush=True)
+
+
+def ending(part: str, output: Path) -> str:
+    """Return where a part was written, and of a teacher the command that distills it."""
+    folder = output / part
+    is_teacher = (folder / "model_index.json").is_file()
+    return (
+        f"{part}: wrote {folder}; next: sid distill --teacher {shlex.quote(str(folder))}"
+        if is_teacher
+        else f"{part}: wrote {output}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from sidcli.errors import UsageError
 
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
+MOST_REFERENCE_GUIDANCE = 100
+"""Greatest guidance scale of the reference image, as of the guidance scales of `self-distillation`. A larger one is a typing error."""
 STOCK_STEP = 8
 """Width and height in pipelines of diffusers are multiples of this number of pixels, also if the model's own step is smaller."""
 
@@ -36,6 +38,13 @@ def check_sampling(steps: int | None, guidance: float | None) -> None:
     check_guidance(guidance)
 
 
-def check_guidance(guidance: float | None, option: str = "--guidance") -> None:
+def check_guidance(guidance: float | None) -> None:
+    """Raises UsageError for a guidance scale that is not finite."""
     if guidance is not None and not math.isfinite(guidance):
-        raise UsageError(f"{option} must be finite, not {guidance}")
+        raise UsageError(f"--guidance must be finite, not {guidance}")
+
+
+def check_reference_guidance(scale: float | None) -> None:
+    """Raises UsageError for a guidance scale of the reference outside 0 (the reference is not used) .. MOST_REFERENCE_GUIDANCE."""
+    if scale is not None and not 0 <= scale <= MOST_REFERENCE_GUIDANCE:
+        raise UsageError(f"--reference-guidance must be at least 0 and at most {MOST_REFERENCE_GUIDANCE}, not {scale:g}")

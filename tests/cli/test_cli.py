@@ -184,6 +184,18 @@ def test_values_complete_in_the_shell(
             "--width must be a multiple of 4, in which this model draws, and at most 8192, not 63",
         ),
         (["sample", "a cat", "--prediction-type", "x0"], 2, "--prediction-type must be one of"),
+        (["sample", "a cat", "--reference", ""], 2, "--reference must be a path, not ''"),
+        (["sample", "a cat", "--prompts="], 2, "--prompts must be a path, not ''"),
+        (["eval", "emoji", "--reference", ""], 2, "--reference must be a path, not ''"),
+        (["distill", "--config", ""], 2, "--config must be a path, not ''"),
+        *(
+            (
+                ["sample", "a cat", "--reference", "x.png", "--reference-guidance", scale],
+                2,
+                f"--reference-guidance must be at least 0 and at most 100, not {scale}",
+            )
+            for scale in ("-1", "101", "nan")
+        ),
         (["eval", "emoji", "--protocol", "coco2014-30k"], 2, "--reference FOLDER with val2014/"),
         (["eval", "emoji", "--prdc", "--num", "5"], 2, "try: 6 images or more"),
         (["eval", "emoji", "--reference", "nowhere"], 3, "nowhere"),

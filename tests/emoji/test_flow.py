@@ -2,18 +2,23 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from sidcli.diffusion.path import FlowPath
-from sidcli.emoji import fit, models, train_flow
+from sidcli.emoji import fit, models, train_flow, train_identities
+from sidcli.emoji import train as train_emoji
 from sidcli.emoji.examples import Examples
 from sidcli.errors import InputError
 from sidcli.models.drawing import Plan
@@ -59,6 +64,23 @@ def test_a_training_writes_a_teacher_of_the_emoji_world_that_the_stock_pipeline_
     assert teacher.card == load(find("emoji-teacher")).card | {"guidance": train_flow.GUIDANCE, "steps_trained": 3}
     assert apart(folder, Plan(3, 2.0), num_inference_steps=3, guidance_scale=2.0, max_sequence_length=1) <= 1
     assert apart(folder, Plan(3, 2.0), num_inference_steps=3, guidance_scale=2.0) > 1
+
+
+@pytest.mark.parametrize("part", ["flow", "sheets", "teacher-more"])
+def test_a_command_that_trained_a_teacher_ends_with_its_folder_and_the_next_command_and_prints_no_noise_of_libraries(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for library in (diffusers.utils.logging, transformers.utils.logging):  # as they are in a new process
+        library.set_verbosity_warning()
+        library.enable_progress_bar()
+    monkeypatch.setattr(train_identities, "draw_sheets", lambda *_: Image.new("RGB", (8, 8)))  # 24 sheets take half a minute
+    few = ["--scenes", "4"] if part != "sheets" else []
+    monkeypatch.setattr(sys, "argv", ["train", part, "--output", str(tmp_path / "a b"), "--steps", "1", "--batch", "2", *few])
+    train_emoji.main()
+    said = capfd.readouterr()
+    folder = tmp_path / "a b" / part
+    assert said.out.splitlines()[-1] == f"{part}: wrote {folder}; next: sid distill --teacher '{folder}'"
+    assert said.err == "" and find(str(folder)).path == folder
 
 
 def test_its_student_is_exported_and_drawn_by_the_stock_pipeline_as_its_card_says(

@@ -23,9 +23,9 @@ from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from sidcli.errors import UsageError
 from sidcli.files import read_json
 from sidcli.formats.diffusers_folder import write_student
+from sidcli.models import loading
 from sidcli.models.drawing import Plan
 from sidcli.models.hub import required_files
-from sidcli.models import loading
 from sidcli.models.loading import Model, describe, load
 from sidcli.models.overrides import Overrides
 from sidcli.models.sampler import Sampler, plan_for
