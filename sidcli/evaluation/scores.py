@@ -335,18 +335,18 @@ class Evaluation:
         if metric == "cmmd":
             return self.cmmd(features)
         if metric == "clip":
-            return mean(features[:, 0])
+            return mean(features[:, 0], metric)
         if metric in IDENTITIES_ONLY:
             return seen_identity(metric, features)
         if metric in COMPARED:
-            return self.alike(extractor, features)
+            return self.alike(metric, features)
         if metric in OTHER_CAPTIONS:
             other = self.other(candidate, metric)
             if other is None:
                 return None
             features = other.features(self.extractors[extractor])
             if metric == "diversity":
-                return mean(np.array([diversity(group) for group in np.split(features, len(features) // SEEDS)]))
+                return mean(np.array([diversity(group) for group in np.split(features, len(features) // SEEDS)]), metric)
             if metric == "composition":
                 return share(np.all(self.right(features, True), axis=1))
             return share(self.answers(features)[0] == np.arange(len(features)) % len(world.NOUN_LIST))
@@ -359,7 +359,7 @@ class Evaluation:
             copy_score(image, crop_and_resize(self.protocol.references.read(index), *image.shape[:2]))
             for index, image in enumerate(candidate.images.read(range(self.count(candidate))))
         ]
-        return mean(np.array(scores))
+        return mean(np.array(scores), "copy")
 
     def rate(self, rater: Rater, listener: Listener) -> None:
         """Ask for the scores of all candidates. Raises EnvironmentProblem if a candidate gets fewer than two."""
@@ -393,14 +393,14 @@ class Evaluation:
         ratings = [(one.concept, one.prompt) for one in self.ratings[candidate] if one is not None]
         concept, prompt = np.array(ratings, np.float64).T / HIGHEST
         both = concept * prompt.mean() + prompt * concept.mean() - concept.mean() * prompt.mean()
-        found = mean({"concept_preservation": concept, "prompt_following": prompt, "cp_pf": both}[metric])
+        found = mean({"concept_preservation": concept, "prompt_following": prompt, "cp_pf": both}[metric], metric)
         return Measured(found.value, max(0.0, found.low), min(1.0, found.high))
 
-    def alike(self, extractor: str, features: np.ndarray) -> Measured:
+    def alike(self, metric: str, features: np.ndarray) -> Measured:
         """Return the mean cosine of the features [n, D] of images and those of their reference images."""
         assert self.shown is not None and self.protocol.references is not None
-        shown = self.shown.features(self.extractors[extractor])[self.protocol.references.places(len(features))]
-        return mean((features * shown).sum(1) / (np.linalg.norm(features, axis=1) * np.linalg.norm(shown, axis=1)))
+        shown = self.shown.features(self.extractors[EXTRACTOR[metric]])[self.protocol.references.places(len(features))]
+        return mean((features * shown).sum(1) / (np.linalg.norm(features, axis=1) * np.linalg.norm(shown, axis=1)), metric)
 
     def answers(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the classified nouns and background colors, as indices into NOUN_LIST and COLOR_LIST, each int [n]."""

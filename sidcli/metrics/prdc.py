@@ -55,6 +55,6 @@ def prdc(real: Tensor, drawn: Tensor, k: int = NEIGHBORS) -> Prdc:
     return Prdc(
         precision=share((inside > 0).numpy()),
         recall=share(torch.cat(reached).numpy()),
-        density=mean(inside.double().numpy() / k),
+        density=mean(inside.double().numpy() / k, "density"),
         coverage=share(torch.cat(covered).numpy()),
     )

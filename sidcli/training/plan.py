@@ -474,7 +474,8 @@ def make(
     once = forward_flops(sizes.denoiser, cond)
     flops = once * forwards_per_image(config, known)
     tensors = len(list(sizes.denoiser.parameters()))
-    gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else list(GPUS.values())
+    alike = [one for one in GPUS.values() if gpu is None or one.memory == gpu.memory]
+    gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else alike
     return Plan(
         config=config,
         output=str(output),

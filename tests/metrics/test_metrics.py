@@ -18,7 +18,8 @@ from sidcli.distributed import Share
 from sidcli.emoji import world
 from sidcli.metrics.features import EmojiFeatures, InceptionFeatures, resize
 from sidcli.metrics.fid import fid, fid_infinity, frechet_distance, statistics
-from sidcli.metrics.intervals import share
+from sidcli.metrics.catalog import METRICS
+from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import kid
 from sidcli.metrics.prdc import prdc
 from sidcli.progress import silent
@@ -158,6 +159,24 @@ def test_the_interval_of_an_fid_is_about_as_wide_as_fids_of_fresh_samples_spread
     spread = np.std([frechet_distance(statistics(sample), reference) for sample in samples], ddof=1)
     claimed = np.mean([fid(sample, reference).half_width / 1.96 for sample in samples[:10]])
     assert 0.8 * spread < claimed < 1.6 * spread
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prompt_following", 1.0), ("cp_pf", 0.75), ("concept_preservation", 0.0), ("copy", 1.0), ("diversity", 0.0)],
+)
+def test_a_mean_keeps_an_interval_where_all_images_have_one_score(name: str, value: float) -> None:
+    metric = METRICS[name]
+    widths = []
+    for count in (4, 400):
+        found = mean(value * (1 - 1e-9 * np.arange(count)), name)
+        assert metric.low <= found.low <= found.value <= found.high <= metric.high
+        assert found.value == pytest.approx(value, abs=1e-6)
+        widths.append(found.high - found.low)
+    assert 0.02 < widths[0] / (metric.high - metric.low) and widths[1] < widths[0] / 5
+    assert mean(np.ones(4), "prompt_following") == share(np.ones(4, bool))
+    usual = mean(np.array([1.0, 0.75, 1.0, 0.5]), "prompt_following")
+    assert usual.high - usual.value == pytest.approx(1.96 * np.std([1.0, 0.75, 1.0, 0.5], ddof=1) / 2, rel=1e-3)
 
 
 def test_a_share_keeps_an_interval_where_every_image_is_right() -> None:

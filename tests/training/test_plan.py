@@ -138,6 +138,17 @@ def test_a_gpu_is_planned_for_that_is_not_here(sd_folder: Path, config: DistillC
     assert not plan.make(config, Path("run"), "cpu", 1, Silence()).estimates
 
 
+def test_an_amount_of_memory_has_the_times_of_gpus_of_that_size_alone(sd_folder: Path, config: DistillConfig) -> None:
+    config = dataclasses.replace(config, teacher=str(sd_folder))
+
+    def titles(text: str) -> list[str]:
+        return list(plan.make(config, Path("run"), "auto", 1, Silence(), gpu=parse_gpu(text)).estimates)
+
+    assert titles("24gb") == ["RTX 3090", "RTX 4090", "L4"] and titles("80GB") == ["A100 80 GB", "H100"] and not titles("16gb")
+    lines = plan.make(config, Path("run"), "auto", 1, Silence(), gpu=parse_gpu("16gb")).lines()
+    assert any(line.startswith("# time ") and "not known" in line for line in lines)
+
+
 @pytest.mark.parametrize("text", ["gtx", "", "24", "-1gb", "nangb"])
 def test_a_gpu_that_is_not_known_is_refused_with_those_that_are(text: str) -> None:
     with pytest.raises(UsageError, match=f"--plan-for: unknown GPU '{text}'") as refused:
