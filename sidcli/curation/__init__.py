@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from sidcli.curation.judge import Judge
-    from sidcli.models.loading import Model
+    from sidcli.models.loading import Known, Model
 
 JUDGES = {name: options for name, options in self_distillation.JUDGES.items() if name != "none"}
 """Judge -> its options; see the class in its module."""
@@ -49,9 +49,9 @@ def open_judge(name: str, teacher: Model | None, device: torch.device, **options
 
             return FeaturesJudge(_present(teacher, name), device, **given)
         case "clip":
-            from sidcli.curation.clip import EMOJI, PUBLIC, ClipJudge
+            from sidcli.curation.clip import ClipJudge, usual_model
 
-            return ClipJudge(given.get("model", EMOJI if teacher is not None and teacher.is_emoji else PUBLIC), device)
+            return ClipJudge(given.get("model", usual_model(teacher)), device)
         case "dino":
             from sidcli.curation.dino import DinoJudge
             from sidcli.metrics.features import DINO
@@ -70,6 +70,31 @@ def open_judge(name: str, teacher: Model | None, device: torch.device, **options
             from sidcli.metrics.reader import load_reader
 
             return OracleJudge(load_reader(), device)
+
+
+def check_model(name: str, teacher: Known, **options: Any) -> None:
+    """Check that the model of a judge is there; its weights are not loaded. Arguments are those of `open_judge`.
+
+    Raises the InputError that `open_judge`, or the judge at its first pair, would raise for a missing model.
+    """
+    import torch
+
+    given, device = {option: value for option, value in options.items() if value is not None}, torch.device("cpu")
+    match name:
+        case "clip":
+            from sidcli.curation.clip import HINT, usual_model
+            from sidcli.metrics.clip import Clip
+
+            Clip(given.get("model", usual_model(teacher)), device, HINT)
+        case "dino":
+            from sidcli.curation.dino import dino_of
+            from sidcli.metrics.features import DINO
+
+            dino_of(given.get("model", DINO), device).check()
+        case "vlm":
+            from sidcli.curation.vlm import folder_of
+
+            folder_of(given["model"])
 
 
 def _present(teacher: Model | None, name: str) -> Model:

@@ -9,6 +9,7 @@ import torch
 from sidcli.curation.crops import subject
 from sidcli.curation.judge import Pair, Verdict, in_batches, verdicts_of
 from sidcli.metrics.clip import Clip
+from sidcli.models.loading import Known
 from sidcli.models.sources import WEIGHTS
 from sidcli.progress import Progress, silent
 
@@ -23,6 +24,11 @@ THRESHOLDS = 0.85, 0.2
 """Of other models; not measured."""
 BATCH = 32
 """Pairs in one call of the network."""
+
+
+def usual_model(teacher: Known | None) -> str:
+    """Return the default model: that of the emoji world for its teachers."""
+    return EMOJI if teacher is not None and teacher.is_emoji else PUBLIC
 
 
 class ClipJudge:

@@ -18,6 +18,11 @@ BATCH = 8
 """Pairs in one call of a network."""
 
 
+def dino_of(model: str, device: torch.device) -> DinoFeatures:
+    """Return the extractor of the judge. `model`: see `metrics.features.DinoFeatures`."""
+    return DinoFeatures(model, device, "the judge dino", "--set judge_model")
+
+
 class DinoJudge:
     """Compares crops of the subjects by DINOv2. DINOv2 reads no text: `caption` is the teacher's `Relevance`.
 
@@ -30,7 +35,7 @@ class DinoJudge:
     caption_threshold = 0.0
 
     def __init__(self, model: str, teacher: Model, device: torch.device, seed: int = 0):
-        self.dino = DinoFeatures(model, device, "the judge dino", "--set judge_model")
+        self.dino = dino_of(model, device)
         self.relevance = Relevance(teacher, device, seed)
 
     def judge(self, pairs: Sequence[Pair], advance: Progress = silent) -> list[Verdict]:

@@ -26,7 +26,7 @@ HINT = "--set judge_model=FOLDER of an image-text-to-text model of transformers 
 def folder_of(model: str) -> Path:
     """Return the folder of a model: a path, or the snapshot of a hub id in the cache.
 
-    Raises InputError if there is none, or if it has code or an adapter of its own, which are never used.
+    Raises InputError if there is none, or if it lacks a file, or has code or an adapter of its own, which are never used.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -40,6 +40,9 @@ def folder_of(model: str) -> Path:
         raise InputError(f"no vision language model {model}: neither a folder nor in the hub's cache", HINT) from error
     with readable(folder):
         check_links(folder, parts=())
+        for pattern in ("config.json", "*.safetensors"):
+            if not any(folder.glob(pattern)):
+                raise InputError(f"{model} is no vision language model that can be read: it has no {pattern}", HINT)
         if (folder / "adapter_config.json").exists():
             raise InputError(
                 f"{folder / 'adapter_config.json'} would change the weights beside it", "merge the adapter into the model"

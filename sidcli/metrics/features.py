@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,11 +185,25 @@ class DinoFeatures:
     def net(self) -> Any:
         from transformers import Dinov2Model
 
+        with self._reading():
+            options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
+            return Dinov2Model.from_pretrained(self.model, **options).eval().to(self.device)
+
+    def check(self) -> None:
+        """Raises the InputError of `net` if the model is missing, without reading weights that are there."""
+        from transformers import Dinov2Config
+
+        with self._reading():
+            Dinov2Config.from_pretrained(self.model)
+        if Path(self.model).is_dir() and not any(Path(self.model).glob("*.safetensors")):
+            _ = self.net
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
         try:
             if Path(self.model).is_dir():
                 check_links(Path(self.model), parts=())
-            options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
-            return Dinov2Model.from_pretrained(self.model, **options).eval().to(self.device)
+            yield
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(

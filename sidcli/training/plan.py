@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidcli import objectives
+from sidcli.curation import check_model
 from sidcli.data.latents import TEACHER_IMAGES
 from sidcli.devices import pick_device
 from sidcli.distributed import count
@@ -290,16 +291,30 @@ class Plan:
             )
         ]
         if self.drawing_flops:
-            objective = c.objective
-            sheets = objective.sheets if isinstance(objective, SelfDistillationSettings) else 0
-            count = counted(sheets, "sheet") if sheets else counted(c.data_num or TEACHER_IMAGES, "image")
+            count = counted(self.sheets, "sheet") if self.sheets else counted(c.data_num or TEACHER_IMAGES, "image")
             rows += [("data", f"{count} that the teacher draws first, {self.drawing_flops / 1e12:.3g} TFLOP")]
-        rows += [("time", f"{about_seconds(seconds)} on {title} (estimate)") for title, seconds in self.estimates.items()]
+        left_out = f"without {self.left_out}"
+        rows += [
+            ("time", f"{about_seconds(seconds)} on {title} (estimate, {left_out})") for title, seconds in self.estimates.items()
+        ]
         if self.seconds is not None or not self.estimates:
-            rows += [("time", about_seconds(self.seconds))]
+            rows += [("time", about_seconds(self.seconds) + (f" ({left_out})" if self.seconds is not None else ""))]
         rows += [("disk", f"{gigabytes(self.disk)} for checkpoints and the student")]
         rows += [("download", f"{name} {gigabytes(size)}") for name, size in self.downloads.items()]
         return [*tomli_w.dumps(dataclasses.asdict(c)).splitlines(), "", *(f"# {name:<13} {text}" for name, text in rows)]
+
+    @property
+    def left_out(self) -> str:
+        """What the seconds do not include, in words."""
+        if self.sheets:
+            return "sheets, curation and samples"
+        return "the teacher's images and samples" if self.drawing_flops else "samples"
+
+    @property
+    def sheets(self) -> int:
+        """Number of sheets that the teacher draws before the training."""
+        objective = self.config.objective
+        return objective.sheets if isinstance(objective, SelfDistillationSettings) and self.drawing_flops else 0
 
     def verdict(self, gpu: Gpu) -> str:
         usable = (1 - RESERVE) * gpu.memory * 1e9
@@ -395,15 +410,18 @@ def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     return known
 
 
-def settings_of_teacher(config: DistillConfig, listener: Listener) -> tuple[dict[str, Any], float]:
-    """Return the settings that have other defaults with the path of the teacher, and the guidance scale with which it draws by default.
+def described(config: DistillConfig, listener: Listener) -> Description:
+    """Return the description of the teacher, on which defaults of settings depend. The listener is told where it is found.
 
-    Reads no weights. The listener is told where the teacher is found.
+    Reads no weights. Raises InputError if the teacher, or the model of the judge of its pairs, is missing.
     """
     quiet_libraries()
     overrides = Overrides(config.prediction_type, config.model_config, config.width, config.height)
     known = describe(find(config.teacher, listener, descriptions_only=True), overrides)
-    return known.path.settings, known.default_guidance
+    objective = config.objective
+    if isinstance(objective, SelfDistillationSettings) and not config.data:
+        check_model(objective.judge, known, **objective.judge_options)
+    return known
 
 
 def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:

@@ -228,8 +228,8 @@ class Request:
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
-        usual, scale = plan.settings_of_teacher(self.config(recipe, NO_PATH), listener)
-        asked = self if self.has_scale else self.with_scale(scale)
+        known = plan.described(self.config(recipe, NO_PATH), listener)
+        usual, asked = known.path.settings, self if self.has_scale else self.with_scale(known.default_guidance)
         if self.memory == "auto" and not begun and (on_gpu or gpu):
             return plan.choose({name: asked.config(recipe, usual) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
         return asked.config(recipe, usual), gpu

@@ -16,9 +16,9 @@ from sidcli.data.imagefiles import open_images
 from sidcli.data.imagesets import Collection, FileSet
 from sidcli.distributed import Share
 from sidcli.emoji import world
+from sidcli.metrics.catalog import METRICS
 from sidcli.metrics.features import EmojiFeatures, InceptionFeatures, resize
 from sidcli.metrics.fid import fid, fid_infinity, frechet_distance, statistics
-from sidcli.metrics.catalog import METRICS
 from sidcli.metrics.intervals import mean, share
 from sidcli.metrics.kid import kid
 from sidcli.metrics.prdc import prdc
@@ -173,7 +173,7 @@ def test_a_mean_keeps_an_interval_where_all_images_have_one_score(name: str, val
         assert metric.low <= found.low <= found.value <= found.high <= metric.high
         assert found.value == pytest.approx(value, abs=1e-6)
         widths.append(found.high - found.low)
-    assert 0.02 < widths[0] / (metric.high - metric.low) and widths[1] < widths[0] / 5
+    assert widths[0] / (metric.high - metric.low) > 0.02 and widths[1] < widths[0] / 5
     assert mean(np.ones(4), "prompt_following") == share(np.ones(4, bool))
     usual = mean(np.array([1.0, 0.75, 1.0, 0.5]), "prompt_following")
     assert usual.high - usual.value == pytest.approx(1.96 * np.std([1.0, 0.75, 1.0, 0.5], ddof=1) / 2, rel=1e-3)

@@ -459,6 +459,35 @@ def test_a_judge_whose_model_is_missing_is_refused_before_a_sheet_is_drawn(stage
     assert not list(stage.folder.rglob("*.png"))
 
 
+@pytest.mark.parametrize("judge", ["dino", "clip", "vlm"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_dry_run_refuses_a_missing_model_of_the_judge_as_the_run_does(
+    judge: str, is_there: bool, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if is_there:  # a folder that holds no model
+        (tmp_path / "model").mkdir()
+    command = ["distill", "--teacher", sd_folder, "--objective", "self-distillation", "--set", f"judge={judge}"]
+    command += ["--set", f"judge_model={tmp_path / 'model'}", "--set", "sheets=1", "--device", "cpu", "-o", tmp_path / "run"]
+    said = []
+    for more in ([], ["--dry-run"]):
+        assert sid(*command, *more) == 3
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert said[0] == said[1]
+    assert str(tmp_path / "model") in said[0] and "--set judge_model" in said[0] and not (tmp_path / "run").exists()
+
+
+def test_the_time_of_a_dry_run_says_what_it_leaves_out(sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["distill", "--teacher", sd_folder, "--plan-for", "24gb"]
+    for more, said in (
+        (["--objective", "self-distillation"], "without sheets, curation and samples"),
+        (["--objective", "lcm", "--data", "teacher"], "without the teacher's images and samples"),
+        ([], "without samples"),
+    ):
+        assert sid(*command, *more) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# time")]
+        assert lines and all(line.endswith(f" (estimate, {said})") for line in lines)
+
+
 def test_an_endpoint_that_fails_is_noticed_before_the_sheets_and_later_costs_no_score_that_is_there(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
