@@ -155,11 +155,16 @@ def from_server(*arguments: object, cwd: Path | None = None, **environment: str)
 
 def together(count: int, *arguments: object, cwd: Path) -> list[Running]:
     """Start `sid ARGUMENTS` in so many forks of the server, with the variables that a launcher would set."""
+    return [Running(*arguments, cwd=cwd, **environment) for environment in ranks(count)]
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """The variables that a launcher would set for each process of a group of so many."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    return [Running(*arguments, cwd=cwd, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def in_server(work: Callable[..., object], *arguments: object, **environment: str) -> Ended:

@@ -20,7 +20,9 @@ sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 import diffusers.quantizers  # noqa: F401
 import peft  # noqa: F401
 import torch
+from peft.import_utils import is_bnb_available
 
+is_bnb_available()  # peft keeps the answer: the first adapter of each process would import it
 del sys.modules["bitsandbytes"]
 
 from sidcli.evaluation import emoji_reference

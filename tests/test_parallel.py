@@ -79,7 +79,8 @@ def alone(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def assert_same(alone: dict[str, torch.Tensor], together: dict[str, torch.Tensor], teacher: Path) -> None:
     """Equal up to rounding: measured on the way each network has gone, and on the optimizers' state, which has the gradients' size."""
     assert together.keys() == alone.keys()
-    start = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    (denoiser,) = (file for name in ("unet", "transformer") for file in (teacher / name).glob("*.safetensors"))
+    start = load_file(denoiser)
     for file in {name.partition("/")[0] for name in alone}:
         names = sorted(name for name in alone if name.startswith(f"{file}/") and not name.endswith(".step"))
         one, other = (torch.cat([values[name].flatten().double() for name in names]) for values in (alone, together))
