@@ -296,7 +296,7 @@ def distill(
         objective_settings: Settings of the objective, by name.
         lr: Learning rate of both networks.
         images: Training images per network; sets the number of steps instead of `steps`.
-        memory: Memory recipe: "auto", "fast", "24gb" or "12gb".
+        memory: Memory recipe: "auto", "fast", "24gb" or "12gb"; or "16gb", "48gb" or "80gb", the first recipe that fits.
         config: TOML file of settings, such as a run's config.toml.
         device: "auto", "cpu", "cuda" or "cuda:INDEX".
         intervals: Steps between checkpoints, samples and evaluations.
@@ -350,8 +350,7 @@ def distill(
 
     if "prompts" not in request.own and resolved.prompts in BUILT_IN and not folder_of(resolved.data):
         listener.note(f"prompts: {prompts.name} (built in; override with --prompts FILE)")
-    known = Overrides(resolved.prediction_type, resolved.model_config, resolved.width, resolved.height)
-    loaded = open_model(request.teacher, listener, known)
+    loaded = open_model(request.teacher, listener, resolved.overrides)
     start = initial.open_initial(resolved.init, loaded, listener) if resolved.init else None
     return driver.run(
         loaded, resolved, prompts, request.folder, device, intervals, checkpoint, listener, tracker, command, pictures, start

@@ -18,7 +18,7 @@ from sidcli import objectives
 from sidcli.errors import InputError, UsageError
 from sidcli.files import read_bytes
 from sidcli.models.card import RENOISE
-from sidcli.models.overrides import PREDICTIONS
+from sidcli.models.overrides import PREDICTIONS, Overrides
 from sidcli.numeric import plain
 from sidcli.objectives.base import Settings
 from sidcli.objectives.self_distillation import SelfDistillationSettings
@@ -126,6 +126,11 @@ class DistillConfig:
     shard: bool = False
     """Split the networks over the processes (FSDP2)."""
 
+    @property
+    def overrides(self) -> Overrides:
+        """How the teacher is read: what its files do not say, and the size of the images."""
+        return Overrides(self.prediction_type, self.model_config, self.width, self.height)
+
     def __post_init__(self) -> None:
         rules = {
             "width": (self.width >= 0, "at least 0"),  # its multiple depends on the teacher
@@ -182,6 +187,9 @@ NO_PATH = {"t_init": sys.maxsize, "t_min": 0, "t_max": sys.maxsize}
 """Fields whose defaults depend on the path of the teacher, with values that exclude none of the others. They replace the defaults
 until the path is known."""
 
+LORAS: dict[str, Any] = {"student_lora": 64, "fake_lora": 64, "teacher_bf16": True}
+"""Fields whose defaults are these for a large teacher of transformers (`Kind.lora_above`): two LoRAs on one frozen teacher in bf16."""
+
 TEACHER_DRAWS = "teacher"
 """Value of the field `data` for images that the teacher draws."""
 SELECTS = {"prompts": "column", "data": "data_num"}
@@ -208,6 +216,8 @@ MEMORY: dict[str, dict[str, Any]] = {
     },
 }
 """Fields that each `--memory` recipe sets, smallest effect on the result first. Single options override single fields."""
+FITTED = ("16gb", "48gb", "80gb")
+"""Amounts of memory that `--memory` accepts too: the first recipe whose plan fits a GPU of this memory, as `auto` for the GPU here."""
 
 
 def strategy(name: str, scale: float | None) -> dict[str, float]:

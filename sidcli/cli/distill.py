@@ -18,7 +18,7 @@ from sidcli.devices import check_name
 from sidcli.errors import UsageError
 from sidcli.formats.outputs import check_named
 from sidcli.progress import counted, duration
-from sidcli.settings import MEMORY, STRATEGIES, DistillConfig
+from sidcli.settings import FITTED, MEMORY, STRATEGIES, DistillConfig
 from sidcli.training.gpus import Gpu, parse_gpu
 from sidcli.training.intervals import Intervals
 from sidcli.training.request import Request, method_of, read_config
@@ -97,8 +97,8 @@ Memory = Annotated[
     str,
     typer.Option(
         rich_help_panel=MACHINE,
-        autocompletion=one_of("auto", *MEMORY),
-        help="auto, fast, 24gb or 12gb: sets the options below.",
+        autocompletion=one_of("auto", *MEMORY, *FITTED),
+        help="auto, fast, 24gb or 12gb: sets the options below. 16gb, 48gb or 80gb: as auto for a GPU of this memory.",
     ),
 ]
 Processes = Annotated[int, typer.Option(callback=within(1), rich_help_panel=MACHINE, help="Processes on this machine.")]

@@ -87,6 +87,7 @@ PANELS = {
     ),
 }
 """Settings that have an option, by panel of the help. Other settings can only be set in a config file."""
+LARGE = "for transformers of more than 1 billion weights"
 SHOWN = {
     "width": "the teacher's own",
     "height": "the teacher's own",
@@ -95,6 +96,8 @@ SHOWN = {
     "data": "none",
     "data_num": "all; 1000 of teacher",
     "init": "the teacher",
+    **dict.fromkeys(("fake_lora", "student_lora"), f"0; 64 {LARGE}"),
+    "teacher_bf16": f"off; on {LARGE}",
     "lr_fake": "--lr",
     "lr_generator": "--lr",
     **{f"kappa{index}": "from --guidance" for index in (1, 2, 3, 4)},

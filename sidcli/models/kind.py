@@ -166,6 +166,8 @@ class Kind(ABC):
     such models also have the names of kohya's scripts. A single file of other models contains the denoiser only; see `places`."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Modules of the denoiser that get a LoRA adapter."""
+    lora_above: ClassVar[float] = math.inf
+    """Number of weights of a denoiser above which student and fake score are LoRAs by default."""
     text_attention: ClassVar[str] = "sdpa"
     """Implementation of attention in the text encoders, as transformers names it."""
     is_square: ClassVar[bool] = False

@@ -15,6 +15,11 @@ from sidcli.models import families, t5, tokenizers
 from sidcli.models.compatibility import OTHER_COPY, OTHER_MODEL, check_scale, is_number, positive_integer, sides_of, value_text
 from sidcli.models.kind import Cond, Head, Kind
 
+LARGE = 1_000_000_000
+"""Weights of a transformer above which student and fake score are LoRAs by default. A training of all weights takes 26 bytes for each of
+them: 2 of the teacher in bf16, 4 of each of student, fake score, their gradients, their two second moments and the weight average. So
+this is what no longer fits a GPU of 24 GB, even without activations and text encoders."""
+
 
 class Tokens(NamedTuple):
     """Token ids and attention mask of B prompts for one text encoder, int64 [B, length]. The mask is 0 behind the end of a prompt."""
@@ -28,6 +33,7 @@ class Transformer(Kind):
 
     component, title = "transformer", "transformer"
     formats: ClassVar[tuple[str, ...]] = ("diffusers", "lora")
+    lora_above = LARGE
     text_classes: ClassVar[Mapping[str, str]]
     """Text encoder -> its class in transformers."""
     language: ClassVar[Any] = t5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,14 +36,13 @@ from sidcli.formats.order import require
 from sidcli.models.kind import Cond
 from sidcli.models.kinds import kind_of
 from sidcli.models.loading import Description, describe, quiet_libraries
-from sidcli.models.overrides import Overrides
 from sidcli.models.reference import LAYOUTS
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
 from sidcli.objectives.base import TEACHER, Pass, Phase, Role
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Listener, Silence, counted, duration
-from sidcli.settings import TEACHER_DRAWS, DistillConfig
+from sidcli.settings import LORAS, TEACHER_DRAWS, DistillConfig
 from sidcli.training import checkpoint, initial
 from sidcli.training.gpus import GPUS, Gpu
 
@@ -400,7 +400,7 @@ class Sizes:
 def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     """Return the teacher's description after a check against the settings and the model of `--init`. Reads no weights."""
     source = find(config.teacher, descriptions_only=True)
-    known = describe(source, Overrides(config.prediction_type, config.model_config, config.width, config.height), listener)
+    known = describe(source, config.overrides, listener)
     check_teacher(known, config)
     if config.init:
         first, *_ = initial.check(config.init, known, listener)
@@ -416,12 +416,25 @@ def described(config: DistillConfig, listener: Listener) -> Description:
     Reads no weights. Raises InputError if the teacher, or the model of the judge of its pairs, is missing.
     """
     quiet_libraries()
-    overrides = Overrides(config.prediction_type, config.model_config, config.width, config.height)
-    known = describe(find(config.teacher, listener, descriptions_only=True), overrides)
+    known = describe(find(config.teacher, listener, descriptions_only=True), config.overrides)
     objective = config.objective
     if isinstance(objective, SelfDistillationSettings) and not config.data:
         check_model(objective.judge, known, **objective.judge_options)
     return known
+
+
+def settings_of_teacher(known: Description) -> dict[str, Any]:
+    """Return the settings that have other defaults with this teacher: those of its path, and LORAS if it is large."""
+    return known.path.settings | (LORAS if is_large(known) else {})
+
+
+def is_large(known: Description) -> bool:
+    """Return whether the denoiser has more weights than its kind trains by default; see `Kind.lora_above`."""
+    kind = known.kind
+    if kind.lora_above == math.inf:
+        return False
+    with torch.device("meta"):
+        return count_weights(kind.build(kind.component, known.denoiser_config).parameters()) > kind.lora_above
 
 
 def check(config: DistillConfig, output: Path, keep: int, listener: Listener) -> None:
@@ -517,8 +530,11 @@ def make(
     )
 
 
-def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener, gpu: Gpu | None = None) -> DistillConfig:
-    """Return the first candidate whose plan fits the free memory of the GPU, or of `gpu`, with the largest micro-batch that fits.
+def choose(
+    candidates: dict[str, DistillConfig], device: str, listener: Listener, gpu: Gpu | None = None, grows: bool = True
+) -> DistillConfig:
+    """Return the first candidate whose plan fits the free memory of the GPU, or of `gpu`, with the largest micro-batch that fits, or
+    its own one if `grows` is False.
 
     If none fits, return the last candidate and send the listener a warning.
     """
@@ -535,7 +551,7 @@ def choose(candidates: dict[str, DistillConfig], device: str, listener: Listener
         needed = needs(config)
         if needed >= free:
             continue
-        while config.micro_batch < min(MAX_MICRO_BATCH, config.batch_size):
+        while grows and config.micro_batch < min(MAX_MICRO_BATCH, config.batch_size):
             larger = dataclasses.replace(config, micro_batch=min(2 * config.micro_batch, config.batch_size))
             if (more := needs(larger)) >= free:
                 break

@@ -24,6 +24,8 @@ from sidcli.models.overrides import check_guidance
 from sidcli.objectives.base import FAKE_OPTIONS
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.settings import (
+    FITTED,
+    LORAS,
     MEMORY,
     NO_PATH,
     PRESETS,
@@ -36,6 +38,7 @@ from sidcli.settings import (
     strategy,
     takes_reference,
 )
+from sidcli.training.gpus import parse_gpu
 
 if TYPE_CHECKING:
     from sidcli.data.captioned import CaptionedImages
@@ -125,7 +128,12 @@ class Request:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return MEMORY["fast" if self.memory == "auto" else self.memory]
+        return MEMORY.get(self.memory, MEMORY["fast"])
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Settings of a fake score, and the renoising, that have no effect on the objective."""
+        return frozenset({*FAKE_OPTIONS, "renoise"} & {*objectives.find(self.start["objective"].name).unused})
 
     def config(self, recipe: dict[str, Any], of_path: Mapping[str, Any] | None = None) -> DistillConfig:
         """Return the settings with a memory recipe. Those of a fake score that the objective does not have, and the
@@ -136,7 +144,7 @@ class Request:
         if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
         given = {**(of_path or {}), **self.start, **recipe, **self.own, "teacher": self.teacher}
-        unused = {*FAKE_OPTIONS, "renoise"} & {*objectives.find(self.start["objective"].name).unused}
+        unused = self.unused
         merged = {name: value for name, value in given.items() if name not in unused}
         batch = merged.get("batch_size", DistillConfig.batch_size)
         merged["micro_batch"] = min(merged.get("micro_batch", DistillConfig.micro_batch), max(1, batch))
@@ -221,23 +229,55 @@ class Request:
         for note in self.notes:
             listener.note(note)
         recipe = self.recipe
-        begun = self.memory == "auto" and (self.folder / "config.toml").is_file()
+        fitted = parse_gpu(self.memory) if self.memory in FITTED else None
+        begun = self.memory not in MEMORY and self.record.is_file()
         if begun:  # a continued run keeps its recipe, whatever memory is free now
-            recipe = {name: value for name, value in read_toml(self.folder / "config.toml").items() if name in MEMORY["12gb"]}
+            recipe = {name: value for name, value in read_toml(self.record).items() if name in MEMORY["12gb"]}
         planned_only = dry_run and (gpu is not None or device.startswith("cuda"))  # the GPU does not have to be present
         on_gpu = not planned_only and choose_device(device, listener).type == "cuda"
         from sidcli.training import plan
 
         known = plan.described(self.config(recipe, NO_PATH), listener)
-        usual, asked = known.path.settings, self if self.has_scale else self.with_scale(known.default_guidance)
-        if self.memory == "auto" and not begun and (on_gpu or gpu):
-            return plan.choose({name: asked.config(recipe, usual) for name, recipe in MEMORY.items()}, device, listener, gpu), gpu
+        asked = self if self.has_scale else self.with_scale(known.default_guidance)
+        usual = asked.with_loras(plan.settings_of_teacher(known), recipe, listener)
+        if self.memory not in MEMORY and not begun and (on_gpu or gpu or fitted):
+            recipes = {name: asked.config(recipe, usual) for name, recipe in MEMORY.items()}
+            return plan.choose(recipes, device, listener, fitted or gpu, grows="micro_batch" not in self.own), gpu
         return asked.config(recipe, usual), gpu
 
     def with_scale(self, guidance: float) -> Request:
         """Return the request with this guidance scale of the objective."""
         objective = self.start["objective"]
         return replace(self, start=self.start | {"objective": replace(objective, **{objective.scale: guidance})})
+
+    @property
+    def record(self) -> Path:
+        """The settings of the run in the run folder, if one has begun there."""
+        return self.folder / "config.toml"
+
+    def with_loras(self, usual: dict[str, Any], recipe: Mapping[str, Any], listener: Listener) -> dict[str, Any]:
+        """Return the defaults for the teacher with LORAS, if it is large, as far as they apply; the listener is told so.
+
+        They do not apply where the student starts at another model (--init), where networks are sharded, which adapters are not, and
+        where the ranks are given as 0. A continued run keeps what it began with.
+        """
+        if not usual.keys() >= LORAS.keys():
+            return usual
+        given, rest = {**self.start, **recipe, **self.own}, {name: value for name, value in usual.items() if name not in LORAS}
+        if self.record.is_file():
+            before = read_toml(self.record)
+            return rest | {name: before[name] for name in LORAS if name in before}
+        ranks = [name for name in LORAS if name.endswith("lora") and name not in self.unused]
+        chosen = {name: LORAS[name] for name in ranks if name not in given}
+        if given.get("init") or given.get("shard") or not (chosen or any(given[name] for name in ranks)):
+            return rest
+        if chosen:
+            options = " ".join(f"--{name.replace('_', '-')} {{}}" for name in ranks)
+            listener.note(
+                f"{self.teacher} is large: default {options.format(*({**chosen, **given}[name] for name in ranks))}, LoRAs on the frozen"
+                f" teacher in bf16; {options.format(*[0] * len(ranks))} trains all weights"
+            )
+        return usual
 
 
 def with_keys(message: str, names: Collection[str]) -> tuple[str, list[str]]:
@@ -255,8 +295,8 @@ def check_values(settings: Mapping[str, Any], guidance: float | None, lr: float 
         raise UsageError("--steps and --images exclude each other", "give one of them")
     if images is not None and images < 1:
         raise UsageError(f"--images must be at least 1, not {images}")
-    if memory not in ("auto", *MEMORY):
-        raise UsageError(f"--memory must be one of auto, {', '.join(MEMORY)}, not {memory!r}")
+    if memory not in (known := ("auto", *MEMORY, *FITTED)):
+        raise UsageError(f"--memory must be one of {', '.join(known)}, not {memory!r}")
     if lr is not None and not 0 < lr < math.inf:
         raise UsageError(f"--lr must be positive, not {lr}")
 
