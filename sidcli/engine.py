@@ -321,7 +321,8 @@ class Engine:
         self.arithmetic = arithmetic or default_arithmetic(config.precision, self.device)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-        self.sampler = Sampler(dataclasses.replace(teacher, text_on_cpu=config.offload_text), self.device)
+        bf16 = config.text_precision == "bf16"
+        self.sampler = Sampler(dataclasses.replace(teacher, text_on_cpu=config.offload_text, text_bf16=bf16), self.device)
         self.path = teacher.path
         self.kind = teacher.kind
         self.teacher = self.sampler.denoiser
@@ -692,10 +693,14 @@ def check_split(batch_size: int, processes: int) -> None:
 
 def check_teacher(teacher: Model | Description, config: DistillConfig) -> None:
     """Raises InputError if the teacher is a student or takes a reference image already, UsageError if the settings need timesteps or an
-    objective that do not fit its path or its reference image."""
+    objective that do not fit its path or its reference image, or a precision of a language model that it does not have."""
     name, path = teacher.source.name, teacher.path
     if teacher.is_student:
         raise InputError(f"{name} is a student already", "pass the teacher it came from")
+    if config.text_precision != "fp32" and teacher.kind.language_model not in teacher.texts:
+        raise UsageError(
+            f"--text-precision {config.text_precision} is the precision of T5 or Gemma, and {name} has neither", "leave it out"
+        )
     method, timesteps, (first, last) = objectives.find(config.objective.name), path.steps, path.starts
     if teacher.layout and config.objective.draws_pairs:
         raise InputError(f"{name} takes a reference image already", "pass the teacher that it was tuned from")

@@ -29,6 +29,7 @@ CHOICES = {
     "renoise": RENOISE,
     "optimizer": ("adam", "adam8bit"),
     "precision": ("auto", "fp32", "bf16"),
+    "text_precision": ("fp32", "bf16"),
     "compile": ("auto", "on", "off"),
 }
 """Allowed values of the fields of DistillConfig that are a choice."""
@@ -106,6 +107,8 @@ class DistillConfig:
     """Rank of a LoRA student on the teacher's weights; 0: a full copy."""
     precision: str = "auto"
     """bf16 computes over float32 weights; auto: bf16 on a GPU that has it, and on a CPU if a short measurement finds it faster."""
+    text_precision: str = "fp32"
+    """Weights of the language model that reads the prompts, T5 or Gemma: bf16 takes half the memory."""
     tf32: bool = False
     """TF32 matrix products on the GPU."""
     teacher_bf16: bool = False

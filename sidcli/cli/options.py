@@ -82,8 +82,8 @@ PANELS = {
     ),
     "Objective sid": SID_SETTINGS,
     MACHINE: (
-        *("micro_batch", "precision", "tf32", "compile", "optimizer", "teacher_bf16", "gradient_checkpointing", "split_backward"),
-        *("offload_average", "offload_optimizer", "offload_text", "shard"),
+        *("micro_batch", "precision", "text_precision", "tf32", "compile", "optimizer", "teacher_bf16", "gradient_checkpointing"),
+        *("split_backward", "offload_average", "offload_optimizer", "offload_text", "shard"),
     ),
 }
 """Settings that have an option, by panel of the help. Other settings can only be set in a config file."""

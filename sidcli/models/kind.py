@@ -180,6 +180,11 @@ class Kind(ABC):
     """Component -> the former name of its class, which the files of published models still have."""
 
     @property
+    def language_model(self) -> str:
+        """The text encoder that is a language model, whose weights can be in bf16; "" if models of this kind have none."""
+        return ""
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Folders of a pipeline that are read."""
         return self.component, "vae", *self.texts, *map(tokenizer_of, self.texts), "scheduler"

@@ -144,6 +144,8 @@ class Model(Known):
     """Names of the text encoders; by default the first ones of the kind."""
     text_on_cpu: bool = False
     """Whether the text encoders stay in CPU memory and encode there, wherever the denoiser is."""
+    text_bf16: bool = False
+    """Whether the weights of the language model are in bf16; its states in a cond are float32."""
 
     def __post_init__(self) -> None:
         self.texts = self.texts or self.kind.texts[: len(self.text_encoders)]
@@ -455,6 +457,16 @@ def load(source: Source, overrides: Overrides | None = None, listener: Listener 
         known.empty_is_zero,
         known.texts,
     )
+
+
+def with_texts_of_files(model: Model, overrides: Overrides) -> Model:
+    """Return a model with the text encoders of its files in float32, if a training has changed their precision. `overrides` are those
+    with which it was loaded."""
+    if not model.text_bf16:
+        return model
+    known = describe(model.source, overrides)
+    texts = tuple(_network(known, name).eval().requires_grad_(False) for name in known.texts)
+    return dataclasses.replace(model, text_encoders=texts, text_bf16=False)
 
 
 def _network(known: Description, name: str) -> Any:

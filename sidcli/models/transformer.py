@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,6 +40,10 @@ class Transformer(Kind):
     language: ClassVar[Any] = t5
     """Module that reads the configuration and the tokenizer of the language model."""
 
+    @property
+    def language_model(self) -> str:
+        return self.texts[-1]
+
     @abstractmethod
     def text_tokens(self, config: Mapping[str, Any]) -> int:
         """Return the number of tokens that the last text encoder reads for a denoiser with this configuration, as the stock pipeline
@@ -64,10 +69,10 @@ class Transformer(Kind):
         return getattr(diffusers, self.rules.classes[component])
 
     def text_config(self, component: str, config: Mapping[str, Any]) -> Any:
-        return (self.language if component == self.texts[-1] else families).text_config(config)
+        return (self.language if component == self.language_model else families).text_config(config)
 
     def read_tokenizer(self, component: str, folder: Path, config: Mapping[str, Any], place: str) -> Any:
-        return (self.language if component == self.texts[-1] else tokenizers).read_tokenizer(folder, config, place)
+        return (self.language if component == self.language_model else tokenizers).read_tokenizer(folder, config, place)
 
     # Text
 
@@ -76,7 +81,7 @@ class Transformer(Kind):
 
     def rehearsed_cond(self, built: Mapping[str, Any], length: int) -> Cond:
         config, encoders = built[self.component].config, {name: built[name] for name in self.texts if name in built}
-        lengths = {name: self.text_tokens(config) if name == self.texts[-1] else length for name in encoders}
+        lengths = {name: self.text_tokens(config) if name == self.language_model else length for name in encoders}
         tokens = {name: torch.zeros(1, count, dtype=torch.long, device="meta") for name, count in lengths.items()}
         return self.cond(encoders, {name: Tokens(ids, ids) for name, ids in tokens.items()}, config)
 
@@ -105,17 +110,24 @@ class Transformer(Kind):
 
 
 class TextEncoders:
-    """The text encoders of a model on a device, by name. `truncated` counts prompts that are longer than the last of them reads."""
+    """The text encoders of a model on a device, by name. `truncated` counts prompts that are longer than the last of them reads.
+
+    If `model.text_bf16` is set, the weights of the model's own language model become bf16, which takes no memory for a copy.
+    """
 
     def __init__(self, kind: Transformer, model: Any, device: torch.device):
         self.kind, self.config, self.device, self.truncated = kind, model.denoiser.config, device, 0
+        if model.text_bf16:
+            # Not its buffers: the frequencies of Gemma's positions, in bf16, would be wrong for all but the first tokens.
+            for value in model.networks[kind.language_model].parameters():
+                value.data = value.data.bfloat16()
         self.encoders = {name: encoder.to(device) for name, encoder in zip(model.texts, model.text_encoders, strict=True)}
         self.tokenizers = dict(zip(model.texts, model.tokenizers, strict=True))
 
     def tokens(self, name: str, prompts: Sequence[str]) -> Tokens:
         """Return the tokens of B prompts for the encoder `name`."""
-        is_last = name == self.kind.texts[-1]
-        length = self.kind.text_tokens(self.config) if is_last else self.tokenizers[name].model_max_length
+        is_language_model = name == self.kind.language_model
+        length = self.kind.text_tokens(self.config) if is_language_model else self.tokenizers[name].model_max_length
         return self.padded(name, [self.kind.prepared(prompt) for prompt in prompts], length)
 
     def padded(self, name: str, texts: Sequence[str], length: int) -> Tokens:
@@ -128,7 +140,8 @@ class TextEncoders:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        return self.kind.cond(self.encoders, {name: self.tokens(name, prompts) for name in self.encoders}, self.config)
+        cond = self.kind.cond(self.encoders, {name: self.tokens(name, prompts) for name in self.encoders}, self.config)
+        return replace(cond, states=cond.states.float())
 
 
 def check_latents(name: str, channels: int, vae: Mapping[str, Any], place: str) -> None:

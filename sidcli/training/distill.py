@@ -33,7 +33,7 @@ from sidcli.files import append_line, locked, write_json
 from sidcli.formats.diffusers_folder import write_student
 from sidcli.formats.outputs import check_run
 from sidcli.models.drawing import NotFinite
-from sidcli.models.loading import Model
+from sidcli.models.loading import Model, with_texts_of_files
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import fingerprint
 from sidcli.progress import RunListener, counted
@@ -196,6 +196,7 @@ def write_results(loop: Loop, prompts: Prompts, step: int, initial: Initial | No
     reason = loop.return_to_best() if loop.intervals.keep_best else "the last step"
     student = engine.student()
     if engine.distributed.is_main:
+        student = with_texts_of_files(student, engine.config.overrides)
         write_student(output / "student", student, student_card(engine, prompts, started_from), licenses=licenses)
         complete_record(output, {"steps": step, "images": step * engine.config.batch_size}, loop.trained, engine.step, reason)
         write(run_page(output), output / "report.html")

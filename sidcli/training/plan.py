@@ -372,6 +372,8 @@ class Sizes:
     roles: dict[str, tuple[Role, int]]
     """Trained networks by name, each with its number of trained weights."""
     text: int
+    language: int
+    """Number of weights of the language model among the text encoders."""
     vae: int
 
     @classmethod
@@ -385,11 +387,16 @@ class Sizes:
         weights = count_weights(denoiser.parameters())
         roles = {name: (role, trained_weights(denoiser, role)) for name, role in asked.items()}
         text = sum(count_weights(nets[name].parameters()) for name in known.texts)
-        return cls(denoiser, weights, roles, text, count_weights(nets["vae"].parameters()))
+        language = count_weights(nets[name].parameters()) if (name := known.kind.language_model) in nets else 0
+        return cls(denoiser, weights, roles, text, language, count_weights(nets["vae"].parameters()))
 
     def state(self, config: DistillConfig) -> int:
         """Return the size of a checkpoint in bytes."""
         return state_bytes(config, list(self.roles.values()))
+
+    def text_bytes(self, config: DistillConfig) -> int:
+        """Return the size of the text encoders in memory in bytes."""
+        return 4 * self.text - (2 * self.language if config.text_precision == "bf16" else 0)
 
     @property
     def student(self) -> int:
@@ -491,7 +498,7 @@ def make(
     averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {
         "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
-        "text encoder": 0 if config.offload_text else 4 * sizes.text,
+        "text encoder": 0 if config.offload_text else sizes.text_bytes(config),
         **{name.replace("_", " "): 4 * trained for name, (_, trained) in sizes.roles.items()},
         "gradients": max(4 * trained for _, trained in sizes.roles.values()),
         "optimizers": 0 if config.offload_optimizer else moments,
@@ -500,7 +507,7 @@ def make(
     }
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
-    away += 4 * sizes.text if config.offload_text else 0
+    away += sizes.text_bytes(config) if config.offload_text else 0
     pace, peak = recorded_rate(output), sum(memory.values())
     once = forward_flops(sizes.denoiser, cond)
     flops = once * forwards_per_image(config, known)

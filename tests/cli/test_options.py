@@ -63,6 +63,7 @@ OPTIONS = {
         "--memory",
         "--micro-batch",
         "--precision",
+        "--text-precision",
         "--tf32 --no-tf32",
         "--compile",
         "--optimizer",
