@@ -155,6 +155,11 @@ class Model(Known):
         return kind_of(self.denoiser)
 
     @property
+    def text_precision(self) -> str:
+        """What the names of cached images of this model end with."""
+        return " text in bf16" if self.text_bf16 else ""
+
+    @property
     def networks(self) -> dict[str, Any]:
         """All networks by the name of their component."""
         return {self.kind.component: self.denoiser, "vae": self.vae, **dict(zip(self.texts, self.text_encoders, strict=True))}

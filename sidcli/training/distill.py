@@ -240,7 +240,7 @@ def open_data(engine: Engine, images: CaptionedImages | None, output: Path, teac
         plan = plan_for(model, guidance=config.objective.drawing_guidance)
         count = config.data_num or TEACHER_IMAGES
         # Not the kernels, which a measurement selects: an interrupted command may select others, and must find its images again.
-        precision = f"bf16 {engine.arithmetic.bf16}, teacher in bf16 {config.teacher_bf16}"
+        precision = f"bf16 {engine.arithmetic.bf16}, teacher in bf16 {config.teacher_bf16}" + model.text_precision
         draw = partial(engine.teacher_latents, plan)
         source = TeacherImages(model, teacher, plan, engine.prompts, count, config.micro_batch, precision, draw)
     else:

@@ -63,6 +63,7 @@ class Proxy:
         clip = Clip(str(WEIGHTS / "clip") if model.is_emoji else PHOTO_CLIP, self.device, hint)
         self.embeddings, self.similarity = Embeddings(clip), Similarity(clip)
         key = f"proxy {engine.prompts.digest} {engine.config.seed} {engine.config.prediction_type} {engine.arithmetic.bf16} {model.size}"
+        key += model.text_precision
         self.same = [texts[0]] * DIVERSITY_IMAGES
 
         def drawn(prompts: list[str], kind: str) -> DrawnSet:

@@ -16,11 +16,13 @@ from sidcli.errors import UsageError
 from sidcli.models.loading import describe, load
 from sidcli.models.sampler import Sampler
 from sidcli.models.sources import find
+from sidcli.objectives.regression import RegressionSettings
 from sidcli.progress import Silence
 from sidcli.settings import DistillConfig
 from sidcli.training import plan
+from sidcli.training.distill import open_data
 from tests import tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
-from tests.training.test_distill import run
+from tests.training.test_distill import Silent, run
 
 FAMILIES = {
     "sd3": tiny_sd3.write_sd3,
@@ -87,6 +89,17 @@ def test_a_student_has_the_exact_text_encoders_of_its_teacher_and_its_record_the
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert 'text_precision = "bf16"\n' in (result.run / "config.toml").read_text()
     assert json.loads((result.student / "sid.json").read_text())["config"]["text_precision"] == "bf16"
+
+
+def test_images_that_a_teacher_draws_from_states_of_another_precision_are_cached_apart(tmp_path: Path) -> None:
+    folder = tiny_pixart.write_pixart(tmp_path / "pixart")
+    drawn = []
+    for precision in ("fp32", "bf16"):
+        config = settings(folder, objective=RegressionSettings(), data="teacher", data_num=2, text_precision=precision)
+        engine = Engine(load(find(str(folder))), config, open_prompts("general"), CPU)
+        drawn.append(open_data(engine, None, tmp_path, "teacher", Silent()))
+    one, half = drawn
+    assert one.digest != half.digest and not torch.equal(one.at(0, 0)[0], half.at(0, 0)[0])
 
 
 def test_models_without_a_language_model_refuse_another_precision_of_it(sd_folder: Path, tmp_path: Path) -> None:
