@@ -23,7 +23,7 @@ from sidcli.cli.distill import hidden
 from sidcli.formats.order import FORMATS
 from sidcli.models.loading import load
 from sidcli.models.sources import find
-from sidcli.settings import CHOICES, STRATEGIES, DistillConfig
+from sidcli.settings import CHOICES, FITTED, MEMORY, STRATEGIES, DistillConfig
 from tests.commands import Running
 from tests.commands import from_server as sid
 from tests.inprocess import sid as in_process
@@ -111,7 +111,7 @@ def test_a_value_outside_of_its_range_is_one_line(capsys: pytest.CaptureFixture[
     [
         ("distill --guidance-strategy ", list(STRATEGIES)),
         ("distill --guidance-strategy l", ["lsg", "long"]),
-        ("distill --memory ", ["auto", "fast", "24gb", "12gb"]),
+        ("distill --memory ", ["auto", *MEMORY, *FITTED]),
         ("distill --precision ", list(CHOICES["precision"])),
         ("distill --renoise f", ["fixed", "fresh"]),
         ("distill --optimizer ", list(CHOICES["optimizer"])),
