@@ -290,7 +290,7 @@ def distill(
 
     Args:
         teacher: Model name of the teacher; by default the teacher of `config`, else "emoji-teacher".
-        output: Run folder; by default runs/TEACHER-gGUIDANCE.
+        output: Run folder; by default runs/TEACHER-gGUIDANCE, with the objective if it is not sid.
         objective: Distillation method; see `sidcli.objectives.OBJECTIVES`.
         guidance, guidance_strategy: Guidance scale and guidance strategy of the objective.
         objective_settings: Settings of the objective, by name.
@@ -581,7 +581,8 @@ def export(
     if done.difference is not None:
         listener.note(f"verified: the export draws the same image as sid, at most {done.difference}/255 apart")
     if done.loss is not None:
-        listener.note(f"the LoRA's image is at most {done.loss}/255 from the student's own; a higher --rank keeps more")
+        more = "; a higher --rank keeps more" if done.loss else ""
+        listener.note(f"the LoRA's image is at most {done.loss}/255 from the student's own{more}")
     if push_to_hub:
         from sidcli.models.hub import upload
 

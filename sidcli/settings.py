@@ -80,7 +80,7 @@ class DistillConfig:
     micro_batch: int = 8
     """Images computed at once; does not change the result."""
     lr_fake: float = 1e-6
-    """Learning rate of the fake score."""
+    """Learning rate of the fake score, or of the discriminator of scflow and act."""
     lr_generator: float = 1e-6
     """Learning rate of the generator."""
     adam_eps: float = 1e-8
@@ -102,7 +102,7 @@ class DistillConfig:
     optimizer: str = "adam"
     """adam, or adam8bit, which needs bitsandbytes."""
     fake_lora: int = 0
-    """Rank of a LoRA fake score on the teacher's weights; 0: a full copy."""
+    """Rank of a LoRA fake score (scflow, act: discriminator) on the teacher's weights; 0: a full copy."""
     student_lora: int = 0
     """Rank of a LoRA student on the teacher's weights; 0: a full copy."""
     precision: str = "auto"

@@ -40,7 +40,7 @@ Guidance = Annotated[
     float | None, typer.Option(show_default="2; 0.5 with short; that of the objective", help="Guidance scale of the objective.")
 ]
 Images = Annotated[int | None, typer.Option(help="Training images per network, instead of --steps.")]
-Output = Annotated[str | None, typer.Option("--output", "-o", show_default="runs/TEACHER-gGUIDANCE", help="Run folder.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", show_default="runs/TEACHER-OBJECTIVE-gGUIDANCE", help="Run folder.")]
 Resume = Annotated[Path | None, typer.Option(show_default="the newest", help="Checkpoint to continue from.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings, such as a run's config.toml.")]
 SaveEvery = Annotated[int, typer.Option(callback=within(1), help="Steps between checkpoints.")]

@@ -94,6 +94,7 @@ def help_of(owner: type) -> dict[str, str]:
 def listed(objective: type[Objective]) -> list[str]:
     """Return the settings of an objective with defaults and help texts, one line each."""
     texts, defaults = help_of(objective.Settings), objective.Settings()
+    texts |= {name: f"{texts[name]} With the emoji teacher: {value}." for name, value in objective.emoji_settings.items()}
     rows = [(f"{name}={getattr(defaults, name)}", texts[name]) for name in names(objective)]
     width = max(len(setting) for setting, _ in rows)
     return [f"{setting:<{width}}  {text}" for setting, text in rows]

@@ -69,6 +69,7 @@ class Act(Lcm):
     defaults: ClassVar = {}
     emoji_settings: ClassVar = {"intervals": 40, "growing_images": 9600}
     unused = ("fake_warmup", "fake_updates", "t_init", "t_min", "t_max", "renoise")
+    second = "discriminator"
     reads = "The losses of ACT change as its timesteps come closer together, and do not show progress."
 
     @property

@@ -55,6 +55,11 @@ class Settings:
         return self.needs_images
 
     @property
+    def joining_images(self) -> int:
+        """Images after which the adversarial term joins the loss; 0: it is there from the start, or there is none."""
+        return 0
+
+    @property
     def drawing_guidance(self) -> float | None:
         """Guidance scale at which the teacher draws the images of `--data teacher`; None: its default."""
         return None
@@ -307,6 +312,8 @@ class Objective(ABC):
     """Whether its equations need the discrete timesteps of a diffusion, which a teacher of flow matching does not have."""
     takes_references: ClassVar[bool] = False
     """Whether it distills a teacher that takes a reference image, if its settings need no images."""
+    second: ClassVar[str] = "fake score"
+    """What the trained network besides the generator is, if there is one."""
     reads: ClassVar[str]
     """Sentence for reports that explains how to read the losses."""
 

@@ -66,6 +66,10 @@ class ScflowSettings(Settings):
     def discriminates(self) -> bool:
         return self.gan > 0.0
 
+    @property
+    def joining_images(self) -> int:
+        return self.joined_images
+
 
 class Scflow(Objective):
     Settings = ScflowSettings
@@ -73,6 +77,7 @@ class Scflow(Objective):
     defaults: ClassVar = {"t_init": 999}
     emoji_settings: ClassVar = {"guidance": 3.0, "joined_images": 1600}
     unused = ("fake_warmup", "fake_updates", "t_min", "t_max")
+    second = "discriminator"
     reads = "The losses of SCFlow compare the student with its own average, and do not show progress."
 
     @property

@@ -50,6 +50,10 @@ class SidaSettings(SidSettings):
     def needs_images(self) -> bool:
         return True
 
+    @property
+    def joining_images(self) -> int:
+        return self.gan_images if self.lsg_gan else 0
+
 
 class Sida(Sid):
     Settings = SidaSettings

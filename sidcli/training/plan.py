@@ -39,7 +39,7 @@ from sidcli.models.loading import Description, describe, quiet_libraries
 from sidcli.models.reference import LAYOUTS
 from sidcli.models.sampler import plan_for
 from sidcli.models.sources import find
-from sidcli.objectives.base import TEACHER, Pass, Phase, Role
+from sidcli.objectives.base import FAKE, TEACHER, Pass, Phase, Role
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import LORAS, TEACHER_DRAWS, DistillConfig
@@ -430,6 +430,11 @@ def described(config: DistillConfig, listener: Listener) -> Description:
     return known
 
 
+def title_of(role: str, config: DistillConfig) -> str:
+    """Return what a trained network is called in the plan."""
+    return objectives.find(config.objective.name).second if role == FAKE else role
+
+
 def settings_of_teacher(known: Description) -> dict[str, Any]:
     """Return the settings that have other defaults with this teacher: those of its path, and LORAS if it is large."""
     return known.path.settings | (LORAS if is_large(known) else {})
@@ -499,7 +504,7 @@ def make(
     memory = {
         "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
         "text encoder": 0 if config.offload_text else sizes.text_bytes(config),
-        **{name.replace("_", " "): 4 * trained for name, (_, trained) in sizes.roles.items()},
+        **{title_of(name, config): 4 * trained for name, (_, trained) in sizes.roles.items()},
         "gradients": max(4 * trained for _, trained in sizes.roles.values()),
         "optimizers": 0 if config.offload_optimizer else moments,
         "average": 0 if config.offload_average else averages,
@@ -519,7 +524,7 @@ def make(
         output=str(output),
         device=kind if gpu else device if device.startswith("cuda") else str(pick_device(device)),
         processes=processes,
-        parameters={"teacher": weights, **{name.replace("_", " "): trained for name, (_, trained) in sizes.roles.items()}},
+        parameters={"teacher": weights, **{title_of(name, config): trained for name, (_, trained) in sizes.roles.items()}},
         device_memory=memory,
         main_memory=away,
         peak=peak,
@@ -568,5 +573,7 @@ def choose(
             "--memory and --micro-batch override"
         )
         return config
-    listener.note(f"memory: even {name} needs {gigabytes(needed)} of {gigabytes(free)} usable; trying it anyway")
+    listener.note(
+        f"memory: no recipe fits: {name}, the smallest, needs {gigabytes(needed)}, and {gigabytes(free)} are usable; it is used"
+    )
     return config

@@ -72,6 +72,8 @@ class Request:
     """The config file."""
     of_file: frozenset[str] = field(default_factory=frozenset)
     """Settings whose values are those of the config file."""
+    of_method: frozenset[str] = field(default_factory=frozenset)
+    """Settings whose values are defaults of the objective. Defaults that depend on the path of the teacher replace them."""
     has_scale: bool = True
     """Whether the guidance scale of the objective is given, or does not depend on the teacher."""
 
@@ -116,6 +118,7 @@ class Request:
         preset = method.emoji_settings if preset_for(teacher) == "emoji" else {}
         chosen = objectives.settings({**preset, **table, **others})
         start = {**defaults_of(method, teacher), **from_file, "objective": chosen}
+        of_method = frozenset(method.defaults.keys() - from_file.keys())
         has_scale = not chosen.has_scale_of_teacher or chosen.scale in {**preset, **table, **others}
         folder = output or default_folder(teacher, start, objective, guidance_strategy, has_scale)
         own = with_shortcuts(own, start, lr, images)
@@ -124,7 +127,7 @@ class Request:
         off = without_effect(used, {**settings, **others}, place if folder_of(place) else "")
         notes = [*about_replaced(replaced, used, config), *off, *without_start(used)]
         of_file = frozenset(from_file.keys() - own.keys())
-        return cls(teacher, start, own, memory, folder, tuple(notes), config, of_file, has_scale)
+        return cls(teacher, start, own, memory, folder, tuple(notes), config, of_file, of_method, has_scale)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -143,7 +146,9 @@ class Request:
         """
         if self.own.get("shard", self.start.get("shard")):  # sharding splits the state over the processes instead
             recipe = {name: value for name, value in recipe.items() if not name.startswith("offload")}
-        given = {**(of_path or {}), **self.start, **recipe, **self.own, "teacher": self.teacher}
+        path = of_path or {}
+        start = {name: value for name, value in self.start.items() if name not in self.of_method & path.keys()}
+        given = {**path, **start, **recipe, **self.own, "teacher": self.teacher}
         unused = self.unused
         merged = {name: value for name, value in given.items() if name not in unused}
         batch = merged.get("batch_size", DistillConfig.batch_size)
@@ -272,10 +277,10 @@ class Request:
         if given.get("init") or given.get("shard") or not (chosen or any(given[name] for name in ranks)):
             return rest
         if chosen:
-            options = " ".join(f"--{name.replace('_', '-')} {{}}" for name in ranks)
+            options = " ".join(f"--{name.replace('_', '-')} {{}}" for name in chosen)
             listener.note(
-                f"{self.teacher} is large: default {options.format(*({**chosen, **given}[name] for name in ranks))}, LoRAs on the frozen"
-                f" teacher in bf16; {options.format(*[0] * len(ranks))} trains all weights"
+                f"{self.teacher} is large: {options.format(*chosen.values())} by default, on the frozen teacher in bf16;"
+                f" {options.format(*[0] * len(chosen))} trains all weights"
             )
         return usual
 
@@ -335,10 +340,10 @@ def without_effect(settings: Mapping[str, Any], given: Mapping[str, Any], pairs:
     if isinstance(scores, SelfDistillationSettings):
         off = scores.without_effect(given, pairs)
         said += [f"note: --set {name}={given[name]} has no effect {reason}" for name, reason in off.items()]
-    if isinstance(scores, objectives.Sida.Settings):
+    if scores.discriminates and (joining := scores.joining_images):
         size = max(1, settings.get("batch_size", DistillConfig.batch_size))
-        joins, images = -(-scores.gan_images // size) * size, settings.get("steps", DistillConfig.steps) * size
-        if joins >= images and scores.lsg_gan:
+        joins, images = -(-joining // size) * size, settings.get("steps", DistillConfig.steps) * size
+        if joins >= images:
             said.append(f"note: the adversarial term joins after {joins:,} images, and the run has {images:,}")
     return said
 

@@ -335,6 +335,17 @@ def test_timesteps_are_checked_against_the_defaults_of_flow_matching(
     assert all(f"\n{line}\n" in said for line in wanted)
 
 
+def test_a_default_of_an_objective_gives_way_to_that_of_flow_matching(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["distill", "--teacher", folder, "--prompts", "general", "--device", "cpu", "--dry-run", "-o", tmp_path / "run"]
+    assert sid(*command, "--objective", "scflow", "--data", "teacher", "--steps", 30, "--batch-size", 4, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["config"]["t_init"] == 1000
+    assert "the adversarial term joins after 20,000 images, and the run has 120" in said.err
+    assert sid(*command, "--objective", "scflow", "--data", "teacher", "--t-init", 999) == 2
+
+
 def test_settings_that_the_path_sets_exclude_nothing_before_it_is_known() -> None:
     assert FlowPath().settings.keys() == NO_PATH.keys()
 
