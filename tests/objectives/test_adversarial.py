@@ -225,7 +225,7 @@ def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, 
     wanted = getattr(naive, f"{name}_{'fake' if role == FAKE else 'generator'}")(draw)
     trained = naive.nets["psi" if role == FAKE else "theta"]
     slopes = [torch.zeros_like(value) if one is None else one for value, one in _gradients(wanted, trained)]
-    caught, values = _caught(built, role)
+    caught, values = caught_in(built, role)
     flat = torch.cat([slope.flatten() for slope in slopes])
     assert (caught - flat).norm() < 1e-4 * flat.norm()
     if role == FAKE and draw.real is not None and draw.span is None:
@@ -249,7 +249,7 @@ def test_a_divergence_weights_the_score_difference_of_each_sample(model: Model, 
     naive = Judging(built, model)
     wanted = _gradients(naive.dmd2_generator(built.draw_batch(inputs(built, GENERATOR), 0, range(2))), naive.nets["theta"])
     flat = torch.cat([torch.zeros_like(v).flatten() if one is None else one.flatten() for v, one in wanted])
-    caught, _ = _caught(built, GENERATOR)
+    caught, _ = caught_in(built, GENERATOR)
     assert (caught - flat).norm() < 1e-4 * flat.norm()
     assert f"{divergence} weights of f-distill (arXiv 2502.15681)" in built.objective.method
 
@@ -272,7 +272,7 @@ def _gradients(loss: Tensor, net: nn.Module) -> list[tuple[Tensor, Tensor | None
     return list(zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True))
 
 
-def _caught(built: Engine, role: str) -> tuple[Tensor, dict[str, float]]:
+def caught_in(built: Engine, role: str) -> tuple[Tensor, dict[str, float]]:
     """The gradient and the measurements of a phase. The first update of dmd2's fake score uses the samples of the generator's phase."""
     phase = phase_of(built, role, built.step)
     samples: list[Tensor] = []
@@ -298,7 +298,7 @@ def test_memory_options_do_not_change_the_gradients_and_the_losses(
     folder: Path, config: DistillConfig, name: str, variant: dict[str, Any], role: str
 ) -> None:
     plain, other = (engine(load(find(str(folder))), config, name, WITH_GAN[name], **more) for more in ({}, variant))
-    (one, measured), (two, again) = _caught(plain, role), _caught(other, role)
+    (one, measured), (two, again) = caught_in(plain, role), caught_in(other, role)
     assert (two - one).norm() < 1e-5 * one.norm()
     assert "discriminator_loss" in measured or "adversarial_loss" in measured
     assert again == pytest.approx(measured, rel=1e-4)
