@@ -42,7 +42,7 @@ from sidcli.models.sources import find
 from sidcli.objectives.base import FAKE, TEACHER, Pass, Phase, Role
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Listener, Silence, counted, duration
-from sidcli.settings import LORAS, TEACHER_DRAWS, DistillConfig
+from sidcli.settings import TEACHER_DRAWS, DistillConfig
 from sidcli.training import checkpoint, initial
 from sidcli.training.gpus import GPUS, Gpu
 
@@ -433,11 +433,6 @@ def described(config: DistillConfig, listener: Listener) -> Description:
 def title_of(role: str, config: DistillConfig) -> str:
     """Return what a trained network is called in the plan."""
     return objectives.find(config.objective.name).second if role == FAKE else role
-
-
-def settings_of_teacher(known: Description) -> dict[str, Any]:
-    """Return the settings that have other defaults with this teacher: those of its path, and LORAS if it is large."""
-    return known.path.settings | (LORAS if is_large(known) else {})
 
 
 def is_large(known: Description) -> bool:

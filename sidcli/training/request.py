@@ -244,7 +244,7 @@ class Request:
 
         known = plan.described(self.config(recipe, NO_PATH), listener)
         asked = self if self.has_scale else self.with_scale(known.default_guidance)
-        usual = asked.with_loras(plan.settings_of_teacher(known), recipe, listener)
+        usual = known.path.settings | (asked.loras(recipe, listener) if plan.is_large(known) else {})
         if self.memory not in MEMORY and not begun and (on_gpu or gpu or fitted):
             recipes = {name: asked.config(recipe, usual) for name, recipe in MEMORY.items()}
             return plan.choose(recipes, device, listener, fitted or gpu, grows="micro_batch" not in self.own), gpu
@@ -260,29 +260,27 @@ class Request:
         """The settings of the run in the run folder, if one has begun there."""
         return self.folder / "config.toml"
 
-    def with_loras(self, usual: dict[str, Any], recipe: Mapping[str, Any], listener: Listener) -> dict[str, Any]:
-        """Return the defaults for the teacher with LORAS, if it is large, as far as they apply; the listener is told so.
+    def loras(self, recipe: Mapping[str, Any], listener: Listener) -> dict[str, Any]:
+        """Return the defaults LORAS of a large teacher, as far as they apply; the listener is told so.
 
         They do not apply where the student starts at another model (--init), where networks are sharded, which adapters are not, and
         where the ranks are given as 0. A continued run keeps what it began with.
         """
-        if not usual.keys() >= LORAS.keys():
-            return usual
-        given, rest = {**self.start, **recipe, **self.own}, {name: value for name, value in usual.items() if name not in LORAS}
         if self.record.is_file():
             before = read_toml(self.record)
-            return rest | {name: before[name] for name in LORAS if name in before}
+            return {name: before[name] for name in LORAS if name in before}
+        given = {**self.start, **recipe, **self.own}
         ranks = [name for name in LORAS if name.endswith("lora") and name not in self.unused]
         chosen = {name: LORAS[name] for name in ranks if name not in given}
         if given.get("init") or given.get("shard") or not (chosen or any(given[name] for name in ranks)):
-            return rest
+            return {}
         if chosen:
             options = " ".join(f"--{name.replace('_', '-')} {{}}" for name in chosen)
             listener.note(
                 f"{self.teacher} is large: {options.format(*chosen.values())} by default, on the frozen teacher in bf16;"
                 f" {options.format(*[0] * len(chosen))} trains all weights"
             )
-        return usual
+        return LORAS
 
 
 def with_keys(message: str, names: Collection[str]) -> tuple[str, list[str]]:
