@@ -56,6 +56,8 @@ class SelfDistillationSettings(ImageSettings):
     """Guidance scale of the sheets."""
     sheet_steps: int = 25
     """Denoising steps of the sheets."""
+    shared_noise: float = 0.0
+    """Share of the variance of the noise that the panels of a sheet have in common; more: their subjects agree more, in similar poses."""
     scenes: str = "grammar"
     """What writes the scenes of a sheet: grammar (built in) or http (a language model behind an OpenAI-compatible endpoint)."""
     scenes_model: str = ""
@@ -82,6 +84,7 @@ class SelfDistillationSettings(ImageSettings):
         "sheets": (1, 10_000_000),
         "sheet_guidance": (-100, 100),
         "sheet_steps": (1, 1000),
+        "shared_noise": (0, 1),
         "copy": (0.01, 1),
         "cut": (0, 1),
     }
@@ -142,7 +145,7 @@ PAIRS = ("grid", "shared-attention")
 SCENES = ("grammar", "http")
 THRESHOLDS = ("same", "caption")
 SHEET_SETTINGS = (
-    *("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps", "scenes", "scenes_model", "scenes_url"),
+    *("sheets", "panels", "pairs", "sheet_guidance", "sheet_steps", "shared_noise", "scenes", "scenes_model", "scenes_url"),
     *("judge", "judge_model", "judge_url", *THRESHOLDS, "copy", "cut"),
 )
 """Settings of the first two stages of a run, sheets and curation."""

@@ -136,10 +136,13 @@ def check_same(folder: Path, engine: Engine, teacher: str) -> None:
     settings: dict[str, Any] = {"teacher": teacher, "prompts": engine.prompts.digest, "seed": config.seed, "panels": s.panels}
     settings |= {"pairs": s.pairs, "guidance": s.sheet_guidance, "steps": s.sheet_steps, "size": list(engine.sampler.model.size)}
     settings |= {"scenes": s.scenes_model} if s.scenes == "http" else {}
+    settings |= {"shared noise": s.shared_noise} if s.shared_noise else {}
     file = folder / "sheets.json"
     hint = f"restore it, which says how the sheets were drawn, or delete {folder}"
     if file.exists() and (before := read_json(file, hint)) != settings:
-        changed = [f"{key}: {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
+        changed = [
+            f"{key}: {before.get(key)} -> {settings.get(key)}" for key in before | settings if before.get(key) != settings.get(key)
+        ]
         raise InputError(f"{folder} holds sheets of other settings: {'; '.join(changed)}", "choose another --output for a new run")
     if not file.exists() and any((folder / "sheets").glob("*.png")):
         raise InputError(f"{folder} holds sheets and no sheets.json, which says how they were drawn", f"delete {folder}")
@@ -152,9 +155,7 @@ def drawn(engine: Engine, indices: range, prompts: Sequence[SheetPrompt], steppe
     settings, model = settings_of(engine), engine.sampler.model
     rows = settings.panels // COLUMNS
     plan = Plan(settings.sheet_steps, settings.sheet_guidance)
-    channels, height, width = model.latent_shape
-    shape = channels, rows * height, COLUMNS * width
-    noise = randomness.normal(shape, engine.config.seed, "sheet", 0, indices)
+    noise = sheet_noise(model.latent_shape, rows, settings.shared_noise, engine.config.seed, indices)
     if settings.pairs == "grid":
         latents = engine.teacher_latents(plan, [prompt.text for prompt in prompts], noise, stepped)
     else:
@@ -165,6 +166,20 @@ def drawn(engine: Engine, indices: range, prompts: Sequence[SheetPrompt], steppe
     with torch.no_grad():
         decoded = torch.cat([codec.decode(one[None].to(engine.device)) for one in latents])
     return to_bytes(decoded, [prompt.text for prompt in prompts], list(indices), "a smaller --set sheet_guidance")
+
+
+def sheet_noise(shape: tuple[int, int, int], rows: int, shared: float, seed: int, indices: range) -> Tensor:
+    """Return the noise [B, C, rows h, 2 w] of sheets, whose panels have the `shape` (C, h, w).
+
+    `shared` is the share of its variance that all panels of a sheet have in common: the mixed noise of arXiv 2305.10474, where it is
+    alpha^2 / (1 + alpha^2).
+    """
+    channels, height, width = shape
+    own = randomness.normal((channels, rows * height, COLUMNS * width), seed, "sheet", 0, indices)
+    if not shared:
+        return own
+    common = randomness.normal(shape, seed, "sheet, shared", 0, indices).repeat(1, 1, rows, COLUMNS)
+    return (1.0 - shared) ** 0.5 * own + shared**0.5 * common
 
 
 def panels_of(sheets: Tensor, rows: int) -> Tensor:
@@ -288,6 +303,8 @@ def few(settings: SelfDistillationSettings, counts: Counter[str], total: int, fo
     ways = [WAYS[gate] for gate in gates]
     if settings.pairs == "grid":
         ways.append("--set pairs=shared-attention in a new --output if the teacher cannot draw grids")
+    if "same" in gates and not settings.shared_noise:
+        ways.append("--set shared_noise=0.8 in a new --output")
     kept, verb = f"only {counts['kept']}" if counts["kept"] else "none", "are" if counts["kept"] > 1 else "is"
     failed = ", ".join(f"{gate} {counts[gate]}" for gate in gates)
     said = f"{kept} of {counted(total, 'pair')} {verb} kept; rejected by gate: {failed}; {folder / 'examples.png'} shows some"

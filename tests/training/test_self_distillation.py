@@ -219,6 +219,30 @@ def test_the_panels_of_a_shared_attention_depend_on_each_other(sd: Any, config: 
     assert (shared - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_panels_share_the_set_part_of_the_variance_of_their_noise_and_each_panel_keeps_variance_one(rows: int) -> None:
+    panels = pairs.panels_of(pairs.sheet_noise((4, 16, 16), rows, 0.8, 3, range(40)), rows).unflatten(0, (40, -1)).flatten(2)
+    assert torch.allclose(panels.var(), torch.tensor(1.0), atol=0.03)
+    for other in range(1, 2 * rows):
+        assert torch.allclose((panels[:, 0] * panels[:, other]).mean(), torch.tensor(0.8), atol=0.03)
+    some = pairs.panels_of(pairs.sheet_noise((4, 16, 16), rows, 0.8, 3, range(5, 7)), rows)
+    assert torch.equal(some.unflatten(0, (2, -1)).flatten(2), panels[5:7]), (
+        "the noise of a sheet does not depend on the other sheets"
+    )
+
+
+def test_without_shared_noise_the_panels_are_independent() -> None:
+    left, right = pairs.panels_of(pairs.sheet_noise((4, 16, 16), 1, 0.0, 3, range(40)), 1).unflatten(0, (40, 2)).unbind(1)
+    assert abs(float((left * right).mean())) < 0.03
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.5), (0.5, 0.0)])
+def test_sheets_of_other_shared_noise_are_refused(stage: Stage, first: float, then: float) -> None:
+    stage.prepare(shared_noise=first)
+    with pytest.raises(InputError, match=rf"holds sheets of other settings: shared noise: {first or None} -> {then or None}"):
+        stage.prepare(shared_noise=then)
+
+
 def test_a_folder_that_holds_sheets_of_other_settings_is_refused(tuned: Path, sd_folder: Path, tuning: DistillConfig) -> None:
     shutil.rmtree(tuned / "checkpoints"), shutil.rmtree(tuned / "student")
     other = dataclasses.replace(tuning, objective=dataclasses.replace(SETTINGS, sheet_guidance=9.0))
@@ -245,10 +269,12 @@ def test_a_yield_below_2_percent_is_a_note_with_the_rejections_by_gate_and_the_w
         "a lower --set same, or another --set judge",
         "a lower --set cut",
         "--set pairs=shared-attention",
+        "--set shared_noise=0.8",
         "more --set sheets",
     ]
     assert [way.split(" in a new ")[0] for way in ways.split("; ")] == wanted
     assert "shared-attention" not in pairs.few(SETTINGS, counts, 200, Path("pairs"))[1]
+    assert "shared_noise" not in pairs.few(dataclasses.replace(SETTINGS, shared_noise=0.5), counts, 200, Path("pairs"))[1]
 
 
 def test_few_kept_pairs_are_a_warning(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
