@@ -58,6 +58,19 @@ def attention_kernels(math: bool = False) -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.MATH] if math else [*fused, SDPBackend.MATH])
 
 
+def half_precision(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which networks compute in bf16 if `precision` is "bf16"."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def warn_of_slow_bf16(device: torch.device, precision: str, listener: Listener) -> None:
+    """Send the listener a note if the device has no units for bf16."""
+    if precision == "bf16" and device.type == "cpu" and not has_bf16_units():
+        listener.note("note: this CPU has no instructions for bf16 (AMX or AVX512-BF16), so that --precision fp32 is much faster")
+
+
 def has_bf16_units() -> bool:
     """Return whether the CPU multiplies bf16 matrices in hardware (AMX or AVX512-BF16)."""
     import torch

@@ -13,6 +13,7 @@ from sidcli.cli.options import (
     BatchOption,
     ColumnOption,
     DeviceOption,
+    DrawingPrecision,
     JsonOption,
     QuietOption,
     SeedOption,
@@ -28,6 +29,7 @@ from sidcli.evaluation.spec import JUDGES, PROTOCOLS, JudgeSpec, ModelSpec, chec
 from sidcli.files import check_new, check_writable
 from sidcli.formats.outputs import check_named, check_picture
 from sidcli.metrics.catalog import METRICS as MEASURED
+from sidcli.models.overrides import check_precision
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
@@ -158,6 +160,7 @@ def evaluate(
     seed: SeedOption = 0,
     batch_size: BatchOption = 50,
     device: DeviceOption = "auto",
+    precision: DrawingPrecision = "fp32",
     processes: Processes = 1,
     image_folder: ImageFolder = None,
     inception: Inception = None,
@@ -183,6 +186,7 @@ def evaluate(
     Example: sid eval emoji emoji-teacher --fid --clip
     """
     check(protocol, column, prompts, device)
+    check_precision(precision)
     JudgeSpec.of(judge, judge_url, judge_model)
     specs = ModelSpec.parse_all(models or ["emoji", "emoji-teacher"], steps, guidance)
     bounds = limits(fail_above or [], fail_below or [])
@@ -190,6 +194,7 @@ def evaluate(
     networks |= dict(judge=judge, judge_url=judge_url, judge_model=judge_model)
     data: dict[str, Any] = dict(protocol=protocol, reference=reference, prompts=prompts, column=column or "")
     drawn: dict[str, Any] = dict(num=num, seed=seed, untrained=untrained, image_folder=image_folder, batch_size=batch_size)
+    drawn |= dict(precision=precision)
     check_places(report, picture, image_folder, overwrite)
     launch_processes(processes, device)
     stopped = ("images and features that are complete are kept", "the same command again, to go on")

@@ -12,7 +12,7 @@ import typer
 
 from sidcli import objectives
 from sidcli.errors import UsageError
-from sidcli.models.overrides import PREDICTIONS
+from sidcli.models.overrides import PRECISIONS, PREDICTIONS
 from sidcli.settings import CHOICES, PRESETS, DistillConfig
 
 Command = Callable[..., None]
@@ -57,6 +57,14 @@ PredictionOption = Annotated[
 ConfigOption = Annotated[str, typer.Option(help="Diffusers folder whose JSON files describe a model in a single file.")]
 ColumnOption = Annotated[
     str | None, typer.Option(help="Column of a table given as --prompts; by default caption, text, prompt, ...")
+]
+DrawingPrecision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        autocompletion=one_of(*PRECISIONS),
+        help="fp32 or bf16: arithmetic of the networks; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16.",
+    ),
 ]
 BatchOption = Annotated[int, typer.Option(callback=within(1, 4096), help="Images computed at once.")]
 

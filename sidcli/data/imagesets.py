@@ -119,7 +119,8 @@ class DrawnSet:
         self.source, self.plan, self.prompts, self.seed = source, plan, prompts, seed
         self.open_drawer, self.batch_size, self.must_exist = open_drawer, batch_size, place is not None
         self.drawn, self.seconds = 0, 0.0
-        self.key = digest("drawn", __version__, fingerprint(source), repr(plan), prompts_key, seed)
+        precision = () if plan.precision == "fp32" else (plan.precision,)  # images of fp32 keep the names of earlier versions
+        self.key = digest("drawn", __version__, fingerprint(source), repr(plan), prompts_key, seed, *precision)
         name = "".join(c if c.isalnum() or c in "-." else "-" for c in source.path.name)
         self.folder = (place or cache_folder() / "images") / f"{name}-{self.key}"
 

@@ -114,15 +114,18 @@ class Candidate:
     """Frees the networks that generate the images, so that the networks of only one model are in memory at a time."""
 
 
-def to_measure(
-    found: Sequence[Resolved],
-    protocol: Protocol,
-    device: torch.device,
-    num: int | None,
-    seed: int,
-    batch_size: int,
-    place: Path | None,
-) -> list[Candidate]:
+@dataclass(frozen=True)
+class Drawing:
+    """How and where the models of an evaluation draw; `place` is the folder of the images, None for the cache."""
+
+    device: torch.device
+    seed: int
+    batch_size: int
+    place: Path | None
+    precision: str = "fp32"
+
+
+def to_measure(found: Sequence[Resolved], protocol: Protocol, num: int | None, drawing: Drawing) -> list[Candidate]:
     """Return the sets of images to measure, without generating images. For the emoji protocol, the first set is `REAL`, the scenes.
 
     A model that is named twice is measured once. Raises InputError if the emoji protocol is given a model of another world, and
@@ -151,20 +154,11 @@ def to_measure(
         if captions is None:
             raise UsageError(f"{one.spec.name} needs captions to draw", "--prompts FILE, or --prompts general for built-in ones")
         count = captions.limit if captions.limit is not None else num or protocol.default_num or 0
-        rows.append(_model(one, protocol, captions, count, device, seed, batch_size, place))
+        rows.append(_model(one, protocol, captions, count, drawing))
     return list({(row.name, row.sampling): row for row in rows}.values())
 
 
-def _model(
-    one: Resolved,
-    protocol: Protocol,
-    captions: Captions,
-    count: int,
-    device: torch.device,
-    seed: int,
-    batch_size: int,
-    place: Path | None,
-) -> Candidate:
+def _model(one: Resolved, protocol: Protocol, captions: Captions, count: int, drawing: Drawing) -> Candidate:
     source, spec = one.source, one.spec
     assert source is not None
     opened: list[Drawer] = []
@@ -178,15 +172,18 @@ def _model(
         plan = plan_for(one.known)
     else:
         plan = plan_for(one.known, spec.steps, spec.guidance)
+    if one.known is not None:
+        plan = replace(plan, precision=drawing.precision)
 
     def open_drawer() -> Drawer:
         if not opened:
-            opened.append(_drawer(one, device))
+            opened.append(_drawer(one, drawing.device))
         return opened[0]
 
     def drawn(asked: Captions, least: int = 0) -> DrawnSet:
         prompts = asked.first(max(count, least))
-        return DrawnSet(source, plan, prompts, asked.key, seed, open_drawer, batch_size, place, reference_of(asked))
+        place, reference = drawing.place, reference_of(asked)
+        return DrawnSet(source, plan, prompts, asked.key, drawing.seed, open_drawer, drawing.batch_size, place, reference)
 
     def reference_of(asked: Captions) -> Callable[[int], np.ndarray] | None:
         if asked.references is None or not one.takes_reference:

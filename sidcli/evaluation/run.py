@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from sidcli.data.imagesets import DrawnSet
+from sidcli.devices import warn_of_slow_bf16
 from sidcli.distributed import Distributed
-from sidcli.evaluation.candidates import check_used, resolve, to_measure
+from sidcli.evaluation.candidates import Drawing, check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, choose, open_protocol
 from sidcli.evaluation.scores import NEEDS_REFERENCE, Evaluation, Listener, Row, chosen
 from sidcli.evaluation.spec import Bound, JudgeSpec, Request
@@ -89,7 +90,9 @@ def run(request: Request, device: torch.device, listener: Listener) -> Outcome |
     files = request.networks
     networks = Networks(distributed.device, listener, files.inception, files.clip, files.cmmd, files.dino)
     protocol = open_protocol(name, networks, rules.reference, rules.prompts, rules.column)
-    candidates = to_measure(found, protocol, distributed.device, rules.num, rules.seed, request.batch_size, request.image_folder)
+    warn_of_slow_bf16(distributed.device, request.precision, listener)
+    drawing = Drawing(distributed.device, rules.seed, request.batch_size, request.image_folder, request.precision)
+    candidates = to_measure(found, protocol, rules.num, drawing)
     gated = [bound.metric for bound in request.bounds]
     metrics = chosen(request.metrics, protocol, request.everything, candidates, gated, rater is not None)
     evaluation = Evaluation(protocol, candidates, metrics, rules.num, distributed, rater)

@@ -131,6 +131,8 @@ class Request:
     batch_size: int
     image_folder: Path | None
     judge: JudgeSpec | None = None
+    precision: str = "fp32"
+    """Precision in which models draw; exported graphs have their own."""
 
 
 def limits(above: Sequence[str], below: Sequence[str]) -> list[Bound]:

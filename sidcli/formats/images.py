@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from sidcli.devices import choose_device
+from sidcli.devices import choose_device, warn_of_slow_bf16
 from sidcli.errors import UsageError
 from sidcli.formats.outputs import BACKENDS, Places
 from sidcli.formats.pictures import contact_sheet, save_png
@@ -129,14 +129,23 @@ def run(
 
 
 def open_drawer(
-    model: str | Model, backend: str, device: str, steps: int | None, guidance: float | None, listener: Listener, known: Overrides
+    model: str | Model,
+    backend: str,
+    device: str,
+    steps: int | None,
+    guidance: float | None,
+    listener: Listener,
+    known: Overrides,
+    precision: str = "fp32",
 ) -> Opened:
     """Open a model, given by name or already loaded.
 
-    Raises UsageError if the model does not support the backend, the number of steps or the guidance scale.
+    Raises UsageError if the model does not support the backend, the number of steps, the guidance scale or the precision.
     """
     graphs = graph_format(Path(model)) if isinstance(model, str) and Path(model).is_dir() else None
     if isinstance(model, str) and graphs:
+        if precision != "fp32":
+            raise UsageError(f"{model} holds graphs, which have a precision of their own", "leave --precision out")
         return open_graphs(model, graphs, backend, device, steps, guidance, listener, known)
     name = model if isinstance(model, str) else model.source.name
     if backend in ("onnx", "openvino"):
@@ -148,7 +157,8 @@ def open_drawer(
 
     where = choose_device(device, listener)
     loaded = open_model(model, listener, known) if isinstance(model, str) else model
-    plan = plan_for(loaded, steps, guidance)
+    warn_of_slow_bf16(where, precision, listener)
+    plan = replace(plan_for(loaded, steps, guidance), precision=precision)
     return Opened(loaded.source, Sampler(loaded, where), plan, loaded.size if loaded.layout else None)
 
 

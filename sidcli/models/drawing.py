@@ -26,7 +26,8 @@ class Plan:
 
     With `consistency`, the generator uses multistep consistency sampling (`diffusion.sampling.consistency_steps`). `sigmas` are the
     times of the grid before the shift of a scheduler of flow matching. `reference_guidance` is the guidance scale of the reference
-    image, if the model takes one; 1 is no guidance.
+    image, if the model takes one; 1 is no guidance. `precision` is that of the denoiser and the decoder, "fp32" or "bf16"; latents
+    are float32 in both.
     """
 
     steps: int
@@ -36,6 +37,7 @@ class Plan:
     consistency: bool = field(default=False, repr=False)  # the text of a plan names cached images
     sigmas: tuple[float, ...] = field(default=(), repr=False)
     reference_guidance: float = field(default=1.0, repr=False)
+    precision: str = field(default="fp32", repr=False)
 
     @property
     def noises(self) -> int:
@@ -55,10 +57,11 @@ class Plan:
         return ", ".join(f"{t:g}" for t in self.grid)
 
     def describe(self) -> str:
-        if not self.grid:
-            more = f", reference guidance {self.reference_guidance:g}" if self.reference_guidance != 1 else ""
-            return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}{more}"
-        return f"{counted(self.steps, 'step')} at t = {self.timesteps}"
+        precision = "" if self.precision == "fp32" else f", {self.precision}"
+        if self.grid:
+            return f"{counted(self.steps, 'step')} at t = {self.timesteps}{precision}"
+        more = f", reference guidance {self.reference_guidance:g}" if self.reference_guidance != 1 else ""
+        return f"{counted(self.steps, 'step')}, guidance {self.guidance:g}{more}{precision}"
 
 
 def student_plan(

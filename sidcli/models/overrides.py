@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from sidcli.errors import UsageError
 
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
+PRECISIONS = ("fp32", "bf16")
+"""Arithmetic in which a model draws."""
 MOST_REFERENCE_GUIDANCE = 100
 """Greatest guidance scale of the reference image, as of the guidance scales of `self-distillation`. A larger one is a typing error."""
 STOCK_STEP = 8
@@ -36,6 +38,12 @@ def check_sampling(steps: int | None, guidance: float | None) -> None:
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}")
     check_guidance(guidance)
+
+
+def check_precision(precision: str) -> None:
+    """Raises UsageError for a precision that is not in PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision must be {' or '.join(PRECISIONS)}, not {precision!r}")
 
 
 def check_guidance(guidance: float | None) -> None:

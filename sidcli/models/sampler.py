@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sidcli.devices import half_precision
 from sidcli.diffusion.path import Path
 from sidcli.diffusion.sampling import consistency_steps, few_steps, many_steps
 from sidcli.errors import UsageError
@@ -71,7 +71,10 @@ class Sampler:
         cond, kind = self.encode(prompts).with_reference(references), self.model.kind
         scale, on_reference = (1.0, 1.0) if plan.grid else (plan.guidance, plan.reference_guidance)
         empty = cond if scale == on_reference == 1.0 else self.encode([""])
-        denoise = partial(kind.denoise, self.denoiser)
+
+        def denoise(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            with half_precision(self.device, plan.precision):
+                return kind.denoise(self.denoiser, x, t, cond).float()
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             if on_reference == 1.0 or references is None:
@@ -93,7 +96,7 @@ class Sampler:
         return torch.cat([codec.encode_image(image) for image in images])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    def decode(self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], precision: str = "fp32") -> np.ndarray:
         """Decode the latents of prompts and image seeds to images uint8 [B, H, W, 3]. Of a canvas only the drawn frame is decoded.
 
         Raises NotFinite if an image has a value that is not finite.
@@ -101,7 +104,9 @@ class Sampler:
         copy = f"another copy of {self.model.source.name}, with weights in fp32"
         hint = copy if self.model.is_student else f"a smaller --guidance, or {copy}"
         latents = self.model.layout.target(latents) if self.model.layout else latents
-        return to_bytes(self.model.codec.to(self.device).decode(latents), prompts, seeds, hint)
+        with half_precision(self.device, precision):
+            decoded = self.model.codec.to(self.device).decode(latents).float()
+        return to_bytes(decoded, prompts, seeds, hint)
 
     def images(
         self,
@@ -120,7 +125,7 @@ class Sampler:
 
         known = None if references is None else self.encode_images(references)
         latents = self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped, known)
-        images = self.decode(latents, prompts, seeds)
+        images = self.decode(latents, prompts, seeds, plan.precision)
         advance(part)
         return images
 

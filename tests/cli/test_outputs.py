@@ -396,6 +396,16 @@ def test_the_same_seed_draws_the_same_bytes_and_another_batch_size_the_same_imag
         assert (here / "rest" / f"{index:06d}.png").read_bytes() == (here / "singly" / f"{index + 4:06d}.png").read_bytes()
 
 
+def test_bf16_draws_nearly_the_image_of_fp32_and_the_record_of_the_image_says_so(here: Path) -> None:
+    assert (
+        sid("sample", "a cat", "-o", "full.png", "-q") == sid("sample", "a cat", "--precision", "bf16", "-o", "half.png", "-q") == 0
+    )
+    with Image.open(here / "full.png") as full, Image.open(here / "half.png") as half:
+        assert 1 <= export.apart(np.asarray(full), np.asarray(half)) <= 40
+        assert np.abs(np.subtract(np.asarray(full, np.int16), np.asarray(half, np.int16))).mean() < 2
+        assert [json.loads(one.info["sid"])["sampling"] for one in (full, half)] == ["1 step at t = 625", "1 step at t = 625, bf16"]
+
+
 # Exports
 
 

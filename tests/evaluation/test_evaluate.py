@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sidcli import api
+from sidcli import api, devices
 from sidcli.data.imagefiles import open_images
 from sidcli.data.imagesets import UNIT, Collection, DrawnSet, FileSet, SceneSet
 from sidcli.distributed import Distributed, Share
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluation.candidates import REAL, Candidate, check_used, resolve, to_measure
+from sidcli.evaluation.candidates import REAL, Candidate, Drawing, check_used, resolve, to_measure
 from sidcli.evaluation.protocols import Networks, Protocol, bare_captions, choose, custom, emoji, emoji_subjects, listed
 from sidcli.evaluation.run import Outcome, beyond, latex, not_applicable, page, pictures, table
 from sidcli.evaluation.scores import METRICS_OF_OPTION, SUBJECTS_ONLY, Evaluation, Row, chosen
@@ -283,7 +283,7 @@ def scenes_folder(tmp_path: Path) -> Path:
 def test_a_folder_of_real_scenes_gets_the_numbers_of_real_scenes(scenes_folder: Path) -> None:
     rules = quick()
     found = resolve(ModelSpec(str(scenes_folder)), 0, Silence())
-    candidates = to_measure(found, rules, CPU, 10, 0, 10, None)
+    candidates = to_measure(found, rules, 10, Drawing(CPU, 0, 10, None))
     evaluation = Evaluation(rules, candidates, ["kid", "clip", "noun", "color"], 10, Distributed(CPU))
     evaluation.fill(Silence())
     real, ours = evaluation.rows(Silence())
@@ -327,7 +327,7 @@ def test_of_several_models_one_at_a_time_is_held(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("sidcli.evaluation.candidates._drawer", load_one)
     found = [one for text in ("emoji", "emoji-teacher,steps=1") for one in resolve(ModelSpec.parse(text, None, None), 0, Silence())]
-    evaluation = Evaluation(rules, to_measure(found, rules, CPU, 8, 0, 8, None), ["clip"], 8, Distributed(CPU))
+    evaluation = Evaluation(rules, to_measure(found, rules, 8, Drawing(CPU, 0, 8, None)), ["clip"], 8, Distributed(CPU))
     evaluation.fill(Silence())
     assert len(opened) == 2 and held == [1, 1]
 
@@ -425,7 +425,7 @@ def test_a_model_that_a_gate_says_nothing_about_is_named() -> None:
 def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "four.txt").write_text("a cat\na dog\na bus\na car\n")
     rules = custom(NETWORKS, None, tmp_path / "four.txt")
-    candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, None, Drawing(CPU, 0, 10, None))
     assert chosen([], rules, False, candidates) == ["clip"]
     assert Evaluation(rules, candidates, [], None, Distributed(CPU)).counts == [4]
     measured = Evaluation(rules, candidates, [], 100, Distributed(CPU))
@@ -438,9 +438,28 @@ def test_more_images_than_captions_are_measured_as_far_as_the_captions_go(scenes
 
 def test_steps_of_all_teachers_leave_a_student_alone_and_its_own_must_be_possible() -> None:
     rules = emoji(NETWORKS)
-    assert to_measure(resolve(ModelSpec("emoji", 50), 0, Silence()), rules, CPU, 10, 0, 10, None)[1].sampling == "1 step at t = 625"
+    assert (
+        to_measure(resolve(ModelSpec("emoji", 50), 0, Silence()), rules, 10, Drawing(CPU, 0, 10, None))[1].sampling
+        == "1 step at t = 625"
+    )
     with pytest.raises(UsageError, match="one-step model; --steps 4"):
-        to_measure(resolve(ModelSpec("emoji", 4, stated=("steps",)), 0, Silence()), rules, CPU, 10, 0, 10, None)
+        to_measure(resolve(ModelSpec("emoji", 4, stated=("steps",)), 0, Silence()), rules, 10, Drawing(CPU, 0, 10, None))
+
+
+def test_images_of_bf16_are_stored_apart_from_those_of_fp32_and_the_table_names_their_precision() -> None:
+    found = resolve(ModelSpec("emoji-teacher", 2), 0, Silence())
+    rows = [to_measure(found, emoji(NETWORKS), 10, Drawing(CPU, 0, 10, None, one))[1] for one in ("fp32", "bf16")]
+    assert [row.sampling for row in rows] == ["2 steps, guidance 3", "2 steps, guidance 3, bf16"]
+    assert rows[0].images.key != rows[1].images.key
+
+
+def test_bf16_on_a_cpu_without_instructions_for_it_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_units, count in ((True, 0), (False, 1)):
+        monkeypatch.setattr(devices, "has_bf16_units", lambda has_units=has_units: has_units)
+        heard = Listening()
+        devices.warn_of_slow_bf16(CPU, "bf16", heard)
+        devices.warn_of_slow_bf16(CPU, "fp32", heard)
+        assert len(heard.said) == count and all("--precision fp32 is much faster" in note for note in heard.said)
 
 
 @pytest.mark.parametrize(
@@ -660,13 +679,17 @@ def test_a_model_below_real_scenes_is_explained() -> None:
 
 def test_real_scenes_are_as_many_as_the_images_beside_them(scenes_folder: Path) -> None:
     rules = emoji(NETWORKS)
-    candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    candidates = to_measure(resolve(ModelSpec(str(scenes_folder)), 0, Silence()), rules, None, Drawing(CPU, 0, 10, None))
     assert Evaluation(rules, candidates, ["clip"], None, Distributed(CPU)).counts == [10, 10]
 
 
 def test_what_is_named_twice_is_measured_once(scenes_folder: Path) -> None:
     found = [one for _ in range(2) for name in ("emoji", str(scenes_folder)) for one in resolve(ModelSpec(name), 0, Silence())]
-    assert [one.name for one in to_measure(found, emoji(NETWORKS), CPU, 10, 0, 10, None)] == [REAL, "emoji", str(scenes_folder)]
+    assert [one.name for one in to_measure(found, emoji(NETWORKS), 10, Drawing(CPU, 0, 10, None))] == [
+        REAL,
+        "emoji",
+        str(scenes_folder),
+    ]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -681,7 +704,7 @@ def test_images_of_other_prompts_than_the_captions_are_reported_before_and_besid
         info = None if prompt is None else png_info(prompt, index, find("emoji"), Plan(1, grid=(625,)))
         Image.new("RGB", (64, 64)).save(folder / f"{index}.png", pnginfo=info)
     place = Path(shutil.make_archive(str(folder), "zip", folder)) if packed else folder
-    candidates = to_measure(resolve(ModelSpec(str(place)), 0, Silence()), rules, CPU, None, 0, 10, None)
+    candidates = to_measure(resolve(ModelSpec(str(place)), 0, Silence()), rules, None, Drawing(CPU, 0, 10, None))
     evaluation = Evaluation(rules, candidates, ["clip"], None, Distributed(CPU))
     listener = Listening()
     evaluation.fill(listener)
@@ -727,7 +750,7 @@ def test_images_of_an_emoji_model_are_told_of_the_emoji_protocol(tmp_path: Path)
 
 def test_a_model_that_does_not_draw_emoji_is_refused_by_the_emoji_protocol(sd_folder: Path) -> None:
     with pytest.raises(InputError, match="does not draw the emoji world"):
-        to_measure(resolve(ModelSpec(str(sd_folder)), 0, Silence()), emoji(NETWORKS), CPU, 10, 0, 10, None)
+        to_measure(resolve(ModelSpec(str(sd_folder)), 0, Silence()), emoji(NETWORKS), 10, Drawing(CPU, 0, 10, None))
 
 
 def test_an_image_folder_is_read_in_the_order_of_its_numbers(scenes_folder: Path) -> None:
