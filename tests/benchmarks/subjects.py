@@ -6,7 +6,8 @@
 
 The teacher draws its sheets once; every judge scores the same pairs. A row of results/subjects.jsonl is a judge with its yield, precision
 and recall against the oracle, or a model with its identity, text and copy scores. A row that is there is not measured again, and an
-interrupted run continues: its trainings are runs of `sid distill`.
+interrupted run continues: its trainings are runs of `sid distill`. `--picture FILE` shows the first 32 references, and what the tuned model
+and its one-step student draw from them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from sidcli import objectives
 from sidcli.cli.console import Console, DistillProgress
 from sidcli.data.prompts import open_prompts
 from sidcli.devices import pick_device
+from sidcli.emoji import identities
 from sidcli.engine import Engine
 from sidcli.errors import InputError
+from sidcli.evaluation.protocols import subject_captions
+from sidcli.formats.pictures import contact_sheet
 from sidcli.models.loading import load
+from sidcli.models.overrides import PRECISIONS
 from sidcli.models.sources import find, fingerprint
 from sidcli.settings import DistillConfig
 from sidcli.training import pairs
@@ -61,6 +69,8 @@ def student(objective: str, teacher: Cell) -> Cell:
 
 
 BEST = tuned("frames", "oracle")
+ONE_STEP = student("sid", BEST)
+SHOWN = 32
 CELLS = (
     *map(judged, JUDGES),
     Cell("text only", "teacher"),
@@ -69,7 +79,7 @@ CELLS = (
     tuned("frames", "none"),
     tuned("diptych", "oracle"),
     tuned("channels", "oracle"),
-    student("sid", BEST),
+    ONE_STEP,
     student("dmd2", BEST),
 )
 
@@ -77,6 +87,11 @@ CELLS = (
 def folder_of(name: str, given: argparse.Namespace) -> Path:
     plain = "".join(c if c.isalnum() else "-" for c in name)
     return given.runs / plain
+
+
+def images_of(cell: Cell, given: argparse.Namespace) -> Path:
+    """Return the folder of the images that the model of a row draws in its measurement."""
+    return given.runs / "images" / folder_of(cell.name, given).name
 
 
 def judge_pairs(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +104,11 @@ def judge_pairs(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
         shutil.copytree(first / "sheets", folder / "sheets", dirs_exist_ok=True)
         shutil.copy(first / "sheets.json", folder)
     settings = objectives.SelfDistillation.Settings(
-        judge=cell.options[0], sheets=given.sheets, sheet_steps=given.sheet_steps, sheet_guidance=given.sheet_guidance
+        judge=cell.options[0],
+        sheets=given.sheets,
+        sheet_steps=given.sheet_steps,
+        sheet_guidance=given.sheet_guidance,
+        shared_noise=given.shared_noise,
     )
     config = DistillConfig(teacher=given.teacher, prompts="emoji", objective=settings, precision=given.precision)
     teacher = load(find(given.teacher))
@@ -113,12 +132,13 @@ def train(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     trained = sid("distill", *options, "--precision", given.precision, "-o", run)
     seconds = json.loads((run / "run.json").read_text(encoding="utf-8"))["seconds"]
     drawn = f"{run},steps={given.draw_steps}" if cell.kind == "tuned" else str(run)
-    return {"images": trained["images"], "seconds": seconds, **measured(drawn, given)}
+    return {"images": trained["images"], "seconds": seconds, **measured(cell, drawn, given)}
 
 
-def measured(model: str, given: argparse.Namespace) -> dict[str, Any]:
+def measured(cell: Cell, model: str, given: argparse.Namespace) -> dict[str, Any]:
     """Measure a model under the protocol of subjects, and return the values and intervals of its metrics."""
-    options = ("--protocol", "emoji-subjects", "--identity", "--num", given.num, "--batch-size", 64, "--device", given.device)
+    options = ["--protocol", "emoji-subjects", "--identity", "--num", given.num, "--batch-size", 64, "--device", given.device]
+    options += ["--image-folder", images_of(cell, given), "--precision", given.draw_precision]
     row = sid("eval", model, *options)["models"][-1]
     metrics = {name: row["metrics"][name] for name in METRICS if name in row["metrics"]}
     return {"drawn in": row["sampling"], **metrics}
@@ -128,7 +148,7 @@ def row_of(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     if cell.kind == "judge":
         values = judge_pairs(cell, given)
     elif cell.kind == "teacher":
-        values = measured(f"{given.teacher},steps={given.draw_steps}", given)
+        values = measured(cell, f"{given.teacher},steps={given.draw_steps}", given)
     else:
         values = train(cell, given)
     return {"name": cell.name, "kind": cell.kind, **settings_of(given), **values}
@@ -136,7 +156,7 @@ def row_of(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(given: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the rows of one table share."""
-    names = ("sheets", "sheet_steps", "sheet_guidance", "steps", "student_steps", "batch_size", "num", "draw_steps")
+    names = ("sheets", "sheet_steps", "sheet_guidance", "shared_noise", "steps", "student_steps", "batch_size", "num", "draw_steps")
     return {name: getattr(given, name) for name in names}
 
 
@@ -161,6 +181,17 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def picture(given: argparse.Namespace) -> Image.Image:
+    """Return the first references of the measurement, each beside what the tuned model and its one-step student draw from it."""
+    shown, labels = [], []
+    for index, text in enumerate(subject_captions(SHOWN)):
+        drawn = [next(images_of(cell, given).glob(f"*/{index:06d}.png")) for cell in (BEST, ONE_STEP)]
+        images = [identities.render(identities.unknown(index).panels[0]), *(np.asarray(Image.open(file)) for file in drawn)]
+        shown.append(Image.fromarray(np.concatenate(images, 1)))
+        labels.append(text)
+    return contact_sheet(shown, labels, 4)
+
+
 TABLE = Table(CELLS, row_of, settings_of, table)
 
 
@@ -170,14 +201,19 @@ def main() -> None:
     parser.add_argument("--sheets", type=int, default=2000)
     parser.add_argument("--sheet-steps", type=int, default=15)
     parser.add_argument("--sheet-guidance", type=float, default=2.0)
+    parser.add_argument("--shared-noise", type=float, default=0.8)
     parser.add_argument("--steps", type=int, default=600, help="of a tuning")
     parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num", type=int, default=300, help="references of a measurement")
     parser.add_argument("--draw-steps", type=int, default=15, help="denoising steps of tuned models in a measurement")
+    parser.add_argument("--draw-precision", choices=PRECISIONS, default="fp32", help="of all measurements")
+    parser.add_argument("--picture", type=Path, help="write the picture of references and results, once their rows are there")
     add_options(parser, "subjects")
     given = parser.parse_args()
     TABLE.main(given)
+    if given.picture and not given.cell:
+        picture(given).save(given.picture)
 
 
 if __name__ == "__main__":

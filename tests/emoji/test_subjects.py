@@ -29,7 +29,15 @@ def test_a_task_starts_after_the_one_that_it_needs_and_not_if_that_failed(tmp_pa
 
 
 def given(tmp_path: Path, **changes: Any) -> argparse.Namespace:
-    values = {"sheets": 8, "sheet_steps": 2, "sheet_guidance": 2.0, "steps": 3, "student_steps": 3, "batch_size": 2}
+    values = {
+        "sheets": 8,
+        "sheet_steps": 2,
+        "sheet_guidance": 2.0,
+        "shared_noise": 0.5,
+        "steps": 3,
+        "student_steps": 3,
+        "batch_size": 2,
+    }
     values |= {"num": 4, "draw_steps": 2, "beside": 1, "minutes": 1.0, "only": None}
     return argparse.Namespace(output=tmp_path / "rows.jsonl", runs=tmp_path / "runs", **values | changes)
 
