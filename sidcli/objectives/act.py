@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from sidcli.objectives.adversarial import fooling_gradient, judge, judging_gradient
+from sidcli.objectives.adversarial import discriminate, discriminator_gradient, fooling_gradient
 from sidcli.objectives.base import (
     FAKE,
     GENERATOR,
@@ -88,10 +88,10 @@ class Act(Lcm):
         inputs = Inputs("generator", step, step, (1, count + 1), source="images")
         target = Pass(TARGET if self.settings.target else GENERATOR, 1, "none")
         passes = Pass(GENERATOR, 1, "weights"), target, Pass(FAKE, 1, "input")
-        judging = Pass(GENERATOR, 1, "none"), Pass(FAKE, 3, "weights")
-        forwards = (partial(forward, count=count) for forward in (self.judge, self.forward))
+        discriminating = Pass(GENERATOR, 1, "none"), Pass(FAKE, 3, "weights")
+        forwards = (partial(forward, count=count) for forward in (self.discriminate, self.forward))
         return [
-            Phase(FAKE, replace(inputs, stream="fake"), next(forwards), self.judging_gradient, judging),
+            Phase(FAKE, replace(inputs, stream="fake"), next(forwards), self.discriminator_gradient, discriminating),
             Phase(GENERATOR, inputs, next(forwards), partial(self.gradient, count=count), passes, step, split=True),
         ]
 
@@ -116,7 +116,7 @@ class Act(Lcm):
         values = {"generator_loss": (1 - s.gan) * loss + s.gan * value, "adversarial_loss": fooling}
         return (1 - s.gan) * slope + s.gan * against, values | {"sample_std": spread(x, batch)}
 
-    def judge(self, nets: Networks, batch: Batch, count: int) -> tuple[Tensor, ...]:
+    def discriminate(self, nets: Networks, batch: Batch, count: int) -> tuple[Tensor, ...]:
         """Return what the discriminator finds in the student's predictions, real images, and real images with a little noise."""
         from torch import no_grad
 
@@ -124,9 +124,11 @@ class Act(Lcm):
             x = self.forward(nets, batch, count)
         begun = self.point(nets, batch, count)[1]
         assert batch.samples is not None
-        return judge(nets, *((images, begun) for images in (x, batch.samples, batch.samples + SHIFT * batch.noise)))
+        return discriminate(nets, *((images, begun) for images in (x, batch.samples, batch.samples + SHIFT * batch.noise)))
 
-    def judging_gradient(self, nets: Networks, outputs: tuple[Tensor, ...], batch: Batch) -> tuple[tuple[Tensor, ...], Values]:
+    def discriminator_gradient(
+        self, nets: Networks, outputs: tuple[Tensor, ...], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Values]:
         """Return the gradients of gan CHW times the discriminator's loss with its penalty, and measurements.
 
         The penalty r1 / 2 || dD / dx ||^2 at real images is estimated as r1 / 2 ((D(x + e) - D(x)) / SHIFT)^2, e normal with the
@@ -134,6 +136,6 @@ class Act(Lcm):
         """
         s, rise = self.settings, (outputs[2] - outputs[1]) / SHIFT
         push = s.gan * s.r1 * batch.noise[0].numel() * rise / (SHIFT * batch.size)
-        slopes, values = judging_gradient(outputs, batch, s.gan, [push])
+        slopes, values = discriminator_gradient(outputs, batch, s.gan, [push])
         penalty = 0.5 * s.r1 * rise.square().sum() / batch.size
         return (slopes[0], slopes[1] - push, *slopes[2:]), values | {"gradient_penalty": penalty}

@@ -31,7 +31,7 @@ LARGEST_RATIO = 10.0
 """r is limited to 1 / LARGEST_RATIO .. LARGEST_RATIO."""
 
 
-def predict_and_judge(nets: Networks, batch: Batch, logits: Logits, scale: float = 1.0) -> Outputs:
+def predict_and_discriminate(nets: Networks, batch: Batch, logits: Logits, scale: float = 1.0) -> Outputs:
     """Return the noise that the fake score predicts at a guidance scale, and the discriminator's logits.
 
     Generated and real images are noised with the same noise and timestep. The discriminator reads the same forward pass.
@@ -44,15 +44,15 @@ def predict_and_judge(nets: Networks, batch: Batch, logits: Logits, scale: float
     return nets.path.noise(predicted, x_t, batch.t), logits(fake), logits(real)
 
 
-def discriminating_gradient(nets: Networks, outputs: Outputs, batch: Batch, weight: float) -> tuple[Outputs, Values]:
+def fake_score_gradient(nets: Networks, outputs: Outputs, batch: Batch, weight: float) -> tuple[Outputs, Values]:
     """Return the gradients of the loss of `denoising_gradient` plus `weight` times the discriminator's loss, and measurements."""
     noise, fake, real = outputs
     slope, values = denoising_gradient(nets, noise, batch)
-    slopes, loss = judged(fake, real, batch, weight)
+    slopes, loss = logit_gradients(fake, real, batch, weight)
     return (slope, *slopes), values | {"discriminator_loss": loss}
 
 
-def judged(fake: Tensor, real: Tensor, batch: Batch, weight: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def logit_gradients(fake: Tensor, real: Tensor, batch: Batch, weight: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return the gradients of `weight` times the discriminator's loss with respect to logits [B, ...] of generated and of real
     images, and the loss."""
     from torch.nn.functional import softplus
@@ -62,7 +62,7 @@ def judged(fake: Tensor, real: Tensor, batch: Batch, weight: float) -> tuple[tup
     return (factor * fake.sigmoid(), -factor * (-real).sigmoid()), loss
 
 
-def judge(nets: Networks, *images: tuple[Tensor, Batch]) -> tuple[Tensor, ...]:
+def discriminate(nets: Networks, *images: tuple[Tensor, Batch]) -> tuple[Tensor, ...]:
     """Return the logits [B] of images x_t, each with the batch of its captions and timesteps, then what the discriminator predicts
     in them as a denoiser.
 
@@ -72,12 +72,14 @@ def judge(nets: Networks, *images: tuple[Tensor, Batch]) -> tuple[Tensor, ...]:
     return (*(logits for _, logits in found), *(predicted for (predicted,), _ in found))
 
 
-def judging_gradient(
+def discriminator_gradient(
     outputs: tuple[Tensor, ...], batch: Batch, weight: float, more: Sequence[Tensor] = ()
 ) -> tuple[tuple[Tensor, ...], Values]:
-    """Return the gradients of `weight` CHW times the discriminator's loss for what `judge` returns, generated images first, then real
-    ones, and measurements. CHW is the number of elements of a latent. `more` are gradients of further logits."""
-    slopes, loss = judged(outputs[0], outputs[1], batch, weight * batch.noise[0].numel())
+    """Return the gradients of `weight` CHW times the discriminator's loss, and measurements. CHW is the number of elements of a latent.
+
+    `outputs` are what `discriminate` returns, for generated images first, then for real ones. `more` are gradients of further logits.
+    """
+    slopes, loss = logit_gradients(outputs[0], outputs[1], batch, weight * batch.noise[0].numel())
     unused = [0.0 * one for one in outputs[2 + len(more) :]]
     return (*slopes, *more, *unused), {"discriminator_loss": loss}
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.objectives import adversarial
-from sidcli.objectives.adversarial import Outputs, fooling_losses, predict_and_judge
 from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values, branches, spread
 from sidcli.objectives.scores import OnSharedSamples, denoising_gradient, health, predict_noise
 
@@ -63,12 +62,12 @@ class Dmd2(OnSharedSamples):
         passes = (Pass(GENERATOR, 1, "none"), Pass(FAKE, 1, "weights"))
         if not self.settings.needs_images:
             return Phase(FAKE, inputs, predict_noise, denoising_gradient, passes)
-        forward, more = partial(predict_and_judge, logits=lambda found: found), Pass(FAKE, 1, "weights")
-        return Phase(FAKE, replace(inputs, real=True), forward, self.discriminating_gradient, (*passes, more))
+        forward, more = partial(adversarial.predict_and_discriminate, logits=lambda found: found), Pass(FAKE, 1, "weights")
+        return Phase(FAKE, replace(inputs, real=True), forward, self.fake_score_gradient, (*passes, more))
 
-    def discriminating_gradient(self, nets: Networks, outputs: Outputs, batch: Batch) -> tuple[Outputs, Values]:
+    def fake_score_gradient(self, nets: Networks, outputs: adversarial.Outputs, batch: Batch) -> tuple[adversarial.Outputs, Values]:
         """Return the gradients of the loss with the weight gan_fake CHW; CHW is the number of elements of a latent."""
-        return adversarial.discriminating_gradient(nets, outputs, batch, self.settings.gan_fake * outputs[0][0].numel())
+        return adversarial.fake_score_gradient(nets, outputs, batch, self.settings.gan_fake * outputs[0][0].numel())
 
     def generator_phase(self, step: int) -> Phase:
         gan, scale = self.settings.needs_images, self.settings.guidance
@@ -87,7 +86,7 @@ class Dmd2(OnSharedSamples):
         x_t = nets.path.noised(x, batch.noise, batch.t)
         (real,) = nets.clean(TEACHER, x_t, batch, self.settings.guidance)
 
-        def judge(x: Tensor) -> list[Tensor]:
+        def discriminate(x: Tensor) -> list[Tensor]:
             x_t = nets.path.noised(x, batch.noise, batch.t)
             (predicted,), logits = nets.features(FAKE, x_t, batch, 1.0)
             return [nets.path.clean(predicted, x_t, batch.t), logits]
@@ -95,10 +94,10 @@ class Dmd2(OnSharedSamples):
         def loss(x: Tensor, fake: Tensor, logits: Tensor) -> tuple[Tensor, Values]:
             weight = adversarial.divergence_weight(self.settings.divergence, logits.detach())
             direction, values = matching(x.detach(), real, fake.detach(), batch, weight)
-            fooling = fooling_losses(logits).sum() / batch.size
+            fooling = adversarial.fooling_losses(logits).sum() / batch.size
             return (direction * x).sum() + self.settings.gan * x[0].numel() * fooling, values | {"adversarial_loss": fooling}
 
-        return nets.gradient_through(x, [judge], loss)
+        return nets.gradient_through(x, [discriminate], loss)
 
 
 def matched(nets: Networks, x: Tensor, batch: Batch, guidance: float) -> tuple[Tensor, Values]:

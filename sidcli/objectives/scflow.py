@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from sidcli.objectives.adversarial import fooling_gradient, judge, judging_gradient
+from sidcli.objectives.adversarial import discriminate, discriminator_gradient, fooling_gradient
 from sidcli.objectives.base import (
     FAKE,
     GENERATOR,
@@ -85,8 +85,8 @@ class Scflow(Objective):
         config, betas = self.config, (0.9, 0.999)
         student = self.student_role(Role(0.0, betas=betas, weight_decay=0.01))
         target = Role(0.0, student.lora, student.stream, follows=GENERATOR, decay=self.settings.target)
-        judge = Role(config.lr_fake, config.fake_lora, betas=betas, weight_decay=0.01, head=True)
-        return {GENERATOR: student, TARGET: target} | ({FAKE: judge} if self.settings.gan else {})
+        discriminator = Role(config.lr_fake, config.fake_lora, betas=betas, weight_decay=0.01, head=True)
+        return {GENERATOR: student, TARGET: target} | ({FAKE: discriminator} if self.settings.gan else {})
 
     def phases(self, step: int) -> list[Phase]:
         s, joined = self.settings, step * self.config.batch_size >= self.settings.joined_images
@@ -99,8 +99,8 @@ class Scflow(Objective):
         update = Phase(GENERATOR, inputs, self.forward, gradient, passes, step, split=True)
         if not fooling:
             return [update]
-        judging = Pass(GENERATOR, 1, "none"), Pass(FAKE, 2, "weights")
-        return [Phase(FAKE, replace(inputs, stream="fake"), self.judge, self.judging_gradient, judging), update]
+        discriminating = Pass(GENERATOR, 1, "none"), Pass(FAKE, 2, "weights")
+        return [Phase(FAKE, replace(inputs, stream="fake"), self.discriminate, self.discriminator_gradient, discriminating), update]
 
     def forward(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's predictions at noised real images, its images of new noise, and its predictions on the way to them."""
@@ -152,14 +152,16 @@ class Scflow(Objective):
         at = replace(batch, t=earlier(batch))
         return nets.path.noised(x, at.noise, at.t), at
 
-    def judge(self, nets: Networks, batch: Batch) -> tuple[Tensor, ...]:
+    def discriminate(self, nets: Networks, batch: Batch) -> tuple[Tensor, ...]:
         """Return what the discriminator finds in the student's and in real images, which share their noise and timesteps."""
         assert batch.real is not None and batch.real.samples is not None
         images = (nets.generate(batch), batch), (batch.real.samples, batch.real)
-        return judge(nets, *(self.noised(nets, own, x) for x, own in images))
+        return discriminate(nets, *(self.noised(nets, own, x) for x, own in images))
 
-    def judging_gradient(self, nets: Networks, outputs: tuple[Tensor, ...], batch: Batch) -> tuple[tuple[Tensor, ...], Values]:
-        return judging_gradient(outputs, batch, self.settings.gan)
+    def discriminator_gradient(
+        self, nets: Networks, outputs: tuple[Tensor, ...], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Values]:
+        return discriminator_gradient(outputs, batch, self.settings.gan)
 
 
 def earlier(batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.errors import UsageError
-from sidcli.objectives.adversarial import discriminating_gradient, fooling_losses, predict_and_judge
+from sidcli.objectives.adversarial import fake_score_gradient, fooling_losses, predict_and_discriminate
 from sidcli.objectives.base import FAKE, TEACHER, Batch, Networks, Pass, Phase, RunConfig, Values, spread
 from sidcli.objectives.scores import health
 from sidcli.objectives.sid import Sid, SidSettings, distance, generator_loss
@@ -72,8 +72,8 @@ class Sida(Sid):
         return replace(
             plain,
             inputs=replace(plain.inputs, real=True),
-            forward=partial(predict_and_judge, logits=channel_mean, scale=s.kappa1),
-            gradient=partial(discriminating_gradient, weight=0.5 * s.lsd),
+            forward=partial(predict_and_discriminate, logits=channel_mean, scale=s.kappa1),
+            gradient=partial(fake_score_gradient, weight=0.5 * s.lsd),
             passes=(*plain.passes, Pass(FAKE, 1, "weights")),
         )
 

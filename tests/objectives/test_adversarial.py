@@ -69,7 +69,7 @@ def engine(model: Model, config: DistillConfig, name: str, settings: dict[str, A
     return perturbed(built)
 
 
-class Judging(Naive):
+class Discriminating(Naive):
     """The losses with their adversarial terms."""
 
     def __init__(self, built: Engine, model: Model):
@@ -218,7 +218,7 @@ class Judging(Naive):
 def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, name: str, role: str) -> None:
     built = engine(model, config, name, WITH_GAN[name])
     built.step = LATER.get(name, 0)
-    naive = Judging(built, model)
+    naive = Discriminating(built, model)
     draw = built.draw_batch(inputs(built, role, built.step), built.step, range(2))
     if not draw.latents:  # dmd2's fake score learns from the samples of the generator's phase
         draw = dataclasses.replace(draw, latents=built.draw_batch(inputs(built, GENERATOR), 0, range(2)).latents)
@@ -246,7 +246,7 @@ def test_the_gradients_equal_the_equations(model: Model, config: DistillConfig, 
 @pytest.mark.parametrize("divergence", ["kl", "js", "jeffreys"])
 def test_a_divergence_weights_the_score_difference_of_each_sample(model: Model, config: DistillConfig, divergence: str) -> None:
     built = engine(model, config, "dmd2", WITH_GAN["dmd2"] | {"divergence": divergence})
-    naive = Judging(built, model)
+    naive = Discriminating(built, model)
     wanted = _gradients(naive.dmd2_generator(built.draw_batch(inputs(built, GENERATOR), 0, range(2))), naive.nets["theta"])
     flat = torch.cat([torch.zeros_like(v).flatten() if one is None else one.flatten() for v, one in wanted])
     caught, _ = caught_in(built, GENERATOR)
