@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,12 @@ def attention_kernels(math: bool = False) -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.MATH] if math else [*fused, SDPBackend.MATH])
 
 
-def half_precision(device: torch.device, precision: str) -> torch.autocast:
-    """Return a context in which networks compute in bf16 if `precision` is "bf16"."""
+def half_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return a context in which networks compute in bf16 if `precision` is "bf16", and otherwise as they do outside of it."""
     import torch
 
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # autocast(enabled=False) would turn off the autocast of a training, in which its teacher draws.
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def warn_of_slow_bf16(device: torch.device, precision: str, listener: Listener) -> None:

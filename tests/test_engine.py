@@ -12,6 +12,7 @@ from sidcli.data.prompts import open_prompts
 from sidcli.diffusion.grids import exit_grid
 from sidcli.diffusion.sampling import few_steps
 from sidcli.engine import Engine, ema_beta
+from sidcli.models.drawing import Plan
 from sidcli.models.kind import Cond
 from sidcli.models.loading import Model, load
 from sidcli.models.sources import find
@@ -236,6 +237,8 @@ def test_every_memory_recipe_takes_a_step_in_every_precision(sd: Model, config: 
     assert kinds == {torch.bfloat16 if recipe.get("teacher_bf16") and precision == "bf16" else torch.float32}
     result = built.train_step()
     assert result.skipped.item() == 0 and all(number == number for number in result.numbers().values())
+    drawn = built.teacher_latents(Plan(2, 3.0), ["a cat"], torch.randn(1, *built.latent_shape), lambda: None)
+    assert drawn.dtype == torch.float32 and drawn.isfinite().all()
 
 
 def test_prompts_that_are_encoded_ahead_give_the_same_steps(sd_folder: Path, config: DistillConfig) -> None:
