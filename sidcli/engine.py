@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sidcli import objectives, randomness
+from sidcli.data.drawn_references import DrawnReferences
 from sidcli.data.latents import Latents
 from sidcli.data.prompts import Prompts
 from sidcli.devices import attention_kernels
@@ -35,7 +36,7 @@ from sidcli.models.loading import Description, Model
 from sidcli.models.overrides import STOCK_STEP
 from sidcli.models.reference import LAYOUTS, layout_of
 from sidcli.models.sampler import Sampler
-from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Phase, Role, Values
+from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Drawing, Inputs, Phase, Role, Values
 from sidcli.optimizer import Adam, local
 from sidcli.progress import Progress, silent
 from sidcli.settings import DistillConfig
@@ -314,6 +315,8 @@ class Engine:
         self.data: Latents | None = None
         """Images, or pairs of images of one subject. Set them before the first step if the objective needs images, or if the student
         takes a reference image."""
+        self.references: DrawnReferences | None = None
+        """The student that draws the reference images, in place of pairs of images. Set it before the first step."""
         self.objective = objectives.find(config.objective.name)(config, teacher.path.steps)
         check_split(config.batch_size, count())
         self.distributed = Distributed(device, config.shard)
@@ -497,6 +500,8 @@ class Engine:
         samples = None if drawn.samples is None else drawn.samples.to(on)
         real = None if drawn.real is None else self._on_device(drawn.real)
         reference = None if drawn.reference is None else drawn.reference.to(on)
+        if drawn.drawing is not None:
+            reference = self._drawn_references(drawn.drawing)
         cond = self.sampler.encode(drawn.prompts) if drawn.cond is None else drawn.cond
         cond = cond.with_reference(reference)
         span = None if drawn.span is None else drawn.span.to(on)
@@ -523,7 +528,7 @@ class Engine:
         """
         config, shape = self.config, self.latent_shape
         turn, seed = inputs.turn, config.seed
-        prompts, canvas = self._prompts(inputs, samples)
+        prompts, canvas, drawing = self._prompts(inputs, samples)
         drops, blind = self._drops(inputs, samples)
         prompts = emptied(prompts, drops)
         visits = 1
@@ -536,7 +541,7 @@ class Engine:
         noise = randomness.normal(shape, seed, f"{inputs.stream} noise", turn, samples)
         t = self.path.draw(inputs.t_range, randomness.Draws(seed, f"{inputs.stream} timestep", turn, samples))
         span = randomness.integers(1, inputs.span + 1, seed, f"{inputs.stream} span", turn, samples) if inputs.span else None
-        batch = Batch(prompts, latents, noise, t, config.batch_size, span=span)
+        batch = Batch(prompts, latents, noise, t, config.batch_size, span=span, drawing=drawing)
         if self.layout and canvas is not None:
             shown, target = canvas.chunk(2, -1)
             pair = self.layout.join(shown, target) if inputs.source == "images" else None
@@ -553,15 +558,36 @@ class Engine:
         real = dataclasses.replace(batch, prompts=emptied(captions, drops), latents=starts, samples=torch.stack(images))
         return dataclasses.replace(batch, real=real) if inputs.real else real
 
-    def _prompts(self, inputs: Inputs, samples: Sequence[int]) -> tuple[list[str], Tensor | None]:
-        """Return the prompts of samples and, if the student takes a reference, the latents [B, C, h, 2 w] of their pairs of images."""
+    def _prompts(self, inputs: Inputs, samples: Sequence[int]) -> tuple[list[str], Tensor | None, Drawing | None]:
+        """Return the prompts of samples and, if the student takes a reference, the latents [B, C, h, 2 w] of their pairs of images or
+        the random inputs of reference images that are drawn."""
         number = inputs.turn if self.layout and inputs.source == "images" else inputs.position
         positions = [number * self.config.batch_size + sample for sample in samples]
+        if self.references:
+            captions, drawing = self.references.at(self.prompts, self.config.seed, positions)
+            return captions, None, drawing
         if self.layout:
-            return self.pairs_at(positions)
-        return [self.prompts.at(self.config.seed, position) for position in positions], None
+            return *self._pairs_at(positions), None
+        return [self.prompts.at(self.config.seed, position) for position in positions], None, None
 
-    def pairs_at(self, positions: Sequence[int]) -> tuple[list[str], Tensor]:
+    def subjects_at(self, positions: Sequence[int]) -> tuple[list[str], Tensor]:
+        """Return captions and the latents [B, C, h, w] of their reference images, on the CPU."""
+        if self.references is None:
+            captions, canvas = self._pairs_at(positions)
+            return captions, canvas.chunk(2, -1)[0]
+        size = self.config.micro_batch
+        pieces = [positions[start : start + size] for start in range(0, len(positions), size)]
+        drawn = [self.references.at(self.prompts, self.config.seed, piece) for piece in pieces]
+        captions = [caption for captions, _ in drawn for caption in captions]
+        return captions, torch.cat([self._drawn_references(drawing).cpu() for _, drawing in drawn])
+
+    def _drawn_references(self, drawing: Drawing) -> Tensor:
+        """Return the latents [B, C, h, w] of reference images that are drawn now, on the device, in the precision of the run."""
+        assert self.references is not None
+        with self.arithmetic.autocast(self.device.type), self.arithmetic.kernels():
+            return self.references.latents(drawing)
+
+    def _pairs_at(self, positions: Sequence[int]) -> tuple[list[str], Tensor]:
         """Return captions of pairs of images, and their latents [B, C, h, 2 w]: the reference first, then the image of the caption."""
         assert self.data is not None
         images, captions = zip(*(self.data.at(self.config.seed, position) for position in positions), strict=True)

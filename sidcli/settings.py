@@ -65,6 +65,8 @@ class DistillConfig:
     """Images for objectives that need them: folder with captions, webdataset's .tar files, teacher (it draws them), or pairs of a run."""
     data_num: int = 0
     """Images of --data to use."""
+    references: str = ""
+    """Student that draws the reference images for a teacher that takes them, in place of the pairs of --data."""
     t_init: int = 625
     """Timestep at which the student starts; with a teacher of flow matching 1000, pure noise."""
     t_min: int = 20

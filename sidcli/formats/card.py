@@ -159,6 +159,8 @@ def _facts(model: Model, card: Mapping[str, Any], origin: str) -> dict[str, Any]
         facts["Training prompts"] = card["prompts"]
     if "data" in card:
         facts["Training images"] = card["data"]
+    if "references" in card:
+        facts["Training references"] = f"drawn by {card['references'].get('name')}"
     if "init" in card:
         facts["Started from"] = " and ".join(str(source.get("name")) for source in card["init"])
     return facts | {"Made with": f"sid {card.get('sid', 'unknown')}"}

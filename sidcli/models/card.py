@@ -61,6 +61,7 @@ CARD: dict[str, Rule] = {
     "guidance": NUMBER,
     "shift": (lambda value: NUMBER[0](value) and 0 < value <= MAX_SHIFT, f"a number above 0 and at most {MAX_SHIFT}"),
     "teacher": TEXTS,
+    "references": TEXTS,
     "init": SOURCES,
     "config": OBJECT,
     "graph": OBJECT,

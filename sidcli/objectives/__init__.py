@@ -42,6 +42,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "self-distillation": SelfDistillation,
 }
 
+REFERENCE_HINT = "--objective sid, vsd, or dmd2 without its GAN"
+"""The objectives that distill a teacher that takes a reference image."""
+
 
 def find(name: object) -> type[Objective]:
     """Return the objective class with this name. Raises UsageError for an unknown name."""
@@ -54,8 +57,7 @@ def check_reference(settings: Settings, teacher: str) -> None:
     """Raises UsageError if an objective does not distill a teacher that takes a reference image. `teacher` is its name."""
     if settings.needs_images or not find(settings.name).takes_references:
         raise UsageError(
-            f"{teacher} takes a reference image, and objective {settings.name} does not distill such a teacher",
-            "--objective sid, vsd, or dmd2 without its GAN",
+            f"{teacher} takes a reference image, and objective {settings.name} does not distill such a teacher", REFERENCE_HINT
         )
 
 

@@ -145,6 +145,14 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """Random inputs of B images that a student draws: `prompts`, and noise [B, C, h, w] for each of its steps that adds noise."""
+
+    prompts: list[str]
+    noise: list[Tensor]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Random inputs of one micro-batch of B samples: `prompts`; `latents`, noise [B, C, h, w] for each step of the generator;
     `noise` [B, C, h, w] and timesteps `t` [B], at which scores are compared."""
@@ -158,6 +166,8 @@ class Batch:
     cond: Any = None
     reference: Tensor | None = None
     """Latents [B, C, h, w] of the reference images, if the generator takes them."""
+    drawing: Drawing | None = None
+    """Random inputs of the reference images, if a student draws them during the training."""
     samples: Tensor | None = None
     """The generator's samples [B, C, h, w] of the previous phase, if this phase reuses them; images, if they are its source."""
     span: Tensor | None = None

@@ -46,6 +46,7 @@ from sidcli.training.initial import Initial
 from sidcli.training.intervals import Intervals
 from sidcli.training.launch import install_handlers, restore_handlers
 from sidcli.training.proxy import DIVERSITY_IMAGES, PROXY_IMAGES, Proxy
+from sidcli.training.references import open_references
 from sidcli.training.run_folder import (
     complete_record,
     drop_records_after,
@@ -158,10 +159,13 @@ def run(
             engine = Engine(teacher, config, prompts, device, arithmetic, initial.take() if initial else None)
             check_intervals(engine, intervals)
             check_references(engine)
+            if config.references:
+                engine.references = open_references(engine, listener)
         with locked(output) if engine.distributed.is_main else nullcontext():
             with stop.at_once():
                 inputs = {"prompts": prompts.digest, "teacher": fingerprint(teacher.source)}
                 inputs |= {"init": initial.digest} if initial else {}
+                inputs |= {"references": engine.references.fingerprint} if engine.references else {}
                 found = find_checkpoint(output, resume, config, inputs, listener)
                 if config.data or config.objective.draws_pairs:
                     engine.data = open_data(engine, images, output, inputs["teacher"], listener)
@@ -215,11 +219,13 @@ def check_intervals(engine: Engine, intervals: Intervals) -> None:
 def check_references(engine: Engine) -> None:
     """Raises UsageError if the student takes reference images and the data are no pairs, or the other way round."""
     config, name = engine.config, engine.sampler.model.source.name
+    if config.references:
+        return  # `open_references` compares them with the teacher
     has_pairs = folder_of(config.data) is not None or (config.objective.draws_pairs and not config.data)
     if engine.layout and not has_pairs:
         raise UsageError(
             f"{name} takes a reference image, and --data does not give pairs",
-            "--data runs/NAME, a run of --objective self-distillation",
+            "--data runs/NAME, a run of --objective self-distillation, or --references STUDENT",
         )
     if has_pairs and not engine.layout:
         raise UsageError(f"--data {config.data} holds pairs with reference images, and {name} takes none", "leave --data out")

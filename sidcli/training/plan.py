@@ -45,6 +45,7 @@ from sidcli.progress import Listener, Silence, counted, duration
 from sidcli.settings import TEACHER_DRAWS, DistillConfig
 from sidcli.training import checkpoint, initial
 from sidcli.training.gpus import GPUS, Gpu
+from sidcli.training.references import describe_student
 
 RESERVE = 0.06
 """Fraction of a GPU's memory reserved for memory use that the plan does not include, such as fragmentation."""
@@ -404,6 +405,34 @@ class Sizes:
         return 4 * (self.weights + self.text + self.vae)
 
 
+@dataclass(frozen=True)
+class Drawer:
+    """What the student of `--references` adds to a plan; nothing without one."""
+
+    weights: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of weights of its denoiser, by the name of the student in the plan."""
+    text: int = 0
+    """Number of weights of its text encoders."""
+    flops_per_image: int = 0
+    """Operations for the reference images of one training image."""
+    downloads: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: DistillConfig, teacher: Description, listener: Listener) -> Drawer:
+        """Return that of a run. Raises what `describe_student` raises."""
+        if not config.references:
+            return cls()
+        known = describe_student(config, teacher, listener)
+        with torch.device("meta"):
+            nets = {name: known.kind.build(name, known.networks[name]) for name in (known.kind.component, *known.texts)}
+        denoiser = nets[known.kind.component]
+        steps = plan_for(known).steps * len(phases(config, teacher))  # each phase of a training step draws its own
+        text = sum(count_weights(nets[name].parameters()) for name in known.texts)
+        flops = steps * forward_flops(denoiser, known.kind.meta_cond(known.networks))
+        missing = {f"{known.source.name}/{file}": size for file, size in known.source.missing}
+        return cls({"reference student": count_weights(denoiser.parameters())}, text, flops, missing)
+
+
 def describe_teacher(config: DistillConfig, listener: Listener) -> Description:
     """Return the teacher's description after a check against the settings and the model of `--init`. Reads no weights."""
     source = find(config.teacher, descriptions_only=True)
@@ -452,7 +481,10 @@ def check(config: DistillConfig, output: Path, keep: int, listener: Listener) ->
     """
     check_libraries(config)
     check_split(config.batch_size, count())
-    sizes = Sizes.of(describe_teacher(config, listener), config)
+    known = describe_teacher(config, listener)
+    if config.references:
+        describe_student(config, known, listener)
+    sizes = Sizes.of(known, config)
     checkpoint.check_room(output / "checkpoints", sizes.state(config), keep, sizes.student)
 
 
@@ -492,12 +524,14 @@ def make(
     check_split(config.batch_size, processes)
     config = dataclasses.replace(config, micro_batch=min(config.micro_batch, config.batch_size // processes))
     known = describe_teacher(config, listener)
-    sizes = Sizes.of(known, config)
+    sizes, drawer = Sizes.of(known, config), Drawer.of(config, known, listener)
     cond, weights = known.kind.meta_cond(known.networks), sizes.weights
     moments = sum(optimizer_bytes(config, role, trained) for role, trained in sizes.roles.values())
+    frozen = 2 if config.teacher_bf16 and config.precision == "bf16" else 4
     averages = sum(4 * trained for role, trained in sizes.roles.values() if role.average)
     memory = {
-        "teacher": weights * (2 if config.teacher_bf16 and config.precision == "bf16" else 4),
+        "teacher": weights * frozen,
+        **{name: count * frozen + (0 if config.offload_text else 4 * drawer.text) for name, count in drawer.weights.items()},
         "text encoder": 0 if config.offload_text else sizes.text_bytes(config),
         **{title_of(name, config): 4 * trained for name, (_, trained) in sizes.roles.items()},
         "gradients": max(4 * trained for _, trained in sizes.roles.values()),
@@ -507,10 +541,10 @@ def make(
     }
     memory |= {"libraries": WORKSPACES} if kind == "cuda" else {"this program": psutil.Process().memory_info().rss}
     away = (averages if config.offload_average else 0) + (moments if config.offload_optimizer else 0)
-    away += sizes.text_bytes(config) if config.offload_text else 0
+    away += sizes.text_bytes(config) + 4 * drawer.text if config.offload_text else 0
     pace, peak = recorded_rate(output), sum(memory.values())
     once = forward_flops(sizes.denoiser, cond)
-    flops = once * forwards_per_image(config, known)
+    flops = once * forwards_per_image(config, known) + drawer.flops_per_image
     tensors = len(list(sizes.denoiser.parameters()))
     alike = [one for one in GPUS.values() if gpu is None or one.memory == gpu.memory]
     gpus = [] if kind == "cpu" else [gpu] if gpu and gpu.tflops else alike
@@ -519,7 +553,8 @@ def make(
         output=str(output),
         device=kind if gpu else device if device.startswith("cuda") else str(pick_device(device)),
         processes=processes,
-        parameters={"teacher": weights, **{title_of(name, config): trained for name, (_, trained) in sizes.roles.items()}},
+        parameters={"teacher": weights, **drawer.weights}
+        | {title_of(name, config): trained for name, (_, trained) in sizes.roles.items()},
         device_memory=memory,
         main_memory=away,
         peak=peak,
@@ -532,7 +567,7 @@ def make(
             for one in gpus
             if one is gpu or peak <= (1 - RESERVE) * one.memory * 1e9
         },
-        downloads=dict(known.source.missing),
+        downloads={**dict(known.source.missing), **drawer.downloads},
         card=gpu,
     )
 

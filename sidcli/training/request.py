@@ -123,7 +123,7 @@ class Request:
         folder = output or default_folder(teacher, start, objective, guidance_strategy, has_scale)
         own = with_shortcuts(own, start, lr, images)
         used = start | MEMORY.get(memory, {}) | own
-        place = used.get("data") or ("" if chosen.draws_pairs else teacher)
+        place = used.get("data") or ("" if chosen.draws_pairs or used.get("references") else teacher)
         off = without_effect(used, {**settings, **others}, place if folder_of(place) else "")
         notes = [*about_replaced(replaced, used, config), *off, *without_start(used)]
         of_file = frozenset(from_file.keys() - own.keys())
@@ -156,8 +156,8 @@ class Request:
         if merged.get("prompts", "auto") == "auto":
             merged["prompts"] = "emoji" if preset_for(self.teacher) == "emoji" else "general"
         DistillConfig(**merged | {name: value for name, value in self.own.items() if name in unused})
-        draws_pairs = self.start["objective"].draws_pairs
-        if not merged.get("data") and not draws_pairs and (folder := folder_of(self.teacher)):
+        has_references = self.start["objective"].draws_pairs or merged.get("references")
+        if not merged.get("data") and not has_references and (folder := folder_of(self.teacher)):
             merged["data"] = str(folder)  # a teacher that was tuned on pairs
         return DistillConfig(**merged)
 
@@ -371,6 +371,8 @@ def check_objective(config: DistillConfig) -> None:
             f"objective {name} trains the student from step {first + 1} on, and --steps is {config.steps}",
             "more --steps, or other settings; --list-settings prints them",
         )
+    if config.references:
+        check_drawn_references(config)
     is_pairs = folder_of(config.data) is not None
     if config.objective.draws_pairs and config.data and not is_pairs:
         raise UsageError(f"--data {config.data} holds no pairs.jsonl, which objective {name} trains on", PAIRS_HINT)
@@ -398,6 +400,20 @@ def check_objective(config: DistillConfig) -> None:
         raise UsageError(f"--compile on does not support the discriminator of objective {name}", "--compile off")
     if config.data_num and not config.data:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
+
+
+def check_drawn_references(config: DistillConfig) -> None:
+    """Raises UsageError if the objective uses no reference images, or if pairs of images give them too."""
+    if config.objective.needs_images or not objectives.find(config.objective.name).takes_references:
+        raise UsageError(
+            f"--references {config.references}: objective {config.objective.name} does not train on the reference images of a student",
+            f"{objectives.REFERENCE_HINT}, or leave --references out",
+        )
+    if config.data:
+        raise UsageError(
+            f"--data {config.data} and --references {config.references} exclude each other: both give the reference images",
+            'give one of them; --data "" if a config file has it',
+        )
 
 
 def check_judge(settings: SelfDistillationSettings, prompts: str) -> None:

@@ -196,6 +196,7 @@ def write_record(
             "teacher": provenance(teacher),
             "prompts": {"name": prompts.name, "digest": prompts.digest},
             **({"data": {"name": data.name, "images": len(data), "digest": data.digest}} if (data := engine.data) else {}),
+            **drawn_references(engine),
             "device": str(engine.device),
             "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else processor(),
             "processor": processor(),
@@ -207,6 +208,14 @@ def write_record(
             "seconds_per_image": seconds_per_image,
         },
     )
+
+
+def drawn_references(engine: Engine) -> dict[str, Any]:
+    """Return the entry `references` of run.json and sid.json, with the origin, license and fingerprint of the student that draws the
+    reference images; without one, an empty dict."""
+    if engine.references is None:
+        return {}
+    return {"references": provenance(engine.references.sampler.model) | {"fingerprint": engine.references.fingerprint}}
 
 
 def student_card(engine: Engine, prompts: Prompts, started_from: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -226,4 +235,4 @@ def student_card(engine: Engine, prompts: Prompts, started_from: Sequence[dict[s
     world = engine.sampler.model.card.get("world")
     data = {"data": f"{counted(len(engine.data), 'image')} of {engine.data.name}"} if engine.data else {}
     init = {"init": list(started_from)} if started_from else {}
-    return card | data | init | ({"world": world} if world else {})
+    return card | data | drawn_references(engine) | init | ({"world": world} if world else {})

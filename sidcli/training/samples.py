@@ -37,8 +37,7 @@ class Painter:
         self.has_teacher = engine.step > 0 and (folder / "teacher.png").exists()
         self.references: np.ndarray | None = None
         if engine.layout:
-            self.texts, canvas = engine.pairs_at([-1 - index for index in range(GRID_IMAGES)])
-            reference, _ = canvas.chunk(2, -1)
+            self.texts, reference = engine.subjects_at([-1 - index for index in range(GRID_IMAGES)])
             with torch.no_grad():
                 self.references = to_bytes(engine.sampler.model.codec.decode(reference), self.texts, range(GRID_IMAGES), "")
         if engine.distributed.is_main:

@@ -16,6 +16,7 @@ OPTIONS = {
         "--column",
         "--data",
         "--data-num",
+        "--references",
         "--guidance",
         "--init",
         "--steps",
