@@ -199,10 +199,7 @@ def sample(
     given_references = _references(reference, len(texts))
     _check_least(num=num, batch_size=batch_size)
     check_sampling(steps, guidance)
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    check_name(device)
-    check_precision(precision)
+    _check_machine(backend, device, precision)
     count = len(texts) * num
     places = Places.of(output, count) if output is not None else None
     if places:
@@ -230,6 +227,14 @@ def sample(
     _remove(places.others if places and overwrite else (), listener)
     _tell_truncated(drawn.truncated, listener)
     return drawn
+
+
+def _check_machine(backend: str, device: str, precision: str) -> None:
+    """Raises UsageError for an unknown backend, device or precision."""
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    check_name(device)
+    check_precision(precision)
 
 
 def _tell_truncated(count: int, listener: Listener) -> None:
@@ -427,8 +432,7 @@ def evaluate(
     check_protocol(protocol)
     check_column(column, prompts)
     _check_least(batch_size=batch_size, num=num)
-    check_name(device)
-    check_precision(precision)
+    _check_machine("auto", device, precision)
     listed = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not listed:
         raise UsageError("nothing to measure: no model given", "a model's name, or a folder of images")
@@ -440,10 +444,7 @@ def evaluate(
         everything=everything,
         bounds=bounds,
         protocol=Rules(protocol, _path("reference", reference), _path("prompts", prompts), column, num, seed, untrained),
-        networks=Files(
-            _path("inception", inception),
-            *(None if name is None else os.fspath(name) for name in (clip_model, cmmd_model, dino_model)),
-        ),
+        networks=_networks(inception, clip_model, cmmd_model, dino_model),
         batch_size=batch_size,
         image_folder=_image_folder(image_folder),
         judge=JudgeSpec.of(judge, judge_url, judge_model),
@@ -454,6 +455,11 @@ def evaluate(
     from sidcli.evaluation.run import run
 
     return run(request, where, listener)
+
+
+def _networks(inception: PathLike | None, *names: PathLike | None) -> Files:
+    """Return the locations of the metric networks: Inception, then the models of CLIP, CMMD and DINOv2."""
+    return Files(_path("inception", inception), *(None if name is None else os.fspath(name) for name in names))
 
 
 def _image_folder(place: PathLike | None) -> Path | None:

@@ -87,9 +87,10 @@ def test_a_loaded_model_keeps_its_size_and_a_missing_one_is_an_input_error(sd_fo
 
 
 def test_distill_trains_the_same_student_as_the_command_and_continues_its_run(sd_folder: Path, tmp_path: Path) -> None:
-    common = ["--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--guidance", "1.5", "--set", "alpha=1.1", "--device", "cpu"]
+    common = ["--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--guidance", "1.5", "--set", "alpha=1.1"]
+    common += ["--device", "cpu", "--precision", "fp32"]  # auto measures, and may choose bf16 in one of both runs
     assert inprocess.sid("distill", sd_folder, *common, "-o", tmp_path / "one") == 0
-    settings = {"batch_size": 4, "lr": 1e-3, "guidance": 1.5, "alpha": 1.1, "device": "cpu"}
+    settings = {"batch_size": 4, "lr": 1e-3, "guidance": 1.5, "alpha": 1.1, "device": "cpu", "precision": "fp32"}
     done = distill(str(sd_folder), tmp_path / "two", steps=2, **settings, listener=SILENT)  # type: ignore[arg-type]
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (done.student / weights).read_bytes() == (tmp_path / "one" / "student" / weights).read_bytes()

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sidcli.evaluation.run import Outcome
 
 METRICS, NETWORKS = "Metrics", "Networks of the metrics"
+STOPPED = ("images and features that are complete are kept", "the same command again, to go on")
+"""What is kept of an interrupted command, and how to go on."""
 
 Models = Annotated[
     list[str] | None,
@@ -185,8 +187,7 @@ def evaluate(
 
     Example: sid eval emoji emoji-teacher --fid --clip
     """
-    check(protocol, column, prompts, device)
-    check_precision(precision)
+    check(protocol, column, prompts, device, precision)
     JudgeSpec.of(judge, judge_url, judge_model)
     specs = ModelSpec.parse_all(models or ["emoji", "emoji-teacher"], steps, guidance)
     bounds = limits(fail_above or [], fail_below or [])
@@ -194,12 +195,11 @@ def evaluate(
     networks |= dict(judge=judge, judge_url=judge_url, judge_model=judge_model)
     data: dict[str, Any] = dict(protocol=protocol, reference=reference, prompts=prompts, column=column or "")
     drawn: dict[str, Any] = dict(num=num, seed=seed, untrained=untrained, image_folder=image_folder, batch_size=batch_size)
-    drawn |= dict(precision=precision)
+    drawn |= dict(device=device, precision=precision)
     check_places(report, picture, image_folder, overwrite)
     launch_processes(processes, device)
-    stopped = ("images and features that are complete are kept", "the same command again, to go on")
     smaller = "a smaller --batch-size" if batch_size > 1 else "models one at a time, which the cache puts together"
-    with open_console(as_json, quiet, stopped, smaller) as console:
+    with open_console(as_json, quiet, STOPPED, smaller) as console:
         outcome = api.evaluate(
             specs,
             [name for name, given in flags.items() if given],
@@ -208,15 +208,15 @@ def evaluate(
             **data,
             **networks,
             **drawn,
-            device=device,
             listener=console,
         )
         if outcome:
             show(outcome, console, as_json, as_latex, picture, report)
 
 
-def check(protocol: str, column: str | None, prompts: Path | None, device: str) -> None:
+def check(protocol: str, column: str | None, prompts: Path | None, device: str, precision: str) -> None:
     """Raises UsageError for invalid values, before any file is read."""
+    check_precision(precision)
     check_protocol(protocol)
     check_column(column, prompts)
     check_name(device)

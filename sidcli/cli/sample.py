@@ -109,10 +109,7 @@ def sample(
     Example: sid sample "a cat" -o out.png
     """
     if list_prompts:
-        from sidcli.cli.console import Console
-        from sidcli.emoji import vocabulary
-
-        Console(as_json, quiet).result(vocabulary.lines(), vocabulary.summary())
+        show_vocabulary(as_json, quiet)
         return
     check_column(column, prompts)
     texts, about_prompts = read_prompts(prompt or [], prompts, column or "")
@@ -144,6 +141,14 @@ def sample(
         if model == "emoji":
             console.note("another model: --model NAME")
         tell(drawn, console, preview)
+
+
+def show_vocabulary(as_json: bool, quiet: bool) -> None:
+    """Print the words that the built-in models know."""
+    from sidcli.cli.console import Console
+    from sidcli.emoji import vocabulary
+
+    Console(as_json, quiet).result(vocabulary.lines(), vocabulary.summary())
 
 
 def read_prompts(given: list[str], file: Path | None, column: str) -> tuple[list[str], str]:
