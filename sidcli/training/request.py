@@ -123,8 +123,9 @@ class Request:
         folder = output or default_folder(teacher, start, objective, guidance_strategy, has_scale)
         own = with_shortcuts(own, start, lr, images)
         used = start | MEMORY.get(memory, {}) | own
-        place = used.get("data") or ("" if chosen.draws_pairs or used.get("references") else teacher)
-        off = without_effect(used, {**settings, **others}, place if folder_of(place) else "")
+        data = used.get("data")
+        pairs = folder_of(data) if data else None if chosen.draws_pairs or used.get("references") else pairs_of_run(teacher)
+        off = without_effect(used, {**settings, **others}, (data or teacher) if pairs else "")
         notes = [*about_replaced(replaced, used, config), *off, *without_start(used)]
         of_file = frozenset(from_file.keys() - own.keys())
         return cls(teacher, start, own, memory, folder, tuple(notes), config, of_file, of_method, has_scale)
@@ -157,8 +158,8 @@ class Request:
             merged["prompts"] = "emoji" if preset_for(self.teacher) == "emoji" else "general"
         DistillConfig(**merged | {name: value for name, value in self.own.items() if name in unused})
         has_references = self.start["objective"].draws_pairs or merged.get("references")
-        if not merged.get("data") and not has_references and (folder := folder_of(self.teacher)):
-            merged["data"] = str(folder)  # a teacher that was tuned on pairs
+        if not merged.get("data") and not has_references and (folder := pairs_of_run(self.teacher)):
+            merged["data"] = str(folder)
         return DistillConfig(**merged)
 
     @property
@@ -400,6 +401,13 @@ def check_objective(config: DistillConfig) -> None:
         raise UsageError(f"--compile on does not support the discriminator of objective {name}", "--compile off")
     if config.data_num and not config.data:
         raise UsageError(f"--data-num {config.data_num} is a number of images of --data, which is not given", "leave it out")
+
+
+def pairs_of_run(place: str) -> Path | None:
+    """Return the folder of the pairs on which the run at `place` was tuned: its own pairs, or those of its --data; None if `place` is
+    no such run."""
+    config = Path(place) / "config.toml"
+    return folder_of(place) or (folder_of(str(read_config(config).get("data", ""))) if config.is_file() else None)
 
 
 def check_drawn_references(config: DistillConfig) -> None:

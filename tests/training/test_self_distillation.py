@@ -34,7 +34,7 @@ from sidcli.objectives import self_distillation
 from sidcli.progress import Progress
 from sidcli.settings import DistillConfig
 from sidcli.training import distill, pairs
-from sidcli.training.request import check_objective
+from sidcli.training.request import Request, check_objective, pairs_of_run
 from tests.curation.test_endpoint import Endpoint
 from tests.inprocess import sid
 from tests.training.test_distill import KillAt, Silent, state
@@ -295,6 +295,17 @@ def test_a_tuned_model_is_the_teacher_of_a_one_step_student_that_takes_reference
     Image.fromarray(np.full((80, 60, 3), 90, np.uint8)).save(tmp_path / "reference.png")
     drawn = api.sample("a cat", result.run, reference=tmp_path / "reference.png")
     assert drawn.plan.steps == 1 and drawn.images[0].size == (64, 64)
+
+
+def test_a_student_trains_on_the_pairs_of_its_teacher_also_if_those_are_of_another_run(
+    tuned: Path, sd_folder: Path, tuning: DistillConfig, tmp_path: Path
+) -> None:
+    other = run(sd_folder, dataclasses.replace(tuning, data=str(tuned), steps=1), tmp_path / "other").run
+    assert not (other / "pairs").exists()
+    for teacher in (tuned, other):
+        asked = Request.of(str(teacher), None, "sid", None, None, {}, None, None, "auto", None, {})
+        assert Path(asked.before_path.data) == tuned / "pairs"
+    assert pairs_of_run(str(sd_folder)) is None
 
 
 def test_a_tuned_lora_leaves_with_its_reference_weights(sd_folder: Path, tuning: DistillConfig, tmp_path: Path) -> None:
