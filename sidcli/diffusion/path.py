@@ -27,6 +27,7 @@ Coefficient = Tensor | float
 """A tensor [B, 1, 1, 1] for timesteps [B] (float32, except in `exact`); a float for a single timestep."""
 Timestep = Tensor | float
 """A tensor [B] with one timestep per latent, or one number for all latents. Those of `DiscretePath` are integers."""
+LARGEST_WEIGHT = 10.0
 LOGIT = NormalDist(math.log(2.0), 1.6)
 """Distribution of log(t / (1 - t)) for the timesteps of score distillation on flow matching (arXiv 2509.25127)."""
 
@@ -88,6 +89,11 @@ class Path(ABC):
     @abstractmethod
     def noise_weight(self, t: Tensor) -> Coefficient:
         """Return the weight at t of the squared error of a predicted noise, in the loss of a fake score."""
+
+    @abstractmethod
+    def debiased_weight(self, t: Tensor) -> Tensor:
+        """Return a weight [B, 1, 1, 1] of the squared error of a predicted noise with which high noise counts more: 1 / sqrt(SNR), at
+        most LARGEST_WEIGHT (arXiv 2310.08442), on a path of discrete timesteps; `noise_weight` on one of flow matching."""
 
     @abstractmethod
     def loss_scale(self, t: Tensor) -> Tensor | None:
@@ -187,6 +193,11 @@ class DiscretePath(Path):
     def noise_weight(self, t: Tensor) -> Coefficient:
         return 1.0
 
+    def debiased_weight(self, t: Tensor) -> Tensor:
+        a, sigma = self.exact(t)
+        assert isinstance(a, Tensor)
+        return (sigma / a).clamp(max=LARGEST_WEIGHT).float()
+
     def loss_scale(self, t: Tensor) -> Tensor | None:
         return None
 
@@ -237,6 +248,11 @@ class FlowPath(Path):
         """Return 1 / (1 - t)^2, with which the squared error of the noise is that of the velocity."""
         a, _ = self.scale(t)
         return a**-2
+
+    def debiased_weight(self, t: Tensor) -> Tensor:
+        a, _ = self.exact(t)
+        assert isinstance(a, Tensor)
+        return (a**-2).float()
 
     def loss_scale(self, t: Tensor) -> Tensor | None:
         """Return 1 / (1 - t): the loss has the weight 1 - t (arXiv 2509.25127)."""

@@ -123,10 +123,9 @@ def sheets_loss(teacher: Model, batch: int, device: torch.device) -> fit.Loss:
     """
     unet, encoder, tokenizer = teacher.denoiser, teacher.text_encoders[0], teacher.tokenizers[0]
     codec, ahead = Codec(teacher.vae), Ahead(batch)
-    assert isinstance(teacher.path, DiscretePath)
-    abar = teacher.path.abar.float().to(device)
-    snr = abar / (1.0 - abar)
-    weight = snr.rsqrt().clamp(max=10.0)
+    path = teacher.path
+    assert isinstance(path, DiscretePath)
+    abar = path.abar.float().to(device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, captions = ahead.at(step)
@@ -146,7 +145,7 @@ def sheets_loss(teacher: Model, batch: int, device: torch.device) -> fit.Loss:
             states = encoder(tokens.to(device)).last_hidden_state
             predicted = unet(a.sqrt() * x + (1.0 - a).sqrt() * noise, t, states).sample.float()
         error = (predicted - noise).square().mean((1, 2, 3))
-        weighted = (weight[t] * error).mean()
+        weighted = (path.debiased_weight(t).flatten() * error).mean()
         return weighted, {"mse": error.mean().detach(), f"weighted_{panels_at(step)}": weighted.detach()}
 
     return loss

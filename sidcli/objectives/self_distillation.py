@@ -38,6 +38,8 @@ class SelfDistillationSettings(ImageSettings):
     """How the network sees both images: frames (shared attention), diptych (one wide image) or channels (no first image)."""
     reference_weight: float = 1.0
     """Weight of the loss on the first image of a pair, which shows the reference."""
+    weighting: str = "debiased"
+    """Weight of a noise level in the loss: debiased (1 / sqrt(SNR), at most 10) or uniform; flow matching has that of the velocity."""
     caption_dropout: float = 0.05
     """Share of the pairs without the caption, for guidance on the prompt."""
     reference_dropout: float = 0.05
@@ -93,7 +95,7 @@ class SelfDistillationSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"layout": LAYOUTS, "panels": (2, 4), "pairs": PAIRS, "scenes": SCENES, "judge": JUDGES}
+        choices = {"layout": LAYOUTS, "weighting": WEIGHTINGS, "panels": (2, 4), "pairs": PAIRS, "scenes": SCENES, "judge": JUDGES}
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
@@ -141,6 +143,7 @@ def _is_within(text: str, least: float, most: float) -> bool:
 
 
 LAYOUTS = ("frames", "diptych", "channels")
+WEIGHTINGS = ("debiased", "uniform")
 PAIRS = ("grid", "shared-attention")
 SCENES = ("grammar", "http")
 THRESHOLDS = ("same", "caption")
@@ -201,13 +204,15 @@ class SelfDistillation(Objective):
         return [Phase(GENERATOR, inputs, denoise, self.gradient, (Pass(GENERATOR, 1, "weights"),), step)]
 
     def gradient(self, nets: Networks, noise: Tensor, batch: Batch) -> tuple[Tensor, Values]:
-        """Return the gradient of || eps_theta(x_t) - eps ||^2 with respect to eps_theta, and measurements.
+        """Return the gradient of w_t || eps_theta(x_t) - eps ||^2 with respect to eps_theta, and measurements.
 
         The loss is summed over the elements of both images and averaged over the global batch. The first image has the weight
-        `reference_weight`. It is the loss of the two-frame video of section 3.2.
+        `reference_weight`. It is the loss of the two-frame video of section 3.2. A network that predicts the noise learns little where
+        the noise is high with w_t = 1, and there it is decided whether both images show the same subject.
         """
         assert batch.samples is not None
-        weight = nets.path.noise_weight(batch.t) * nets.weights(self.settings.reference_weight)
+        of_path = nets.path.debiased_weight if self.settings.weighting == "debiased" else nets.path.noise_weight
+        weight = of_path(batch.t) * nets.weights(self.settings.reference_weight)
         difference = noise - batch.noise
         loss = (weight * difference.square()).sum() / batch.size
         return difference * (2.0 * weight / batch.size), {"generator_loss": loss, "sample_std": spread(batch.samples, batch)}

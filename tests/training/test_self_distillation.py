@@ -382,11 +382,12 @@ def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_sam
             api.export(student, tmp_path / "folder", form, listener=api.SILENT)
 
 
+@pytest.mark.parametrize("weighting", self_distillation.WEIGHTINGS)
 @pytest.mark.parametrize("layout", self_distillation.LAYOUTS)
-def test_the_gradient_is_that_of_the_error_of_both_images_with_the_weight_of_the_reference(
-    sd: Any, config: DistillConfig, layout: str
+def test_the_gradient_is_that_of_the_error_of_both_images_with_the_weights_of_noise_and_reference(
+    sd: Any, config: DistillConfig, layout: str, weighting: str
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, layout=layout, reference_weight=0.25)
+    settings = dataclasses.replace(SETTINGS, layout=layout, reference_weight=0.25, weighting=weighting)
     made = engine.Engine(sd, dataclasses.replace(config, objective=settings), open_prompts("general"), torch.device("cpu"))
     torch.manual_seed(0)
     channels, height, width = made.kind.frame_shape(made.teacher.config)
@@ -399,6 +400,9 @@ def test_the_gradient_is_that_of_the_error_of_both_images_with_the_weight_of_the
     assert torch.equal(batch.reference, canvases[..., :width] * ~drop_reference.view(-1, 1, 1, 1))  # type: ignore[arg-type]
     noise = torch.randn_like(batch.noise).double().requires_grad_()
     error = (noise - batch.noise.double()).square()
+    if weighting == "debiased":
+        of_signal = torch.as_tensor(sd.path.abar)[batch.t].double()
+        error = error * ((1 - of_signal) / of_signal).sqrt().clamp(max=10.0).view(-1, 1, 1, 1)
     if layout == "channels":
         assert torch.equal(batch.samples, canvases[..., width:])  # type: ignore[arg-type]
         loss = error.sum() / 4
