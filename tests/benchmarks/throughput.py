@@ -13,7 +13,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from sidcli.data.prompts import open_prompts
+from sidcli.devices import processor
 from sidcli.engine import Engine
 from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sources import find
@@ -162,11 +162,11 @@ def measure(name: str, size: str, device: torch.device, config: DistillConfig, s
     wait(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    started, processor = time.perf_counter(), time.process_time()
+    started, cpu_seconds = time.perf_counter(), time.process_time()
     for _ in range(steps):
         advance()
     wait(device)
-    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_seconds
     peak = (
         torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
@@ -178,7 +178,7 @@ def measure(name: str, size: str, device: torch.device, config: DistillConfig, s
         "peak_memory_gb": peak / 1e9,
         "planned_gb": planned.peak / 1e9 if name != "naive" else None,
         "flop_per_image": planned.flops_per_image,
-        "processors_busy": processor / seconds,
+        "processors_busy": cpu_seconds / seconds,
         "matrix_peak_tflops": matrix_peak(device, bf16) / 1e12,
         "micro_batch": config.micro_batch,
         "precision": "bf16" if bf16 else "fp32",
@@ -225,7 +225,7 @@ def main() -> None:
     for row in rows:
         row["ratio"] = row["images_per_second"] / slowest
         row["of_matrix_peak"] = row["images_per_second"] * per_image / (row["matrix_peak_tflops"] * 1e12)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     header = ("loop", "images/s", "ratio", "peak GB", "planned GB", "busy CPUs", "of matrix peak")
     print(
         f"{given.size} size, batch {given.batch}, {hardware}, {torch.get_num_threads()} threads, {per_image / 1e12:.4g} TFLOP an image"
