@@ -2,7 +2,8 @@
 
 python -m tests.benchmarks.identities                             (the reader, also on images that went through the VAE)
 python -m tests.benchmarks.identities --judges                    (also judges on 300 true pairs, half of them of two identities)
-python -m tests.benchmarks.identities --teacher build/emoji/sheets    (also sheets of two panels that this teacher draws)
+python -m tests.benchmarks.identities --teacher build/emoji/sheets    (also sheets of two panels that this teacher draws, with and
+                                                                       without shared noise)
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from sidcli.emoji import identities, world
 from sidcli.metrics.reader import ReaderFeatures
 from sidcli.models.drawing import Plan
 from sidcli.models.loading import load
+from sidcli.models.overrides import PRECISIONS
 from sidcli.models.sampler import Sampler
 from sidcli.models.sources import find
-from sidcli.randomness import normal
+from sidcli.training.pairs import sheet_noise
 from tests.curation.rendered import rendered
 
 BATCH = 16
+SEED = 9
+"""Seed of the noise of sheets, which no other set uses."""
 CPU = torch.device("cpu")
 
 
@@ -64,29 +68,28 @@ def measure_judges(count: int) -> None:
         )
 
 
-def measure_sheets(name: str, count: int, steps: int, guidance: float) -> None:
-    """Print how often sheets of a teacher show the noun, both backgrounds, and one identity in both panels."""
+def measure_sheets(name: str, count: int, plan: Plan, shared: float) -> None:
+    """Print how often sheets of a teacher show the noun, both backgrounds, one identity in both panels, and all of them.
+
+    `shared` is the share of the noise that both panels have in common.
+    """
     sampler, reader = Sampler(load(find(name)), CPU), ReaderFeatures()
     sheets = [identities.sheet(world.PROMPT_SEED, index, 2) for index in range(count)]
-    channels, height, width = sampler.model.latent_shape
     panels: list[Sequence[np.ndarray]] = []
     for start in range(0, count, BATCH):
         part = range(start, min(start + BATCH, count))
         texts = [identities.sheet_caption(sheets[index].noun, sheets[index].colors) for index in part]
-        noise = normal((channels, height, 2 * width), 0, "benchmark of sheets", 0, part)
-        images = sampler.decode(sampler.latents(texts, [noise], Plan(steps, guidance)), texts, part)
+        noise = sheet_noise(sampler.model.latent_shape, 1, shared, SEED, part)
+        images = sampler.decode(sampler.latents(texts, [noise], plan), texts, part, plan.precision)
         panels += [np.split(image, 2, axis=1) for image in images]
     left, right = (reader([pair[place] for pair in panels]) for place in (0, 1))
     nouns = np.array([world.NOUN_LIST.index(sheet.noun) for sheet in sheets])
     colors = np.array([[world.COLOR_LIST.index(color) for color in sheet.colors] for sheet in sheets])
-    told(
-        f"{count} sheets, {steps} steps, guidance {guidance:g}:",
-        {
-            "noun in the left panel": left[:, 0] == nouns,
-            "both backgrounds": (left[:, 1] == colors[:, 0]) & (right[:, 1] == colors[:, 1]),
-            "one identity in both panels": (left[:, 2:] == right[:, 2:]).all(1),
-        },
-    )
+    shown = (left[:, 0] == nouns) & (right[:, 0] == nouns)
+    placed = (left[:, 1] == colors[:, 0]) & (right[:, 1] == colors[:, 1])
+    agree = (left[:, 2:] == right[:, 2:]).all(1)
+    parts = {"noun in both panels": shown, "both backgrounds": placed, "one identity": agree, "all": shown & placed & agree}
+    told(f"{count} sheets, {plan.describe()}, shared noise {shared:g}:", parts)
 
 
 def main() -> None:
@@ -98,12 +101,16 @@ def main() -> None:
     parser.add_argument("--sheets", type=int, default=48, help="sheets to draw; default: 48")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--shared-noise", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the sheets")
     options = parser.parse_args()
     measure_reader(options.num)
     if options.judges:
         measure_judges(options.pairs)
     if options.teacher:
-        measure_sheets(options.teacher, options.sheets, options.steps, options.guidance)
+        for shared in options.shared_noise:
+            plan = Plan(options.steps, options.guidance, precision=options.precision)
+            measure_sheets(options.teacher, options.sheets, plan, shared)
 
 
 if __name__ == "__main__":
