@@ -377,7 +377,11 @@ def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collect
     ignored = {*MAY_CHANGE, *by_content, *objectives.find(given.objective.name).unused}
     changed = [name for name in now if name not in ignored and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now and saved["objective"] == now["objective"]]
-    return [
-        f"{name}: {saved[name]} -> {now.get(name, 'a setting that this version of sid does not know')}"
-        for name in changed + foreign
-    ]
+    unknown = "a setting that this version of sid does not know"
+    return [change(name, saved[name], now.get(name, unknown)) for name in changed + foreign]
+
+
+def change(name: str, before: object, now: object) -> str:
+    """Return the change of a field in words; an empty text is `none`."""
+    before, now = ("none" if value == "" else value for value in (before, now))
+    return f"{name}: {before} -> {now}"

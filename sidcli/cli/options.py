@@ -12,7 +12,7 @@ import typer
 
 from sidcli import objectives
 from sidcli.errors import UsageError
-from sidcli.models.overrides import PRECISIONS, PREDICTIONS
+from sidcli.models.overrides import PREDICTIONS
 from sidcli.settings import CHOICES, PRESETS, DistillConfig
 
 Command = Callable[..., None]
@@ -59,11 +59,10 @@ ColumnOption = Annotated[
     str | None, typer.Option(help="Column of a table given as --prompts; by default caption, text, prompt, ...")
 ]
 DrawingPrecision = Annotated[
-    str,
+    Literal["fp32", "bf16"],
     typer.Option(
         "--precision",
-        autocompletion=one_of(*PRECISIONS),
-        help="fp32 or bf16: arithmetic of the networks; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16.",
+        help="Arithmetic of the networks; bf16 is faster on GPUs and on CPUs with AMX or AVX512-BF16.",
     ),
 ]
 BatchOption = Annotated[int, typer.Option(callback=within(1, 4096), help="Images computed at once.")]
@@ -104,7 +103,7 @@ SHOWN = {
     "column": "the first one with a usual name",
     "data": "none",
     "data_num": "all; 1000 of teacher",
-    "references": "none: those of pairs",
+    "references": "those of pairs",
     "init": "the teacher",
     **dict.fromkeys(("fake_lora", "student_lora"), f"0; 64 {LARGE}"),
     "teacher_bf16": f"off; on {LARGE}",

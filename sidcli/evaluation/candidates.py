@@ -165,6 +165,8 @@ def _model(one: Resolved, protocol: Protocol, captions: Captions, count: int, dr
     if one.known is None:
         if spec.own:
             raise UsageError(f"{spec.name} holds graphs, whose sampling is fixed", "leave steps= and guidance= out")
+        if drawing.precision != "fp32":
+            raise UsageError(f"{spec.name} holds graphs, which have a precision of their own", "leave --precision out")
         plan = student_plan(read_card(source), None, None, spec.name)
     elif spec.untrained:
         plan = untrained_plan(one.known.path, spec.untrained)

@@ -26,7 +26,10 @@ def describe_student(config: DistillConfig, teacher: Description | Model, listen
     name = config.references
     if not teacher.layout:
         raise UsageError(f"--references {name}: {teacher.source.name} takes no reference image", "leave --references out")
-    known = describe(find(name, listener, descriptions_only=True), size_of(config), listener)
+    try:
+        known = describe(find(name, listener, descriptions_only=True), size_of(config), listener)
+    except InputError as error:
+        raise InputError(f"--references {name}: {error.message}", HINT) from error
     if not known.is_student:
         raise InputError(f"--references {name} is not a student, and draws in too many steps", HINT)
     if known.layout:

@@ -18,7 +18,7 @@ from sidcli.data.pairs import folder_of
 from sidcli.devices import choose_device
 from sidcli.environment import cache_folder, group
 from sidcli.errors import EnvironmentProblem, InputError, UsageError
-from sidcli.files import check_unlocked, check_writable
+from sidcli.files import check_unlocked, check_writable, read_json
 from sidcli.formats.outputs import check_run
 from sidcli.models.overrides import check_guidance
 from sidcli.objectives.base import FAKE_OPTIONS
@@ -404,10 +404,11 @@ def check_objective(config: DistillConfig) -> None:
 
 
 def pairs_of_run(place: str) -> Path | None:
-    """Return the folder of the pairs on which the run at `place` was tuned: its own pairs, or those of its --data; None if `place` is
-    no such run."""
-    config = Path(place) / "config.toml"
-    return folder_of(place) or (folder_of(str(read_config(config).get("data", ""))) if config.is_file() else None)
+    """Return the folder of the pairs on which the run at `place` was tuned: its own pairs, or those of another run, by its run.json; None
+    if `place` is no such run."""
+    record = Path(place) / "run.json"
+    data = read_json(record, "give the pairs as --data").get("data") if record.is_file() else None
+    return folder_of(place) or (folder_of(str(data.get("pairs", ""))) if isinstance(data, dict) else None)
 
 
 def check_drawn_references(config: DistillConfig) -> None:

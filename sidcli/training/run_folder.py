@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from sidcli import __version__
 from sidcli.data.latents import TEACHER_IMAGES
+from sidcli.data.pairs import folder_of
 from sidcli.data.prompts import Prompts
 from sidcli.devices import cores, processor
 from sidcli.engine import Engine
@@ -28,7 +29,7 @@ from sidcli.files import atomic_file, clear_leftovers, read_json, write_json
 from sidcli.formats.card import provenance
 from sidcli.models.loading import Model
 from sidcli.progress import RunListener, counted
-from sidcli.settings import TEACHER_DRAWS, DistillConfig, differences
+from sidcli.settings import TEACHER_DRAWS, DistillConfig, change, differences
 from sidcli.training import checkpoint, precision
 from sidcli.training.intervals import Intervals
 
@@ -70,7 +71,8 @@ def find_checkpoint(
             "more steps, an older checkpoint with --resume, or another --output",
         )
     has_images = compares_images(found.config, config) or config.objective.draws_pairs
-    check_agreement(found, differences(found.config, config, {*inputs, "data"} if has_images else inputs), inputs)
+    changed = differences(found.config, config, {*inputs, "data"} if has_images else inputs)
+    check_agreement(found, changed, inputs, config.references)
     return found
 
 
@@ -84,9 +86,13 @@ def compares_images(saved: Mapping[str, Any], config: DistillConfig) -> bool:
     return bool(config.data) and before == now
 
 
-def check_agreement(found: checkpoint.Checkpoint, changed: list[str], inputs: dict[str, str]) -> None:
-    """Raises InputError if settings `changed`, or if the contents of an input did."""
-    changed = changed + [f"{name}: contents changed" for name in inputs if found.inputs.get(name) != inputs[name]]
+def check_agreement(found: checkpoint.Checkpoint, changed: list[str], inputs: dict[str, str], references: str) -> None:
+    """Raises InputError if settings `changed`, or if the contents of an input did. `references` is the present value of --references."""
+    before = found.config.get("references", "")
+    for name in inputs:
+        if found.inputs.get(name) != inputs[name]:
+            is_other = name == "references" and before != references
+            changed = [*changed, change(name, before, references) if is_other else f"{name}: contents changed"]
     if changed:
         raise InputError(
             f"{found.folder} was made with other settings: {'; '.join(changed)}", "choose another --output for a new run"
@@ -95,7 +101,7 @@ def check_agreement(found: checkpoint.Checkpoint, changed: list[str], inputs: di
 
 def restore(engine: Engine, found: checkpoint.Checkpoint, inputs: dict[str, str], listener: RunListener) -> None:
     """Load a checkpoint. Writes nothing. Raises InputError if an input changed or the state does not fit the networks."""
-    check_agreement(found, [], inputs)
+    check_agreement(found, [], inputs, engine.config.references)
     try:
         engine.load(found.step, checkpoint.read(found))
     except (KeyError, RuntimeError, SafetensorError) as error:  # the hashes are valid, but the state is not of this run
@@ -195,7 +201,7 @@ def write_record(
             "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
             "teacher": provenance(teacher),
             "prompts": {"name": prompts.name, "digest": prompts.digest},
-            **({"data": {"name": data.name, "images": len(data), "digest": data.digest}} if (data := engine.data) else {}),
+            **data_entry(engine),
             **drawn_references(engine),
             "device": str(engine.device),
             "hardware": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else processor(),
@@ -208,6 +214,16 @@ def write_record(
             "seconds_per_image": seconds_per_image,
         },
     )
+
+
+def data_entry(engine: Engine) -> dict[str, Any]:
+    """Return the entry `data` of run.json: name, number and digest of the images, and the folder of the pairs of another run, from which
+    a student of this run trains too; without images, an empty dict."""
+    if (data := engine.data) is None:
+        return {}
+    pairs = folder_of(engine.config.data)
+    entry: dict[str, Any] = {"name": data.name, "images": len(data), "digest": data.digest}
+    return {"data": entry | ({"pairs": str(pairs.resolve())} if pairs else {})}
 
 
 def drawn_references(engine: Engine) -> dict[str, Any]:

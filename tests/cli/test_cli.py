@@ -178,8 +178,8 @@ def test_values_complete_in_the_shell(
         (["export", "emoji", "-o", "x", "--dtype", "int4"], 2, "unknown --dtype 'int4'"),
         (["sample", "a cat", "--model", "their.pkl"], 3, "no model 'their.pkl': there is no such file"),
         (["sample", "a cat", "--backend", "onnx"], 2, "sid export emoji --format onnx"),
-        (["sample", "a cat", "--precision", "fp8"], 2, "--precision must be fp32 or bf16, not 'fp8'"),
-        (["eval", "emoji", "--precision", "fp8"], 2, "--precision must be fp32 or bf16, not 'fp8'"),
+        (["sample", "a cat", "--precision", "fp8"], 2, "Invalid value for '--precision': 'fp8' is not one of 'fp32', 'bf16'"),
+        (["eval", "emoji", "--precision", "fp8"], 2, "Invalid value for '--precision': 'fp8' is not one of 'fp32', 'bf16'"),
         (
             ["sample", "a cat", "--width", "63"],
             2,

@@ -231,8 +231,9 @@ def test_sample_draws_with_graphs_at_any_size_and_with_either_backend(
     capsys.readouterr()
     assert sid("sample", "a cat", "--model", tmp_path / "graphs", "--prediction-type", "epsilon", "-o", "x.png") == 2
     assert "what they predict is inside" in capsys.readouterr().err
-    assert sid("sample", "a cat", "--model", tmp_path / "graphs", "--precision", "bf16", "-o", "x.png") == 2
-    assert "holds graphs, which have a precision of their own" in capsys.readouterr().err
+    for command in (["sample", "a cat", "-o", "x.png", "--model"], ["eval", "--prompts", "general", "--clip", "--num", "2"]):
+        assert sid(*command, tmp_path / "graphs", "--precision", "bf16") == 2
+        assert "holds graphs, which have a precision of their own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["onnx", "openvino"])

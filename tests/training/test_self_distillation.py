@@ -298,9 +298,11 @@ def test_a_tuned_model_is_the_teacher_of_a_one_step_student_that_takes_reference
 
 
 def test_a_student_trains_on_the_pairs_of_its_teacher_also_if_those_are_of_another_run(
-    tuned: Path, sd_folder: Path, tuning: DistillConfig, tmp_path: Path
+    tuned: Path, sd_folder: Path, tuning: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = run(sd_folder, dataclasses.replace(tuning, data=str(tuned), steps=1), tmp_path / "other").run
+    monkeypatch.chdir(tuned.parent)
+    other = run(sd_folder, dataclasses.replace(tuning, data=tuned.name, steps=1), tmp_path / "other").run
+    monkeypatch.chdir("/")
     assert not (other / "pairs").exists()
     for teacher in (tuned, other):
         asked = Request.of(str(teacher), None, "sid", None, None, {}, None, None, "auto", None, {})
