@@ -25,7 +25,7 @@ from sidcli.data.prompts import read_list
 from sidcli.distributed import Distributed
 from sidcli.emoji import world
 from sidcli.errors import InputError, UsageError
-from sidcli.evaluation.candidates import Candidate, resolve, to_measure
+from sidcli.evaluation.candidates import Candidate, Drawing, resolve, to_measure
 from sidcli.evaluation.protocols import COCO_CAPTIONS, DINO, PHOTO_CLIP, Networks, coco, custom, emoji, read_statistics
 from sidcli.evaluation.scores import Evaluation, chosen
 from sidcli.evaluation.spec import ModelSpec
@@ -286,10 +286,10 @@ def test_a_custom_protocol_asks_its_captions_of_a_model(networks: Networks, tmp_
     found = resolve(ModelSpec("emoji"), 0, Silence())
     np.savez(tmp_path / "some.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UsageError, match="emoji needs captions to draw"):
-        to_measure(found, custom(networks, tmp_path / "some.npz", None), CPU, 10, 0, 10, None)
+        to_measure(found, custom(networks, tmp_path / "some.npz", None), 10, Drawing(CPU, 0, 10, None))
     (tmp_path / "three.txt").write_text("a cat\na dog\na bus\n")
     rules = custom(networks, None, tmp_path / "three.txt")
-    candidates = to_measure(found, rules, CPU, None, 0, 10, None)
+    candidates = to_measure(found, rules, None, Drawing(CPU, 0, 10, None))
     metrics = chosen([], rules, False, candidates)
     assert metrics == ["clip"]
     assert Evaluation(rules, candidates, metrics, None, Distributed(CPU)).count(candidates[0]) == 3
