@@ -367,13 +367,13 @@ def differences(saved: dict[str, Any], given: DistillConfig, by_content: Collect
     """Return the fields, as `name: saved -> given`, whose difference prevents a run from being continued with the given settings.
 
     The fields in `by_content`, whose content is compared instead, are ignored, and so are the fields that select a part of it, and
-    those that have no effect on the objective. A
-    field that `saved` lacks has its default value, because an older version wrote the run; a field that only `saved` has is of a
-    newer version.
+    those that have no effect on the objective. A field that `saved` lacks has the value of `Settings.before`, else its default value,
+    because an older version wrote the run; a field that only `saved` has is of a newer version.
     """
     now = flat(dataclasses.asdict(given))
     by_content = {*by_content, *(SELECTS[name] for name in by_content if name in SELECTS)}
-    saved = flat(dataclasses.asdict(DistillConfig(objective=type(given.objective)()))) | flat(saved)
+    defaults = flat(dataclasses.asdict(DistillConfig(objective=type(given.objective)())))
+    saved = defaults | dict(given.objective.before) | flat(saved)
     ignored = {*MAY_CHANGE, *by_content, *objectives.find(given.objective.name).unused}
     changed = [name for name in now if name not in ignored and saved[name] != now[name]]
     foreign = [name for name in saved if name not in now and saved["objective"] == now["objective"]]

@@ -29,7 +29,6 @@ from sidcli.evaluation.spec import JUDGES, PROTOCOLS, JudgeSpec, ModelSpec, chec
 from sidcli.files import check_new, check_writable
 from sidcli.formats.outputs import check_named, check_picture
 from sidcli.metrics.catalog import METRICS as MEASURED
-from sidcli.models.overrides import check_precision
 
 if TYPE_CHECKING:
     from sidcli.cli.console import Console
@@ -187,7 +186,7 @@ def evaluate(
 
     Example: sid eval emoji emoji-teacher --fid --clip
     """
-    check(protocol, column, prompts, device, precision)
+    check(protocol, column, prompts, device)
     JudgeSpec.of(judge, judge_url, judge_model)
     specs = ModelSpec.parse_all(models or ["emoji", "emoji-teacher"], steps, guidance)
     bounds = limits(fail_above or [], fail_below or [])
@@ -214,9 +213,8 @@ def evaluate(
             show(outcome, console, as_json, as_latex, picture, report)
 
 
-def check(protocol: str, column: str | None, prompts: Path | None, device: str, precision: str) -> None:
+def check(protocol: str, column: str | None, prompts: Path | None, device: str) -> None:
     """Raises UsageError for invalid values, before any file is read."""
-    check_precision(precision)
     check_protocol(protocol)
     check_column(column, prompts)
     check_name(device)

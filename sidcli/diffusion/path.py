@@ -28,6 +28,7 @@ Coefficient = Tensor | float
 Timestep = Tensor | float
 """A tensor [B] with one timestep per latent, or one number for all latents. Those of `DiscretePath` are integers."""
 LARGEST_WEIGHT = 10.0
+"""Limit of `Path.debiased_weight`, without which the timesteps of nearly pure noise would outweigh all others."""
 LOGIT = NormalDist(math.log(2.0), 1.6)
 """Distribution of log(t / (1 - t)) for the timesteps of score distillation on flow matching (arXiv 2509.25127)."""
 
@@ -250,9 +251,9 @@ class FlowPath(Path):
         return a**-2
 
     def debiased_weight(self, t: Tensor) -> Tensor:
-        a, _ = self.exact(t)
-        assert isinstance(a, Tensor)
-        return (a**-2).float()
+        weight = self.noise_weight(t)
+        assert isinstance(weight, Tensor)
+        return weight
 
     def loss_scale(self, t: Tensor) -> Tensor | None:
         """Return 1 / (1 - t): the loss has the weight 1 - t (arXiv 2509.25127)."""

@@ -39,6 +39,8 @@ class Settings:
     """The setting that is the guidance scale of the teacher, after which run folders are named; "": there is none."""
     has_scale_of_teacher: ClassVar[bool] = False
     """Whether the scale, if none is given, is that with which the teacher draws by default. Its run folders are not named after it."""
+    before: ClassVar[Mapping[str, Any]] = {}
+    """Values of settings in runs of versions that did not have them, where they are not the defaults."""
     draws_pairs: ClassVar[bool] = False
     """Whether the teacher draws pairs of images of one subject to train on, if `--data` does not give them."""
     needs_pairs: ClassVar[bool] = False

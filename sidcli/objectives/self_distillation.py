@@ -90,6 +90,7 @@ class SelfDistillationSettings(ImageSettings):
         "copy": (0.01, 1),
         "cut": (0, 1),
     }
+    before: ClassVar = {"weighting": "uniform"}
     shares = ("caption_dropout", "reference_dropout", "both_dropout")
     draws_pairs = True
 

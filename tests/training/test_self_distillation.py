@@ -32,7 +32,7 @@ from sidcli.models.reference import layout_of
 from sidcli.models.sources import find
 from sidcli.objectives import self_distillation
 from sidcli.progress import Progress
-from sidcli.settings import DistillConfig
+from sidcli.settings import DistillConfig, differences
 from sidcli.training import distill, pairs
 from sidcli.training.request import Request, check_objective, pairs_of_run
 from tests.curation.test_endpoint import Endpoint
@@ -308,6 +308,14 @@ def test_a_student_trains_on_the_pairs_of_its_teacher_also_if_those_are_of_anoth
         asked = Request.of(str(teacher), None, "sid", None, None, {}, None, None, "auto", None, {})
         assert Path(asked.before_path.data) == tuned / "pairs"
     assert pairs_of_run(str(sd_folder)) is None
+
+
+def test_a_run_of_a_version_without_weighting_continues_with_the_loss_of_that_version(tuning: DistillConfig) -> None:
+    older = dataclasses.asdict(tuning)
+    del older["objective"]["weighting"]
+    assert differences(older, tuning) == ["weighting: uniform -> debiased"]
+    same = dataclasses.replace(tuning.objective, weighting="uniform")  # type: ignore[type-var]
+    assert differences(older, dataclasses.replace(tuning, objective=same)) == []
 
 
 def test_a_tuned_lora_leaves_with_its_reference_weights(sd_folder: Path, tuning: DistillConfig, tmp_path: Path) -> None:
