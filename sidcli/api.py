@@ -172,7 +172,7 @@ def sample(
         steps: Denoising steps; by default 50 for a teacher, and the student's own number for a student.
         guidance: Guidance scale of a teacher.
         reference: Image whose subject the images show, for a model that takes one: a file or a PIL image, or a list of them with one for
-            each prompt.
+            each prompt. With one prompt, a list shows its subject several times, for a model with the layout `frames`.
         reference_guidance: Guidance scale of the reference, 0 to 100; 1, the default, is no guidance.
         output: A .png file for one image, or a folder for several; None: no file is written.
         width, height: Image size in pixels; 0: the model's own size.
@@ -252,7 +252,7 @@ def _remove(images: Sequence[Path], listener: Listener) -> None:
 
 
 def _references(given: object, count: int) -> list[Reference]:
-    """Return the reference images: none, one, or one for each of `count` prompts.
+    """Return the reference images: none, one, one for each of `count` prompts, or any number for one prompt.
 
     Raises InputError if a file is missing or is no image, UsageError for another number or another type.
     """
@@ -267,7 +267,7 @@ def _references(given: object, count: int) -> list[Reference]:
         raise UsageError(f"reference must be a path, a PIL image, or a list of them, not {given!r}")
     if any(isinstance(one, str | os.PathLike) and not os.fspath(one) for one in listed):
         raise UsageError("reference must be a path, not ''", "leave it out, or give the path of an image")
-    if len(listed) not in (1, count):
+    if not listed or (count > 1 and len(listed) not in (1, count)):
         raise UsageError(
             f"{counted(len(listed), 'reference image')} for {counted(count, 'prompt')}", "give one, or one for each prompt"
         )

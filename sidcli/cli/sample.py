@@ -53,7 +53,8 @@ Reference = Annotated[
     list[Path] | None,
     typer.Option(
         show_default=False,
-        help="Image whose subject is drawn, for a model of --objective self-distillation or its student; one, or one for each prompt.",
+        help="Image whose subject is drawn, for a model of --objective self-distillation or its student; one, one for each prompt, or "
+        "several of one subject for one prompt (layout frames).",
     ),
 ]
 ReferenceGuidance = Annotated[

@@ -94,8 +94,8 @@ def with_references(
 ) -> tuple[Opened, list[Shown]]:
     """Return a model with a guidance scale of its reference images, and the images of `count` prompts in its size.
 
-    `given` are no image, one for all prompts, or one for each prompt. Raises UsageError if the model takes a reference image and none is
-    given, or the other way round, InputError if one is too small.
+    `given` are no image, one for all prompts, one for each prompt, or several for one prompt. Raises UsageError if the model takes a
+    reference image and none is given, or the other way round, or if it takes one and several are given, InputError if one is too small.
     """
     name, size = opened.source.name, opened.reference_size
     if size is None and given:
@@ -106,8 +106,15 @@ def with_references(
         raise UsageError(f"{name} takes no reference image, which --reference-guidance needs", "leave it out")
     if size and not given:
         raise UsageError(f"{name} draws the subject of a reference image, and none is given", "--reference FILE")
+    if count == 1 < len(given) and not opened.several_references:
+        raise UsageError(
+            f"{name} takes one reference image for an image, and {len(given)} are given",
+            "give one; a model that was tuned with --set layout=frames takes several",
+        )
     if opened.plan.grid and guidance not in (None, 1):
         raise UsageError(f"a student has its guidance built in; --reference-guidance {guidance:g} is not possible")
     plan = opened.plan if guidance is None else replace(opened.plan, reference_guidance=guidance)
     shown = [Shown(one.fitted(size, listener), one.record) for one in given] if size else []
+    if count == 1 < len(shown):
+        shown = [Shown(np.concatenate([one.pixels for one in shown], 1), [one.record for one in given])]
     return replace(opened, plan=plan), shown * count if len(shown) == 1 else shown

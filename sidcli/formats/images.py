@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from sidcli.devices import choose_device, warn_of_slow_bf16
 from sidcli.errors import UsageError
 from sidcli.formats.outputs import BACKENDS, Places
 from sidcli.formats.pictures import contact_sheet, save_png
-from sidcli.models.drawing import Drawer, Plan, draw, png_info, student_plan
+from sidcli.models.drawing import Drawer, Plan, Record, draw, png_info, student_plan
 from sidcli.models.overrides import Overrides
 from sidcli.models.sources import Source, find, graph_format, read_card
 from sidcli.progress import Listener, Progress, counted
@@ -34,12 +34,12 @@ class Drawn:
     seed: int
     file: Path | None
     image: Image.Image | None
-    reference: Mapping[str, Any] | None = None
-    """The record of its reference image: file and SHA-256."""
+    reference: Record | None = None
+    """The record of its reference image: file and SHA-256. A list of them if it has several."""
 
     def as_dict(self) -> dict[str, Any]:
         made = {"file": str(self.file), "prompt": self.prompt, "seed": self.seed}
-        return made | ({"reference": dict(self.reference)} if self.reference else {})
+        return made | ({"reference": self.reference} if self.reference else {})
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A reference image uint8 [H, W, 3] in the size of a model, and its record for the images that are drawn from it."""
+    """The reference of an image in the size of a model, and its record for the images that are drawn from it.
+
+    K references of one image are side by side in `pixels`, uint8 [H, K W, 3], and have a list of records.
+    """
 
     pixels: np.ndarray
-    record: Mapping[str, Any]
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Opened:
     plan: Plan
     reference_size: tuple[int, int] | None = None
     """Height and width in pixels of the reference image that the model takes; None if it takes none."""
+    several_references: bool = False
+    """Whether the model can draw one image from several references."""
 
 
 def run(
@@ -159,7 +164,10 @@ def open_drawer(
     loaded = open_model(model, listener, known) if isinstance(model, str) else model
     warn_of_slow_bf16(where, precision, listener)
     plan = replace(plan_for(loaded, steps, guidance), precision=precision)
-    return Opened(loaded.source, Sampler(loaded, where), plan, loaded.size if loaded.layout else None)
+    layout = loaded.layout
+    return Opened(
+        loaded.source, Sampler(loaded, where), plan, loaded.size if layout else None, layout is not None and layout.several
+    )
 
 
 def open_graphs(

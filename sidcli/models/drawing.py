@@ -19,6 +19,9 @@ from sidcli.models.sources import Source
 from sidcli.printable import json_text
 from sidcli.progress import Progress, counted, silent
 
+Record = Mapping[str, str | None] | Sequence[Mapping[str, str | None]]
+"""Name and SHA-256 of a reference image, or a list of those of several."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -122,12 +125,10 @@ def sizes(height: int, width: int) -> list[float]:
     return [float(height), float(width), 0.0, 0.0, float(height), float(width)]
 
 
-def png_info(
-    prompt: str, seed: int, source: Source, plan: Plan, reference: Mapping[str, Any] | None = None
-) -> PngImagePlugin.PngInfo:
+def png_info(prompt: str, seed: int, source: Source, plan: Plan, reference: Record | None = None) -> PngImagePlugin.PngInfo:
     """Return the prompt, seed, model and sampling of an image as PNG metadata: one JSON text chunk named `sid`.
 
-    `reference` is the record of the reference image, if the model takes one.
+    `reference` is the record of the reference image, if the model takes one, or a list of several.
     """
     info = PngImagePlugin.PngInfo()
     made = {
@@ -136,7 +137,7 @@ def png_info(
         "model": source.origin,
         "revision": source.revision,
         "sampling": plan.describe(),
-        **({"reference": dict(reference)} if reference else {}),
+        **({"reference": reference} if reference else {}),
     }
     info.add_itxt("sid", json_text(made))
     return info
@@ -145,9 +146,8 @@ def png_info(
 class Drawer(Protocol):
     """An image generator: networks in torch, or exported graphs. `truncated` counts prompts that are too long for its text encoder.
 
-    `images` returns images uint8 [B, H, W, 3], one per prompt and image seed. `references` are images uint8 [B, H, W, 3] for a model
-    that takes them. It calls `advance` with fractions of images that sum
-    to the batch size.
+    `images` returns images uint8 [B, H, W, 3], one per prompt and image seed. `references` are images uint8 [B, H, K W, 3] for a model
+    that takes them, K for each image, side by side. It calls `advance` with fractions of images that sum to the batch size.
     """
 
     @property
@@ -173,7 +173,7 @@ def draw(
 ) -> Iterator[np.ndarray]:
     """Yield images uint8 [B, H, W, 3] batch by batch. Memory use does not grow with the number of prompts.
 
-    `references` are images uint8 [H, W, 3], one for each prompt, for a model that takes them.
+    `references` are images uint8 [H, K W, 3], one for each prompt, for a model that takes them.
     """
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)

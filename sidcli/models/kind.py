@@ -352,6 +352,10 @@ class Kind(ABC):
         """
         raise InputError(f"{self.models} cannot be trained to take a reference image", "use a Stable Diffusion 1, 2 or XL model")
 
+    def set_references(self, net: Any, count: int) -> None:
+        """Set the number of references of an image for a denoiser whose layout takes several."""
+        raise NotImplementedError
+
     @abstractmethod
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the prediction [B, C, h, w] for x_t [B, C, h, w], timesteps [B] and the cond of B prompts."""

@@ -11,6 +11,8 @@ A layout says how the canvas passes through the network:
 - `channels`: the canvas is the drawn frame alone, as in InstructPix2Pix (arXiv 2211.09800), a baseline of the paper.
 
 A denoiser without a reference gets zeros for its latents. Its training sees them too, which makes guidance on the reference possible.
+
+With `frames`, a denoiser draws from several references of one subject, too: each is a frame of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,17 +29,27 @@ from torch import Tensor, nn
 
 ENTRY = "reference_layout"
 """Entry of a denoiser's configuration with the name of its layout."""
+COUNT = "reference_count"
+"""Entry of a denoiser's configuration with the number of references of an image. It is 1 except while several are used."""
 
 Network = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """(Input [B', C', h, w'], function that repeats a tensor of the batch [B, ...] for it [B', ...]) -> output [B', C, h, w']."""
 
 
+@dataclass(frozen=True)
 class Layout(ABC):
-    """How a canvas of B pairs passes through a network. `frame` is the latent of one image, [B, C, h, w]."""
+    """How a canvas of B pairs passes through a network. A frame is the latent of one image, [B, C, h, w]."""
 
+    references: int = 1
+    """Number of references of an image, K. Their latents are side by side, [B, C, h, K w]."""
     name: ClassVar[str]
-    frames: ClassVar[int]
-    """Number of frames of the canvas, side by side."""
+    several: ClassVar[bool] = False
+    """Whether an image can have more than one reference."""
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of the canvas, side by side. The last one is drawn."""
+        return self.references + 1
 
     @abstractmethod
     def channels(self, latent: int) -> int:
@@ -44,7 +57,7 @@ class Layout(ABC):
 
     @abstractmethod
     def run(self, network: Network, canvas: Tensor, reference: Tensor) -> Tensor:
-        """Return the network's prediction for a canvas [B, C, h, frames w] with the reference frame [B, C, h, w]."""
+        """Return the network's prediction for a canvas [B, C, h, frames w] with the references [B, C, h, K w]."""
 
     def canvas(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return the shape of a canvas for frames of this shape."""
@@ -52,16 +65,29 @@ class Layout(ABC):
         return channels, height, width * self.frames
 
     def join(self, reference: Tensor, target: Tensor) -> Tensor:
-        """Return the canvas [B, C, h, frames w] of two frames."""
+        """Return the canvas [B, C, h, frames w] of references and a drawn frame."""
         return torch.cat([reference, target], -1) if self.frames > 1 else target
 
     def target(self, canvas: Tensor) -> Tensor:
         """Return the drawn frame [B, C, h, w] of a canvas."""
         return canvas.chunk(self.frames, -1)[-1]
 
+    def nothing(self, canvas: Tensor) -> Tensor:
+        """Return what a network gets for a canvas without references: zeros [B, C, h, K w]."""
+        return torch.zeros_like(self.target(canvas)).repeat(1, 1, 1, self.references)
+
+    def known(self, references: Tensor) -> Tensor:
+        """Return what a network is told of a canvas [B, C + 1, h, frames w]: the latents of the references, and where they are."""
+        given = torch.cat([references, torch.ones_like(references[:, :1])], 1)
+        return torch.cat([given, torch.zeros_like(given.chunk(self.references, -1)[0])], -1)
+
 
 class Channels(Layout):
-    name, frames = "channels", 1
+    name = "channels"
+
+    @property
+    def frames(self) -> int:
+        return 1
 
     def channels(self, latent: int) -> int:
         return 2 * latent
@@ -71,41 +97,35 @@ class Channels(Layout):
 
 
 class Diptych(Layout):
-    name, frames = "diptych", 2
+    name = "diptych"
 
     def channels(self, latent: int) -> int:
         return 2 * latent + 1
 
     def run(self, network: Network, canvas: Tensor, reference: Tensor) -> Tensor:
-        return network(torch.cat([canvas, known(reference)], 1), lambda value: value)
+        return network(torch.cat([canvas, self.known(reference)], 1), lambda value: value)
 
 
 class Frames(Layout):
-    name, frames = "frames", 2
+    name, several = "frames", True
 
     def channels(self, latent: int) -> int:
         return 2 * latent + 1
 
     def run(self, network: Network, canvas: Tensor, reference: Tensor) -> Tensor:
-        wide = torch.cat([canvas, known(reference)], 1)
-        output = network(torch.stack(wide.chunk(2, -1), 1).flatten(0, 1), lambda value: value.repeat_interleave(2, 0))
-        first, second = output.unflatten(0, (-1, 2)).unbind(1)
-        return torch.cat([first, second], -1)
+        wide = torch.cat([canvas, self.known(reference)], 1)
+        rows = torch.stack(wide.chunk(self.frames, -1), 1).flatten(0, 1)
+        output = network(rows, lambda value: value.repeat_interleave(self.frames, 0))
+        return torch.cat(output.unflatten(0, (-1, self.frames)).unbind(1), -1)
 
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Frames(), Diptych(), Channels())}
 
 
-def known(reference: Tensor) -> Tensor:
-    """Return what a network is told of a canvas [B, C + 1, h, 2 w]: the latents of the first frame, and where they are."""
-    given = torch.cat([reference, torch.ones_like(reference[:, :1])], 1)
-    return torch.cat([given, torch.zeros_like(given)], -1)
-
-
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
     """Return the layout of a denoiser's configuration; None if it takes no reference."""
     name = config.get(ENTRY)
-    return LAYOUTS[name] if name else None
+    return replace(LAYOUTS[name], references=config.get(COUNT, 1)) if name else None
 
 
 class SharedAttention(AttnProcessor2_0):  # type: ignore[misc]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 
 import numpy as np
@@ -116,18 +117,35 @@ class Sampler:
         advance: Progress = silent,
         references: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Return images uint8 [B, H, W, 3] for prompts, image seeds and, if the model takes them, reference images; see `Drawer`."""
+        """Return images uint8 [B, H, W, 3] for prompts, image seeds and, if the model takes them, reference images; see `Drawer`.
+
+        The references of an image are side by side, uint8 [B, H, K W, 3].
+        """
         part, steps = len(prompts) / (plan.steps + 1), itertools.count(1)  # the decoder counts as a step
 
         def stepped() -> None:
             step = next(steps)
             advance(part, f"step {step}/{plan.steps}" if plan.steps > 1 else "")
 
-        known = None if references is None else self.encode_images(references)
-        latents = self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped, known)
-        images = self.decode(latents, prompts, seeds, plan.precision)
+        frames = [] if references is None else np.split(references, references.shape[2] // self.model.size[1], axis=2)
+        known = torch.cat([self.encode_images(frame) for frame in frames], -1) if frames else None
+        with self._taking(len(frames)):
+            latents = self.latents(prompts, self.noise(seeds, plan.noises), plan, stepped, known)
+            images = self.decode(latents, prompts, seeds, plan.precision)
         advance(part)
         return images
+
+    @contextmanager
+    def _taking(self, references: int) -> Iterator[None]:
+        """Context in which the denoiser takes this number of references for each image, if it takes references."""
+        if references < 2:
+            yield
+            return
+        self.model.kind.set_references(self.denoiser, references)
+        try:
+            yield
+        finally:
+            self.model.kind.set_references(self.denoiser, 1)
 
     @property
     def truncated(self) -> int:

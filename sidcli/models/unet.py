@@ -161,12 +161,16 @@ class Unet(Kind):
         net.conv_in = reference.widen(net.conv_in, net.config.in_channels)
         self.prepare(net)
 
+    def set_references(self, net: Any, count: int) -> None:
+        net.register_to_config(**{reference.COUNT: count})
+        self.prepare(net)
+
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         inner: Any = getattr(net, "module", net)  # DistributedDataParallel has the network in `module`
         layout = layout_of(inner.config)
         if layout is None:
             return self._predict(net, x, t, cond, lambda value: value)
-        given = torch.zeros_like(layout.target(x)) if cond.reference is None else cond.reference
+        given = layout.nothing(x) if cond.reference is None else cond.reference
         return layout.run(lambda inputs, repeated: self._predict(net, inputs, t, cond, repeated), x, given)
 
     def _predict(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, repeated: Callable[[Tensor], Tensor]) -> Tensor:
@@ -216,6 +220,8 @@ def input_channels(unet: Mapping[str, Any], place: str) -> int:
     latent = positive_integer({"out_channels": 4, **unet}, "out_channels", place)
     if channels != (wanted := reference.LAYOUTS[name].channels(latent)):
         raise InputError(f"{place}: in_channels is {channels}; layout {name} has {wanted}", OTHER_COPY)
+    if unet.get(reference.COUNT, 1) != 1:
+        raise InputError(f"{place}: {reference.COUNT} is {value_text(unet[reference.COUNT])}; it must be 1 in a file", OTHER_COPY)
     return latent
 
 

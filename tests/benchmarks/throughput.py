@@ -27,11 +27,12 @@ from diffusers import DDIMScheduler
 
 from sidcli.data.prompts import open_prompts
 from sidcli.devices import processor
-from sidcli.engine import Engine
+from sidcli.engine import FP32, Arithmetic, Engine
 from sidcli.models.loading import Model, load, quiet_libraries
 from sidcli.models.sources import find
+from sidcli.progress import Silence
 from sidcli.settings import MEMORY, PRESETS, DistillConfig
-from sidcli.training import plan
+from sidcli.training import plan, precision
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests import tiny
@@ -152,11 +153,13 @@ def measure(name: str, size: str, device: torch.device, config: DistillConfig, s
         planned = plan.make(named, Path(folder), str(device), 1, print)
     teacher = teacher_of(size)
     advance: Callable[[], Any]
+    arithmetic: Arithmetic
     if name == "naive":
-        advance, bf16 = Naive(teacher, config, device).advance, False
+        arithmetic, advance = FP32, Naive(teacher, config, device).advance
     else:
-        engine = Engine(teacher, config, open_prompts(config.prompts), device)
-        advance, bf16 = engine.train_step, engine.arithmetic.bf16
+        arithmetic, _ = precision.choose(teacher, config, device, Path(folder) / "run.json", Silence())
+        engine = Engine(teacher, config, open_prompts(config.prompts), device, arithmetic)
+        advance = engine.train_step
     advance()
     advance()
     wait(device)
@@ -179,9 +182,9 @@ def measure(name: str, size: str, device: torch.device, config: DistillConfig, s
         "planned_gb": planned.peak / 1e9 if name != "naive" else None,
         "flop_per_image": planned.flops_per_image,
         "processors_busy": cpu_seconds / seconds,
-        "matrix_peak_tflops": matrix_peak(device, bf16) / 1e12,
+        "matrix_peak_tflops": matrix_peak(device, arithmetic.bf16) / 1e12,
         "micro_batch": config.micro_batch,
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": arithmetic.name,
     }
 
 
@@ -192,6 +195,7 @@ def configs(size: str, device: torch.device, batch: int) -> dict[str, DistillCon
             "naive": base,
             "engine fp32": dataclasses.replace(base, precision="fp32"),
             "engine bf16": dataclasses.replace(base, precision="bf16"),
+            "engine auto": base,
         }
     base = DistillConfig(teacher="sd15", prompts="general", batch_size=batch)
     made = {"naive": base, "engine fast": dataclasses.replace(base, micro_batch=8, tf32=True)}

@@ -1,6 +1,7 @@
 """Denoisers that take a reference image: layouts, their start at the teacher, guidance, and their files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,32 @@ def test_the_drawn_frame_depends_on_the_reference_once_its_weights_are_trained(s
     assert torch.equal(none, zeros), "no reference is a reference of zeros"
 
 
+def test_several_references_are_frames_of_their_own_whose_order_does_not_matter(sd_folder: Path) -> None:
+    model = widened(load(find(str(sd_folder))), "frames")
+    torch.nn.init.normal_(model.denoiser.conv_in.weight, std=0.1)
+    _, first = canvas_and_reference(model)
+    second, cond = torch.randn_like(first), Cond(torch.randn(2, 5, 32))
+    UNET.set_references(model.denoiser, 2)
+    channels, height, width = UNET.frame_shape(model.denoiser.config)
+    assert model.latent_shape == (channels, height, 3 * width) and model.layout and model.layout.several
+    noise = torch.randn(3, 2, channels, height, width)
+
+    def drawn(noise: Sequence[torch.Tensor], shown: Sequence[torch.Tensor]) -> torch.Tensor:
+        assert model.layout
+        x = torch.cat(list(noise), -1)
+        return model.layout.target(UNET.denoise(model.denoiser, x, T, cond.with_reference(torch.cat(list(shown), -1))))
+
+    with torch.no_grad():
+        both = drawn(noise, (first, second))
+        swapped = drawn(noise[[1, 0, 2]], (second, first))
+        other = drawn(noise, (first, second.flip(0)))
+        zeros = drawn(noise, (torch.zeros_like(first),) * 2)
+        none = model.layout.target(UNET.denoise(model.denoiser, torch.cat(list(noise), -1), T, cond))
+    torch.testing.assert_close(both, swapped, rtol=1e-3, atol=1e-4)
+    assert (both - other).abs().max() > 1e-3
+    assert torch.equal(none, zeros), "no references are references of zeros"
+
+
 def test_guidance_on_both_is_guidance_on_the_prompt_where_the_reference_has_scale_1(sd_folder: Path) -> None:
     model = widened(load(find(str(sd_folder))), "frames")
     torch.nn.init.normal_(model.denoiser.conv_in.weight, std=0.1)
@@ -98,7 +125,7 @@ def test_a_model_with_a_reference_is_read_back_with_its_layout_and_predicts_the_
     model = widened(load(find(str(sd_folder))), layout)
     torch.nn.init.normal_(model.denoiser.conv_in.weight, std=0.1)
     back = load(find(str(write_reference(tmp_path / "model", model))))
-    assert layout_of(back.denoiser.config) is LAYOUTS[layout] and back.size == model.size
+    assert layout_of(back.denoiser.config) == LAYOUTS[layout] and back.size == model.size
     x, reference = canvas_and_reference(model)
     cond = Cond(torch.randn(2, 5, 32)).with_reference(reference)
     with torch.no_grad():
@@ -111,6 +138,7 @@ def test_a_model_with_a_reference_is_read_back_with_its_layout_and_predicts_the_
         ("reference_layout", "side by side", 'reference_layout is "side by side"; it must be one of frames, diptych, channels'),
         ("reference_layout", 3, "reference_layout is 3; it must be one of frames"),
         ("reference_layout", "channels", "in_channels is 9; layout channels has 8"),
+        ("reference_count", 2, "reference_count is 2; it must be 1 in a file"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_by_its_file(

@@ -132,9 +132,13 @@ def test_the_stages_end_in_a_model_that_draws_the_subject_of_a_reference(tuned: 
         assert json.loads(opened.text["sid"])["reference"] == record  # type: ignore[attr-defined]
         assert np.abs(np.subtract(np.asarray(opened, np.int16), np.asarray(first, np.int16))).max() <= 1
     assert one.as_dict()["images"][0]["reference"] == record
-    for given, said in ((files, "2 reference images for 1 prompt"), (5, "reference must be a path, a PIL image, or a list")):
+    for prompts, given, said in (
+        (["a cat"] * 3, files, "2 reference images for 3 prompts"),
+        (["a cat"], [], "0 reference images for 1 prompt"),
+        (["a cat"], 5, "reference must be a path, a PIL image, or a list"),
+    ):
         with pytest.raises(UsageError, match=said):
-            api.sample("a cat", tuned, reference=given, steps=2)  # type: ignore[arg-type]
+            api.sample(prompts, tuned, reference=given, steps=2)  # type: ignore[arg-type]
     shown = [part for file in files for part in ("--reference", file)]
     assert sid("sample", "a cat", "a dog", *shown, "--model", tuned, "--steps", 2, "-o", tmp_path / "two") == 0
     kept = [json.loads(Image.open(file).text["sid"])["reference"]["file"] for file in sorted((tmp_path / "two").glob("0*.png"))]  # type: ignore[attr-defined]
@@ -390,6 +394,34 @@ def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_sam
     for form in ("diffusers", "single-file", "lora"):
         with pytest.raises(InputError, match=f"takes a reference image, which --format {form} does not support"):
             api.export(student, tmp_path / "folder", form, listener=api.SILENT)
+
+
+def test_several_references_show_one_subject_for_one_prompt(
+    tuned: Path, sd_folder: Path, tuning: DistillConfig, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{number}.png" for number in (1, 2, 3)]
+    for number, file in enumerate(files):
+        Image.fromarray(np.full((70, 64, 3), 40 + 90 * number, np.uint8)).save(file)
+    model = load(find(str(tuned)))
+    torch.nn.init.normal_(model.denoiser.conv_in.weight, std=0.1)
+
+    def draw(shown: list[Path], **options: Any) -> np.ndarray:
+        return np.asarray(api.sample("a cat", model, reference=shown, steps=2, listener=Silent(), **options).images[0], np.int16)
+
+    one, three, other = draw(files[:1]), draw(files), draw([files[0]] * 3)
+    assert one.shape == three.shape == (64, 64, 3)
+    assert not np.array_equal(one, three) and not np.array_equal(three, other)
+    assert np.array_equal(draw(files[:1]), one), "the model takes one reference again"
+    assert not np.array_equal(draw(files, reference_guidance=3.0), three)
+    shown = [part for file in files for part in ("--reference", file)]
+    assert sid("sample", "a cat", *shown, "--model", tuned, "--steps", 2, "-o", tmp_path / "out.png") == 0
+    with Image.open(tmp_path / "out.png") as image:
+        record = json.loads(image.text["sid"])["reference"]  # type: ignore[attr-defined]
+    assert [one["file"] for one in record] == ["1.png", "2.png", "3.png"]
+    diptych = dataclasses.replace(tuning, objective=dataclasses.replace(SETTINGS, layout="diptych"), steps=1, data=str(tuned))
+    other_layout = run(sd_folder, diptych, tmp_path / "diptych").run
+    with pytest.raises(UsageError, match="takes one reference image for an image, and 3 are given"):
+        api.sample("a cat", other_layout, reference=files, steps=1, listener=Silent())
 
 
 @pytest.mark.parametrize("weighting", self_distillation.WEIGHTINGS)
