@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 # Distill a student and evaluate it and its teacher; 7 to 20 minutes on two CPU cores.
 demo: .venv/ready
-	$(BIN)/sid distill --teacher emoji-teacher --batch-size 8 --steps 420 --output runs/demo
+	$(BIN)/sid distill --teacher emoji-teacher --guidance 1.5 --batch-size 8 --steps 400 --output runs/demo
 	$(BIN)/sid eval emoji-teacher,steps=20 runs/demo --untrained 1 --fid --clip --accuracy --num 200 --picture runs/demo/comparison.png --overwrite
 	@echo "picture: runs/demo/comparison.png"
 	@echo "run folder: runs/demo"

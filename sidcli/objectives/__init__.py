@@ -102,6 +102,10 @@ def listed(objective: type[Objective]) -> list[str]:
     return [f"{setting:<{width}}  {text}" for setting, text in rows]
 
 
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+"""Types of settings that not every text is a value of, in words."""
+
+
 def parse(objective: type[Objective], texts: Sequence[str]) -> dict[str, Any]:
     """Return the settings in NAME=VALUE texts. Raises UsageError for a text without `=` or a value of another type."""
     kinds = types(objective)
@@ -115,7 +119,7 @@ def parse(objective: type[Objective], texts: Sequence[str]) -> dict[str, Any]:
         try:
             found[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise UsageError(f"--set {name} takes {kind.__name__}, not {value!r}") from None
+            raise UsageError(f"--set {name} takes {KINDS[kind]}, not {value!r}") from None
     return found
 
 

@@ -126,6 +126,7 @@ def train(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
         layout, judge = cell.options
         options += ["--teacher", given.teacher, "--objective", "self-distillation", "--steps", given.steps]
         options += ["--set", f"layout={layout}", "--data", folder_of(f"judge {judge}", given)]
+        options += ["--lr", given.lr] if given.lr else []
     else:
         objective, teacher = cell.options
         options += ["--teacher", folder_of(teacher, given), "--objective", objective, "--steps", given.student_steps]
@@ -156,7 +157,18 @@ def row_of(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(given: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the rows of one table share."""
-    names = ("sheets", "sheet_steps", "sheet_guidance", "shared_noise", "steps", "student_steps", "batch_size", "num", "draw_steps")
+    names = (
+        "sheets",
+        "sheet_steps",
+        "sheet_guidance",
+        "shared_noise",
+        "steps",
+        "lr",
+        "student_steps",
+        "batch_size",
+        "num",
+        "draw_steps",
+    )
     return {name: getattr(given, name) for name in names}
 
 
@@ -203,6 +215,7 @@ def main() -> None:
     parser.add_argument("--sheet-guidance", type=float, default=2.0)
     parser.add_argument("--shared-noise", type=float, default=0.8)
     parser.add_argument("--steps", type=int, default=600, help="of a tuning")
+    parser.add_argument("--lr", type=float, help="of a tuning; by default that of the objective")
     parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num", type=int, default=300, help="references of a measurement")

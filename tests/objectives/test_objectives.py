@@ -224,6 +224,6 @@ def test_a_setting_of_another_objective_is_refused_by_name_with_what_this_one_ha
         objectives.settings({"name": "dmd2", "guidance": float("nan")})
     assert objectives.settings({"name": "dmd2", "guidance": 3}).guidance == 3.0
     assert objectives.parse(objectives.find("dmd2"), ["guidance=2.5"]) == {"guidance": 2.5}
-    for wrong, said in ((["guidance"], "--set takes NAME=VALUE"), (["guidance=x"], "--set guidance takes float, not 'x'")):
+    for wrong, said in ((["guidance"], "--set takes NAME=VALUE"), (["guidance=x"], "--set guidance takes a number, not 'x'")):
         with pytest.raises(UsageError, match=said):
             objectives.parse(objectives.find("dmd2"), wrong)
