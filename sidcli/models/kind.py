@@ -24,7 +24,7 @@ from sidcli.errors import InputError
 from sidcli.models.compatibility import Rules
 from sidcli.models.ldm import Places
 from sidcli.models.reference import Layout, layout_of
-from sidcli.objectives.base import branches
+from sidcli.objectives.terms import branches
 
 
 @dataclass(frozen=True)

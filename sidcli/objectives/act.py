@@ -13,22 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.objectives.adversarial import discriminate, discriminator_gradient, fooling_gradient
-from sidcli.objectives.base import (
-    FAKE,
-    GENERATOR,
-    TARGET,
-    Batch,
-    Inputs,
-    Networks,
-    Pass,
-    Phase,
-    Role,
-    Settings,
-    Values,
-    distance,
-    spread,
-)
-from sidcli.objectives.lcm import Lcm, consistency
+from sidcli.objectives.base import FAKE, GENERATOR, TARGET, Batch, Inputs, Networks, Pass, Phase, Role, Settings, Values
+from sidcli.objectives.lcm import Lcm
+from sidcli.objectives.terms import consistency, distance, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,9 +24,8 @@ from sidcli.objectives.base import (
     RunConfig,
     Settings,
     Values,
-    branches,
-    spread,
 )
+from sidcli.objectives.terms import branches, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

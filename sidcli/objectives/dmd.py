@@ -5,22 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from sidcli.objectives.base import (
-    FAKE,
-    GENERATOR,
-    TEACHER,
-    Batch,
-    Networks,
-    Pass,
-    Phase,
-    Role,
-    Settings,
-    Values,
-    branches,
-    distance,
-)
+from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values
 from sidcli.objectives.dmd2 import matched
 from sidcli.objectives.scores import OnSharedSamples, denoising_gradient, predict_noise
+from sidcli.objectives.terms import branches, distance
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.objectives import adversarial
-from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values, branches, spread
+from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values
 from sidcli.objectives.scores import OnSharedSamples, denoising_gradient, health, predict_noise
+from sidcli.objectives.terms import branches, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

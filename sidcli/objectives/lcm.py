@@ -25,11 +25,8 @@ from sidcli.objectives.base import (
     Role,
     RunConfig,
     Values,
-    branches,
-    ddim,
-    distance,
-    spread,
 )
+from sidcli.objectives.terms import branches, consistency, ddim, distance, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,10 +105,3 @@ class Lcm(Objective):
         target = consistency(nets, TARGET if self.settings.target else GENERATOR, earlier, ended)
         slope, loss = distance(x, target, self.settings.huber, batch)
         return slope, {"generator_loss": loss, "sample_std": spread(x, batch)}
-
-
-def consistency(nets: Networks, role: str, x_t: Tensor, batch: Batch) -> Tensor:
-    """Return the consistency function of a network at x_t and `batch.t`."""
-    from sidcli.diffusion.sampling import consistent
-
-    return consistent(nets.clean(role, x_t, batch, 1.0)[0], x_t, batch.t)

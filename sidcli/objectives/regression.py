@@ -20,10 +20,9 @@ from sidcli.objectives.base import (
     Phase,
     Role,
     Values,
-    distance,
     generate,
-    spread,
 )
+from sidcli.objectives.terms import distance, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,10 +27,8 @@ from sidcli.objectives.base import (
     Role,
     Settings,
     Values,
-    branches,
-    distance,
-    spread,
 )
+from sidcli.objectives.terms import branches, distance, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,8 +24,8 @@ from sidcli.objectives.base import (
     Role,
     RunConfig,
     Values,
-    spread,
 )
+from sidcli.objectives.terms import spread
 
 if TYPE_CHECKING:
     from torch import Tensor

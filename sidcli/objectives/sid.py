@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Settings, Values, branches, spread
+from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Settings, Values
 from sidcli.objectives.scores import ScoreDistillation, denoising_gradient, health, predict_noise
+from sidcli.objectives.terms import branches, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.errors import UsageError
 from sidcli.objectives.adversarial import fake_score_gradient, fooling_losses, predict_and_discriminate
-from sidcli.objectives.base import FAKE, TEACHER, Batch, Networks, Pass, Phase, RunConfig, Values, spread
+from sidcli.objectives.base import FAKE, TEACHER, Batch, Networks, Pass, Phase, RunConfig, Values
 from sidcli.objectives.scores import health
 from sidcli.objectives.sid import Sid, SidSettings, distance, generator_loss
+from sidcli.objectives.terms import spread
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,11 +25,8 @@ from sidcli.objectives.base import (
     Role,
     RunConfig,
     Values,
-    branches,
-    ddim,
-    distance,
-    spread,
 )
+from sidcli.objectives.terms import branches, ddim, distance, spread
 
 if TYPE_CHECKING:
     from torch import Tensor

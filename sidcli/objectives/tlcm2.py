@@ -9,21 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from sidcli.errors import UsageError
-from sidcli.objectives.base import (
-    GENERATOR,
-    TEACHER,
-    Batch,
-    Inputs,
-    Networks,
-    Pass,
-    Phase,
-    Settings,
-    Values,
-    branches,
-    ddim,
-    distance,
-    spread,
-)
+from sidcli.objectives.base import GENERATOR, TEACHER, Batch, Inputs, Networks, Pass, Phase, Settings, Values
+from sidcli.objectives.terms import branches, ddim, distance, spread
 from sidcli.objectives.tlcm import Tlcm
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values, branches, spread
+from sidcli.objectives.base import FAKE, GENERATOR, TEACHER, Batch, Networks, Pass, Phase, Role, Settings, Values
 from sidcli.objectives.scores import OnSharedSamples, denoising_gradient, predict_noise
+from sidcli.objectives.terms import branches, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
