@@ -35,6 +35,7 @@ def given(tmp_path: Path, **changes: Any) -> argparse.Namespace:
         "sheet_guidance": 2.0,
         "shared_noise": 0.5,
         "steps": 3,
+        "lr": None,
         "student_steps": 3,
         "batch_size": 2,
     }
