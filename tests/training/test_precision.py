@@ -38,6 +38,19 @@ def test_a_cpu_with_bf16_units_computes_as_the_fastest_measured_candidate(
     assert named == Arithmetic(bf16=True) and not unmeasured, "a named precision is not measured"
 
 
+def test_other_work_during_a_part_of_the_measurement_does_not_decide_it(sd: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[Arithmetic] = []
+
+    def timed(net: object, inputs: object, arithmetic: Arithmetic, advance: object) -> float:
+        passes.append(arithmetic)
+        busy = 100.0 if len(passes) <= precision.REPEATS else 0.0
+        return 2.0 + precision.CANDIDATES.index(arithmetic) + busy
+
+    monkeypatch.setattr(precision, "_pass", timed)
+    assert list(precision.measure(sd, 2, Silence()).values()) == [1.0, 1.5, 2.0]
+    assert len(passes) == precision.REPEATS * len(precision.CANDIDATES)
+
+
 def test_a_continued_run_keeps_its_arithmetic(
     sd: Model, config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
