@@ -2,6 +2,7 @@
 
     python tests/benchmarks/throughput.py                   # emoji size, on the CPU
     python tests/benchmarks/throughput.py --size sd15       # random weights at the size of SD 1.5 and 512 px, on a GPU
+    python tests/benchmarks/throughput.py --profile         # also the operators that take most of the time
 
 The naive loop is written by us and behaves as the published one does: float32 without TF32, the text encoded again at each use, clean
 latents by a scheduler call per sample, micro-batch 1, both moments of Adam. A result is written to tests/benchmarks/results/.
@@ -38,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests import tiny
 
 RESULTS = Path(__file__).parent / "results"
+OPERATORS = 12
+"""Operators of a profile."""
 
 
 class Naive:
@@ -142,7 +145,18 @@ def matrix_peak(device: torch.device, bf16: bool) -> float:
     return 2 * side**3 / best
 
 
-def measure(name: str, size: str, device: torch.device, config: DistillConfig, steps: int) -> dict[str, Any]:
+def profiled(advance: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Return the share of the time of two steps that each operator takes itself, largest first."""
+    with torch.profiler.profile() as found:
+        advance()
+        advance()
+        wait(device)
+    one = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    spent = {event.key: getattr(event, one) for event in found.key_averages()}
+    return {name: spent[name] / sum(spent.values()) for name in sorted(spent, key=lambda name: -spent[name])[:OPERATORS]}
+
+
+def measure(name: str, size: str, device: torch.device, config: DistillConfig, steps: int, profile: bool) -> dict[str, Any]:
     """One loop, in a process of its own so that memory is its own."""
     quiet_libraries()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -176,6 +190,7 @@ def measure(name: str, size: str, device: torch.device, config: DistillConfig, s
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     return {
+        **({"profile": profiled(advance, device)} if profile else {}),
         "loop": name,
         "images_per_second": steps * config.batch_size / seconds,
         "peak_memory_gb": peak / 1e9,
@@ -210,12 +225,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="also measure the time of each operator")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     device = torch.device(given.device)
     loops = configs(given.size, device, given.batch)
     if given.only:
-        print(json.dumps(measure(given.only, given.size, device, loops[given.only], given.steps)))
+        print(json.dumps(measure(given.only, given.size, device, loops[given.only], given.steps, given.profile)))
         return
     rows = []
     for name in loops:
@@ -241,6 +257,9 @@ def main() -> None:
             f"{row['planned_gb'] or 0:.2f} | "
             f"{row['processors_busy']:.1f} | {row['of_matrix_peak']:.1%} |"
         )
+    for row in rows:
+        if "profile" in row:
+            print(f"{row['loop']}: " + ", ".join(f"{name} {share:.1%}" for name, share in row["profile"].items()))
     RESULTS.mkdir(exist_ok=True)
     record = {"hardware": hardware, "torch": torch.__version__, "batch": given.batch, "flop_per_image": per_image, "rows": rows}
     (RESULTS / f"throughput-{given.size}-{device.type}.json").write_text(json.dumps(record, indent=1) + "\n")
