@@ -10,7 +10,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Distill a student and evaluate it and its teacher; 7 to 20 minutes on two CPU cores.
+# Distill a student and evaluate it and its teacher; about 6 minutes on two CPU cores with bf16 instructions.
 demo: .venv/ready
 	$(BIN)/sid distill --teacher emoji-teacher --guidance 1.5 --batch-size 8 --steps 400 --output runs/demo
 	$(BIN)/sid eval emoji-teacher,steps=20 runs/demo --untrained 1 --fid --clip --accuracy --num 200 --picture runs/demo/comparison.png --overwrite

@@ -23,7 +23,7 @@ from sidcli.diffusion.path import Path
 from sidcli.errors import InputError
 from sidcli.models.compatibility import Rules
 from sidcli.models.ldm import Places
-from sidcli.models.reference import Layout, layout_of
+from sidcli.models.reference import COUNT, Layout, layout_of
 from sidcli.objectives.terms import branches
 
 
@@ -354,7 +354,8 @@ class Kind(ABC):
 
     def set_references(self, net: Any, count: int) -> None:
         """Set the number of references of an image for a denoiser whose layout takes several."""
-        raise NotImplementedError
+        net.register_to_config(**{COUNT: count})
+        self.prepare(net)
 
     @abstractmethod
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

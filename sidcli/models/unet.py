@@ -161,10 +161,6 @@ class Unet(Kind):
         net.conv_in = reference.widen(net.conv_in, net.config.in_channels)
         self.prepare(net)
 
-    def set_references(self, net: Any, count: int) -> None:
-        net.register_to_config(**{reference.COUNT: count})
-        self.prepare(net)
-
     def denoise(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         inner: Any = getattr(net, "module", net)  # DistributedDataParallel has the network in `module`
         layout = layout_of(inner.config)
