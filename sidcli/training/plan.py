@@ -42,7 +42,7 @@ from sidcli.models.sources import find
 from sidcli.objectives.base import FAKE, TEACHER, Pass, Phase, Role
 from sidcli.objectives.self_distillation import SelfDistillationSettings
 from sidcli.progress import Listener, Silence, counted, duration
-from sidcli.settings import TEACHER_DRAWS, DistillConfig
+from sidcli.settings import TEACHER_DRAWS, DistillConfig, takes_reference
 from sidcli.training import checkpoint, initial
 from sidcli.training.gpus import GPUS, Gpu
 from sidcli.training.references import describe_student
@@ -294,6 +294,10 @@ class Plan:
         if self.drawing_flops:
             count = counted(self.sheets, "sheet") if self.sheets else counted(c.data_num or TEACHER_IMAGES, "image")
             rows += [("data", f"{count} that the teacher draws first, {self.drawing_flops / 1e12:.3g} TFLOP")]
+        if c.references:
+            rows += [("references", f"drawn by {c.references} during the training")]
+        elif c.data and takes_reference(c.teacher):
+            rows += [("references", f"images of the pairs in {c.data}")]
         left_out = f"without {self.left_out}"
         rows += [
             ("time", f"{about_seconds(seconds)} on {title} (estimate, {left_out})") for title, seconds in self.estimates.items()

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sidcli
 from sidcli import objectives
 from sidcli.data.prompts import open_prompts
 from sidcli.errors import GateError, InputError, UsageError
@@ -433,6 +434,10 @@ def test_the_card_of_a_lora_loads_the_teacher_that_was_used(tmp_path: Path) -> N
     source = dataclasses.replace(teacher.source, name="owner/name", origin="hub:owner/name", revision="c0ffee")
     card = exported(student, "lora", tmp_path / "hub", Order(teacher=dataclasses.replace(teacher, source=source)))
     assert 'from_pretrained("owner/name", revision="c0ffee", dtype=torch.float32)' in card.code("python")
+
+    card = exported(load(find("emoji")), "lora", tmp_path / "built-in", Order(teacher=load(find("emoji-teacher"))))
+    place = card.body.replace("\n", " ").split("`TEACHER` is the folder of emoji-teacher: `")[1].split("`")[0]
+    assert (Path(sidcli.__file__).parents[1] / place / "model_index.json").is_file()
 
 
 def test_a_license_by_another_name_is_named_and_linked(plain: Model, tmp_path: Path) -> None:

@@ -267,6 +267,8 @@ def test_the_plan_counts_the_memory_and_the_operations_of_the_student(folders: d
     weights = sum(value.numel() for value in model.denoiser.parameters())
     text = sum(value.numel() for one in model.text_encoders for value in one.parameters())
     pairs, drawn, two = made(references="", data=str(folders["tuned"])), made(), made(references=str(folders["two"]))
+    assert f"# references    drawn by {folders['one']} during the training" in drawn.lines()
+    assert f"# references    images of the pairs in {folders['tuned']}" in pairs.lines()
     assert "reference student" not in pairs.device_memory | pairs.parameters
     assert drawn.parameters["reference student"] == weights
     assert drawn.device_memory["reference student"] == 4 * (weights + text)
