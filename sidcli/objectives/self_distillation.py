@@ -172,7 +172,7 @@ class SelfDistillation(Objective):
     Settings = SelfDistillationSettings
     title = "Diffusion Self-Distillation (arXiv 2411.18616)"
     defaults: ClassVar = {"lr_generator": 1e-4, "t_min": 0, "t_max": 1000}
-    emoji_defaults: ClassVar = {"lr_generator": 3e-4, "t_min": 0, "t_max": 1000}
+    emoji_defaults: ClassVar = {"lr_generator": 1e-3, "t_min": 0, "t_max": 1000, "ema_images": 8000.0}
     is_one_step = True
     makes = "teacher"
     unused = (*FAKE_OPTIONS, "t_init", "renoise")
