@@ -3,6 +3,7 @@
 SidError                 1  the run failed
 |- UsageError            2  an option or a configuration is wrong
 |- InputError            3  a model, prompt list or run folder was refused or not found
+|  `- NothingKept        3  no pair of images passed the curation
 |- EnvironmentProblem    4  device, memory, disk, output folder or lock
 |- GateError             5  a verification or a quality gate failed
 |- Interrupted           129, 130, 138, 143  stopped by a signal, after saving
@@ -28,6 +29,10 @@ class UsageError(SidError):
 
 class InputError(SidError):
     exit_code = 3
+
+
+class NothingKept(InputError):
+    pass
 
 
 class EnvironmentProblem(SidError):

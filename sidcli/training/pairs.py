@@ -7,13 +7,14 @@ resumes where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from sidcli.data.pairs import MAX_ROWS, ROWS, Box, PairRow, difference, lines_of
 from sidcli.data.prompts import EmojiPrompts
 from sidcli.data.sheets import SheetPrompt
 from sidcli.engine import Engine
-from sidcli.errors import InputError, Interrupted
+from sidcli.errors import InputError, Interrupted, NothingKept
 from sidcli.files import append_line, appended, read_bytes, read_json, sha256, write_json
 from sidcli.formats.pictures import contact_sheet, save_png
 from sidcli.metrics.ssim import copy_score
@@ -64,8 +65,8 @@ SCORES = ("same", "caption", "copy", "cut", "words")
 def prepare(engine: Engine, folder: Path, teacher: str, listener: RunListener) -> Path:
     """Return the folder with the pairs of a run, after what is missing was drawn and judged. `teacher` is its fingerprint.
 
-    Raises InputError if the folder holds sheets of other settings, if pairs.jsonl was edited, or if no pair is kept, Interrupted at a
-    signal.
+    Raises InputError if the folder holds sheets of other settings or if pairs.jsonl was edited, NothingKept if no pair is kept,
+    Interrupted at a signal.
     """
     if engine.distributed.is_main:
         judge = opened_judge(engine)
@@ -230,7 +231,7 @@ def candidates(engine: Engine, prompts: Sequence[SheetPrompt]) -> list[PairRow]:
 def curate(engine: Engine, folder: Path, judge: Judge, rows: Sequence[PairRow], listener: RunListener) -> None:
     """Score pairs with the judge, apply the gates, and write pairs.jsonl, curation.json and a picture of the first pairs.
 
-    Raises InputError if pairs.jsonl or the scores are not those that sid wrote, or if no pair is kept.
+    Raises InputError if pairs.jsonl or the scores are not those that sid wrote, NothingKept if no pair is kept.
     """
     settings = settings_of(engine)
     scored = scores(engine, folder, rows, judge, listener)
@@ -242,14 +243,15 @@ def curate(engine: Engine, folder: Path, judge: Judge, rows: Sequence[PairRow], 
     found: dict[str, Any] = {"judge": settings.judge, "gates": asdict(gates), "pairs": len(rows), "counts": dict(counts)}
     if engine.sampler.model.is_emoji and isinstance(engine.prompts, EmojiPrompts):
         found["oracle"] = against_oracle(engine, folder, judged)
-    found["sha256"] = {name: sha256(folder / name) for name in (ROWS, scores_file(settings))}
+    scores_of_rows = scores_file(settings)
+    found["sha256"] = {ROWS: sha256(folder / ROWS), scores_of_rows: hash_of_lines(folder / scores_of_rows, len(rows))}
     write_json(folder / "curation.json", found)
     save_png(examples(folder, judged), folder / "examples.png")
     listener.note(summary(settings, counts, len(rows)))
     if counts["kept"] < FEW * len(rows):
         told = few(settings, counts, len(rows), folder)
         if not counts["kept"]:
-            raise InputError(*told)
+            raise NothingKept(*told)
         listener.note("warning: {}; {}".format(*told))
 
 
@@ -278,7 +280,9 @@ def check_unedited(folder: Path, scores: str, scored: Sequence[PairRow], judged:
     file, record = folder / ROWS, folder / "curation.json"
     before = read_json(record, f"delete {record} and {file}, which are written again from the scores") if record.exists() else {}
     hashes = found if isinstance(found := before.get("sha256"), dict) else {}
-    if hashes.get(scores) not in (None, sha256(folder / scores)):
+    count = before.get("pairs")
+    used = count if isinstance(count, int) and count >= 0 else 0  # else curation.json was edited, and the hash is of other lines
+    if scores in hashes and hashes[scores] != hash_of_lines(folder / scores, used):
         raise InputError(
             f"{folder / scores} was edited since sid wrote it: its hash is not that of {record}",
             f"restore it, or delete it and {record} to judge the pairs again",
@@ -295,6 +299,12 @@ def check_unedited(folder: Path, scores: str, scored: Sequence[PairRow], judged:
         "restore it, or delete it to write it again from the scores;"
         f" to train on edited pairs, copy {folder} and give the copy as --data",
     )
+
+
+def hash_of_lines(file: Path, count: int) -> str:
+    """Return the SHA-256 of the first `count` lines of a file. More sheets append lines."""
+    with file.open("rb") as lines:
+        return hashlib.sha256(b"".join(islice(lines, count))).hexdigest()
 
 
 def few(settings: SelfDistillationSettings, counts: Counter[str], total: int, folder: Path) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from sidcli.data.prompts import open_prompts
 from sidcli.devices import pick_device
 from sidcli.emoji import identities
 from sidcli.engine import Engine
-from sidcli.errors import InputError
+from sidcli.errors import NothingKept
 from sidcli.evaluation.protocols import subject_captions
 from sidcli.formats.pictures import contact_sheet
 from sidcli.models.loading import load
@@ -113,7 +113,7 @@ def judge_pairs(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
     config = DistillConfig(teacher=given.teacher, prompts="emoji", objective=settings, precision=given.precision)
     teacher = load(find(given.teacher))
     engine = Engine(teacher, config, open_prompts("emoji"), pick_device(given.device))
-    with suppress(InputError):  # no pair is kept: the counts say so, too
+    with suppress(NothingKept):  # the counts say so, too
         pairs.prepare(engine, folder, fingerprint(teacher.source), DistillProgress(Console()))
     found = json.loads((folder / "curation.json").read_text(encoding="utf-8"))
     return {"pairs": found["pairs"], "counts": found["counts"], **found["oracle"]}

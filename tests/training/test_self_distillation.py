@@ -683,12 +683,37 @@ def test_edited_pairs_are_not_overwritten(stage: Stage) -> None:
     assert written(stage.folder) == before
 
 
-def test_edited_scores_are_not_used(stage: Stage) -> None:
+@pytest.mark.parametrize("sheets", [2, 3, 5])
+def test_edited_scores_are_not_used(stage: Stage, sheets: int) -> None:
     stage.prepare()
     (file,) = stage.folder.glob("scores-*.jsonl")
     file.write_text(file.read_text().replace('"cut": 1.0', '"cut": 0.1'))
     with pytest.raises(InputError, match=rf"{file.name} was edited since sid wrote it"):
-        stage.prepare()
+        stage.prepare(sheets=sheets)
+
+
+def test_more_sheets_are_added_to_those_that_are_there_and_fewer_leave_the_rest_unused(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Stage(stage.engine.sampler.model, stage.config, tmp_path / "whole")
+    whole.prepare(sheets=20)
+    wanted = written(whole.folder)
+    stage.prepare(sheets=16)
+    append = pairs.append_line
+
+    def append_two_more(file: Path, line: str) -> None:
+        append(file, line)
+        if len(file.read_text().splitlines()) == 18:
+            raise Interrupted(signal.SIGTERM, "stopped")
+
+    monkeypatch.setattr(pairs, "append_line", append_two_more)
+    with pytest.raises(Interrupted):
+        stage.prepare(sheets=20)
+    monkeypatch.undo()
+    for sheets in (20, 16, 20):
+        stage.prepare(sheets=sheets)
+        assert len(store.read_rows(stage.folder)) == sheets
+    assert written(stage.folder) == wanted
 
 
 def test_a_damaged_record_of_the_pairs_is_an_error_that_says_what_to_delete_and_a_missing_one_is_written_again(
@@ -706,6 +731,15 @@ def test_a_damaged_record_of_the_pairs_is_an_error_that_says_what_to_delete_and_
     (stage.folder / "curation.json").unlink()
     stage.prepare()
     assert written(stage.folder) == before
+
+
+@pytest.mark.parametrize("count", ["x", -1, None, 1e9, 2])
+def test_a_record_with_another_number_of_pairs_does_not_match_the_scores(stage: Stage, count: object) -> None:
+    stage.prepare()
+    record = stage.folder / "curation.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"pairs": count}))
+    with pytest.raises(InputError, match="was edited since sid wrote it"):
+        stage.prepare()
 
 
 def test_settings_and_files_of_a_curation_have_the_same_names(stage: Stage) -> None:
