@@ -76,10 +76,10 @@ class Act(Lcm):
         target = Pass(TARGET if self.settings.target else GENERATOR, 1, "none")
         passes = Pass(GENERATOR, 1, "weights"), target, Pass(FAKE, 1, "input")
         discriminating = Pass(GENERATOR, 1, "none"), Pass(FAKE, 3, "weights")
-        forwards = (partial(forward, count=count) for forward in (self.discriminate, self.forward))
+        discriminate, forward = partial(self.discriminate, count=count), partial(self.forward, count=count)
         return [
-            Phase(FAKE, replace(inputs, stream="fake"), next(forwards), self.discriminator_gradient, discriminating),
-            Phase(GENERATOR, inputs, next(forwards), partial(self.gradient, count=count), passes, step, split=True),
+            Phase(FAKE, replace(inputs, stream="fake"), discriminate, self.discriminator_gradient, discriminating),
+            Phase(GENERATOR, inputs, forward, partial(self.gradient, count=count), passes, step, split=True),
         ]
 
     def point(self, nets: Networks, batch: Batch, count: int, back: int = 0) -> tuple[Tensor, Batch]:
