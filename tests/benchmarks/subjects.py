@@ -68,16 +68,16 @@ def student(objective: str, teacher: Cell) -> Cell:
     return Cell(f"one step by {objective}", "student", (objective, teacher.name), teacher.name)
 
 
-BEST = tuned("frames", "oracle")
+BEST = tuned("diptych", "oracle")
 ONE_STEP = student("sid", BEST)
 SHOWN = 32
 CELLS = (
     *map(judged, JUDGES),
     Cell("text only", "teacher"),
     BEST,
-    tuned("frames", "clip"),
-    tuned("frames", "none"),
-    tuned("diptych", "oracle"),
+    tuned("diptych", "clip"),
+    tuned("diptych", "none"),
+    tuned("frames", "oracle"),
     tuned("channels", "oracle"),
     ONE_STEP,
     student("dmd2", BEST),
