@@ -33,6 +33,7 @@ from sidcli.engine import Engine
 from sidcli.errors import NothingKept
 from sidcli.evaluation.protocols import subject_captions
 from sidcli.formats.pictures import contact_sheet
+from sidcli.metrics.reader import ReaderFeatures
 from sidcli.models.loading import load
 from sidcli.models.overrides import PRECISIONS
 from sidcli.models.sources import find, fingerprint
@@ -142,7 +143,15 @@ def measured(cell: Cell, model: str, given: argparse.Namespace) -> dict[str, Any
     options += ["--image-folder", images_of(cell, given), "--precision", given.draw_precision]
     row = sid("eval", model, *options)["models"][-1]
     metrics = {name: row["metrics"][name] for name in METRICS if name in row["metrics"]}
-    return {"drawn in": row["sampling"], **metrics}
+    return {"drawn in": row["sampling"], **metrics, **attributes(images_of(cell, given))}
+
+
+def attributes(folder: Path) -> dict[str, float]:
+    """Return the shares of the images in the folder of a measurement with the tint, the outline and the corner of their reference."""
+    files = sorted(folder.glob("*/*.png"))
+    seen = ReaderFeatures()([np.asarray(Image.open(file)) for file in files])[:, 2:]
+    right = seen == [identities.unknown(index).panels[0].identity for index in range(len(files))]
+    return dict(zip(identities.Identity._fields, right.mean(0).round(4).tolist(), strict=True))
 
 
 def row_of(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     lines = []
     for kinds, columns in (
         (("judge",), ("pairs", "good", "kept", "precision", "recall")),
-        (("teacher", "tuned", "student"), ("drawn in", *METRICS, "seconds")),
+        (("teacher", "tuned", "student"), ("drawn in", *METRICS, *identities.Identity._fields, "seconds")),
     ):
         own = [row for row in found if row["kind"] in kinds]
         if own:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from sidcli.emoji import identities
 from tests.benchmarks import beside, subjects
 from tests.benchmarks.beside import Task, run_beside
 
@@ -85,3 +87,10 @@ def test_several_judges_score_the_same_sheets_of_a_teacher(tmp_path: Path) -> No
     assert drawn["pairs"] == again["pairs"] == 8
     one, other = (subjects.folder_of(f"judge {judge}", options) / "sheets/00000000.png" for judge in ("none", "features"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_attributes_of_a_measurement_are_those_of_its_references(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for index in range(8):
+        Image.fromarray(identities.render(identities.unknown(index).panels[1])).save(tmp_path / "model" / f"{index:06d}.png")
+    assert all(share >= 0.75 for share in subjects.attributes(tmp_path).values())
