@@ -5,7 +5,7 @@ set -euo pipefail
 TEACHING=${TEACHING:-16500} SHEETS=${SHEETS:-8000} STEPS=${STEPS:-3000} NUM=${NUM:-300}
 
 python -m sidcli.emoji.train sheets --steps "$TEACHING" --output build
-sid distill --teacher build/sheets --objective self-distillation --set sheets="$SHEETS" --set shared_noise=0.8 --set layout=diptych --steps "$STEPS" --output subject --quiet
+sid distill --teacher build/sheets --objective self-distillation --set sheets="$SHEETS" --set shared_noise=0.8 --steps "$STEPS" --output subject --quiet
 sid distill --teacher subject --steps "$STEPS" --output subject-one-step --quiet
 python -c "
 from PIL import Image

@@ -119,7 +119,7 @@ class Frames(Layout):
         return torch.cat(output.unflatten(0, (-1, self.frames)).unbind(1), -1)
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Frames(), Diptych(), Channels())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Diptych(), Frames(), Channels())}
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class SelfDistillationSettings(ImageSettings):
     name: str = "self-distillation"
-    layout: str = "frames"
-    """How the network sees both images: frames (shared attention), diptych (one wide image) or channels (no first image)."""
+    layout: str = "diptych"
+    """How the network sees both images: diptych (one wide image), frames (shared attention) or channels (no first image)."""
     reference_weight: float = 1.0
     """Weight of the loss on the first image of a pair, which shows the reference."""
     weighting: str = "debiased"
@@ -143,7 +143,7 @@ def _is_within(text: str, least: float, most: float) -> bool:
         return False
 
 
-LAYOUTS = ("frames", "diptych", "channels")
+LAYOUTS = ("diptych", "frames", "channels")
 WEIGHTINGS = ("debiased", "uniform")
 PAIRS = ("grid", "shared-attention")
 SCENES = ("grammar", "http")

@@ -135,8 +135,8 @@ def test_a_model_with_a_reference_is_read_back_with_its_layout_and_predicts_the_
 @pytest.mark.parametrize(
     ("entry", "value", "said"),
     [
-        ("reference_layout", "side by side", 'reference_layout is "side by side"; it must be one of frames, diptych, channels'),
-        ("reference_layout", 3, "reference_layout is 3; it must be one of frames"),
+        ("reference_layout", "side by side", 'reference_layout is "side by side"; it must be one of diptych, frames, channels'),
+        ("reference_layout", 3, "reference_layout is 3; it must be one of diptych"),
         ("reference_layout", "channels", "in_channels is 9; layout channels has 8"),
         ("reference_count", 2, "reference_count is 2; it must be 1 in a file"),
     ],

@@ -43,7 +43,7 @@ def folders(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         teacher="sd", prompts="general", steps=1, batch_size=2, micro_batch=2, lr_fake=1e-3, lr_generator=1e-3, precision="fp32"
     )
     made = {
-        "tuned": dataclasses.replace(usual, objective=SETTINGS, t_min=0, t_max=1000),
+        "tuned": dataclasses.replace(usual, objective=dataclasses.replace(SETTINGS, layout="frames"), t_min=0, t_max=1000),
         "one": usual,
         "two": dataclasses.replace(usual, student_steps=2, renoise="fresh"),
         "other": dataclasses.replace(usual, seed=1),

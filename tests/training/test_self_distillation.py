@@ -402,7 +402,9 @@ def test_several_references_show_one_subject_for_one_prompt(
     files = [tmp_path / f"{number}.png" for number in (1, 2, 3)]
     for number, file in enumerate(files):
         Image.fromarray(np.full((70, 64, 3), 40 + 90 * number, np.uint8)).save(file)
-    model = load(find(str(tuned)))
+    frames = dataclasses.replace(tuning, objective=dataclasses.replace(SETTINGS, layout="frames"), steps=1, data=str(tuned))
+    taking_several = run(sd_folder, frames, tmp_path / "frames").run
+    model = load(find(str(taking_several)))
     torch.nn.init.normal_(model.denoiser.conv_in.weight, std=0.1)
 
     def draw(shown: list[Path], **options: Any) -> np.ndarray:
@@ -414,14 +416,12 @@ def test_several_references_show_one_subject_for_one_prompt(
     assert np.array_equal(draw(files[:1]), one), "the model takes one reference again"
     assert not np.array_equal(draw(files, reference_guidance=3.0), three)
     shown = [part for file in files for part in ("--reference", file)]
-    assert sid("sample", "a cat", *shown, "--model", tuned, "--steps", 2, "-o", tmp_path / "out.png") == 0
+    assert sid("sample", "a cat", *shown, "--model", taking_several, "--steps", 2, "-o", tmp_path / "out.png") == 0
     with Image.open(tmp_path / "out.png") as image:
         record = json.loads(image.text["sid"])["reference"]  # type: ignore[attr-defined]
     assert [one["file"] for one in record] == ["1.png", "2.png", "3.png"]
-    diptych = dataclasses.replace(tuning, objective=dataclasses.replace(SETTINGS, layout="diptych"), steps=1, data=str(tuned))
-    other_layout = run(sd_folder, diptych, tmp_path / "diptych").run
     with pytest.raises(UsageError, match="takes one reference image for an image, and 3 are given"):
-        api.sample("a cat", other_layout, reference=files, steps=1, listener=Silent())
+        api.sample("a cat", tuned, reference=files, steps=1, listener=Silent())
 
 
 @pytest.mark.parametrize("weighting", self_distillation.WEIGHTINGS)
