@@ -374,9 +374,12 @@ def test_dmd2_with_its_gan_refuses_a_teacher_with_references(tuned: Path, config
         check_teacher(load(find(str(tuned))), dataclasses.replace(config, objective=gan, data="x"))
 
 
+@pytest.mark.parametrize("layout", ["diptych", "frames"])
 def test_a_one_step_student_with_references_leaves_as_a_graph_that_draws_the_same(
-    tuned: Path, config: DistillConfig, tmp_path: Path
+    layout: str, sd_folder: Path, tuning: DistillConfig, config: DistillConfig, tmp_path: Path
 ) -> None:
+    objective = dataclasses.replace(SETTINGS, layout=layout)
+    tuned = run(sd_folder, dataclasses.replace(tuning, objective=objective), tmp_path / "tuned").run
     one_step = dataclasses.replace(config, teacher=str(tuned), data=str(tuned), steps=1)
     student = run(tuned, one_step, tmp_path / "one").run
     for form in ("onnx", "openvino", "torch-export"):
