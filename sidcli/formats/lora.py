@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import sidcli
 from sidcli.errors import InputError, UsageError, first_line
 from sidcli.files import save_tensors, write_json
 from sidcli.formats import single_file_folder
@@ -45,7 +44,7 @@ pipe.load_lora_weights("FOLDER")
 
 The LoRA has rank {rank} and keeps {kept:.2%} of the difference between student and teacher (squared norm over all parameters of the
 {title}). What it cannot hold counts as lost: all but the weights of linear layers and of convolutions of one group."""
-PACKAGE = Path(sidcli.__file__).parents[1]
+WHERE_INSTALLED = Path(__file__).parents[2]
 FILE = "student-lora.safetensors"
 """The LoRA under kohya's names."""
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -282,7 +281,7 @@ def _loader(teacher: Model, order: Order) -> tuple[str, str]:
         return f'from_pretrained("{source.origin.removeprefix("hub:")}"{revision}{more})', ""
     place = f"the folder of {name}"
     if source.is_embedded:
-        place += f": `{source.path.relative_to(PACKAGE).as_posix()}` in the folder of the installed package"
+        place += f": `{source.path.relative_to(WHERE_INSTALLED).as_posix()}` where the package is installed"
     return f'from_pretrained("TEACHER"{more})', f" `TEACHER` is {place}."
 
 
